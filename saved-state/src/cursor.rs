@@ -1,0 +1,67 @@
+//! Reading little-endian fields from bytes that may end too early.
+
+use crate::Error;
+
+/// The unread rest of a byte slice.
+pub(crate) struct Cursor<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Cursor<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self { rest: bytes }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], Error> {
+        let (head, rest) = self
+            .rest
+            .split_at_checked(len)
+            .ok_or(Error::Malformed("a field reaches past its end"))?;
+        self.rest = rest;
+        Ok(head)
+    }
+
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
+        let (head, rest) = self
+            .rest
+            .split_first_chunk::<N>()
+            .ok_or(Error::Malformed("a field reaches past its end"))?;
+        self.rest = rest;
+        Ok(*head)
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16, Error> {
+        Ok(u16::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, Error> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, Error> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    /// Text in a field of `N` bytes, padded with zeros.
+    pub(crate) fn text<const N: usize>(&mut self) -> Result<String, Error> {
+        let field: [u8; N] = self.array()?;
+        let len = field.iter().position(|&b| b == 0).unwrap_or(N);
+        let text = std::str::from_utf8(&field[..len])
+            .map_err(|_| Error::Malformed("a text field is not UTF-8"))?;
+        Ok(text.to_owned())
+    }
+}
+
+/// Appends `text` as a field of `N` bytes, cut at a character boundary or padded with zeros.
+pub(crate) fn put_text<const N: usize>(out: &mut Vec<u8>, text: &str) {
+    let mut len = text.len().min(N);
+    while !text.is_char_boundary(len) {
+        len -= 1;
+    }
+    out.extend_from_slice(&text.as_bytes()[..len]);
+    out.resize(out.len() + N - len, 0);
+}
