@@ -1,0 +1,142 @@
+//! Which pages of guest memory can be other than zero.
+//!
+//! A guest rarely touches all the memory it was given. What it never touched has no page on the
+//! host, and `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst) says so at eight bytes
+//! a page, without reading or, worse, creating it. `mincore` would not do: it takes a page that was
+//! swapped out for one that was never there.
+
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+
+use crate::{MachineMemory, PAGE_BYTES, Region};
+
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const ENTRY_BYTES: usize = 8;
+const PAGES_A_READ: u64 = 8192;
+
+impl MachineMemory {
+    /// The ranges of the memory image that may hold other than zeros, ascending and apart, in bytes
+    /// and whole pages.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel's page map cannot be read.
+    pub fn populated(&self) -> io::Result<Vec<Range<u64>>> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let mut ranges = Runs::default();
+        let mut backed = self.backed().iter().peekable();
+        for (region, host) in self.host_addresses() {
+            touched(&pagemap, &region, host, |touched| {
+                while let Some(range) = backed.next_if(|range| range.start <= touched.start) {
+                    ranges.push(range.clone());
+                }
+                ranges.push(touched);
+            })?;
+        }
+        backed.for_each(|range| ranges.push(range.clone()));
+        Ok(ranges.joined)
+    }
+}
+
+/// Calls `found` with each run of pages of `region` that the host holds, as a range of the image.
+fn touched(
+    pagemap: &File,
+    region: &Region,
+    host: u64,
+    mut found: impl FnMut(Range<u64>),
+) -> io::Result<()> {
+    let pages = region.bytes / PAGE_BYTES;
+    let mut buffer = vec![0; PAGES_A_READ as usize * ENTRY_BYTES];
+    let mut page = 0;
+    while page < pages {
+        let batch = (pages - page).min(PAGES_A_READ) as usize;
+        let bytes = &mut buffer[..batch * ENTRY_BYTES];
+        pagemap.read_exact_at(bytes, (host / PAGE_BYTES + page) * ENTRY_BYTES as u64)?;
+        let (entries, _) = bytes.as_chunks::<ENTRY_BYTES>();
+        let mut start = None;
+        for at in 0..=batch {
+            let there = entries
+                .get(at)
+                .is_some_and(|entry| u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0);
+            match (there, start) {
+                (true, None) => start = Some(at as u64),
+                (false, Some(first)) => {
+                    let offset = |at| region.image_offset + (page + at) * PAGE_BYTES;
+                    found(offset(first)..offset(at as u64));
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        page += batch as u64;
+    }
+    Ok(())
+}
+
+/// Ranges that come by ascending start, joined where they touch or overlap.
+#[derive(Default)]
+struct Runs {
+    joined: Vec<Range<u64>>,
+}
+
+impl Runs {
+    fn push(&mut self, range: Range<u64>) {
+        match self.joined.last_mut() {
+            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+            _ => self.joined.push(range),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::{Layout, MIN_MEMORY_BYTES};
+
+    const HUGE: u64 = 2 << 20;
+
+    fn covers(ranges: &[Range<u64>], offset: u64) -> bool {
+        ranges.iter().any(|range| range.contains(&offset))
+    }
+
+    #[test]
+    fn untouched_memory_is_not_populated() {
+        let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
+        assert_eq!(memory.populated().unwrap(), []);
+        memory
+            .guest()
+            .write_slice(b"x", GuestAddress(5 * HUGE))
+            .unwrap();
+        let ranges = memory.populated().unwrap();
+        assert!(covers(&ranges, 5 * HUGE));
+        assert!(!covers(&ranges, 4 * HUGE));
+        assert!(!covers(&ranges, 6 * HUGE));
+    }
+
+    #[test]
+    fn what_the_image_holds_is_populated_before_it_is_touched() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MIN_MEMORY_BYTES).unwrap();
+        let data = [4 * HUGE..5 * HUGE, 8 * HUGE..8 * HUGE + PAGE_BYTES];
+        let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
+        let memory = MachineMemory::from_image(layout, &file, &data).unwrap();
+        assert_eq!(
+            memory.populated().unwrap(),
+            [4 * HUGE..5 * HUGE, 8 * HUGE..9 * HUGE]
+        );
+        for touched in [0, 4 * HUGE + PAGE_BYTES, 20 * HUGE] {
+            memory
+                .guest()
+                .write_slice(b"x", GuestAddress(touched))
+                .unwrap();
+        }
+        let ranges = memory.populated().unwrap();
+        assert!(ranges.is_sorted_by(|a, b| a.end < b.start), "{ranges:?}");
+        for offset in [0, 4 * HUGE, 4 * HUGE + PAGE_BYTES, 8 * HUGE, 20 * HUGE] {
+            assert!(covers(&ranges, offset), "{offset:x} in {ranges:?}");
+        }
+        assert!(!covers(&ranges, 12 * HUGE));
+    }
+}
