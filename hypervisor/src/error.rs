@@ -1,0 +1,79 @@
+//! Why KVM could not do as it was asked.
+
+use std::io;
+
+/// An error of the hypervisor.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `/dev/kvm` cannot be used.
+    #[error("/dev/kvm cannot be opened: {0}; run `fermata doctor` to see what this host lacks")]
+    Open(io::Error),
+    /// The host's KVM lacks something that every machine needs.
+    #[error("this host's KVM lacks {0}; a Linux kernel of version 5.17 or newer has it")]
+    Missing(&'static str),
+    /// KVM refused a request.
+    #[error("KVM refused to {what}: {source}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// More vCPUs than a machine can have.
+    #[error("a machine cannot have {0} vCPUs; choose 1 to {max}", max = crate::MAX_VCPUS)]
+    VcpuCount(u32),
+    /// A saved structure of KVM's has the wrong size.
+    #[error(
+        "the saved {what} has {found} bytes instead of {expected}; the state was not saved by fermata on x86_64"
+    )]
+    SavedSize {
+        /// Which structure.
+        what: &'static str,
+        /// Bytes found.
+        found: usize,
+        /// Bytes there should be.
+        expected: usize,
+    },
+    /// A model-specific register cannot be set to its saved value.
+    #[error(
+        "this host cannot set MSR {index:#x} to its saved value {value:#x}; restore on a host with the same CPU model or a newer one"
+    )]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// The saved value.
+        value: u64,
+    },
+    /// The guest's time stamp counter runs at a rate that this host cannot give it.
+    #[error(
+        "the guest's TSC runs at {guest} kHz and was promised to be invariant, this host's runs at {host} kHz and cannot be scaled; restore on a host with TSC scaling"
+    )]
+    TscRate {
+        /// The guest's rate in kHz.
+        guest: u32,
+        /// The host's rate in kHz.
+        host: u32,
+    },
+    /// A vCPU ended in a way that no guest can cause on a sound host.
+    #[error("vCPU {id} cannot run: {reason}")]
+    Run {
+        /// Which.
+        id: u32,
+        /// What KVM reported.
+        reason: String,
+    },
+}
+
+/// Says what was asked of KVM when it refuses.
+pub(crate) trait Asked<T> {
+    fn asked(self, what: &'static str) -> Result<T, Error>;
+}
+
+impl<T> Asked<T> for Result<T, kvm_ioctls::Error> {
+    fn asked(self, what: &'static str) -> Result<T, Error> {
+        self.map_err(|e| Error::Kvm {
+            what,
+            source: io::Error::from_raw_os_error(e.errno()),
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! Kicking a vCPU out of the guest, so that it cannot miss the kick.
+//!
+//! A vCPU thread that gets SIGRTMIN while it is inside `KVM_RUN` comes back with `EINTR`. One that gets it
+//! just before would go in and stay. So the signal handler sets `immediate_exit` in the vCPU's shared
+//! page: the next `KVM_RUN` finishes what the last exit left undone and returns at once
+//! (Documentation/virt/kvm/api.rst, `KVM_RUN`).
+
+#![allow(unsafe_code)]
+
+use std::{cell::Cell, io, ptr};
+
+use kvm_bindings::kvm_run;
+use libc::{c_int, c_void, siginfo_t};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+thread_local! {
+    /// The shared page of the vCPU that this thread runs.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Installs the handler of SIGRTMIN for the whole process. Once is enough; more does no harm.
+///
+/// # Errors
+///
+/// When the kernel refuses the handler.
+pub fn install_kick_handler() -> io::Result<()> {
+    register_signal_handler(SIGRTMIN(), on_kick)
+        .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+}
+
+/// Only stores a byte: safe in a signal handler. The thread-local has a constant initial value and
+/// no destructor, so that reaching it neither allocates nor takes a lock.
+extern "C" fn on_kick(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void) {
+    store(RUN.get(), 1);
+}
+
+fn store(run: *mut kvm_run, immediate_exit: u8) {
+    if run.is_null() {
+        return;
+    }
+    // SAFETY: `Bound` keeps `RUN` null unless the page is mapped.
+    let field = unsafe { &raw mut (*run).immediate_exit };
+    // SAFETY: as above; volatile, because the kernel and a signal handler look at it meanwhile.
+    unsafe { field.write_volatile(immediate_exit) };
+}
+
+/// While it lives, kicks to this thread reach the vCPU whose page it was given.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    /// A thread-local is no good on another thread.
+    _not_send: std::marker::PhantomData<*mut kvm_run>,
+}
+
+impl Bound {
+    /// `run` must stay mapped until the value is dropped.
+    pub(crate) fn new(run: &mut kvm_run) -> Self {
+        RUN.set(run);
+        Self {
+            _not_send: std::marker::PhantomData,
+        }
+    }
+
+    /// Arms `KVM_RUN` again, after a kick. Whatever the kick announced must be looked at after
+    /// this: a kick that comes in between is then not lost but answered once too often.
+    pub(crate) fn rearm(&self) {
+        store(RUN.get(), 0);
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        RUN.set(ptr::null_mut());
+    }
+}
+
+/// Kicks one vCPU's thread.
+#[derive(Clone, Copy, Debug)]
+pub struct Kick {
+    thread: libc::pid_t,
+}
+
+impl Kick {
+    /// Kicks the calling thread's vCPU.
+    pub fn this_thread() -> Self {
+        Self {
+            // SAFETY: gettid only returns a number.
+            thread: unsafe { libc::gettid() },
+        }
+    }
+
+    /// Sends the kick. To a thread that has ended it does nothing.
+    pub fn kick(self) {
+        // SAFETY: getpid only returns a number.
+        let process = unsafe { libc::getpid() };
+        // SAFETY: tgkill with plain numbers; the handler is installed before the first vCPU exists,
+        // and does nothing on threads that run none.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, SIGRTMIN()) };
+    }
+}

@@ -1,0 +1,208 @@
+//! The saved state of a vCPU.
+
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_regs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use saved_state::{Kind, SavedState};
+use versionize::{VersionMap, Versionize, VersionizeResult};
+use versionize_derive::Versionize;
+
+use crate::{
+    Error, MsrEntry, Vcpu, VcpuClock,
+    abi::{from_bytes, to_bytes},
+    cpuid,
+    error::Asked,
+    msrs, sregs,
+};
+
+/// Everything KVM keeps of one vCPU. What is a structure of KVM's is held as its bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Versionize)]
+pub struct VcpuState {
+    /// The vCPU's number.
+    pub id: u32,
+    /// `struct kvm_cpuid_entry2`, one after the other.
+    pub cpuid: Vec<u8>,
+    /// `struct kvm_mp_state`.
+    pub mp_state: Vec<u8>,
+    /// `struct kvm_regs`.
+    pub regs: Vec<u8>,
+    /// `struct kvm_sregs2`.
+    pub sregs: Vec<u8>,
+    /// `struct kvm_xsave`, with as much behind it as the host's CPU has (`KVM_CAP_XSAVE2`).
+    pub xsave: Vec<u8>,
+    /// `struct kvm_xcrs`.
+    pub xcrs: Vec<u8>,
+    /// `struct kvm_debugregs`.
+    pub debug_regs: Vec<u8>,
+    /// `struct kvm_lapic_state`.
+    pub lapic: Vec<u8>,
+    /// Every model-specific register that the host lists, memory types and machine check banks, which
+    /// it does not list; the clock's apart.
+    pub msrs: Vec<MsrEntry>,
+    /// `struct kvm_vcpu_events`.
+    pub events: Vec<u8>,
+    /// The time stamp counter.
+    pub clock: VcpuClock,
+}
+
+impl SavedState for VcpuState {
+    const KIND: Kind = Kind(*b"VCPU");
+}
+
+impl VcpuState {
+    pub(crate) fn cpuid_entries(&self) -> Result<Vec<kvm_cpuid_entry2>, Error> {
+        let (entries, rest) = self.cpuid.as_chunks::<{ size_of::<kvm_cpuid_entry2>() }>();
+        if !rest.is_empty() || entries.len() > KVM_MAX_CPUID_ENTRIES {
+            return Err(Error::SavedSize {
+                what: "CPUID",
+                found: self.cpuid.len(),
+                expected: entries.len() * size_of::<kvm_cpuid_entry2>(),
+            });
+        }
+        entries
+            .iter()
+            .map(|entry| from_bytes("CPUID", entry))
+            .collect()
+    }
+}
+
+impl Vcpu {
+    /// Reads its state. It must not be running; a state that was restored and has not run yet is
+    /// read back as it was.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn save(&self) -> Result<VcpuState, Error> {
+        // Exhaustive, so that a new field is either saved or said not to be.
+        let Self {
+            id,
+            fd,
+            cpuid,
+            xsave_bytes: _,
+            msr_indices,
+            host_tsc_khz: _,
+            saved_clock: _,
+        } = self;
+        let intel = cpuid::vendor(cpuid) == "GenuineIntel";
+        // First, because KVM takes in pending INIT and start-up interrupts when it is asked this.
+        let mp_state = fd.get_mp_state().asked("read the run state")?;
+        // Then these, because asking for them can deliver a pending exception's address to CR2 or DR6.
+        let events = fd.get_vcpu_events().asked("read the pending events")?;
+        Ok(VcpuState {
+            id: *id,
+            cpuid: cpuid.iter().flat_map(to_bytes).collect(),
+            mp_state: to_bytes(&mp_state),
+            regs: to_bytes(&fd.get_regs().asked("read the registers")?),
+            sregs: to_bytes(&sregs::get(fd)?),
+            xsave: self.get_xsave()?,
+            xcrs: to_bytes(&fd.get_xcrs().asked("read the extended control registers")?),
+            debug_regs: to_bytes(&fd.get_debug_regs().asked("read the debug registers")?),
+            lapic: to_bytes(&fd.get_lapic().asked("read the local APIC")?),
+            msrs: msrs::get(fd, msr_indices)?
+                .into_iter()
+                .map(|entry| msrs::settable(entry, intel))
+                .collect(),
+            events: to_bytes(&events),
+            clock: self.save_clock()?,
+        })
+    }
+
+    /// Makes it what it was when `state` was saved, but for the clock, which waits to be started.
+    ///
+    /// # Errors
+    ///
+    /// When the state is not one of this architecture, or KVM refuses it.
+    pub fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        let VcpuState {
+            id: _,
+            cpuid: _,
+            mp_state,
+            regs,
+            sregs,
+            xsave,
+            xcrs,
+            debug_regs,
+            lapic,
+            msrs,
+            events,
+            clock,
+        } = state;
+        // What the vCPU has decides what can be set, so CPUID is first.
+        self.set_cpuid(state.cpuid_entries()?)?;
+        let fd = &self.fd;
+        self.restore_tsc_rate(clock)?;
+        // The local APIC's place and mode are among the special registers; its timer is armed by
+        // the registers that follow.
+        sregs::set(fd, &from_bytes("special registers", sregs)?)?;
+        let regs: kvm_regs = from_bytes("registers", regs)?;
+        fd.set_regs(&regs).asked("set the registers")?;
+        let xcrs: kvm_xcrs = from_bytes("extended control registers", xcrs)?;
+        fd.set_xcrs(&xcrs)
+            .asked("set the extended control registers")?;
+        self.set_xsave(xsave)?;
+        let debug_regs: kvm_debugregs = from_bytes("debug registers", debug_regs)?;
+        fd.set_debug_regs(&debug_regs)
+            .asked("set the debug registers")?;
+        let lapic: kvm_lapic_state = from_bytes("local APIC", lapic)?;
+        fd.set_lapic(&lapic).asked("set the local APIC")?;
+        msrs::set(fd, msrs)?;
+        let mp_state: kvm_mp_state = from_bytes("run state", mp_state)?;
+        fd.set_mp_state(mp_state).asked("set the run state")?;
+        let events: kvm_vcpu_events = from_bytes("pending events", events)?;
+        fd.set_vcpu_events(&events)
+            .asked("set the pending events")?;
+        self.saved_clock = Some(*clock);
+        Ok(())
+    }
+
+    /// The extended state, as large as this host's CPU has it.
+    #[allow(unsafe_code)]
+    fn get_xsave(&self) -> Result<Vec<u8>, Error> {
+        let mut area = self.xsave_area()?;
+        // SAFETY: the area has the size that KVM reports for this host (`KVM_CAP_XSAVE2`).
+        unsafe { self.fd.get_xsave2(&mut area) }.asked("read the extended state")?;
+        let fixed = to_bytes(&area.as_fam_struct_ref().xsave.region);
+        let more = area.as_slice().iter().flat_map(|word| word.to_ne_bytes());
+        Ok(fixed.into_iter().chain(more).collect())
+    }
+
+    /// Sets the extended state. What was saved on a smaller CPU is followed by zeros; what a larger
+    /// one saved must be zero where this one has nothing.
+    #[allow(unsafe_code)]
+    fn set_xsave(&self, saved: &[u8]) -> Result<(), Error> {
+        let size_error = || Error::SavedSize {
+            what: "extended state",
+            found: saved.len(),
+            expected: self.xsave_bytes,
+        };
+        let (words, rest) = saved.as_chunks::<4>();
+        if !rest.is_empty() {
+            return Err(size_error());
+        }
+        let mut area = self.xsave_area()?;
+        let mut words = words.iter().map(|word| u32::from_ne_bytes(*word));
+        // SAFETY: only words are stored; the length stays as it was made.
+        let fixed = unsafe { &mut area.as_mut_fam_struct().xsave.region };
+        for word in fixed {
+            *word = words.next().ok_or_else(size_error)?;
+        }
+        for word in area.as_mut_slice() {
+            *word = words.next().unwrap_or(0);
+        }
+        if words.any(|word| word != 0) {
+            return Err(size_error());
+        }
+        // SAFETY: the area has the size that KVM reports for this host.
+        unsafe { self.fd.set_xsave2(&area) }.asked("set the extended state")
+    }
+
+    fn xsave_area(&self) -> Result<Xsave, Error> {
+        let words = self
+            .xsave_bytes
+            .saturating_sub(size_of::<kvm_xsave>())
+            .div_ceil(4);
+        Xsave::new(words).map_err(|_| Error::Missing("memory for the extended state"))
+    }
+}

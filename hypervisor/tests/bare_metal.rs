@@ -1,0 +1,210 @@
+//! A few bytes of long-mode code on this host's own KVM: the state of a machine survives a save and
+//! a restore into another one.
+//!
+//! Without `/dev/kvm` there is nothing to test with, and the tests say so and pass; the machines
+//! that the project is built on have it.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on should stop
+
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU32, Ordering},
+};
+
+use hypervisor::{
+    BootRegisters, ClockPlan, IoHandler, Ran, VcpuState, Vm, VmState, install_kick_handler,
+};
+use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
+use saved_state::Section;
+use vm_memory::{Bytes, GuestAddress};
+
+const CODE: u64 = 0x10_0000;
+const GDT: u64 = 0x1000;
+const PML4: u64 = 0x2000;
+const PDPT: u64 = 0x3000;
+const PD: u64 = 0x4000;
+
+/// Counts in EAX and writes the count to port 0x10: `inc eax; out 0x10, eax; jmp`.
+const COUNTER: [u8; 6] = [0xff, 0xc0, 0xe7, 0x10, 0xeb, 0xfa];
+/// The same without the port: it spins.
+const SPINNER: [u8; 4] = [0xff, 0xc0, 0xeb, 0xfc];
+
+const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+#[derive(Default)]
+struct Counted {
+    last: AtomicU32,
+    seen: Mutex<Vec<u32>>,
+}
+
+impl IoHandler for Counted {
+    fn port_in(&self, _port: u16, _data: &mut [u8]) {}
+    fn port_out(&self, port: u16, data: &[u8]) {
+        assert_eq!(port, 0x10);
+        let count = u32::from_le_bytes(data.try_into().unwrap());
+        self.last.store(count, Ordering::SeqCst);
+        self.seen.lock().unwrap().push(count);
+    }
+    fn mmio_read(&self, _gpa: u64, _data: &mut [u8]) {}
+    fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
+}
+
+fn memory_with(code: &[u8]) -> MachineMemory {
+    let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
+    let guest = memory.guest();
+    guest.write_slice(code, GuestAddress(CODE)).unwrap();
+    for (i, entry) in GDT_ENTRIES.iter().enumerate() {
+        guest
+            .write_obj(*entry, GuestAddress(GDT + 8 * i as u64))
+            .unwrap();
+    }
+    guest.write_obj(PDPT | 3, GuestAddress(PML4)).unwrap();
+    guest.write_obj(PD | 3, GuestAddress(PDPT)).unwrap();
+    // One page of 2 MiB, present and writable.
+    guest.write_obj(0x83u64, GuestAddress(PD)).unwrap();
+    memory
+}
+
+fn boot_registers() -> BootRegisters {
+    BootRegisters {
+        entry: CODE,
+        boot_params: 0,
+        page_table: PML4,
+        gdt: GDT,
+        gdt_entries: GDT_ENTRIES,
+    }
+}
+
+fn no_kvm() -> bool {
+    let missing = std::fs::File::open("/dev/kvm").is_err();
+    if missing {
+        eprintln!("there is no /dev/kvm here, so nothing was tested");
+    }
+    missing
+}
+
+/// Encodes and decodes, as a state file would.
+fn through_bytes(vm: &VmState, vcpu: &VcpuState) -> (VmState, VcpuState) {
+    let vm = Section::encode(0, vm).unwrap().decode().unwrap();
+    let vcpu = Section::encode(0, vcpu).unwrap().decode().unwrap();
+    (vm, vcpu)
+}
+
+#[test]
+fn a_saved_vcpu_counts_on_in_another_machine() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&COUNTER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    vcpu.boot(&boot_registers()).unwrap();
+    let io = Counted::default();
+    let mut vcpu = vcpu.bind();
+    install_kick_handler().unwrap();
+    while io.last.load(Ordering::SeqCst) < 1000 {
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+    }
+    // The last `out` is answered but not finished: the kick finishes it without another one.
+    vcpu.kick().kick();
+    assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
+    let (vm_state, vcpu_state) = through_bytes(&vm.save().unwrap(), &vcpu.save().unwrap());
+    drop(vcpu);
+
+    let mut other = Vm::new(&memory, 1).unwrap();
+    other.restore(&vm_state).unwrap();
+    let mut vcpu = other.create_vcpu(0).unwrap();
+    vcpu.restore(&vcpu_state).unwrap();
+    let again = vcpu.save().unwrap();
+    assert_eq!(again.regs, vcpu_state.regs);
+    assert_eq!(again.sregs, vcpu_state.sregs);
+    assert_eq!(again.xsave, vcpu_state.xsave);
+    assert_eq!(again.msrs, vcpu_state.msrs);
+    assert_eq!(again.events, vcpu_state.events);
+    assert_eq!(again.lapic, vcpu_state.lapic);
+    assert_eq!(again, vcpu_state);
+    assert_eq!(other.save().unwrap(), vm_state);
+
+    let plan = ClockPlan::new(&vcpu).unwrap().unwrap();
+    let io = Counted::default();
+    let mut vcpu = vcpu.bind();
+    vcpu.start_clock(plan.start_now()).unwrap();
+    other.start_clock().unwrap();
+    while io.last.load(Ordering::SeqCst) < 2000 {
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+    }
+    let expected: Vec<u32> = (1001..=2000).collect();
+    assert_eq!(*io.seen.lock().unwrap(), expected);
+}
+
+#[test]
+fn the_counter_of_time_stands_still_between_save_and_start() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&COUNTER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    let saved = vcpu.save().unwrap();
+    let mut other = Vm::new(&memory, 1).unwrap().create_vcpu(0).unwrap();
+    other.restore(&saved).unwrap();
+    let plan = ClockPlan::new(&other).unwrap().unwrap();
+    let mut other = other.bind();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    other.start_clock(plan.start_now()).unwrap();
+    let after = other.save().unwrap();
+    if after.clock.tsc_offset == 0 {
+        eprintln!(
+            "this host's KVM gives guests its own TSC (as KVM-PVM does), so nothing was tested"
+        );
+        return;
+    }
+    let ticks = after.clock.tsc.wrapping_sub(saved.clock.tsc);
+    let ms = ticks / u64::from(saved.clock.tsc_khz);
+    assert!(ms < 45, "{ms} ms of guest time passed");
+}
+
+#[test]
+fn a_kick_ends_a_spinning_guest_and_a_kick_before_it_runs_is_not_lost() {
+    if no_kvm() {
+        return;
+    }
+    install_kick_handler().unwrap();
+    let memory = memory_with(&SPINNER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    vcpu.boot(&boot_registers()).unwrap();
+    let mut vcpu = vcpu.bind();
+    let kick = vcpu.kick();
+    let io = Counted::default();
+    for round in 0..50 {
+        let kicker = std::thread::spawn(move || kick.kick());
+        if round % 2 == 0 {
+            kicker.join().unwrap();
+            assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
+        } else {
+            assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
+            kicker.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_host_has_what_it_gave() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&SPINNER);
+    let vm = Vm::new(&memory, 2).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    let saved = vcpu.save().unwrap();
+    // Memory types: on, and write-back, as the vCPU was made.
+    let types = saved.msrs.iter().find(|entry| entry.index == 0x2ff);
+    assert_eq!(types.map(|entry| entry.value), Some(0x806));
+    let missing = hypervisor::missing_features(&saved, vm.cpuid()).unwrap();
+    assert_eq!(missing, Vec::<String>::new());
+}
