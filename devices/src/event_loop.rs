@@ -1,0 +1,245 @@
+//! The loop on which devices do what no vCPU waits for.
+
+use std::{
+    fmt, io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use event_manager::{
+    EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint, SubscriberOps,
+};
+
+use crate::{
+    serial::{InputEvents, SerialInput},
+    sync::lock,
+    virtio::{MmioTransport, QueueEvents, Worker},
+};
+
+/// The name of the loop's thread.
+pub const THREAD_NAME: &str = "devices";
+
+/// How long a quiesce serves what the guest has made available. What it leaves lies in guest memory
+/// and is saved with it.
+const DRAIN_TIME: Duration = Duration::from_millis(200);
+
+type Subscriber = Box<dyn MutEventSubscriber + Send>;
+type Workers = Arc<[Arc<Mutex<Worker>>]>;
+
+/// Why the loop could not be started, quiesced or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum EventLoopError {
+    /// The host refused an epoll instance, an eventfd or a thread.
+    #[error("the device event loop cannot start: {0}")]
+    Start(#[source] io::Error),
+    /// The event manager refused to work.
+    #[error("the device event loop cannot use epoll: {0}")]
+    Events(#[from] event_manager::Error),
+    /// The loop is busy in a device and did not answer in time.
+    #[error(
+        "thread {THREAD_NAME} did not answer within {0:?}; a disk of this machine is probably slow or hangs"
+    )]
+    NotAnswering(Duration),
+    /// The loop has ended, after an error that is in the log.
+    #[error("thread {THREAD_NAME} has ended; the log says why")]
+    Ended,
+}
+
+/// The thread that serves virtqueues and serial input.
+pub struct EventLoop {
+    endpoint: RemoteEndpoint<Subscriber>,
+    workers: Workers,
+    stopping: Arc<AtomicBool>,
+    /// Releases the loop from the last quiesce.
+    release: Mutex<Option<Sender<()>>>,
+    ended: Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The loop stands still: nothing of the devices changes guest memory or themselves, and their locks
+/// are free. When it is dropped the loop goes on, and first looks at all queues.
+#[must_use = "the loop goes on when this is dropped"]
+#[derive(Debug)]
+pub struct Quiesced {
+    release: Sender<()>,
+}
+
+impl Drop for Quiesced {
+    fn drop(&mut self) {
+        // It fails when the loop has been stopped meanwhile.
+        let _ = self.release.send(());
+    }
+}
+
+impl EventLoop {
+    /// Starts the loop for `transports` and, if there is one, `input`. It starts quiesced, so that
+    /// devices can be restored before any of them moves.
+    ///
+    /// # Errors
+    ///
+    /// [`EventLoopError::Start`], [`EventLoopError::Events`].
+    pub fn spawn(
+        transports: &[Arc<Mutex<MmioTransport>>],
+        input: Option<SerialInput>,
+    ) -> Result<(Self, Quiesced), EventLoopError> {
+        let workers: Workers = transports
+            .iter()
+            .map(|transport| Arc::clone(lock(transport).worker()))
+            .collect();
+        let mut manager = EventManager::<Subscriber>::new()?;
+        for worker in workers.iter() {
+            manager.add_subscriber(Box::new(QueueEvents::new(Arc::clone(worker))));
+        }
+        if let Some(input) = input {
+            let events = InputEvents::new(input).map_err(EventLoopError::Start)?;
+            manager.add_subscriber(Box::new(events));
+        }
+        let endpoint = manager.remote_endpoint();
+        let stopping = Arc::new(AtomicBool::new(false));
+        let (release, released) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(THREAD_NAME.to_owned())
+            .spawn({
+                let (workers, stopping) = (Arc::clone(&workers), Arc::clone(&stopping));
+                move || {
+                    // Dropped when the thread ends, in whatever way: that is the signal.
+                    let _end: Sender<()> = end;
+                    stand_still(&released, &workers, &stopping);
+                    run(&mut manager, &stopping);
+                }
+            })
+            .map_err(EventLoopError::Start)?;
+        let event_loop = Self {
+            endpoint,
+            workers,
+            stopping,
+            release: Mutex::new(Some(release.clone())),
+            ended,
+            thread: Some(thread),
+        };
+        Ok((event_loop, Quiesced { release }))
+    }
+
+    /// Serves what the guest has made available, and then does nothing until what it returns is
+    /// dropped. The vCPUs must have stopped, and the guard of an earlier quiesce must be gone.
+    ///
+    /// # Errors
+    ///
+    /// [`EventLoopError::NotAnswering`] when that takes longer than `timeout`, whereupon the loop goes
+    /// on; [`EventLoopError::Ended`].
+    pub fn quiesce(&self, timeout: Duration) -> Result<Quiesced, EventLoopError> {
+        let (acknowledge, acknowledged) = mpsc::channel();
+        let (release, released) = mpsc::channel();
+        let quiesced = Quiesced {
+            release: release.clone(),
+        };
+        // Before the loop hears of it, so that a stop cannot come in between.
+        *lock(&self.release) = Some(release);
+        let (workers, stopping) = (Arc::clone(&self.workers), Arc::clone(&self.stopping));
+        self.endpoint
+            .fire(move |_| {
+                drain(&workers);
+                if acknowledge.send(()).is_ok() {
+                    stand_still(&released, &workers, &stopping);
+                }
+            })
+            .map_err(|_| EventLoopError::Ended)?;
+        match acknowledged.recv_timeout(timeout) {
+            Ok(()) => Ok(quiesced),
+            Err(RecvTimeoutError::Timeout) => Err(EventLoopError::NotAnswering(timeout)),
+            Err(RecvTimeoutError::Disconnected) => Err(EventLoopError::Ended),
+        }
+    }
+
+    /// Ends the loop and waits for it. A quiesced loop ends without having done anything more.
+    ///
+    /// # Errors
+    ///
+    /// [`EventLoopError::NotAnswering`] when that takes longer than `timeout`; the thread then ends
+    /// whenever the device it is in lets it.
+    pub fn stop(mut self, timeout: Duration) -> Result<(), EventLoopError> {
+        self.request_stop();
+        if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(timeout) {
+            return Err(EventLoopError::NotAnswering(timeout));
+        }
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Err(_)) => Err(EventLoopError::Ended),
+            _ => Ok(()),
+        }
+    }
+
+    fn request_stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        if let Some(release) = lock(&self.release).take() {
+            let _ = release.send(());
+        }
+        // It fails when the loop has ended by itself.
+        let _ = self.endpoint.kick();
+    }
+}
+
+impl Drop for EventLoop {
+    fn drop(&mut self) {
+        self.request_stop();
+    }
+}
+
+impl fmt::Debug for EventLoop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EventLoop")
+            .field("devices", &self.workers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn run(manager: &mut EventManager<Subscriber>, stopping: &AtomicBool) {
+    while !stopping.load(Ordering::Acquire) {
+        if let Err(error) = manager.run() {
+            tracing::error!(%error, "the device event loop ends");
+            return;
+        }
+    }
+}
+
+/// Serves the queues until nothing is available or [`DRAIN_TIME`] is over.
+fn drain(workers: &Workers) {
+    let start = Instant::now();
+    for worker in workers.iter() {
+        let mut worker = lock(worker);
+        for index in 0..worker.queue_count() {
+            while worker.process(index) && start.elapsed() < DRAIN_TIME {}
+        }
+    }
+}
+
+/// Waits until released, and then looks at all queues: the guest may have notified the machine that
+/// was saved, whose eventfds are not this one's.
+fn stand_still(released: &Receiver<()>, workers: &Workers, stopping: &AtomicBool) {
+    // An error means that the guard is gone, which releases too.
+    let _ = released.recv();
+    if stopping.load(Ordering::Acquire) {
+        return;
+    }
+    for worker in workers.iter() {
+        let mut worker = lock(worker);
+        for index in 0..worker.queue_count() {
+            worker.process(index);
+        }
+    }
+}
+
+/// Watches for `events`; what cannot be watched is a device that does not hear of them.
+pub(crate) fn watch(ops: &mut EventOps<'_>, events: Events) {
+    if let Err(error) = ops.add(events) {
+        tracing::warn!(fd = events.fd(), %error, "cannot wait for a device's events");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,190 @@
+use super::*;
+use crate::conformance::{Subject, conforms};
+
+const SECOND: u8 = 0x00;
+const SECOND_ALARM: u8 = 0x01;
+const MINUTE: u8 = 0x02;
+const HOUR: u8 = 0x04;
+const WEEKDAY: u8 = 0x06;
+const DAY: u8 = 0x07;
+const MONTH: u8 = 0x08;
+const YEAR: u8 = 0x09;
+const CENTURY: u8 = 0x32;
+
+/// Sunday, 2024-03-31 23:59:58 UTC.
+const NOW: i64 = 1_711_929_598;
+
+fn clock() -> Rtc {
+    Rtc::with_clock(|| NOW)
+}
+
+fn get(rtc: &mut Rtc, register: u8) -> u8 {
+    let mut data = [0];
+    rtc.write(0, &[register]);
+    rtc.read(1, &mut data);
+    data[0]
+}
+
+fn set(rtc: &mut Rtc, register: u8, value: u8) {
+    rtc.write(0, &[register]);
+    rtc.write(1, &[value]);
+}
+
+/// Century, year, month, day, weekday, hour, minute, second.
+fn time(rtc: &mut Rtc) -> [u8; 8] {
+    [CENTURY, YEAR, MONTH, DAY, WEEKDAY, HOUR, MINUTE, SECOND].map(|register| get(rtc, register))
+}
+
+struct Clock;
+
+impl Subject for Clock {
+    type Device = Rtc;
+    const SPAN: u64 = PORTS;
+
+    fn new() -> Self {
+        Self
+    }
+
+    fn fresh(&self) -> Rtc {
+        clock()
+    }
+
+    fn work(&self, rtc: &mut Rtc) {
+        set(rtc, 0x40, 0x77);
+        set(rtc, MINUTE, 0x12);
+        set(rtc, REGISTER_B, B_SET | B_24_HOURS);
+        set(rtc, HOUR, 0x05);
+    }
+}
+
+conforms!(conformance, super::Clock);
+
+#[test]
+fn it_shows_the_hosts_time_in_the_format_of_register_b() {
+    let mut rtc = clock();
+    let bcd = [0x20, 0x24, 0x03, 0x31, 1, 0x23, 0x59, 0x58];
+    assert_eq!(time(&mut rtc), bcd);
+    set(&mut rtc, REGISTER_B, B_24_HOURS | B_BINARY);
+    assert_eq!(time(&mut rtc), [20, 24, 3, 31, 1, 23, 59, 58]);
+    set(&mut rtc, REGISTER_B, 0);
+    assert_eq!(get(&mut rtc, HOUR), 0x91);
+    set(&mut rtc, REGISTER_B, B_BINARY);
+    assert_eq!(get(&mut rtc, HOUR), 0x8b);
+}
+
+#[test]
+fn midnight_and_noon_are_twelve() {
+    for (hour, shown) in [(0, 0x12), (1, 0x01), (12, 0x92), (13, 0x81)] {
+        let mut rtc = clock();
+        set(&mut rtc, REGISTER_B, B_24_HOURS | B_BINARY);
+        set(&mut rtc, HOUR, hour);
+        set(&mut rtc, REGISTER_B, 0);
+        assert_eq!(get(&mut rtc, HOUR), shown);
+        set(&mut rtc, HOUR, shown);
+        set(&mut rtc, REGISTER_B, B_24_HOURS | B_BINARY);
+        assert_eq!(get(&mut rtc, HOUR), hour);
+    }
+}
+
+#[test]
+fn a_stopped_clock_is_set_in_any_order_and_goes_on_from_there() {
+    let mut rtc = clock();
+    set(&mut rtc, REGISTER_B, B_SET | B_24_HOURS);
+    // From the 31st of March, by way of February.
+    for (register, value) in [
+        (MONTH, 0x02),
+        (DAY, 0x29),
+        (YEAR, 0x00),
+        (CENTURY, 0x20),
+        (HOUR, 0x01),
+        (MINUTE, 0x02),
+        (SECOND, 0x03),
+    ] {
+        set(&mut rtc, register, value);
+    }
+    let set_to = [0x20, 0x00, 0x02, 0x29, 3, 0x01, 0x02, 0x03];
+    assert_eq!(time(&mut rtc), set_to);
+    rtc.now = || NOW + 100;
+    assert_eq!(time(&mut rtc), set_to);
+    set(&mut rtc, REGISTER_B, B_24_HOURS);
+    rtc.now = || NOW + 106;
+    assert_eq!(
+        time(&mut rtc),
+        [0x20, 0x00, 0x02, 0x29, 3, 0x01, 0x02, 0x09]
+    );
+}
+
+#[test]
+fn what_is_not_a_time_is_not_taken() {
+    let mut rtc = clock();
+    let before = time(&mut rtc);
+    for (register, value) in [
+        (SECOND, 0x60),
+        (MINUTE, 0xff),
+        (HOUR, 0x24),
+        (DAY, 0x32),
+        (DAY, 0),
+        (MONTH, 0x13),
+        (MONTH, 0),
+        (CENTURY, 0xff),
+    ] {
+        set(&mut rtc, register, value);
+        assert_eq!(time(&mut rtc), before, "{register:#x} = {value:#x}");
+    }
+}
+
+#[test]
+fn the_offset_outlives_the_machine() {
+    let mut rtc = clock();
+    set(&mut rtc, YEAR, 0x30);
+    let section = rtc.save(0).unwrap();
+    let mut restored = Rtc::with_clock(|| NOW + 1);
+    restored.restore(&section).unwrap();
+    assert_eq!(
+        time(&mut restored),
+        [0x20, 0x30, 0x03, 0x31, 1, 0x23, 0x59, 0x59]
+    );
+}
+
+#[test]
+fn an_impossible_state_is_refused() {
+    let saved: SavedRtc = clock().save(0).unwrap().decode().unwrap();
+    let damages: [fn(&mut SavedRtc); 4] = [
+        |s| s.index = 0x80,
+        |s| s.stopped_at = Some(NOW),
+        |s| s.registers[usize::from(REGISTER_B)] |= B_SET,
+        |s| s.registers.push(0),
+    ];
+    for (index, damage) in damages.into_iter().enumerate() {
+        let mut saved = saved.clone();
+        damage(&mut saved);
+        let section = Section::encode(0, &saved).unwrap();
+        let error = clock().restore(&section);
+        assert!(
+            matches!(error, Err(Error::Impossible { .. })),
+            "damage {index}"
+        );
+    }
+}
+
+#[test]
+fn memory_and_alarm_are_kept_and_the_rest_is_constant() {
+    let mut rtc = clock();
+    set(&mut rtc, SECOND_ALARM, 0x33);
+    set(&mut rtc, 0x7f, 0x44);
+    set(&mut rtc, REGISTER_A, A_UPDATE_IN_PROGRESS | 0x2a);
+    set(&mut rtc, REGISTER_C, 0xff);
+    set(&mut rtc, REGISTER_D, 0);
+    assert_eq!(get(&mut rtc, SECOND_ALARM), 0x33);
+    // Bit 7 of the index masks the NMI and does not select.
+    assert_eq!(get(&mut rtc, 0xff), 0x44);
+    assert_eq!(get(&mut rtc, REGISTER_A), 0x2a);
+    assert_eq!(get(&mut rtc, REGISTER_C), 0);
+    assert_eq!(get(&mut rtc, REGISTER_D), D_VALID);
+}
+
+#[test]
+fn the_hosts_clock_is_in_seconds_since_the_epoch() {
+    // Between 2024 and 2200.
+    assert!((1_704_067_200..7_258_118_400).contains(&host_seconds()));
+}

@@ -1,0 +1,295 @@
+//! The virtio block device (virtio 1.3, section 5.2) on a raw image.
+
+mod disk;
+mod state;
+#[cfg(test)]
+mod tests;
+mod vectored;
+
+use std::{io, path::Path, sync::Arc};
+
+use memory::GuestMemory;
+use saved_state::{Kind, SavedState, Section};
+use virtio_bindings::{
+    virtio_blk::{
+        VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+        VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+        VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    },
+    virtio_ids::VIRTIO_ID_BLOCK,
+};
+use virtio_queue::{DescriptorChain, Queue};
+
+use super::{
+    DriverError, Progress, SavedTransport, VirtioDevice,
+    buffers::{Buffers, Run},
+    serve::serve,
+};
+use crate::{Counter, Error, Metrics};
+use disk::Disk;
+pub use disk::DiskError;
+pub use state::SavedBlock;
+
+/// The unit of the request header and of the capacity, whatever the disk's own blocks are.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// The most bytes of a disk's identity.
+pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+const QUEUE_ENTRIES: u16 = 256;
+/// A request also has a header and a status, and no more descriptors than the queue has entries.
+const MAX_SEGMENTS: u32 = QUEUE_ENTRIES as u32 - 2;
+/// With [`MAX_SEGMENTS`] it bounds a request to 64 MiB: what is read or written in one go, and how
+/// long a quiesce can have to wait.
+const MAX_SEGMENT_BYTES: u32 = 256 << 10;
+const MAX_REQUEST_BYTES: u64 = MAX_SEGMENTS as u64 * MAX_SEGMENT_BYTES as u64;
+
+const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+const READ_ONLY: u64 = 1 << VIRTIO_BLK_F_RO;
+const SIZE_MAX: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
+const SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+
+/// A disk.
+pub struct Block {
+    disk: Disk,
+    id: String,
+    /// The driver does not flush, so that every write must be durable when it completes.
+    write_through: bool,
+    metrics: Arc<BlockMetrics>,
+}
+
+impl Block {
+    /// A disk on the raw image at `path`, a file or a block device, which is locked: exclusively, or
+    /// shared with others who only read it. The guest sees `id` as its serial number.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError`].
+    pub fn open(path: &Path, read_only: bool, id: &str) -> Result<Self, DiskError> {
+        if id.len() > ID_BYTES {
+            return Err(DiskError::LongId { id: id.to_owned() });
+        }
+        Ok(Self {
+            disk: Disk::open(path, read_only)?,
+            id: id.to_owned(),
+            write_through: false,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// Serves one request and returns how many bytes of it the driver may read.
+    fn serve_request(
+        &self,
+        chain: DescriptorChain<&GuestMemory>,
+        memory: &GuestMemory,
+    ) -> Result<u32, DriverError> {
+        let Buffers {
+            readable: mut output,
+            writable: mut input,
+        } = Buffers::of(chain, memory, QUEUE_ENTRIES.into())?;
+        let status_byte = input
+            .take_last()
+            .ok_or(DriverError::Incomplete("status byte"))?;
+        let header = Header::take(&mut output).ok_or(DriverError::Incomplete("header"))?;
+        let (status, written) = match self.execute(&header, &output, &input) {
+            Ok(Some(written)) => (VIRTIO_BLK_S_OK, written),
+            Ok(None) => {
+                self.metrics.unsupported.add(1);
+                (VIRTIO_BLK_S_UNSUPP, 0)
+            }
+            Err(error) => {
+                self.metrics.errors.add(1);
+                tracing::debug!(path = self.disk.path(), ?header, %error, "disk request failed");
+                (VIRTIO_BLK_S_IOERR, 0)
+            }
+        };
+        Ok(written + status_byte.fill(&[status as u8]))
+    }
+
+    /// Returns the bytes written to `input`; `None` for a request of unknown type.
+    fn execute(
+        &self,
+        header: &Header,
+        output: &Run<'_>,
+        input: &Run<'_>,
+    ) -> io::Result<Option<u32>> {
+        if output.len().max(input.len()) > MAX_REQUEST_BYTES {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let metrics = &self.metrics;
+        let written = match header.request {
+            VIRTIO_BLK_T_IN => {
+                self.disk.read(header.sector, input)?;
+                metrics.reads.add(1);
+                metrics.read_bytes.add(input.len());
+                input.len() as u32
+            }
+            VIRTIO_BLK_T_OUT => {
+                self.disk.write(header.sector, output)?;
+                if self.write_through {
+                    self.flush()?;
+                }
+                metrics.writes.add(1);
+                metrics.written_bytes.add(output.len());
+                0
+            }
+            VIRTIO_BLK_T_FLUSH => {
+                self.flush()?;
+                0
+            }
+            VIRTIO_BLK_T_GET_ID => {
+                let mut id = [0; ID_BYTES];
+                id[..self.id.len()].copy_from_slice(self.id.as_bytes());
+                input.fill(&id)
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(written))
+    }
+
+    /// Makes all writes that have completed durable.
+    fn flush(&self) -> io::Result<()> {
+        self.metrics.flushes.add(1);
+        self.disk.flush()
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> Kind {
+        SavedBlock::KIND
+    }
+
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = if self.disk.read_only() { READ_ONLY } else { 0 };
+        FLUSH | SIZE_MAX | SEG_MAX | read_only
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_ENTRIES]
+    }
+
+    /// The start of `struct virtio_blk_config`; the rest belongs to features that are not offered.
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.disk.sectors().to_le_bytes().to_vec();
+        config.extend(MAX_SEGMENT_BYTES.to_le_bytes());
+        config.extend(MAX_SEGMENTS.to_le_bytes());
+        config
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.write_through = features & FLUSH == 0;
+    }
+
+    fn reset(&mut self) {
+        self.write_through = false;
+    }
+
+    fn process_queue(
+        &mut self,
+        _index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemory,
+    ) -> Result<Progress, DriverError> {
+        serve(queue, memory, |chain| self.serve_request(chain, memory))
+    }
+
+    fn save(
+        &self,
+        instance: u32,
+        transport: SavedTransport,
+    ) -> Result<Section, saved_state::Error> {
+        let Self {
+            disk,
+            id,
+            // It follows from the features.
+            write_through: _,
+            metrics: _,
+        } = self;
+        let saved = SavedBlock {
+            path: disk.path().to_owned(),
+            capacity_sectors: disk.sectors(),
+            read_only: disk.read_only(),
+            id: id.clone(),
+            transport,
+        };
+        Section::encode(instance, &saved)
+    }
+
+    /// The image may have another path than when it was saved.
+    fn restore(&mut self, section: &Section) -> Result<SavedTransport, Error> {
+        let SavedBlock {
+            path: _,
+            capacity_sectors,
+            read_only,
+            id,
+            transport,
+        } = section.decode()?;
+        let path = self.disk.path().to_owned();
+        if capacity_sectors != self.disk.sectors() {
+            return Err(DiskError::CapacityChanged {
+                path,
+                saved: capacity_sectors,
+                found: self.disk.sectors(),
+            }
+            .into());
+        }
+        if read_only != self.disk.read_only() {
+            return Err(DiskError::ModeChanged { path, read_only }.into());
+        }
+        if id.len() > ID_BYTES {
+            return Err(DiskError::LongId { id }.into());
+        }
+        self.id = id;
+        Ok(transport)
+    }
+
+    fn metrics(&self) -> Arc<dyn Metrics> {
+        Arc::clone(&self.metrics) as _
+    }
+}
+
+/// The header of a request.
+#[derive(Debug)]
+struct Header {
+    request: u32,
+    sector: u64,
+}
+
+impl Header {
+    /// Takes the header off the front of what the driver has written.
+    fn take(output: &mut Run<'_>) -> Option<Self> {
+        let request = u32::from_le_bytes(output.take_front()?);
+        let _reserved: [u8; 4] = output.take_front()?;
+        let sector = u64::from_le_bytes(output.take_front()?);
+        Some(Self { request, sector })
+    }
+}
+
+#[derive(Default)]
+struct BlockMetrics {
+    reads: Counter,
+    writes: Counter,
+    flushes: Counter,
+    read_bytes: Counter,
+    written_bytes: Counter,
+    errors: Counter,
+    unsupported: Counter,
+}
+
+impl Metrics for BlockMetrics {
+    fn list(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("reads", self.reads.get()),
+            ("writes", self.writes.get()),
+            ("flushes", self.flushes.get()),
+            ("read_bytes", self.read_bytes.get()),
+            ("written_bytes", self.written_bytes.get()),
+            ("errors", self.errors.get()),
+            ("unsupported", self.unsupported.get()),
+        ]
+    }
+}

@@ -1,0 +1,180 @@
+//! The virtio-mmio transport (virtio 1.3, section 4.2): the vCPUs' side of a device.
+
+mod registers;
+mod state;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex};
+
+use memory::GuestMemory;
+use saved_state::{Kind, Section};
+use virtio_bindings::{
+    virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_F_VERSION_1},
+    virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY,
+    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{VirtioDevice, Worker, shared::Shared};
+use crate::{Device, Error, InterruptLine, Metrics, sync::lock};
+use registers::Registers;
+pub use state::SavedTransport;
+
+/// Guest-physical addresses that a transport answers for.
+pub const MMIO_BYTES: u64 = 0x1000;
+
+/// The register that a driver writes a queue's index to, in 32 bits, to notify the device.
+pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+const INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A virtio device on the bus.
+pub struct MmioTransport {
+    kind: Kind,
+    device_type: u32,
+    /// All feature bits that are offered.
+    features: u64,
+    config: Vec<u8>,
+    queue_sizes: &'static [u16],
+    metrics: Arc<dyn Metrics>,
+    registers: Registers,
+    shared: Arc<Shared>,
+    worker: Arc<Mutex<Worker>>,
+}
+
+impl MmioTransport {
+    /// Puts `device` on a transport. Its buffers are in `memory`, its interrupts go out on `line`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::EventFd`], [`Error::QueueSize`].
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        line: Arc<dyn InterruptLine>,
+    ) -> Result<Self, Error> {
+        let queue_sizes = device.queue_sizes();
+        let shared = Arc::new(Shared::new(line, queue_sizes.len()).map_err(Error::EventFd)?);
+        let queues = queue_sizes
+            .iter()
+            .map(|&size| Queue::new(size).map_err(|_| Error::QueueSize(size)))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            kind: device.kind(),
+            device_type: device.device_type(),
+            features: device.features() | VERSION_1 | EVENT_IDX | INDIRECT_DESC,
+            config: device.config(),
+            queue_sizes,
+            metrics: device.metrics(),
+            registers: Registers::default(),
+            shared: Arc::clone(&shared),
+            worker: Arc::new(Mutex::new(Worker {
+                device,
+                queues,
+                memory,
+                active: false,
+                shared,
+            })),
+        })
+    }
+
+    /// The notifications that may bypass the bus: a write of the queue's index, in 32 bits, at the
+    /// offset, is the same as a signal on the eventfd.
+    pub fn ioeventfds(&self) -> impl Iterator<Item = (u64, u32, &EventFd)> {
+        self.shared
+            .notify()
+            .iter()
+            .zip(0..)
+            .map(|(event, index)| (QUEUE_NOTIFY, index, event))
+    }
+
+    /// The side that the event loop works on.
+    pub(crate) fn worker(&self) -> &Arc<Mutex<Worker>> {
+        &self.worker
+    }
+}
+
+impl Device for MmioTransport {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn save(&self, instance: u32) -> Result<Section, saved_state::Error> {
+        // What is skipped follows from the device, belongs to the host, or is in the worker.
+        let Self {
+            kind: _,
+            device_type: _,
+            features: _,
+            config: _,
+            queue_sizes: _,
+            metrics: _,
+            registers:
+                Registers {
+                    status,
+                    device_features_sel,
+                    driver_features_sel,
+                    driver_features,
+                    queue_sel,
+                },
+            shared,
+            worker,
+        } = self;
+        let Worker {
+            device,
+            queues,
+            memory: _,
+            // It follows from the status.
+            active: _,
+            shared: _,
+        } = &*lock(worker);
+        let transport = SavedTransport {
+            status: *status,
+            needs_reset: shared.needs_reset(),
+            interrupt_status: shared.interrupt_status(),
+            device_features_sel: *device_features_sel,
+            driver_features_sel: *driver_features_sel,
+            driver_features: *driver_features,
+            queue_sel: *queue_sel,
+            queues: queues.iter().map(|queue| queue.state().into()).collect(),
+        };
+        device.save(instance, transport)
+    }
+
+    fn restore(&mut self, section: &Section) -> Result<(), Error> {
+        let mut worker = lock(&self.worker);
+        let checked = worker.device.restore(section)?.check(
+            self.kind,
+            self.features,
+            self.queue_sizes,
+            &worker.memory,
+        )?;
+        self.registers = checked.registers;
+        self.shared.set_needs_reset(checked.needs_reset);
+        self.shared.set_interrupt_status(checked.interrupt_status);
+        worker.queues = checked.queues;
+        worker.active = self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        if worker.active {
+            worker.device.activate(self.registers.driver_features);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) {
+        self.shared.resend();
+    }
+
+    fn metrics(&self) -> Vec<(&'static str, u64)> {
+        let mut list = self.metrics.list();
+        list.extend([
+            ("rounds", self.shared.rounds.get()),
+            ("interrupts", self.shared.interrupts.get()),
+            ("interrupt_failures", self.shared.interrupt_failures.get()),
+            ("rules_broken", self.shared.rules_broken.get()),
+        ]);
+        list
+    }
+}

@@ -1,0 +1,125 @@
+//! Virtio devices: what they have in common above and below their queues.
+//!
+//! A device is split in two, because two sides use it at once. The vCPUs touch registers
+//! ([`MmioTransport`]), the event loop serves queues (the worker); neither waits for the other except
+//! where the specification orders them, on reset and on activation. A slow disk therefore never holds
+//! up a vCPU that acknowledges an interrupt.
+
+pub mod block;
+mod buffers;
+#[cfg(test)]
+pub(crate) mod driver;
+pub mod entropy;
+mod events;
+mod mmio;
+mod serve;
+mod shared;
+mod worker;
+
+use std::sync::Arc;
+
+use memory::GuestMemory;
+use saved_state::{Kind, Section};
+use virtio_queue::Queue;
+
+use crate::{Error, Metrics};
+pub(crate) use events::QueueEvents;
+pub use mmio::{MMIO_BYTES, MmioTransport, QUEUE_NOTIFY, SavedTransport};
+pub(crate) use worker::Worker;
+
+/// A virtio device without its transport.
+///
+/// Requests are served synchronously on the event loop: between two calls nothing is in flight,
+/// which is what makes saving a device as simple as reading its fields.
+pub trait VirtioDevice: Send {
+    /// The kind of the section that the device and its transport save together.
+    fn kind(&self) -> Kind;
+
+    /// The device ID of virtio 1.3, section 5.
+    fn device_type(&self) -> u32;
+
+    /// The feature bits of this type of device; the transport adds those of its own.
+    fn features(&self) -> u64;
+
+    /// The most entries that each queue may have.
+    fn queue_sizes(&self) -> &'static [u16];
+
+    /// The configuration space, which does not change and which the driver cannot write.
+    fn config(&self) -> Vec<u8>;
+
+    /// The driver has set `DRIVER_OK`, or a state in which it had is restored; `features` is what it
+    /// has accepted.
+    fn activate(&mut self, features: u64);
+
+    /// Forgets what the driver has told, as if fresh.
+    fn reset(&mut self);
+
+    /// Serves what is available in queue `index`, within bounds.
+    ///
+    /// # Errors
+    ///
+    /// [`DriverError`] when the driver breaks a rule; the device is not asked to do anything until
+    /// the driver resets it.
+    fn process_queue(
+        &mut self,
+        index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemory,
+    ) -> Result<Progress, DriverError>;
+
+    /// Saves the device together with its transport.
+    ///
+    /// # Errors
+    ///
+    /// [`saved_state::Error::Encode`].
+    fn save(&self, instance: u32, transport: SavedTransport)
+    -> Result<Section, saved_state::Error>;
+
+    /// Takes over the device's part of what [`VirtioDevice::save`] has saved, and returns the
+    /// transport's.
+    ///
+    /// # Errors
+    ///
+    /// As of [`crate::Device::restore`].
+    fn restore(&mut self, section: &Section) -> Result<SavedTransport, Error>;
+
+    /// The device's counters.
+    fn metrics(&self) -> Arc<dyn Metrics>;
+}
+
+/// What one round over a queue has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The driver wants to hear of buffers that were used.
+    pub interrupt: bool,
+    /// The round ended at its bound and there may be more to do.
+    pub more: bool,
+}
+
+/// How a driver breaks the rules. The device answers with `DEVICE_NEEDS_RESET`.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// The queue itself is unusable.
+    #[error("the virtqueue cannot be used: {0}")]
+    Queue(#[from] virtio_queue::Error),
+    /// A descriptor chain ends in a descriptor that says it goes on, or does not begin.
+    #[error("a descriptor chain is broken or loops")]
+    BrokenChain,
+    /// A chain has more descriptors than the queue has entries.
+    #[error("a descriptor chain has more than {0} descriptors")]
+    LongChain(usize),
+    /// A buffer is not in guest memory.
+    #[error("a buffer of {len} bytes at guest-physical {address:#x} is not in memory")]
+    OutsideMemory {
+        /// Guest-physical address of the buffer.
+        address: u64,
+        /// Its length in bytes.
+        len: u32,
+    },
+    /// A device-readable descriptor follows a device-writable one.
+    #[error("a readable descriptor follows a writable one")]
+    Order,
+    /// The device cannot tell what is asked of it, or has no room to answer.
+    #[error("a request lacks its {0}")]
+    Incomplete(&'static str),
+}

@@ -1,0 +1,107 @@
+//! One bounded round over a queue.
+
+use std::time::{Duration, Instant};
+
+use memory::GuestMemory;
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+
+use super::{DriverError, Progress};
+
+/// A round ends after so many chains,
+const ROUND_CHAINS: usize = 64;
+/// or once it has taken so long: a driver that keeps a queue full shares the loop with the others.
+const ROUND_TIME: Duration = Duration::from_millis(10);
+
+/// Hands the available chains of `queue` to `handle`, which returns the bytes it has written.
+///
+/// The round is bounded even if the driver changes the ring while it is read, from another vCPU or by
+/// having the device write there.
+pub(crate) fn serve<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    mut handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> Result<u32, DriverError>,
+) -> Result<Progress, DriverError> {
+    let start = Instant::now();
+    let mut used = 0;
+    let mut more = true;
+    queue.disable_notification(memory)?;
+    for _ in 0..ROUND_CHAINS {
+        let chain = queue.iter(memory)?.next();
+        if let Some(chain) = chain {
+            let head = chain.head_index();
+            let written = handle(chain)?;
+            queue.add_used(memory, head, written)?;
+            used += 1;
+            if start.elapsed() > ROUND_TIME {
+                break;
+            }
+        } else if !queue.enable_notification(memory)? {
+            more = false;
+            break;
+        }
+    }
+    // Asked in every round, so that what the queue counts for it never spans two rounds: that count
+    // is not saved.
+    let interrupt = used > 0 && queue.needs_notification(memory)?;
+    Ok(Progress { interrupt, more })
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::virtio::driver;
+
+    const AVAILABLE_INDEX: GuestAddress = GuestAddress(0x2002);
+
+    fn queue(memory: &GuestMemory, available: u16) -> Queue {
+        let mut queue = Queue::new(256).unwrap();
+        queue.set_desc_table_address(Some(0x1000), None);
+        queue.set_avail_ring_address(Some(0x2000), None);
+        queue.set_used_ring_address(Some(0x3000), None);
+        queue.set_ready(true);
+        memory.write_obj(available, AVAILABLE_INDEX).unwrap();
+        queue
+    }
+
+    #[test]
+    fn a_round_ends_after_so_many_chains_and_the_next_goes_on() {
+        let memory = driver::memory();
+        let mut queue = queue(&memory, ROUND_CHAINS as u16 + 1);
+        let round = serve(&mut queue, &memory, |_| Ok(0)).unwrap();
+        assert!(round.more && round.interrupt);
+        assert_eq!(usize::from(queue.next_used()), ROUND_CHAINS);
+        let round = serve(&mut queue, &memory, |_| Ok(0)).unwrap();
+        assert!(!round.more && round.interrupt);
+        let round = serve(&mut queue, &memory, |_| Ok(0)).unwrap();
+        assert!(!round.more && !round.interrupt);
+    }
+
+    #[test]
+    fn a_round_ends_although_there_is_always_more() {
+        let memory = driver::memory();
+        let mut queue = queue(&memory, 1);
+        let mut available = 1u16;
+        let round = serve(&mut queue, &memory, |_| {
+            available += 1;
+            memory.write_obj(available, AVAILABLE_INDEX).unwrap();
+            Ok(0)
+        });
+        assert!(round.unwrap().more);
+        assert_eq!(usize::from(queue.next_used()), ROUND_CHAINS);
+    }
+
+    #[test]
+    fn a_round_ends_after_so_much_time() {
+        let memory = driver::memory();
+        let mut queue = queue(&memory, 2);
+        let round = serve(&mut queue, &memory, |_| {
+            let start = Instant::now();
+            while start.elapsed() <= ROUND_TIME {}
+            Ok(0)
+        });
+        assert!(round.unwrap().more);
+        assert_eq!(queue.next_used(), 1);
+    }
+}

@@ -1,0 +1,60 @@
+//! The event loop's side of a virtio device: its queues and the device behind them.
+
+use std::sync::Arc;
+
+use memory::GuestMemory;
+use virtio_queue::{Queue, QueueT};
+
+use super::{VirtioDevice, shared::Shared};
+
+/// The queues of one device and what serves them.
+pub(crate) struct Worker {
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) queues: Vec<Queue>,
+    pub(super) memory: GuestMemory,
+    /// The driver has set `DRIVER_OK` and has not reset the device since.
+    pub(super) active: bool,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Worker {
+    /// Serves queue `index` for one bounded round. Returns whether there may be more to do; then the
+    /// queue's event is signalled.
+    pub(crate) fn process(&mut self, index: usize) -> bool {
+        let Self {
+            device,
+            queues,
+            memory,
+            active,
+            shared,
+        } = self;
+        let Some(queue) = queues.get_mut(index) else {
+            return false;
+        };
+        if !*active || !queue.ready() || shared.needs_reset() {
+            return false;
+        }
+        shared.rounds.add(1);
+        match device.process_queue(index, queue, memory) {
+            Ok(progress) => {
+                if progress.interrupt {
+                    shared.interrupt_used_buffer();
+                }
+                if progress.more {
+                    shared.signal(index);
+                }
+                progress.more
+            }
+            Err(error) => {
+                tracing::debug!(device = %device.kind(), queue = index, %error, "driver broke a rule");
+                shared.rule_broken(true);
+                false
+            }
+        }
+    }
+
+    /// Number of queues.
+    pub(crate) fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+}
