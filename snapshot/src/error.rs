@@ -1,0 +1,78 @@
+//! Why a snapshot could not be written or opened.
+
+use std::{io, path::PathBuf};
+
+use rustix::io::Errno;
+
+/// An error that names the file it is about.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The two files of a snapshot are one.
+    #[error("state and memory cannot both go to {0}; give two paths")]
+    SamePath(PathBuf),
+    /// The path names no file in a directory.
+    #[error("{0} is not the path of a file; give the directory and the name of the file to write")]
+    NoFileName(PathBuf),
+    /// The file system has no room.
+    #[error("there is no space left to write {path}; free some, or choose another file system")]
+    NoSpace {
+        /// The file that was to be written.
+        path: PathBuf,
+    },
+    /// A file is not there.
+    #[error("{path} does not exist; check the path")]
+    NotFound {
+        /// The file looked for.
+        path: PathBuf,
+    },
+    /// The operating system refused.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The state file cannot be believed.
+    #[error("{path}: {source}")]
+    State {
+        /// The state file.
+        path: PathBuf,
+        /// Why.
+        source: saved_state::Error,
+    },
+    /// The memory file cannot be believed.
+    #[error("{path} {reason}")]
+    Memory {
+        /// The memory file.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Names the file and what was tried with it.
+    pub(crate) fn io(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| match source.kind() {
+            io::ErrorKind::NotFound => Self::NotFound { path },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path },
+            _ => Self::Io { what, path, source },
+        }
+    }
+
+    /// As [`Error::io`], for errors of rustix.
+    pub(crate) fn errno(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(Errno) -> Self {
+        let named = Self::io(what, path);
+        move |errno| named(errno.into())
+    }
+}

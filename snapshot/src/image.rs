@@ -1,0 +1,143 @@
+//! A memory file: a memory image, the table of its granules, and a footer.
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use memory::{Layout, MachineMemory};
+use saved_state::SnapshotId;
+
+use crate::{
+    Error, Written,
+    durable::Pending,
+    table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
+    transfer,
+};
+
+/// Writes `memory` as the memory file of snapshot `id`. It is complete, but not yet durable.
+pub(crate) fn write_image(
+    pending: &Pending,
+    memory: &MachineMemory,
+    id: SnapshotId,
+) -> Result<Written, Error> {
+    let target = pending.target();
+    let file = pending.file();
+    let memory_bytes = memory.layout().bytes();
+    let failed = || Error::io("write", target);
+    file.set_len(Footer::file_bytes(memory_bytes))
+        .map_err(failed())?;
+    let (table, written) = transfer::write_memory(memory, file).map_err(failed())?;
+    let table = table.to_bytes();
+    let footer = Footer::new(id, memory_bytes, &table);
+    file.write_all_at(&table, memory_bytes).map_err(failed())?;
+    file.write_all_at(&footer.to_bytes(), memory_bytes + table.len() as u64)
+        .map_err(failed())?;
+    Ok(written)
+}
+
+/// The snapshot that the memory file at `path` belongs to, by its footer alone.
+pub(crate) fn id_of(path: &Path) -> Result<SnapshotId, Error> {
+    open_footer(path).map(|(_, footer)| footer.id)
+}
+
+/// Opens a memory file and checks its footer, and with it its length: what the footer says can be
+/// allocated for.
+fn open_footer(path: &Path) -> Result<(File, Footer), Error> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(Error::io("read", path))?;
+    let bad = |reason: &str| Error::Memory {
+        path: path.to_owned(),
+        reason: reason.to_owned(),
+    };
+    if !metadata.is_file() {
+        return Err(bad("is not a file; check the path"));
+    }
+    let Some(footer_at) = metadata.len().checked_sub(FOOTER_BYTES as u64) else {
+        return Err(bad(
+            "is not a fermata memory file, or was cut; check the path",
+        ));
+    };
+    let mut footer = [0; FOOTER_BYTES];
+    file.read_exact_at(&mut footer, footer_at)
+        .map_err(Error::io("read", path))?;
+    let footer = Footer::from_bytes(&footer).map_err(|reason| bad(&reason))?;
+    let possible = Layout::new(footer.memory_bytes).is_ok();
+    if !possible || Footer::file_bytes(footer.memory_bytes) != metadata.len() {
+        return Err(bad(
+            "does not hold the memory that its footer promises; take another copy",
+        ));
+    }
+    Ok((file, footer))
+}
+
+/// A memory file whose footer and table have been checked.
+#[derive(Debug)]
+pub(crate) struct Image {
+    path: PathBuf,
+    file: File,
+    footer: Footer,
+    table: Table,
+}
+
+impl Image {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let (file, footer) = open_footer(path)?;
+        let table_bytes = Footer::granules(footer.memory_bytes) * 8;
+        let mut table = vec![0; table_bytes as usize];
+        file.read_exact_at(&mut table, footer.memory_bytes)
+            .map_err(Error::io("read", path))?;
+        let table = Table::from_bytes(&table, &footer).ok_or_else(|| Error::Memory {
+            path: path.to_owned(),
+            reason: "is damaged in its table (checksum mismatch); take another copy".to_owned(),
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            footer,
+            table,
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn id(&self) -> SnapshotId {
+        self.footer.id
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.footer.memory_bytes
+    }
+
+    /// Reads all that is not a hole and compares it with the table.
+    pub(crate) fn verify(&self) -> Result<(), Error> {
+        let damage = transfer::find_damage(&self.file, &self.table, self.memory_bytes())
+            .map_err(Error::io("read", &self.path))?;
+        match damage {
+            None => Ok(()),
+            Some(granule) => Err(Error::Memory {
+                path: self.path.clone(),
+                reason: format!(
+                    "is damaged near byte {} (checksum mismatch); take another copy",
+                    granule as u64 * GRANULE_BYTES
+                ),
+            }),
+        }
+    }
+
+    /// Maps the image as the memory of a machine.
+    pub(crate) fn map(&self) -> Result<MachineMemory, Error> {
+        let bad = |reason: String| Error::Memory {
+            path: self.path.clone(),
+            reason,
+        };
+        let layout =
+            Layout::new(self.memory_bytes()).map_err(|e| bad(format!("cannot be used: {e}")))?;
+        let data = self.table.data(self.memory_bytes());
+        MachineMemory::from_image(layout, &self.file, &data)
+            .map_err(|e| bad(format!("cannot be mapped: {e}")))
+    }
+}

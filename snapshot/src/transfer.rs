@@ -1,0 +1,239 @@
+//! Guest memory into a file, and the check of a file, granule by granule on all cores.
+
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+use memory::{MachineMemory, PAGE_BYTES};
+use rustix::fs::SeekFrom;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::table::{GRANULE_BYTES, Table, digest, is_zero};
+
+/// Granules that a thread takes at a time: enough that taking costs nothing, few enough that the
+/// last ones are shared.
+const BATCH: usize = 16;
+
+/// How much of guest memory was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Bytes of guest memory, which is how long the image is.
+    pub memory_bytes: u64,
+    /// Bytes that were not zero and so were written.
+    pub data_bytes: u64,
+}
+
+/// Writes `memory` to the front of `file`, leaving holes where it is zero, and returns the table of
+/// what was written. Each granule is copied first, so that digest and file agree even if the guest
+/// should write meanwhile.
+pub(crate) fn write_memory(memory: &MachineMemory, file: &File) -> io::Result<(Table, Written)> {
+    let memory_bytes = memory.layout().bytes();
+    let granules = granules_of(&memory.populated()?);
+    let digests: Vec<AtomicU64> = (0..memory_bytes.div_ceil(GRANULE_BYTES))
+        .map(|_| AtomicU64::new(0))
+        .collect();
+    let data_bytes = AtomicU64::new(0);
+    // A file takes one writer at a time. Those who wait in the kernel spin there for the inode's lock,
+    // which on few CPUs keeps them from copying and digesting: they wait here, and write a batch.
+    let turn = Mutex::new(());
+    on_all_cores(&granules, |buffer, batch| {
+        let place = |granule: usize| {
+            let start = granule as u64 * GRANULE_BYTES;
+            (start, (memory_bytes - start).min(GRANULE_BYTES) as usize)
+        };
+        for (granule, content) in batch.iter().zip(buffer.chunks_mut(GRANULE_BYTES as usize)) {
+            let (start, length) = place(*granule);
+            let gpa = memory
+                .layout()
+                .gpa(start)
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            let content = &mut content[..length];
+            memory
+                .guest()
+                .read_slice(content, GuestAddress(gpa))
+                .map_err(io::Error::other)?;
+            digests[*granule].store(digest(content), Ordering::Relaxed);
+        }
+        let _turn = turn.lock();
+        for (granule, content) in batch.iter().zip(buffer.chunks(GRANULE_BYTES as usize)) {
+            let (start, length) = place(*granule);
+            let written = write_pages(file, &content[..length], start)?;
+            data_bytes.fetch_add(written, Ordering::Relaxed);
+        }
+        Ok(())
+    })?;
+    let table = Table {
+        digests: digests.into_iter().map(AtomicU64::into_inner).collect(),
+    };
+    Ok((
+        table,
+        Written {
+            memory_bytes,
+            data_bytes: data_bytes.into_inner(),
+        },
+    ))
+}
+
+/// The first granule of `file` that is not what `table` says, if there is one.
+pub(crate) fn find_damage(
+    file: &File,
+    table: &Table,
+    memory_bytes: u64,
+) -> io::Result<Option<usize>> {
+    let data = data_of(file, memory_bytes)?;
+    let mut granules = granules_of(&data);
+    // A granule that should have data but lies in a hole is damaged as well.
+    granules.extend((0..table.digests.len()).filter(|granule| !table.is_hole(*granule)));
+    granules.sort_unstable();
+    granules.dedup();
+    let damaged = AtomicUsize::new(usize::MAX);
+    on_all_cores(&granules, |buffer, batch| {
+        for granule in batch {
+            let start = *granule as u64 * GRANULE_BYTES;
+            let content = &mut buffer[..(memory_bytes - start).min(GRANULE_BYTES) as usize];
+            file.read_exact_at(content, start)?;
+            if table.digests.get(*granule) != Some(&digest(content)) {
+                damaged.fetch_min(*granule, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    })?;
+    let damaged = damaged.into_inner();
+    Ok((damaged != usize::MAX).then_some(damaged))
+}
+
+/// Writes the pages of `content` that are not zero at their place behind `start`; returns the bytes
+/// written.
+fn write_pages(file: &File, content: &[u8], start: u64) -> io::Result<u64> {
+    let mut written = 0;
+    let mut run: Option<usize> = None;
+    let page = PAGE_BYTES as usize;
+    for at in (0..=content.len()).step_by(page) {
+        let zero = at == content.len() || is_zero(&content[at..at + page]);
+        match (zero, run) {
+            (false, None) => run = Some(at),
+            (true, Some(first)) => {
+                file.write_all_at(&content[first..at], start + first as u64)?;
+                written += (at - first) as u64;
+                run = None;
+            }
+            _ => {}
+        }
+    }
+    Ok(written)
+}
+
+/// The granules that `ranges` touch, ascending, each once.
+fn granules_of(ranges: &[Range<u64>]) -> Vec<usize> {
+    let mut granules: Vec<usize> = Vec::new();
+    for range in ranges {
+        let first = (range.start / GRANULE_BYTES) as usize;
+        let end = range.end.div_ceil(GRANULE_BYTES) as usize;
+        let next = granules.last().map_or(0, |last| last + 1);
+        granules.extend(first.max(next)..end);
+    }
+    granules
+}
+
+/// The ranges of `file` below `end` that are no holes.
+fn data_of(file: &File, end: u64) -> io::Result<Vec<Range<u64>>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < end {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let stop = rustix::fs::seek(file, SeekFrom::Hole(start))?.min(end);
+        if start >= end || stop <= start {
+            break;
+        }
+        ranges.push(start..stop);
+        at = stop;
+    }
+    Ok(ranges)
+}
+
+/// Does `work` for `granules` on all cores, batch by batch, each thread with a buffer of a batch. Stops
+/// at the first error and returns it.
+fn on_all_cores(
+    granules: &[usize],
+    work: impl Fn(&mut [u8], &[usize]) -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    let threads = thread::available_parallelism().map_or(1, |n| n.get());
+    let next = AtomicUsize::new(0);
+    let failed = AtomicBool::new(false);
+    let one_thread = || {
+        let mut buffer = vec![0; BATCH * GRANULE_BYTES as usize];
+        loop {
+            let first = next.fetch_add(BATCH, Ordering::Relaxed);
+            let batch = granules.get(first..granules.len().min(first + BATCH));
+            let Some(batch) = batch.filter(|batch| !batch.is_empty()) else {
+                return Ok(());
+            };
+            if failed.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            work(&mut buffer, batch).inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+        }
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (1..threads.min(granules.len().div_ceil(BATCH)))
+            .map(|_| scope.spawn(one_thread))
+            .collect();
+        let ours = one_thread();
+        let theirs = threads.into_iter().map(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("a copying thread panicked")))
+        });
+        theirs.fold(ours, |first, result| first.and(result))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_share_a_granule_name_it_once() {
+        let g = GRANULE_BYTES;
+        assert_eq!(
+            granules_of(&[0..1, 2..3, g - 1..g + 1, 4 * g..5 * g]),
+            [0, 1, 4]
+        );
+    }
+
+    #[test]
+    fn the_first_error_is_returned() {
+        let granules: Vec<usize> = (0..1000).collect();
+        let result = on_all_cores(&granules, |_, batch| match batch.contains(&500) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        });
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn every_granule_is_worked_on_once() {
+        let granules: Vec<usize> = (0..1000).collect();
+        let seen: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+        on_all_cores(&granules, |_, batch| {
+            for granule in batch {
+                seen[*granule].fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert!(seen.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+    }
+}

@@ -1,0 +1,278 @@
+//! A snapshot's two files: whole or not there, checked before they are believed.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on should stop
+
+use std::{
+    fs::{self, OpenOptions},
+    os::unix::fs::{FileExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
+use saved_state::{Container, CpuIdentity, Header, SnapshotId};
+use snapshot::{Error, Pair, Targets, write};
+use vm_memory::{Bytes, GuestAddress};
+
+struct Place {
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+    fn state(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+    fn memory(&self) -> PathBuf {
+        self.directory.path().join("memory")
+    }
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.directory.path()).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+    fn save(&self, id: u8, memory: &MachineMemory) -> Result<(), Error> {
+        write(
+            Targets {
+                state: &self.state(),
+                memory: &self.memory(),
+            },
+            &container(id),
+            memory,
+        )?
+        .publish()
+    }
+    fn open(&self) -> Result<Pair, Error> {
+        Pair::open(&self.state(), &self.memory())
+    }
+    fn flip(path: &Path, at: u64) {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+    }
+}
+
+fn container(id: u8) -> Container {
+    Container::new(Header {
+        id: SnapshotId([id; 16]),
+        release: "0.1.0".to_owned(),
+        created_unix_ns: 0,
+        host_cpu: CpuIdentity::default(),
+        vcpus: 1,
+        memory_bytes: MIN_MEMORY_BYTES,
+    })
+}
+
+fn memory_with(marks: &[(u64, u8)]) -> MachineMemory {
+    let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
+    for (gpa, mark) in marks {
+        memory
+            .guest()
+            .write_slice(&[*mark; 64], GuestAddress(*gpa))
+            .unwrap();
+    }
+    memory
+}
+
+fn mark(memory: &MachineMemory, gpa: u64) -> u8 {
+    memory.guest().read_obj(GuestAddress(gpa)).unwrap()
+}
+
+const LAST: u64 = MIN_MEMORY_BYTES - PAGE_BYTES;
+
+#[test]
+fn memory_comes_back_and_its_zeros_are_holes() {
+    let place = Place::new();
+    place
+        .save(1, &memory_with(&[(0, 1), (10 << 20, 2), (LAST, 3)]))
+        .unwrap();
+    assert_eq!(place.names(), ["memory", "state"]);
+    let blocks = fs::metadata(place.memory()).unwrap().blocks() * 512;
+    assert!(blocks < 1 << 20, "{blocks} bytes on disk");
+    let pair = place.open().unwrap();
+    pair.verify().unwrap();
+    let memory = pair.map().unwrap();
+    assert_eq!(
+        [0, 10 << 20, LAST, 20 << 20].map(|gpa| mark(&memory, gpa)),
+        [1, 2, 3, 0]
+    );
+}
+
+#[test]
+fn a_machine_saved_over_its_own_files_keeps_what_it_mapped() {
+    let place = Place::new();
+    place
+        .save(1, &memory_with(&[(0, 1), (10 << 20, 2)]))
+        .unwrap();
+    let memory = place.open().unwrap().map().unwrap();
+    memory.guest().write_slice(&[9], GuestAddress(0)).unwrap();
+    place.save(2, &memory).unwrap();
+    assert_eq!(mark(&memory, 10 << 20), 2);
+    let again = place.open().unwrap();
+    again.verify().unwrap();
+    let again = again.map().unwrap();
+    assert_eq!([mark(&again, 0), mark(&again, 10 << 20)], [9, 2]);
+    assert_eq!(place.names(), ["memory", "state"]);
+}
+
+#[test]
+fn damage_anywhere_is_found() {
+    let place = Place::new();
+    place
+        .save(1, &memory_with(&[(0, 1), (10 << 20, 2)]))
+        .unwrap();
+    let length = fs::metadata(place.memory()).unwrap().len();
+    let intact = fs::read(place.memory()).unwrap();
+    // In data, in a zero page beside data, in a hole, in the table, in the footer.
+    for at in [5, 8192, 30 << 20, MIN_MEMORY_BYTES + 3, length - 100] {
+        Place::flip(&place.memory(), at);
+        let found = place.open().and_then(|pair| pair.verify());
+        assert!(
+            matches!(found, Err(Error::Memory { .. })),
+            "byte {at}: {found:?}"
+        );
+        Place::flip(&place.memory(), at);
+    }
+    place.open().unwrap().verify().unwrap();
+    for cut in [0, 100, MIN_MEMORY_BYTES, length - 1] {
+        fs::write(place.memory(), &intact[..cut as usize]).unwrap();
+        assert!(
+            matches!(place.open(), Err(Error::Memory { .. })),
+            "cut at {cut}"
+        );
+    }
+    fs::write(place.memory(), &intact).unwrap();
+    place.open().unwrap().verify().unwrap();
+    let state = fs::metadata(place.state()).unwrap().len();
+    for at in 0..state {
+        Place::flip(&place.state(), at);
+        assert!(
+            matches!(place.open(), Err(Error::State { .. })),
+            "byte {at}"
+        );
+        Place::flip(&place.state(), at);
+    }
+}
+
+#[test]
+fn files_of_two_snapshots_do_not_go_together() {
+    let (one, two) = (Place::new(), Place::new());
+    one.save(1, &memory_with(&[])).unwrap();
+    two.save(2, &memory_with(&[])).unwrap();
+    let error = Pair::open(&one.state(), &two.memory())
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("give two files of one snapshot"), "{error}");
+}
+
+#[test]
+fn a_crash_between_the_two_renames_loses_nothing() {
+    let place = Place::new();
+    place.save(1, &memory_with(&[(0, 1)])).unwrap();
+    let old_state = fs::read(place.state()).unwrap();
+    let old_memory = place
+        .directory
+        .path()
+        .join(format!(".memory.{}.previous", SnapshotId([1; 16])));
+    fs::hard_link(place.memory(), &old_memory).unwrap();
+    place.save(2, &memory_with(&[(0, 2)])).unwrap();
+    // As if the process had died before the second rename.
+    fs::write(place.state(), old_state).unwrap();
+    if !old_memory.exists() {
+        // The save above has tidied up; put back what the crash would have left.
+        let spare = Place::new();
+        spare.save(1, &memory_with(&[(0, 1)])).unwrap();
+        fs::copy(spare.memory(), &old_memory).unwrap();
+    }
+    let pair = place.open().unwrap();
+    pair.verify().unwrap();
+    assert_eq!(mark(&pair.map().unwrap(), 0), 1);
+    // The next snapshot to the same place is whole again.
+    place.save(3, &memory_with(&[(0, 3)])).unwrap();
+    assert_eq!(mark(&place.open().unwrap().map().unwrap(), 0), 3);
+    assert_eq!(place.names(), ["memory", "state"]);
+}
+
+#[test]
+fn what_cannot_be_written_leaves_what_was_there() {
+    let place = Place::new();
+    place.save(1, &memory_with(&[(0, 1)])).unwrap();
+    let memory = memory_with(&[(0, 2)]);
+    let missing = place.directory.path().join("no/such");
+    let directory = place.directory.path().to_owned();
+    for (state, target) in [
+        (place.state(), missing.clone()),
+        (missing, place.memory()),
+        (place.state(), directory.clone()),
+        (directory, place.memory()),
+        (place.state(), place.state()),
+    ] {
+        let targets = Targets {
+            state: &state,
+            memory: &target,
+        };
+        assert!(
+            write(targets, &container(2), &memory)
+                .and_then(|w| w.publish())
+                .is_err()
+        );
+        assert_eq!(place.names(), ["memory", "state"]);
+        assert_eq!(mark(&place.open().unwrap().map().unwrap(), 0), 1);
+    }
+}
+
+#[test]
+fn a_pair_that_cannot_be_completed_gives_the_place_back() {
+    for foreign in [false, true] {
+        let place = Place::new();
+        place.save(1, &memory_with(&[(0, 1)])).unwrap();
+        if foreign {
+            fs::write(place.memory(), "somebody's").unwrap();
+        }
+        let before = fs::read(place.memory()).unwrap();
+        let targets = Targets {
+            state: &place.state(),
+            memory: &place.memory(),
+        };
+        let unpublished = write(targets, &container(2), &memory_with(&[(0, 2)])).unwrap();
+        // A directory cannot be replaced by a file.
+        fs::remove_file(place.state()).unwrap();
+        fs::create_dir(place.state()).unwrap();
+        assert!(unpublished.publish().is_err());
+        assert!(fs::read(place.memory()).unwrap() == before);
+        assert_eq!(place.names(), ["memory", "state"]);
+    }
+}
+
+#[test]
+fn one_place_under_two_spellings_is_one() {
+    let place = Place::new();
+    let other = place.directory.path().join(".").join("state");
+    let targets = Targets {
+        state: &place.state(),
+        memory: &other,
+    };
+    let error = write(targets, &container(1), &memory_with(&[])).unwrap_err();
+    assert!(matches!(error, Error::SamePath(_)), "{error}");
+}
+
+#[test]
+fn a_footer_that_promises_more_than_a_machine_can_have_is_refused() {
+    let place = Place::new();
+    place.save(1, &memory_with(&[])).unwrap();
+    // Sparse, and as long as the footer would have it; only the checksum is what it should not be.
+    let file = OpenOptions::new().write(true).open(place.memory()).unwrap();
+    file.set_len(1 << 43).unwrap();
+    assert!(matches!(place.open(), Err(Error::Memory { .. })));
+}
