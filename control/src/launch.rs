@@ -1,0 +1,106 @@
+//! How a VMM process is started: a [`LaunchSpec`] in JSON on its standard input, then end of file;
+//! one line of JSON back on its standard output, a [`Launched`].
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Failure, Secret};
+
+/// Everything a VMM process needs to know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchSpec {
+    /// What every client of this VMM has to show.
+    pub secret: Secret,
+    /// Where the machine comes from.
+    pub origin: Origin,
+    /// Where its serial console goes.
+    pub console: Console,
+    /// The directory in which it registers itself while it lives; see [`Registry`](crate::Registry).
+    pub registry: PathBuf,
+    /// Whether it stays held until a client lets it go.
+    #[serde(default)]
+    pub paused: bool,
+    /// What a restored machine may have, if not everything that its state file asks for.
+    #[serde(default)]
+    pub confinement: Option<Confinement>,
+}
+
+/// What a restored machine may have: its state file may come from anybody.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confinement {
+    /// Its disks are these files, or lie below these directories; absolute and without links.
+    pub disks: Vec<PathBuf>,
+    /// It has no more vCPUs.
+    pub vcpus: u32,
+    /// It has no more memory, in MiB.
+    pub memory_mib: u64,
+}
+
+/// Where a machine comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Origin {
+    /// A kernel is booted.
+    Boot(MachineConfig),
+    /// A snapshot goes on.
+    Restore {
+        /// The state file; absolute.
+        state: PathBuf,
+        /// The memory file; absolute.
+        memory: PathBuf,
+    },
+}
+
+/// A machine that is to be booted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Number of vCPUs, 1 to 32.
+    pub vcpus: u32,
+    /// Guest memory in MiB, at least 64.
+    pub memory_mib: u64,
+    /// A bzImage or an ELF vmlinux; absolute.
+    pub kernel: PathBuf,
+    /// The initial RAM disk; absolute.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Disks, in the order of their names in the guest.
+    pub disks: Vec<DiskConfig>,
+}
+
+/// A raw disk image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The image; absolute.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    pub read_only: bool,
+}
+
+/// Where a machine's serial console goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Console {
+    /// Output is appended to this file, which is kept below a bound; there is no input.
+    File(PathBuf),
+    /// The terminal on standard error's file descriptor, for input and output.
+    Terminal,
+}
+
+/// The line with which a VMM answers its [`LaunchSpec`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Launched {
+    /// The guest runs and the control service listens.
+    Ready {
+        /// Loopback port of the control service.
+        port: u16,
+    },
+    /// It did not come to that; the process exits with [`Exit::Failed`](crate::Exit::Failed).
+    Failed(Failure),
+}

@@ -1,0 +1,32 @@
+//! How a VMM process is started, found, and spoken to.
+//!
+//! One definition of the [tarpc](https://docs.rs/tarpc) service, used by the VMM that offers it and by
+//! every client.
+
+#![forbid(unsafe_code)]
+
+mod client;
+mod exit;
+mod launch;
+mod process;
+mod registry;
+mod secret;
+mod server;
+mod service;
+mod spawn;
+mod stop;
+mod wire;
+
+pub use client::{Client, ClientError};
+pub use exit::Exit;
+pub use launch::{Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin};
+pub use process::{ProcessHandle, ProcessId};
+pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};
+pub use secret::Secret;
+pub use server::serve;
+pub use service::{
+    AfterSnapshot, Failure, FailureKind, MachineState, Metric, SnapshotReport, SnapshotRequest,
+    Status, Vmm, VmmClient,
+};
+pub use spawn::{LOG_VARIABLE, Log, SpawnError, Spawned, spawn};
+pub use stop::{Stopped, stop};

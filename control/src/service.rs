@@ -1,0 +1,132 @@
+//! The one service that a VMM offers.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What a VMM does on request. The definition serves both sides.
+#[tarpc::service]
+pub trait Vmm {
+    /// What the machine is and what it is doing.
+    async fn status() -> Status;
+    /// Holds the guest; a machine that is held already stays so.
+    async fn pause() -> Result<(), Failure>;
+    /// Lets the guest go on; a machine that runs already goes on.
+    async fn resume() -> Result<(), Failure>;
+    /// Saves the machine into two files. Answers when both are durable.
+    async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
+    /// Ends the machine and its process, at once and without asking the guest.
+    async fn stop() -> Result<(), Failure>;
+    /// Counters since the process began.
+    async fn metrics() -> Vec<Metric>;
+}
+
+/// What a machine is doing, as far as a client needs to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineState {
+    /// The guest runs.
+    Running,
+    /// Every vCPU is held and the devices are quiet.
+    Paused,
+    /// A snapshot is being written.
+    Saving,
+    /// The guest or a client has ended it; the process is about to exit.
+    Ended,
+}
+
+/// Answer of [`Vmm::status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The VMM's process id.
+    pub pid: u32,
+    /// The release of fermata that it runs.
+    pub release: String,
+    /// What it is doing.
+    pub state: MachineState,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// Milliseconds since the process began.
+    pub uptime_ms: u64,
+}
+
+/// What happens to the machine once it is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterSnapshot {
+    /// It goes on.
+    Resume,
+    /// It ends, and its process with it, with [`Exit::Halted`](crate::Exit::Halted).
+    Halt,
+}
+
+/// Argument of [`Vmm::snapshot`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// Where the state file goes; absolute. A file that is there is replaced when the new one is whole.
+    pub state: PathBuf,
+    /// Where the memory file goes; absolute, and not the same.
+    pub memory: PathBuf,
+    /// What happens next.
+    pub then: AfterSnapshot,
+}
+
+/// Answer of [`Vmm::snapshot`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// The snapshot's id, in hexadecimal; both files carry it.
+    pub id: String,
+    /// Bytes of the state file.
+    pub state_bytes: u64,
+    /// Bytes of guest memory.
+    pub memory_bytes: u64,
+    /// Bytes of guest memory that were not zero and so were written.
+    pub written_bytes: u64,
+    /// How long the guest stood still, in microseconds.
+    pub downtime_us: u64,
+    /// From request to both files durable, in microseconds.
+    pub total_us: u64,
+}
+
+/// A counter or a gauge, named as Prometheus would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Metric {
+    /// Like `fermata_vcpu_exits_total`.
+    pub name: String,
+    /// One label, like `("reason", "io")`.
+    pub label: Option<(String, String)>,
+    /// Its value, in the unit its name ends with.
+    pub value: u64,
+}
+
+/// Whose fault a failure is and what may be done; a front end makes a status code of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// The request cannot be meant: two equal paths, no kernel.
+    BadRequest,
+    /// Something that the request names is not there.
+    NotFound,
+    /// The machine is not in a state in which this can be done.
+    WrongState,
+    /// A file is not a snapshot, is damaged, or is for another machine or CPU.
+    NotASnapshot,
+    /// The file system is full.
+    NoSpace,
+    /// The host refused: permissions, KVM, limits.
+    Host,
+    /// It is fermata's fault.
+    Internal,
+}
+
+/// Why a request failed, in a sentence that says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// Whose fault it is.
+    pub kind: FailureKind,
+    /// The sentence.
+    pub message: String,
+}

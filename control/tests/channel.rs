@@ -1,0 +1,239 @@
+//! The control channel over a real loopback connection.
+
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests may do what tests may"
+)]
+
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+
+use control::{
+    AfterSnapshot, Client, ClientError, Console, Failure, FailureKind, MachineState, Metric,
+    Origin, ProcessId, Record, Secret, SnapshotReport, SnapshotRequest, Status, Stopped, Vmm,
+};
+use tarpc::context::Context;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    task::JoinHandle,
+    time::timeout,
+};
+
+/// Far more than anything here takes.
+const BOUND: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Default)]
+struct Service {
+    entered: Arc<Notify>,
+    shutdown: Arc<Notify>,
+}
+
+impl Vmm for Service {
+    async fn status(self, _: Context) -> Status {
+        Status {
+            pid: 7,
+            release: "0.0.0".to_owned(),
+            state: MachineState::Running,
+            vcpus: 2,
+            memory_mib: 256,
+            uptime_ms: 1,
+        }
+    }
+
+    async fn pause(self, _: Context) -> Result<(), Failure> {
+        Err(Failure {
+            kind: FailureKind::WrongState,
+            message: "it is being saved".to_owned(),
+        })
+    }
+
+    /// Never answers.
+    async fn resume(self, _: Context) -> Result<(), Failure> {
+        self.entered.notify_one();
+        std::future::pending().await
+    }
+
+    /// Reports the time it was given.
+    async fn snapshot(
+        self,
+        context: Context,
+        _: SnapshotRequest,
+    ) -> Result<SnapshotReport, Failure> {
+        let left = context.deadline - std::time::Instant::now();
+        Ok(SnapshotReport {
+            id: "00".to_owned(),
+            state_bytes: 0,
+            memory_bytes: 0,
+            written_bytes: 0,
+            downtime_us: 0,
+            total_us: left.as_micros() as u64,
+        })
+    }
+
+    async fn stop(self, _: Context) -> Result<(), Failure> {
+        self.shutdown.notify_one();
+        Ok(())
+    }
+
+    async fn metrics(self, _: Context) -> Vec<Metric> {
+        panic!("a service with a fault");
+    }
+}
+
+struct Running {
+    port: u16,
+    secret: Secret,
+    service: Service,
+    server: JoinHandle<()>,
+}
+
+async fn serve() -> Running {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let secret = Secret::random().unwrap();
+    let service = Service::default();
+    let server = tokio::spawn({
+        let (secret, service) = (secret.clone(), service.clone());
+        async move {
+            let shutdown = service.shutdown.clone();
+            control::serve(listener, secret, service, shutdown.notified()).await;
+        }
+    });
+    Running {
+        port,
+        secret,
+        service,
+        server,
+    }
+}
+
+#[tokio::test]
+async fn requests_are_answered_and_refusals_arrive() {
+    let vmm = serve().await;
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    assert_eq!(client.status().await.unwrap().pid, 7);
+    let refused = client.pause().await.unwrap_err();
+    assert!(
+        matches!(&refused, ClientError::Refused(failure) if failure.kind == FailureKind::WrongState),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
+async fn a_snapshot_has_hours() {
+    let vmm = serve().await;
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    let request = SnapshotRequest {
+        state: "/s".into(),
+        memory: "/m".into(),
+        then: AfterSnapshot::Resume,
+    };
+    let given = client.snapshot(request).await.unwrap().total_us;
+    assert!(given > 3_600_000_000, "{given} us");
+}
+
+#[tokio::test]
+async fn who_does_not_know_the_secret_is_not_served() {
+    let vmm = serve().await;
+    let refused = Client::connect(vmm.port, &Secret::random().unwrap()).await;
+    assert!(matches!(refused, Err(ClientError::Handshake { .. })));
+    let mut stranger = TcpStream::connect((Ipv4Addr::LOCALHOST, vmm.port))
+        .await
+        .unwrap();
+    stranger.write_all(&[b'G'; 40]).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = timeout(BOUND, stranger.read_to_end(&mut answer))
+        .await
+        .expect("the connection is closed");
+    assert_eq!(answer, b"");
+    Client::connect(vmm.port, &vmm.secret).await.unwrap();
+}
+
+#[tokio::test]
+async fn peers_that_say_nothing_are_hung_up_on_and_others_get_their_turn() {
+    let vmm = serve().await;
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        let peer = TcpStream::connect((Ipv4Addr::LOCALHOST, vmm.port)).await;
+        silent.push(peer.unwrap());
+    }
+    let served = async {
+        // The client gives up as early as the silent peers are; it gets in at the second try.
+        loop {
+            match Client::connect(vmm.port, &vmm.secret).await {
+                Ok(client) => break client.status().await.unwrap(),
+                Err(error) => assert!(matches!(error, ClientError::Handshake { .. }), "{error}"),
+            }
+        }
+    };
+    timeout(BOUND, served).await.unwrap();
+}
+
+#[tokio::test]
+async fn nobody_listens_on_a_closed_port() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let refused = Client::connect(port, &Secret::random().unwrap()).await;
+    assert!(matches!(refused, Err(ClientError::Connect { .. })));
+}
+
+#[tokio::test]
+async fn a_vmm_that_dies_is_noticed_by_who_waits_for_its_answer() {
+    let vmm = serve().await;
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    let entered = vmm.service.entered.clone();
+    let waiting = tokio::spawn(async move { client.resume().await });
+    timeout(BOUND, entered.notified()).await.unwrap();
+    vmm.server.abort();
+    let answer = timeout(BOUND, waiting).await.unwrap().unwrap();
+    assert!(matches!(answer, Err(ClientError::Lost(_))), "{answer:?}");
+}
+
+#[tokio::test]
+async fn a_panic_ends_one_connection_only() {
+    let vmm = serve().await;
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    assert!(matches!(client.metrics().await, Err(ClientError::Lost(_))));
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    client.status().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_answer_to_stop_arrives_although_the_server_ends() {
+    let vmm = serve().await;
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    let _idle = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    client.stop().await.unwrap();
+    timeout(BOUND, vmm.server).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_stop_when_asked_is_killed() {
+    let vmm = serve().await;
+    // A process that lives on although its service, which is not in it, says that it stops.
+    let mut child = tokio::process::Command::new("sleep")
+        .arg("1000")
+        .spawn()
+        .unwrap();
+    let record = Record {
+        process: ProcessId::alive(child.id().unwrap()).unwrap().unwrap(),
+        port: vmm.port,
+        secret: vmm.secret,
+        origin: Origin::Restore {
+            state: "/s".into(),
+            memory: "/m".into(),
+        },
+        console: Console::Terminal,
+        vcpus: 2,
+        memory_mib: 256,
+    };
+    let stopped = control::stop(&record, Duration::from_millis(200)).await;
+    assert_eq!(stopped.unwrap(), Stopped::Killed);
+    timeout(BOUND, vmm.server).await.unwrap().unwrap();
+    child.wait().await.unwrap();
+    let again = control::stop(&record, BOUND).await.unwrap();
+    assert_eq!(again, Stopped::OnRequest);
+}
