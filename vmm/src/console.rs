@@ -1,0 +1,101 @@
+//! Where a machine's serial console goes.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Write},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use control::Console;
+
+/// A console file is put aside when it has this many bytes; one that was put aside is kept. A guest
+/// can so fill no more than twice as much of the host's disk.
+const FILE_BYTES: u64 = 1 << 20;
+
+/// The two ends of a console.
+pub(crate) struct Ends {
+    /// Takes what the guest writes.
+    pub(crate) output: Box<dyn Write + Send>,
+    /// Gives what the guest is to read, if there is anybody who could type.
+    pub(crate) input: Option<File>,
+}
+
+/// Opens the console.
+pub(crate) fn open(console: &Console) -> io::Result<Ends> {
+    match console {
+        Console::File(path) => Ok(Ends {
+            output: Box::new(BoundedFile::open(path)?),
+            input: None,
+        }),
+        Console::Terminal => {
+            let terminal = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+            Ok(Ends {
+                output: Box::new(terminal.try_clone()?),
+                input: Some(terminal),
+            })
+        }
+    }
+}
+
+/// A file that is put aside, as `<name>.1`, when it has grown to its bound.
+struct BoundedFile {
+    path: PathBuf,
+    file: File,
+    bytes: u64,
+}
+
+impl BoundedFile {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            bytes: file.metadata()?.len(),
+            file,
+        })
+    }
+
+    fn put_aside(&mut self) -> io::Result<()> {
+        let mut aside = self.path.clone().into_os_string();
+        aside.push(".1");
+        std::fs::rename(&self.path, aside)?;
+        *self = Self::open(&self.path)?;
+        Ok(())
+    }
+}
+
+impl Write for BoundedFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes >= FILE_BYTES {
+            self.put_aside()?;
+        }
+        let written = self.file.write(bytes)?;
+        self.bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_file_is_bounded_and_goes_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        std::fs::write(&path, "before\n").unwrap();
+        let mut ends = open(&Console::File(path.clone())).unwrap();
+        let line = [b'x'; 1000];
+        for _ in 0..3000 {
+            ends.output.write_all(&line).unwrap();
+        }
+        let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+        assert!(size(&path) <= FILE_BYTES + 1000);
+        assert!(size(&directory.path().join("console.1")) <= FILE_BYTES + 1000);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
+}

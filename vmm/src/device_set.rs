@@ -1,0 +1,222 @@
+//! A machine's devices: made, put on the buses, saved and restored as one.
+
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use control::{DiskConfig, Metric};
+use devices::{
+    AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, Rtc, Serial,
+    virtio::{MmioTransport, VirtioDevice, block::Block, entropy::Entropy},
+};
+use hypervisor::{IoEvent, Vm};
+use memory::GuestMemory;
+use saved_state::{Container, Kind};
+
+use crate::{
+    boot::MmioDevice,
+    error::Error,
+    interrupt::Irqfd,
+    platform::{
+        COM1_IRQ, COM1_PORT, COM1_PORTS, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT, RTC_PORTS,
+        SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
+    },
+    vcpu::Buses,
+};
+
+/// The most disks a machine can have: every virtio device but the source of entropy.
+pub(crate) const MAX_DISKS: usize = MAX_VIRTIO - 1;
+
+/// A machine's devices.
+pub(crate) struct DeviceSet {
+    /// Every device that has state, in the order in which they were made.
+    all: Vec<(Kind, Arc<Mutex<dyn Device>>)>,
+    /// Those with queues, for the event loop.
+    pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// For input.
+    pub(crate) serial: Arc<Mutex<Serial>>,
+}
+
+/// The devices while they are being made.
+struct Builder<'a> {
+    vm: &'a Vm,
+    memory: &'a GuestMemory,
+    buses: Buses,
+    all: Vec<(Kind, Arc<Mutex<dyn Device>>)>,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
+}
+
+impl DeviceSet {
+    /// Makes the devices and the buses that vCPUs reach them by. What the guest writes to its console
+    /// goes to `console`; `requests` is told when it wants to be switched off or reset.
+    pub(crate) fn new(
+        vm: &Vm,
+        memory: &GuestMemory,
+        disks: &[DiskConfig],
+        console: Box<dyn Write + Send>,
+        requests: &OnGuestRequest,
+    ) -> Result<(Self, Buses), Error> {
+        if disks.len() > MAX_DISKS {
+            return Err(Error::TooManyDisks);
+        }
+        let mut builder = Builder {
+            vm,
+            memory,
+            buses: Buses {
+                ports: Bus::new(),
+                mmio: Bus::new(),
+            },
+            all: Vec::new(),
+            transports: Vec::new(),
+        };
+        let serial = builder.legacy(console, requests)?;
+        builder.virtio(Box::new(Entropy::new()))?;
+        for disk in disks {
+            let id = disk_id(&disk.path);
+            let block =
+                Block::open(&disk.path, disk.read_only, &id).map_err(devices::Error::Disk)?;
+            builder.virtio(Box::new(block))?;
+        }
+        let Builder {
+            buses,
+            all,
+            transports,
+            ..
+        } = builder;
+        let set = Self {
+            all,
+            transports,
+            serial,
+        };
+        Ok((set, buses))
+    }
+
+    /// How a guest finds the virtio devices.
+    pub(crate) fn described(&self) -> Vec<MmioDevice> {
+        (0..self.transports.len())
+            .map(|number| MmioDevice {
+                gpa: virtio_gpa(number),
+                bytes: VIRTIO_BYTES,
+                gsi: virtio_gsi(number),
+            })
+            .collect()
+    }
+
+    /// Saves every device. None may be at work.
+    pub(crate) fn save(&self, container: &mut Container) -> Result<(), Error> {
+        for (_, instance, device) in self.numbered() {
+            container.insert(lock(device).save(instance)?)?;
+        }
+        Ok(())
+    }
+
+    /// Restores every device.
+    pub(crate) fn restore(&self, container: &mut Container) -> Result<(), Error> {
+        for (kind, instance, device) in self.numbered() {
+            let section = container.remove(kind, instance)?;
+            lock(device).restore(&section)?;
+        }
+        Ok(())
+    }
+
+    /// Raises the interrupts that were pending when the devices were saved; once, before the guest
+    /// runs.
+    pub(crate) fn resume(&self) {
+        for (_, device) in &self.all {
+            lock(device).resume();
+        }
+    }
+
+    /// What every device counts, but for those that are at work: who asks must not wait for a disk.
+    pub(crate) fn metrics(&self) -> Vec<Metric> {
+        let mut metrics = Vec::new();
+        for (kind, instance, device) in self.numbered() {
+            let Ok(device) = device.try_lock() else {
+                continue;
+            };
+            let label = format!("{kind}{instance}").to_lowercase();
+            metrics.extend(device.metrics().into_iter().map(|(name, value)| Metric {
+                name: format!("fermata_device_{name}_total"),
+                label: Some(("device".to_owned(), label.clone())),
+                value,
+            }));
+        }
+        metrics
+    }
+
+    /// Each device with its kind and its number among those of its kind.
+    fn numbered(&self) -> impl Iterator<Item = (Kind, u32, &Mutex<dyn Device>)> {
+        let mut next: BTreeMap<Kind, u32> = BTreeMap::new();
+        self.all.iter().map(move |(kind, device)| {
+            let count = next.entry(*kind).or_default();
+            let instance = *count;
+            *count += 1;
+            (*kind, instance, &**device)
+        })
+    }
+}
+
+impl Builder<'_> {
+    /// The devices of a PC.
+    fn legacy(
+        &mut self,
+        console: Box<dyn Write + Send>,
+        requests: &OnGuestRequest,
+    ) -> Result<Arc<Mutex<Serial>>, Error> {
+        let serial = Arc::new(Mutex::new(Serial::new(self.line(COM1_IRQ)?, console)?));
+        self.put(serial.clone());
+        let rtc = Arc::new(Mutex::new(Rtc::new()));
+        self.put(rtc.clone());
+        let i8042 = Arc::new(Mutex::new(I8042::new(Arc::clone(requests))));
+        let pm = Arc::new(Mutex::new(AcpiPm::new(Arc::clone(requests))));
+        let ports = &mut self.buses.ports;
+        ports.insert(u64::from(COM1_PORT), COM1_PORTS, serial.clone())?;
+        ports.insert(u64::from(RTC_PORT), RTC_PORTS, rtc)?;
+        ports.insert(u64::from(I8042_PORT), I8042_PORTS, i8042)?;
+        ports.insert(u64::from(SLEEP_CONTROL_PORT), SLEEP_PORTS, pm)?;
+        Ok(serial)
+    }
+
+    /// Puts `device` on the next transport, with its interrupt line and its notifications.
+    fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
+        let number = self.transports.len();
+        let line = self.line(virtio_gsi(number))?;
+        let transport = MmioTransport::new(device, self.memory.clone(), line)?;
+        let gpa = u64::from(virtio_gpa(number));
+        for (offset, value, event) in transport.ioeventfds() {
+            let gpa = gpa + offset;
+            self.vm.ioeventfd(event, IoEvent { gpa, value })?;
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        self.buses
+            .mmio
+            .insert(gpa, u64::from(VIRTIO_BYTES), transport.clone())?;
+        self.put(transport.clone());
+        self.transports.push(transport);
+        Ok(())
+    }
+
+    fn put(&mut self, device: Arc<Mutex<dyn Device>>) {
+        let kind = lock(&*device).kind();
+        self.all.push((kind, device));
+    }
+
+    fn line(&self, gsi: u32) -> Result<Arc<dyn InterruptLine>, Error> {
+        Ok(Arc::new(Irqfd(self.vm.irqfd(gsi)?)))
+    }
+}
+
+/// A disk's identity in the guest: the name of its image, as far as there is room.
+fn disk_id(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let room = name.chars().filter(char::is_ascii);
+    room.take(devices::virtio::block::ID_BYTES).collect()
+}
+
+fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A device whose code panicked keeps answering as well as it can; the guest decides.
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}

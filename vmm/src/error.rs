@@ -1,0 +1,138 @@
+//! Why a machine could not do as it was asked, and whose fault that is.
+
+use control::{Failure, FailureKind};
+
+use crate::{boot, vcpus};
+
+/// An error of a machine. Its text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Size(#[from] memory::InvalidSize),
+    #[error(
+        "the machine has {guest_mib} MiB of memory, but this host only {host_mib}; give it less, or use a larger host"
+    )]
+    HostTooSmall { guest_mib: u64, host_mib: u64 },
+    #[error("this host lacks CPU features that the guest uses: {}; restore it on a host that has them", .0.join(", "))]
+    MissingFeatures(Vec<String>),
+    #[error("a machine can have {max} disks at most; leave some out", max = crate::device_set::MAX_DISKS)]
+    TooManyDisks,
+    #[error(
+        "the disk {path} was written to after the snapshot was taken; restore the copy of it that belongs to the snapshot"
+    )]
+    DiskChanged { path: String },
+    #[error(
+        "the snapshot's disk {path} lies outside of what this server serves; move it into the tree and boot from there"
+    )]
+    DiskOutside { path: String },
+    #[error(
+        "the snapshot's machine has {vcpus} vCPUs and {mib} MiB, more than this server gives; raise its limits"
+    )]
+    TooLarge { vcpus: u32, mib: u64 },
+    #[error("the guest is ending; there is nothing to save")]
+    GuestEnds,
+    #[error("the disk {path} cannot be made durable: {source}")]
+    DiskSync {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error("the console cannot be opened: {0}; check the path and its permissions")]
+    Console(std::io::Error),
+    #[error("the host's clock or random numbers are not to be had: {0}")]
+    Host(std::io::Error),
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+    #[error(transparent)]
+    Vcpus(#[from] vcpus::Error),
+    #[error(transparent)]
+    Device(#[from] devices::Error),
+    #[error(transparent)]
+    EventLoop(#[from] devices::EventLoopError),
+    #[error(transparent)]
+    Bus(#[from] devices::Overlap),
+    #[error(transparent)]
+    State(#[from] saved_state::Error),
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
+}
+
+impl Error {
+    fn kind(&self) -> FailureKind {
+        use hypervisor::Error as Kvm;
+        match self {
+            Self::Size(_) | Self::TooManyDisks => FailureKind::BadRequest,
+            Self::HostTooSmall { .. } | Self::DiskSync { .. } => FailureKind::Host,
+            Self::DiskOutside { .. } | Self::TooLarge { .. } => FailureKind::BadRequest,
+            Self::DiskChanged { .. } | Self::GuestEnds => FailureKind::WrongState,
+            Self::Console(_) | Self::Host(_) | Self::Memory(_) => FailureKind::Host,
+            Self::Boot(e) => boot_kind(e),
+            Self::MissingFeatures(_) => FailureKind::NotASnapshot,
+            Self::Hypervisor(Kvm::VcpuCount(_)) => FailureKind::BadRequest,
+            Self::Hypervisor(Kvm::SavedSize { .. } | Kvm::Msr { .. } | Kvm::TscRate { .. }) => {
+                FailureKind::NotASnapshot
+            }
+            Self::Hypervisor(_) | Self::Vcpus(_) | Self::EventLoop(_) => FailureKind::Host,
+            Self::Device(e) => device_kind(e),
+            Self::Bus(_) => FailureKind::Internal,
+            Self::State(_) => FailureKind::NotASnapshot,
+            Self::Snapshot(e) => snapshot_kind(e),
+        }
+    }
+}
+
+fn boot_kind(error: &boot::Error) -> FailureKind {
+    match error {
+        boot::Error::Read { source, .. } => io_kind(source),
+        boot::Error::NotAKernel { .. }
+        | boot::Error::TooLittleMemory { .. }
+        | boot::Error::CommandLine(_) => FailureKind::BadRequest,
+        boot::Error::Memory(_) => FailureKind::Internal,
+    }
+}
+
+fn device_kind(error: &devices::Error) -> FailureKind {
+    use devices::virtio::block::DiskError;
+    match error {
+        devices::Error::Section(_) | devices::Error::Impossible { .. } => FailureKind::NotASnapshot,
+        devices::Error::Disk(DiskError::Open { source, .. }) => io_kind(source),
+        devices::Error::Disk(DiskError::InUse { .. }) => FailureKind::WrongState,
+        devices::Error::Disk(_) => FailureKind::BadRequest,
+        devices::Error::EventFd(_) => FailureKind::Host,
+        devices::Error::QueueSize(_) => FailureKind::Internal,
+    }
+}
+
+fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
+    use snapshot::Error as Snapshot;
+    match error {
+        Snapshot::SamePath(_) | Snapshot::NoFileName(_) => FailureKind::BadRequest,
+        Snapshot::NoSpace { .. } => FailureKind::NoSpace,
+        Snapshot::NotFound { .. } => FailureKind::NotFound,
+        Snapshot::Io { source, .. } => io_kind(source),
+        Snapshot::State { .. } | Snapshot::Memory { .. } => FailureKind::NotASnapshot,
+    }
+}
+
+fn io_kind(error: &std::io::Error) -> FailureKind {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => FailureKind::NotFound,
+        std::io::ErrorKind::StorageFull => FailureKind::NoSpace,
+        std::io::ErrorKind::IsADirectory | std::io::ErrorKind::NotADirectory => {
+            FailureKind::BadRequest
+        }
+        _ => FailureKind::Host,
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self {
+            kind: error.kind(),
+            message: error.to_string(),
+        }
+    }
+}

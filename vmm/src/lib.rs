@@ -1,0 +1,25 @@
+//! A virtual machine monitor: one process, one machine.
+//!
+//! [`run`] makes the machine that a [`LaunchSpec`] describes, serves its control channel, and returns
+//! how it ended. `ARCHITECTURE.md` draws the threads.
+
+mod boot;
+mod console;
+mod controller;
+mod device_set;
+mod error;
+mod interrupt;
+mod lifecycle;
+mod machine;
+mod metrics;
+mod platform;
+mod process;
+mod service;
+mod state;
+mod vcpu;
+mod vcpus;
+
+pub use process::{read_spec, run};
+
+/// The release of fermata that this is.
+pub const RELEASE: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,434 @@
+//! One machine: made from a kernel or from a snapshot, held, saved, and let go on.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use control::{Confinement, DiskConfig, MachineConfig};
+use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
+use hypervisor::{ClockPlan, VcpuState, Vm, VmState, cpu_identity, missing_features};
+use memory::{Layout, MachineMemory};
+use saved_state::{Container, Header, SnapshotId};
+use snapshot::Pair;
+
+use crate::{
+    boot, console,
+    device_set::DeviceSet,
+    error::Error,
+    metrics::{ExitCounts, MachineCounts},
+    state::{DiskState, MachineState},
+    vcpu::VcpuEnd,
+    vcpus::Vcpus,
+};
+
+/// How long the device loop may take to come to rest: a request or two of a slow disk.
+const QUIESCE_BOUND: Duration = Duration::from_secs(30);
+
+/// Who is told what the guest wants, or how it ends.
+#[derive(Clone)]
+pub(crate) struct Listeners {
+    /// Told when it wants to be switched off or reset.
+    pub(crate) requests: OnGuestRequest,
+    /// Told when a vCPU cannot go on.
+    pub(crate) end: Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+}
+
+/// What can be read of a machine while it does something else.
+pub(crate) struct Counters {
+    pub(crate) exits: Arc<ExitCounts>,
+    pub(crate) machine: MachineCounts,
+    pub(crate) devices: DeviceSet,
+}
+
+/// A machine. Fresh or restored it is held; [`Machine::run`] lets it go.
+pub(crate) struct Machine {
+    vm: Vm,
+    memory: MachineMemory,
+    vcpu_count: u32,
+    disks: Vec<DiskConfig>,
+    vcpus: Vcpus,
+    event_loop: EventLoop,
+    counters: Arc<Counters>,
+    /// There while the machine is held.
+    quiesced: Option<Quiesced>,
+    held_since: Instant,
+    /// There until a restored machine runs for the first time.
+    restored: Option<ClockPlan>,
+}
+
+/// A machine that is held. Dropped, it lets the machine go on if it ran before.
+#[must_use = "the machine goes on when this is dropped"]
+pub(crate) struct Held<'a> {
+    machine: &'a mut Machine,
+    ran: bool,
+}
+
+/// A machine whose parts are there and whose vCPUs have no threads yet.
+struct Parts {
+    vm: Vm,
+    memory: MachineMemory,
+    vcpus: Vec<hypervisor::Vcpu>,
+    disks: Vec<DiskConfig>,
+    devices: DeviceSet,
+    buses: crate::vcpu::Buses,
+    input: Option<File>,
+    restored: Option<ClockPlan>,
+}
+
+impl Machine {
+    /// Makes a machine whose first instruction is that of a kernel.
+    pub(crate) fn boot(
+        config: &MachineConfig,
+        console: console::Ends,
+        listeners: &Listeners,
+    ) -> Result<Self, Error> {
+        let bytes = config.memory_mib.saturating_mul(1 << 20);
+        let layout = layout_of(bytes)?;
+        let memory = MachineMemory::zeroed(layout)?;
+        let vm = Vm::new(&memory, config.vcpus)?;
+        let requests = &listeners.requests;
+        let console::Ends { output, input } = console;
+        let (devices, buses) =
+            DeviceSet::new(&vm, memory.guest(), &config.disks, output, requests)?;
+        let registers = boot::load(&memory, config, &devices.described())?;
+        let mut vcpus = Vec::new();
+        for id in 0..config.vcpus {
+            let mut vcpu = vm.create_vcpu(id)?;
+            vcpu.initialise(vm.cpuid())?;
+            vcpus.push(vcpu);
+        }
+        if let Some(first) = vcpus.first() {
+            first.boot(&registers)?;
+        }
+        Self::start(
+            Parts {
+                vm,
+                memory,
+                vcpus,
+                disks: config.disks.clone(),
+                devices,
+                buses,
+                input,
+                restored: None,
+            },
+            listeners,
+        )
+    }
+
+    /// Makes the machine that `pair` was saved from. Its memory is checked first.
+    pub(crate) fn restore(
+        mut pair: Pair,
+        confinement: Option<&Confinement>,
+        console: console::Ends,
+        listeners: &Listeners,
+    ) -> Result<Self, Error> {
+        layout_of(pair.state.header.memory_bytes)?;
+        let mut state = pair.take_state();
+        let MachineState { disks } = state.take(0)?;
+        if let Some(confinement) = confinement {
+            confined(confinement, &state.header, &disks)?;
+        }
+        for disk in &disks {
+            // One that is not there is refused when it is opened.
+            if DiskState::of(&disk.config()).is_ok_and(|now| disk.changed_since(&now)) {
+                return Err(Error::DiskChanged {
+                    path: disk.path.clone(),
+                });
+            }
+        }
+        let disks: Vec<_> = disks.iter().map(DiskState::config).collect();
+        pair.verify()?;
+        let memory = pair.map()?;
+        let count = state.header.vcpus;
+        let mut vm = Vm::new(&memory, count)?;
+        let requests = &listeners.requests;
+        let console::Ends { output, input } = console;
+        let (devices, buses) = DeviceSet::new(&vm, memory.guest(), &disks, output, requests)?;
+        let mut vcpus = Vec::new();
+        for id in 0..count {
+            let saved: VcpuState = state.take(id)?;
+            let missing = missing_features(&saved, vm.cpuid())?;
+            if !missing.is_empty() {
+                return Err(Error::MissingFeatures(missing));
+            }
+            let mut vcpu = vm.create_vcpu(id)?;
+            vcpu.restore(&saved)?;
+            vcpus.push(vcpu);
+        }
+        // After the vCPUs: an interrupt controller delivers to the local APICs as it is set.
+        vm.restore(&state.take::<VmState>(0)?)?;
+        devices.restore(&mut state)?;
+        state.finish()?;
+        let restored = match vcpus.first() {
+            Some(first) => ClockPlan::new(first)?,
+            None => None,
+        };
+        Self::start(
+            Parts {
+                vm,
+                memory,
+                vcpus,
+                disks,
+                devices,
+                buses,
+                input,
+                restored,
+            },
+            listeners,
+        )
+    }
+
+    fn start(parts: Parts, listeners: &Listeners) -> Result<Self, Error> {
+        let Parts {
+            vm,
+            memory,
+            vcpus,
+            disks,
+            devices,
+            buses,
+            input,
+            restored,
+        } = parts;
+        let input = input.map(|source| SerialInput {
+            source,
+            serial: Arc::clone(&devices.serial),
+        });
+        let (event_loop, quiesced) = EventLoop::spawn(&devices.transports, input)?;
+        let exits = Arc::new(ExitCounts::default());
+        let vcpu_count = vcpus.len() as u32;
+        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &exits, &listeners.end)?;
+        Ok(Self {
+            vm,
+            memory,
+            vcpu_count,
+            disks,
+            vcpus,
+            event_loop,
+            counters: Arc::new(Counters {
+                exits,
+                machine: MachineCounts::default(),
+                devices,
+            }),
+            quiesced: Some(quiesced),
+            held_since: Instant::now(),
+            restored,
+        })
+    }
+
+    /// What it counts.
+    pub(crate) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Its memory.
+    pub(crate) fn memory(&self) -> &MachineMemory {
+        &self.memory
+    }
+
+    /// Number of vCPUs.
+    pub(crate) fn vcpu_count(&self) -> u32 {
+        self.vcpu_count
+    }
+
+    /// Holds it: every vCPU is out of the guest, every queue is drained, nothing is in flight. When
+    /// it fails, the machine runs on if it ran.
+    pub(crate) fn hold(&mut self) -> Result<Held<'_>, Error> {
+        let ran = self.quiesced.is_none();
+        if ran {
+            let since = Instant::now();
+            if let Err(error) = self.vcpus.hold() {
+                self.let_run_after_failure();
+                return Err(error.into());
+            }
+            // After the vCPUs, which could notify a device again.
+            match self.event_loop.quiesce(QUIESCE_BOUND) {
+                Ok(quiesced) => self.quiesced = Some(quiesced),
+                Err(error) => {
+                    self.let_run_after_failure();
+                    return Err(error.into());
+                }
+            }
+            self.held_since = since;
+            let took = since.elapsed().as_micros() as u64;
+            let counts = &self.counters.machine;
+            counts.holds.add(1);
+            counts.last_hold_us.set(took);
+            counts.longest_hold_us.set_max(took);
+        }
+        Ok(Held { machine: self, ran })
+    }
+
+    /// Whether the guest runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.quiesced.is_none()
+    }
+
+    /// Lets it run; one that runs goes on. Clocks that were restored start now. When this fails, the
+    /// machine is in no known state.
+    pub(crate) fn run(&mut self) -> Result<(), Error> {
+        if self.is_running() {
+            return Ok(());
+        }
+        if self.restored.is_some() {
+            self.counters.devices.resume();
+        }
+        self.vm.start_clock()?;
+        let delta = self.restored.map(|plan| plan.start_now());
+        self.vcpus.run(delta)?;
+        self.restored = None;
+        self.quiesced = None;
+        Ok(())
+    }
+
+    fn let_run_after_failure(&mut self) {
+        if let Err(error) = self.vcpus.run(None) {
+            tracing::error!("the machine cannot go on after a pause that failed: {error}");
+        }
+    }
+}
+
+impl Held<'_> {
+    /// Leaves the machine held.
+    pub(crate) fn keep(mut self) {
+        self.ran = false;
+    }
+
+    /// Lets the machine go on if it ran before, or whatever happened before.
+    pub(crate) fn let_go(mut self, anyway: bool) -> Result<(), Error> {
+        let run = self.ran || anyway;
+        self.ran = false;
+        if run { self.machine.run() } else { Ok(()) }
+    }
+
+    /// How long it has been standing still.
+    pub(crate) fn stood_still(&self) -> Duration {
+        self.machine.held_since.elapsed()
+    }
+
+    /// Its memory.
+    pub(crate) fn memory(&self) -> &MachineMemory {
+        &self.machine.memory
+    }
+
+    /// Everything of it but its memory and the content of its disks.
+    pub(crate) fn save(&mut self) -> Result<Container, Error> {
+        // Exhaustive, so that a new field is either saved or said not to be.
+        let Machine {
+            vm,
+            memory,
+            vcpu_count,
+            disks,
+            vcpus,
+            event_loop: _,
+            counters,
+            quiesced: _,
+            held_since: _,
+            restored: _,
+        } = &mut *self.machine;
+        let mut container = Container::new(header(vm, memory, *vcpu_count)?);
+        let disks: Result<_, _> = disks.iter().map(disk_state).collect();
+        container.put(0, &MachineState { disks: disks? })?;
+        for state in vcpus.save()? {
+            container.put(state.id, &state)?;
+        }
+        container.put(0, &vm.save()?)?;
+        counters.devices.save(&mut container)?;
+        Ok(container)
+    }
+
+    /// The images of its writable disks.
+    pub(crate) fn writable_disks(&self) -> Vec<PathBuf> {
+        let disks = self.machine.disks.iter();
+        disks
+            .filter(|disk| !disk.read_only)
+            .map(|disk| disk.path.clone())
+            .collect()
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.ran
+            && let Err(error) = self.machine.run()
+        {
+            tracing::error!("the machine cannot go on: {error}");
+        }
+    }
+}
+
+/// Brings what a guest wrote to its disks to the host's.
+pub(crate) fn sync_disks(disks: &[PathBuf]) -> Result<(), Error> {
+    for disk in disks {
+        File::open(disk)
+            .and_then(|file| file.sync_all())
+            .map_err(|source| Error::DiskSync {
+                path: disk.display().to_string(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
+fn disk_state(disk: &DiskConfig) -> Result<DiskState, Error> {
+    DiskState::of(disk).map_err(|source| Error::DiskSync {
+        path: disk.path.display().to_string(),
+        source,
+    })
+}
+
+/// Whether what a state file asks for is what this process may give: the file may come from anybody.
+fn confined(confinement: &Confinement, header: &Header, disks: &[DiskState]) -> Result<(), Error> {
+    let mib = header.memory_bytes >> 20;
+    if header.vcpus > confinement.vcpus || mib > confinement.memory_mib {
+        return Err(Error::TooLarge {
+            vcpus: header.vcpus,
+            mib,
+        });
+    }
+    for disk in disks {
+        // One that is not there is refused when it is opened, by the same path.
+        let path = Path::new(&disk.path);
+        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let inside = |allowed: &PathBuf| real.starts_with(allowed);
+        if !confinement.disks.iter().any(inside) {
+            return Err(Error::DiskOutside {
+                path: disk.path.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The layout of `bytes` of guest memory, if this host can hold it at all.
+fn layout_of(bytes: u64) -> Result<Layout, Error> {
+    let layout = Layout::new(bytes)?;
+    let info = rustix::system::sysinfo();
+    let host = (info.totalram as u64 + info.totalswap as u64) * u64::from(info.mem_unit);
+    if bytes > host {
+        return Err(Error::HostTooSmall {
+            guest_mib: bytes >> 20,
+            host_mib: host >> 20,
+        });
+    }
+    Ok(layout)
+}
+
+fn header(vm: &Vm, memory: &MachineMemory, vcpus: u32) -> Result<Header, Error> {
+    let mut id = [0; 16];
+    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| Error::Host(errno.into()))?;
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_err(|e| Error::Host(std::io::Error::other(e)))?;
+    Ok(Header {
+        id: SnapshotId(id),
+        release: crate::RELEASE.to_owned(),
+        created_unix_ns: now.as_nanos() as u64,
+        host_cpu: cpu_identity(vm.cpuid()),
+        vcpus,
+        memory_bytes: memory.layout().bytes(),
+    })
+}

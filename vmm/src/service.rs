@@ -1,0 +1,99 @@
+//! The control service: admits requests and hands them to the controller.
+
+use std::{
+    sync::{Arc, mpsc::Sender},
+    time::Instant,
+};
+
+use control::{Failure, FailureKind, Metric, SnapshotReport, SnapshotRequest, Status, Vmm};
+use tarpc::context::Context;
+use tokio::sync::oneshot;
+
+use crate::{
+    controller::{Event, Reply, Request},
+    lifecycle::{self, Lifecycle, Refused},
+    machine::Counters,
+};
+
+/// What every connection's requests are answered from.
+#[derive(Clone)]
+pub(crate) struct Service {
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) events: Sender<Event>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u64,
+    pub(crate) begun: Instant,
+}
+
+impl Service {
+    /// Has the controller carry out a request that has been admitted.
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.events.send(Event::Client(request(reply)));
+        match (sent, answer.await) {
+            (Ok(()), Ok(result)) => result,
+            // The controller has ended, and drops what it has not got to.
+            _ => Err(Refused::Ended.into()),
+        }
+    }
+
+    fn admit(&self, event: lifecycle::Event) -> Result<(), Failure> {
+        self.lifecycle.apply(event)?;
+        Ok(())
+    }
+}
+
+impl Vmm for Service {
+    async fn status(self, _: Context) -> Status {
+        Status {
+            pid: std::process::id(),
+            release: crate::RELEASE.to_owned(),
+            state: self.lifecycle.state(),
+            vcpus: self.vcpus,
+            memory_mib: self.memory_mib,
+            uptime_ms: self.begun.elapsed().as_millis() as u64,
+        }
+    }
+
+    async fn pause(self, _: Context) -> Result<(), Failure> {
+        self.admit(lifecycle::Event::Pause)?;
+        self.ask(Request::Pause).await
+    }
+
+    async fn resume(self, _: Context) -> Result<(), Failure> {
+        self.admit(lifecycle::Event::Resume)?;
+        self.ask(Request::Resume).await
+    }
+
+    async fn snapshot(
+        self,
+        _: Context,
+        request: SnapshotRequest,
+    ) -> Result<SnapshotReport, Failure> {
+        if !request.state.is_absolute() || !request.memory.is_absolute() {
+            return Err(Failure {
+                kind: FailureKind::BadRequest,
+                message: "the paths of a snapshot must be absolute".to_owned(),
+            });
+        }
+        self.admit(lifecycle::Event::Save)?;
+        self.ask(|reply| Request::Snapshot(request, reply)).await
+    }
+
+    async fn stop(self, _: Context) -> Result<(), Failure> {
+        self.ask(Request::Stop).await
+    }
+
+    async fn metrics(self, _: Context) -> Vec<Metric> {
+        let Counters {
+            exits,
+            machine,
+            devices,
+        } = &*self.counters;
+        let mut metrics = exits.metrics();
+        metrics.extend(machine.metrics());
+        metrics.extend(devices.metrics());
+        metrics
+    }
+}

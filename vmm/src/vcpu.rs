@@ -1,0 +1,215 @@
+//! The thread of one vCPU: an enum of commands in, acknowledgements out.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, Sender, TryRecvError},
+    },
+    thread,
+};
+
+use devices::Bus;
+use hypervisor::{BoundVcpu, IoHandler, Kick, Ran, TscDelta, Vcpu, VcpuState};
+
+use crate::metrics::ExitCounts;
+
+/// What a vCPU's thread is told. A kick has to follow, or the thread may not look.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Run the guest. A clock that was restored starts with this delta.
+    Run(Option<TscDelta>),
+    /// Hold it.
+    Hold,
+    /// Read its state; only while it is held.
+    Save,
+    /// End the thread.
+    End,
+}
+
+/// A command with the number of the round it belongs to, which its acknowledgement repeats: an answer
+/// that comes after its round was given up is not taken for one of the next.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) round: u64,
+    pub(crate) command: Command,
+}
+
+/// What a vCPU's thread answers: which vCPU, in which round, and what it has done.
+#[derive(Debug)]
+pub(crate) struct Acknowledgement {
+    pub(crate) vcpu: u32,
+    pub(crate) round: u64,
+    pub(crate) done: Done,
+}
+
+/// What a vCPU has done.
+#[derive(Debug)]
+pub(crate) enum Done {
+    /// The thread is there, and can be kicked so.
+    Ready(Kick),
+    /// It runs, or could not.
+    Running(Result<(), hypervisor::Error>),
+    /// It is held, and nothing an exit began is left undone.
+    Held,
+    /// Its state.
+    Saved(Result<Box<VcpuState>, hypervisor::Error>),
+    /// The thread is about to end.
+    Ended,
+}
+
+/// How a guest ends by itself, seen from a vCPU.
+#[derive(Debug)]
+pub(crate) enum VcpuEnd {
+    /// A triple fault.
+    TripleFault,
+    /// KVM cannot run it.
+    Failed(hypervisor::Error),
+    /// Its thread panicked.
+    Panicked,
+}
+
+/// Who answers the guest's port and memory-mapped accesses.
+#[derive(Debug)]
+pub(crate) struct Buses {
+    pub(crate) ports: Bus,
+    pub(crate) mmio: Bus,
+}
+
+/// Nobody there: a read gives all ones, which KVM's buffer holds already, and a write goes nowhere.
+impl IoHandler for Buses {
+    fn port_in(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(u64::from(port), data);
+    }
+
+    fn port_out(&self, port: u16, data: &[u8]) {
+        self.ports.write(u64::from(port), data);
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        self.mmio.read(gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        self.mmio.write(gpa, data);
+    }
+}
+
+/// What a vCPU's thread works with.
+pub(crate) struct VcpuThread {
+    pub(crate) orders: Receiver<Order>,
+    pub(crate) acknowledgements: Sender<Acknowledgement>,
+    pub(crate) on_end: Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+    pub(crate) buses: Arc<Buses>,
+    pub(crate) exits: Arc<ExitCounts>,
+}
+
+/// What a vCPU's thread is doing.
+enum State {
+    Held,
+    Running,
+    Ended,
+}
+
+/// A guest must not go on without one of its CPUs: dropped in a panic, this tells of it.
+struct TellOfPanic<'a> {
+    vcpu: u32,
+    on_end: &'a Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+}
+
+impl Drop for TellOfPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            (self.on_end)(self.vcpu, VcpuEnd::Panicked);
+        }
+    }
+}
+
+impl VcpuThread {
+    /// Starts the thread, which holds `vcpu` until it is told to run.
+    pub(crate) fn spawn(self, vcpu: Vcpu) -> std::io::Result<thread::JoinHandle<()>> {
+        thread::Builder::new()
+            .name(format!("vcpu{}", vcpu.id()))
+            .spawn(move || self.run(vcpu.bind()))
+    }
+
+    fn run(self, mut vcpu: BoundVcpu) {
+        let _told = TellOfPanic {
+            vcpu: vcpu.id(),
+            on_end: &self.on_end,
+        };
+        let mut state = State::Held;
+        self.acknowledge(&vcpu, 0, Done::Ready(vcpu.kick()));
+        loop {
+            state = match state {
+                State::Held => match self.orders.recv() {
+                    Ok(order) => self.obey(&mut vcpu, State::Held, order),
+                    // The machine is gone.
+                    Err(_) => State::Ended,
+                },
+                State::Running => self.run_guest(&mut vcpu),
+                State::Ended => return,
+            };
+        }
+    }
+
+    /// Carries out `order` in state `state`; returns the state after it.
+    fn obey(&self, vcpu: &mut BoundVcpu, state: State, order: Order) -> State {
+        let Order { round, command } = order;
+        let (state, done) = match (command, state) {
+            (Command::Run(_), State::Running) => (State::Running, Done::Running(Ok(()))),
+            (Command::Run(delta), _) => {
+                let started = delta.map_or(Ok(()), |delta| vcpu.start_clock(delta));
+                vcpu.excuse_hold();
+                match started {
+                    Ok(()) => (State::Running, Done::Running(Ok(()))),
+                    Err(error) => (State::Held, Done::Running(Err(error))),
+                }
+            }
+            (Command::Hold, _) => (State::Held, Done::Held),
+            (Command::Save, state) => (state, Done::Saved(vcpu.save().map(Box::new))),
+            (Command::End, _) => (State::Ended, Done::Ended),
+        };
+        self.acknowledge(vcpu, round, done);
+        state
+    }
+
+    /// Runs the guest until it is kicked, and looks for a command then and only then: only a vCPU
+    /// that came back from a kick has finished what its last exit began.
+    fn run_guest(&self, vcpu: &mut BoundVcpu) -> State {
+        loop {
+            match vcpu.run(&*self.buses) {
+                Ok(Ran::Port) => self.exits.port.add(1),
+                Ok(Ran::Mmio) => self.exits.mmio.add(1),
+                Ok(Ran::Kicked) => {
+                    self.exits.kicked.add(1);
+                    match self.orders.try_recv() {
+                        Ok(order) => match self.obey(vcpu, State::Running, order) {
+                            State::Running => {}
+                            other => return other,
+                        },
+                        // Kicked once too often.
+                        Err(TryRecvError::Empty) => {}
+                        Err(TryRecvError::Disconnected) => return State::Ended,
+                    }
+                }
+                Ok(Ran::TripleFault) => {
+                    (self.on_end)(vcpu.id(), VcpuEnd::TripleFault);
+                    return State::Held;
+                }
+                Err(error) => {
+                    (self.on_end)(vcpu.id(), VcpuEnd::Failed(error));
+                    return State::Held;
+                }
+            }
+        }
+    }
+
+    fn acknowledge(&self, vcpu: &BoundVcpu, round: u64, done: Done) {
+        // Nobody listens any more when the machine is being dropped.
+        let _ = self.acknowledgements.send(Acknowledgement {
+            vcpu: vcpu.id(),
+            round,
+            done,
+        });
+    }
+}

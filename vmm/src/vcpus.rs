@@ -1,0 +1,177 @@
+//! All vCPUs of a machine, as one: told together, counted together.
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use hypervisor::{Kick, TscDelta, Vcpu, VcpuState};
+
+use crate::{
+    metrics::ExitCounts,
+    vcpu::{Acknowledgement, Buses, Command, Done, Order, VcpuEnd, VcpuThread},
+};
+
+/// How long all vCPUs together may take to acknowledge. A host under load, or a hypervisor under this
+/// one, may keep a thread off its CPU for seconds; a minute means that it does not come back.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// Why the vCPUs could not be told something.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("vCPUs {0:?} do not answer after {bound} s; the host is overloaded or its KVM is stuck", bound = BOUND.as_secs())]
+    NoAnswer(Vec<u32>),
+    #[error("a thread for vCPU {0} cannot be started: {1}; the host is out of threads")]
+    Thread(u32, std::io::Error),
+    #[error(transparent)]
+    Kvm(#[from] hypervisor::Error),
+}
+
+/// The threads of a machine's vCPUs.
+#[derive(Debug)]
+pub(crate) struct Vcpus {
+    vcpus: Vec<Handle>,
+    acknowledgements: Receiver<Acknowledgement>,
+    round: u64,
+}
+
+#[derive(Debug)]
+struct Handle {
+    id: u32,
+    orders: Sender<Order>,
+    kick: Option<Kick>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each of `vcpus`; all are held. `on_end` is told when a guest ends by
+    /// itself.
+    pub(crate) fn start(
+        vcpus: Vec<Vcpu>,
+        buses: &Arc<Buses>,
+        exits: &Arc<ExitCounts>,
+        on_end: &Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+    ) -> Result<Self, Error> {
+        let (sender, acknowledgements) = channel();
+        let mut started = Self {
+            vcpus: Vec::new(),
+            acknowledgements,
+            round: 0,
+        };
+        for vcpu in vcpus {
+            let id = vcpu.id();
+            let (orders, receiver) = channel();
+            let thread = VcpuThread {
+                orders: receiver,
+                acknowledgements: sender.clone(),
+                on_end: Arc::clone(on_end),
+                buses: Arc::clone(buses),
+                exits: Arc::clone(exits),
+            };
+            let thread = thread.spawn(vcpu).map_err(|e| Error::Thread(id, e))?;
+            started.vcpus.push(Handle {
+                id,
+                orders,
+                kick: None,
+                thread: Some(thread),
+            });
+        }
+        for (id, done) in started.gather()? {
+            if let (Done::Ready(kick), Some(handle)) = (done, started.handle(id)) {
+                handle.kick = Some(kick);
+            }
+        }
+        Ok(started)
+    }
+
+    /// Holds all of them. When it returns, none is in the guest and none has anything undone. When it
+    /// fails, those that answered are held: [`Vcpus::run`] undoes that.
+    pub(crate) fn hold(&mut self) -> Result<(), Error> {
+        self.tell(|| Command::Hold);
+        self.gather().map(|_| ())
+    }
+
+    /// Lets all of them run. Clocks that were restored start with `delta`.
+    pub(crate) fn run(&mut self, delta: Option<TscDelta>) -> Result<(), Error> {
+        self.tell(|| Command::Run(delta));
+        for (_, done) in self.gather()? {
+            if let Done::Running(result) = done {
+                result?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the state of all of them, by number. They must be held.
+    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>, Error> {
+        self.tell(|| Command::Save);
+        let mut states = Vec::new();
+        for (_, done) in self.gather()? {
+            if let Done::Saved(state) = done {
+                states.push(*state?);
+            }
+        }
+        states.sort_by_key(|state| state.id);
+        Ok(states)
+    }
+
+    /// Begins a round: gives all of them a command, and a kick so that they look.
+    fn tell(&mut self, command: impl Fn() -> Command) {
+        self.round += 1;
+        for vcpu in &self.vcpus {
+            // A thread that has ended does not answer either, and is named for that.
+            let _ = vcpu.orders.send(Order {
+                round: self.round,
+                command: command(),
+            });
+            if let Some(kick) = vcpu.kick {
+                kick.kick();
+            }
+        }
+    }
+
+    /// Ends a round: collects one acknowledgement of each vCPU.
+    fn gather(&self) -> Result<Vec<(u32, Done)>, Error> {
+        let deadline = Instant::now() + BOUND;
+        let mut answers: Vec<(u32, Done)> = Vec::with_capacity(self.vcpus.len());
+        while answers.len() < self.vcpus.len() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.acknowledgements.recv_timeout(left) {
+                Ok(Acknowledgement { vcpu, round, done }) if round == self.round => {
+                    answers.push((vcpu, done));
+                }
+                // Of a round that was given up.
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    let answered = |id: &u32| answers.iter().any(|(vcpu, _)| vcpu == id);
+                    let ids = self.vcpus.iter().map(|vcpu| vcpu.id);
+                    return Err(Error::NoAnswer(ids.filter(|id| !answered(id)).collect()));
+                }
+            }
+        }
+        Ok(answers)
+    }
+
+    fn handle(&mut self, id: u32) -> Option<&mut Handle> {
+        self.vcpus.iter_mut().find(|vcpu| vcpu.id == id)
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.tell(|| Command::End);
+        match self.gather() {
+            Ok(_) => {
+                for thread in self.vcpus.iter_mut().filter_map(|vcpu| vcpu.thread.take()) {
+                    // It has said that it is about to end.
+                    let _ = thread.join();
+                }
+            }
+            Err(error) => tracing::error!("{error}; their threads are left behind"),
+        }
+    }
+}
