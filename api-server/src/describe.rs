@@ -1,0 +1,94 @@
+//! A machine as clients see it.
+
+use std::{path::Path, time::Duration};
+
+use api_types::{Disk, Vm, VmOrigin, VmState};
+use control::{Client, Console, MachineState, Origin, Record, Registry, Status};
+use tokio::time::timeout;
+use tracing::debug;
+
+/// How long one machine may keep a list of machines waiting.
+const STATUS_BOUND: Duration = Duration::from_secs(3);
+
+/// Asks the VMM of `record` what it is doing; `None` if it does not answer within some seconds.
+pub async fn status_of(record: &Record) -> Option<Status> {
+    let asked = async {
+        let client = Client::connect(record.port, &record.secret).await?;
+        client.status().await
+    };
+    let pid = record.process.pid;
+    match timeout(STATUS_BOUND, asked).await {
+        Ok(Ok(status)) => Some(status),
+        Ok(Err(error)) => {
+            debug!(pid, %error, "a VMM gives no status");
+            None
+        }
+        Err(_) => {
+            debug!(pid, "a VMM does not answer");
+            None
+        }
+    }
+}
+
+/// The machine of `record`, which said `status` if it answered.
+pub fn describe(registry: &Registry, record: &Record, status: Option<Status>) -> Vm {
+    let pid = record.process.pid;
+    Vm {
+        pid,
+        port: record.port,
+        state: status
+            .as_ref()
+            .map_or(VmState::Unresponsive, |status| state(status.state)),
+        vcpus: Some(record.vcpus),
+        memory_mib: Some(record.memory_mib),
+        uptime_ms: status.as_ref().map(|status| status.uptime_ms),
+        release: status.map(|status| status.release),
+        origin: origin(&record.origin),
+        console: console(&record.console),
+        log: text(&registry.log_of(pid)),
+        notes: Vec::new(),
+        ended: None,
+    }
+}
+
+pub(crate) fn origin(origin: &Origin) -> VmOrigin {
+    match origin {
+        Origin::Boot(machine) => VmOrigin::Boot {
+            kernel_path: text(&machine.kernel),
+            initrd_path: machine.initrd.as_deref().map(text),
+            cmdline: machine.cmdline.clone(),
+            disks: machine
+                .disks
+                .iter()
+                .map(|disk| Disk {
+                    path: text(&disk.path),
+                    read_only: disk.read_only,
+                })
+                .collect(),
+        },
+        Origin::Restore { state, memory } => VmOrigin::Restore {
+            cpu_snapshot_path: text(state),
+            memory_snapshot_path: text(memory),
+        },
+    }
+}
+
+pub(crate) fn console(console: &Console) -> Option<String> {
+    match console {
+        Console::File(path) => Some(text(path)),
+        Console::Terminal => None,
+    }
+}
+
+pub(crate) fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn state(state: MachineState) -> VmState {
+    match state {
+        MachineState::Running => VmState::Running,
+        MachineState::Paused => VmState::Paused,
+        MachineState::Saving => VmState::Saving,
+        MachineState::Ended => VmState::Ended,
+    }
+}

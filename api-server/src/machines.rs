@@ -1,0 +1,286 @@
+//! What the routes do.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use api_types::{
+    CreateAnswer, CreateRequest, DeleteAnswer, ErrorCode, Health, Metric, Vm, VmState,
+};
+use control::{
+    Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Record, Registry,
+    Secret, Stopped, spawn,
+};
+use futures::future::join_all;
+use tokio::task::{JoinError, spawn_blocking};
+use tracing::{Span, info, instrument, warn};
+
+use crate::{
+    ServerConfig, SetupError,
+    children::{Children, why},
+    describe::{console, describe, origin, status_of, text},
+    error::ApiError,
+    plan,
+    tree::Tree,
+};
+
+/// How long after the loss of its connection a VMM is given to be reaped, so that the error can say how
+/// it ended.
+const REAP_BOUND: Duration = Duration::from_secs(2);
+
+/// The machines of this host and user, and how to get more.
+#[derive(Debug)]
+pub(crate) struct Machines {
+    config: Arc<ServerConfig>,
+    tree: Arc<Tree>,
+    registry: Registry,
+    children: Children,
+    /// How many are being launched. Held while the living are counted, so that the limit holds.
+    launching: Mutex<usize>,
+}
+
+impl Machines {
+    pub(crate) fn new(config: ServerConfig, tree: Tree) -> Result<Self, SetupError> {
+        Ok(Self {
+            registry: Registry::open(&config.run_dir)?,
+            config: Arc::new(config),
+            tree: Arc::new(tree),
+            children: Children::default(),
+            launching: Mutex::new(0),
+        })
+    }
+
+    /// Boots or restores a machine; returns once it runs.
+    #[instrument(skip_all, fields(pid))]
+    pub(crate) async fn create(&self, request: CreateRequest) -> Result<CreateAnswer, ApiError> {
+        let (config, tree) = (self.config.clone(), self.tree.clone());
+        // Paths may lie on slow file systems.
+        let plan = spawn_blocking(move || plan::create(&config, &tree, &request))
+            .await
+            .map_err(broken)??;
+        let _admitted = self.admit()?;
+        self.launch(plan).await
+    }
+
+    /// Counts one more launch, if there may be one.
+    fn admit(&self) -> Result<Admitted<'_>, ApiError> {
+        let mut launching = lock(&self.launching);
+        let most = self.config.limits.vms;
+        if self.registry.list()?.len() + *launching >= most {
+            return Err(ApiError::new(
+                ErrorCode::TooManyVms,
+                format!("there are {most} VMs already; end one with DELETE /vms/<pid>"),
+            ));
+        }
+        *launching += 1;
+        Ok(Admitted(&self.launching))
+    }
+
+    /// What a state file may ask for: disks in the tree or the operator's own, and no more than a
+    /// request could.
+    fn confinement(&self) -> Confinement {
+        let (defaults, limits) = (&self.config.defaults, &self.config.limits);
+        let resolved = |disk: &DiskConfig| disk.path.canonicalize().ok();
+        let mut disks: Vec<_> = defaults.disks.iter().filter_map(resolved).collect();
+        disks.push(self.tree.resolved().to_owned());
+        Confinement {
+            disks,
+            vcpus: limits.vcpus,
+            memory_mib: limits.memory_mib,
+        }
+    }
+
+    async fn launch(&self, plan: plan::Plan) -> Result<CreateAnswer, ApiError> {
+        let host = |e: std::io::Error| ApiError::new(ErrorCode::Internal, e.to_string());
+        let spec = LaunchSpec {
+            secret: Secret::random().map_err(host)?,
+            origin: plan.origin,
+            console: Console::File(self.registry.new_console().map_err(host)?),
+            registry: self.registry.dir().to_owned(),
+            paused: false,
+            confinement: Some(self.confinement()),
+        };
+        let program = &self.config.vmm_binary;
+        let vmm = spawn(program, &spec, Log::File, self.config.limits.launch).await?;
+        let (pid, port) = (vmm.pid, vmm.port);
+        Span::current().record("pid", pid);
+        for note in &plan.notes {
+            warn!(note, "a request asked for more than there is");
+        }
+        let record = self.registry.find_pid(pid).unwrap_or_default();
+        let vm = Vm {
+            pid,
+            port,
+            state: VmState::Running,
+            vcpus: record.as_ref().map(|record| record.vcpus),
+            memory_mib: record.as_ref().map(|record| record.memory_mib),
+            uptime_ms: None,
+            release: None,
+            origin: origin(&spec.origin),
+            console: console(&spec.console),
+            log: text(&self.registry.log_of(pid)),
+            notes: plan.notes,
+            ended: None,
+        };
+        self.children.adopt(vm, vmm.child);
+        info!(port, "a VM runs");
+        Ok(CreateAnswer { pid, port })
+    }
+
+    /// Saves a machine; returns once both files are durable.
+    #[instrument(skip_all, fields(port = request.rpc_port, pid))]
+    pub(crate) async fn snapshot(
+        &self,
+        request: api_types::SnapshotRequest,
+    ) -> Result<(), ApiError> {
+        let port = request.rpc_port;
+        let tree = self.tree.clone();
+        let plan = spawn_blocking(move || plan::snapshot(&tree, &request))
+            .await
+            .map_err(broken)??;
+        let record = self.registry.find_port(port)?.ok_or_else(|| {
+            ApiError::new(
+                ErrorCode::NotFound,
+                format!("no VM has port {port}; GET /vms lists them"),
+            )
+        })?;
+        let pid = record.process.pid;
+        Span::current().record("pid", pid);
+        let saved = async { connect(&record).await?.snapshot(plan).await };
+        match saved.await {
+            Ok(report) => {
+                info!(?report, "a snapshot was taken");
+                Ok(())
+            }
+            Err(ClientError::Lost(_)) => Err(self.lost(pid).await),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The error for a VMM that went away while it saved its machine.
+    async fn lost(&self, pid: u32) -> ApiError {
+        let how = match self.children.ended_within(pid, REAP_BOUND).await {
+            Some(Vm {
+                ended: Some(ended), ..
+            }) => why(&ended),
+            _ => "its VMM went away".to_owned(),
+        };
+        let log = self.registry.log_of(pid);
+        ApiError::new(
+            ErrorCode::VmmLost,
+            format!(
+                "VM {pid} was lost before its snapshot was complete: {how}; nothing was confirmed \
+                 as saved, and {} may say more",
+                log.display()
+            ),
+        )
+    }
+
+    /// The machines that live.
+    pub(crate) async fn list(&self) -> Result<Vec<Vm>, ApiError> {
+        let records = self.registry.list()?;
+        Ok(join_all(records.iter().map(|record| self.living(record))).await)
+    }
+
+    /// One machine, also when it has ended not long ago.
+    pub(crate) async fn get(&self, pid: u32) -> Result<Vm, ApiError> {
+        if let Some(record) = self.registry.find_pid(pid)? {
+            return Ok(self.living(&record).await);
+        }
+        let ended = if self.children.lives(pid) {
+            // It has just left the registry and is on its way to be reaped.
+            self.children.ended_within(pid, REAP_BOUND).await
+        } else {
+            self.children.ended(pid)
+        };
+        ended.ok_or_else(|| unknown(pid))
+    }
+
+    async fn living(&self, record: &Record) -> Vm {
+        let status = status_of(record).await;
+        Vm {
+            notes: self.children.notes(record.process.pid),
+            ..describe(&self.registry, record, status)
+        }
+    }
+
+    /// Ends a machine; returns once its process is gone.
+    #[instrument(skip(self))]
+    pub(crate) async fn delete(&self, pid: u32) -> Result<DeleteAnswer, ApiError> {
+        let record = self.record(pid)?;
+        let stopped = control::stop(&record, self.config.limits.stop)
+            .await
+            .map_err(|e| ApiError::new(ErrorCode::Internal, e.to_string()))?;
+        info!(?stopped, "a VM was ended");
+        Ok(DeleteAnswer {
+            pid,
+            killed: stopped == Stopped::Killed,
+        })
+    }
+
+    /// The counters of a machine.
+    pub(crate) async fn metrics(&self, pid: u32) -> Result<Vec<Metric>, ApiError> {
+        let client = connect(&self.record(pid)?).await?;
+        let metrics = client.metrics().await?.into_iter();
+        Ok(metrics
+            .map(|metric| Metric {
+                name: metric.name,
+                labels: metric.label.into_iter().collect(),
+                value: metric.value,
+            })
+            .collect())
+    }
+
+    /// Whether the server can do its work.
+    pub(crate) fn health(&self) -> Result<Health, ApiError> {
+        Ok(Health {
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            vms: self.registry.list()?.len(),
+        })
+    }
+
+    /// The record of a machine that lives.
+    fn record(&self, pid: u32) -> Result<Record, ApiError> {
+        if let Some(record) = self.registry.find_pid(pid)? {
+            return Ok(record);
+        }
+        match self.children.ended(pid).and_then(|vm| vm.ended) {
+            Some(ended) => Err(ApiError::new(
+                ErrorCode::NotFound,
+                format!("VM {pid} has ended: {}", why(&ended)),
+            )),
+            None => Err(unknown(pid)),
+        }
+    }
+}
+
+/// A launch that counts against the limit until it is dropped.
+struct Admitted<'a>(&'a Mutex<usize>);
+
+impl Drop for Admitted<'_> {
+    fn drop(&mut self) {
+        *lock(self.0) -= 1;
+    }
+}
+
+fn lock(count: &Mutex<usize>) -> MutexGuard<'_, usize> {
+    // A count is right whatever panicked while it was locked.
+    count.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn connect(record: &Record) -> Result<Client, ClientError> {
+    Client::connect(record.port, &record.secret).await
+}
+
+fn unknown(pid: u32) -> ApiError {
+    ApiError::new(
+        ErrorCode::NotFound,
+        format!("no VM has process id {pid}; GET /vms lists them"),
+    )
+}
+
+/// A task of ours panicked, or the runtime is shutting down.
+fn broken(error: JoinError) -> ApiError {
+    ApiError::new(ErrorCode::Internal, error.to_string())
+}

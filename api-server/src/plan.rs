@@ -1,0 +1,367 @@
+//! From a request to what a VMM is told. Nothing is started here.
+
+use std::path::{Path, PathBuf};
+
+use api_types::{CreateRequest, ErrorCode};
+use control::{AfterSnapshot, DiskConfig, MachineConfig, Origin, SnapshotRequest};
+
+use crate::{
+    ServerConfig,
+    error::ApiError,
+    tree::{PathError, Tree},
+};
+
+/// The least memory a machine may have, in MiB.
+const MIN_MEMORY_MIB: u64 = 64;
+
+/// What a `POST /create` comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) origin: Origin,
+    /// What was asked for and is not done.
+    pub(crate) notes: Vec<String>,
+}
+
+pub(crate) fn create(
+    config: &ServerConfig,
+    tree: &Tree,
+    request: &CreateRequest,
+) -> Result<Plan, ApiError> {
+    let origin = if request.resume {
+        restore(tree, request)?
+    } else {
+        Origin::Boot(boot(config, tree, request)?)
+    };
+    Ok(Plan {
+        origin,
+        notes: notes(request),
+    })
+}
+
+fn restore(tree: &Tree, request: &CreateRequest) -> Result<Origin, ApiError> {
+    let state = input(tree, "cpu_snapshot_path", &request.cpu_snapshot_path)?;
+    let memory = input(tree, "memory_snapshot_path", &request.memory_snapshot_path)?;
+    different(&state, &memory)?;
+    Ok(Origin::Restore { state, memory })
+}
+
+fn boot(
+    config: &ServerConfig,
+    tree: &Tree,
+    request: &CreateRequest,
+) -> Result<MachineConfig, ApiError> {
+    let kernel = input(tree, "kernel_path", &request.kernel_path)?;
+    let initrd = match request.initrd_path.as_deref() {
+        None => config.defaults.initrd.clone(),
+        Some("") => None,
+        Some(path) => Some(tree.input("initrd_path", path)?),
+    };
+    let disks = match &request.disks {
+        None => config.defaults.disks.clone(),
+        Some(disks) => disks
+            .iter()
+            .map(|disk| {
+                Ok(DiskConfig {
+                    path: tree.input("disks", &disk.path)?,
+                    read_only: disk.read_only,
+                })
+            })
+            .collect::<Result<_, PathError>>()?,
+    };
+    let vcpus = request.vcpus.unwrap_or(config.defaults.vcpus);
+    within("vcpus", vcpus.into(), 1, config.limits.vcpus.into())?;
+    let memory_mib = request.memory_mib.unwrap_or(config.defaults.memory_mib);
+    within(
+        "memory_mib",
+        memory_mib,
+        MIN_MEMORY_MIB,
+        config.limits.memory_mib,
+    )?;
+    let cmdline = request.cmdline.as_ref();
+    Ok(MachineConfig {
+        vcpus,
+        memory_mib,
+        kernel,
+        initrd,
+        cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
+        disks,
+    })
+}
+
+fn notes(request: &CreateRequest) -> Vec<String> {
+    let mut notes = Vec::new();
+    if let Some(tap) = &request.tap_device {
+        notes.push(format!(
+            "tap_device {tap:?} is not used: this release has no network device"
+        ));
+    }
+    if request.config.is_some() {
+        notes.push("config is not used: this release does not configure guests".to_owned());
+    }
+    let shape = [
+        ("vcpus", request.vcpus.is_some()),
+        ("memory_mib", request.memory_mib.is_some()),
+        ("initrd_path", request.initrd_path.is_some()),
+        ("cmdline", request.cmdline.is_some()),
+        ("disks", request.disks.is_some()),
+    ];
+    for (field, given) in shape {
+        if request.resume && given {
+            notes.push(format!(
+                "{field} is not used: a restored machine has what it was saved with"
+            ));
+        }
+    }
+    notes
+}
+
+pub(crate) fn snapshot(
+    tree: &Tree,
+    request: &api_types::SnapshotRequest,
+) -> Result<SnapshotRequest, ApiError> {
+    let state = tree.output("cpu_snapshot_path", &request.cpu_snapshot_path)?;
+    let memory = tree.output("memory_snapshot_path", &request.memory_snapshot_path)?;
+    different(&state, &memory)?;
+    Ok(SnapshotRequest {
+        state,
+        memory,
+        then: if request.resume {
+            AfterSnapshot::Resume
+        } else {
+            AfterSnapshot::Halt
+        },
+    })
+}
+
+fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {
+    tree.input(field, path.as_deref().unwrap_or_default())
+}
+
+fn different(state: &Path, memory: &Path) -> Result<(), ApiError> {
+    if state == memory {
+        return Err(ApiError::new(
+            ErrorCode::BadRequest,
+            "cpu_snapshot_path and memory_snapshot_path name the same file; name two",
+        ));
+    }
+    Ok(())
+}
+
+fn within(field: &str, value: u64, least: u64, most: u64) -> Result<(), ApiError> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::BadRequest,
+        format!("{field} is {value}; ask for {least} to {most}"),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    struct Bench {
+        _dir: tempfile::TempDir,
+        config: ServerConfig,
+        tree: Tree,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            for name in ["kernel", "initrd", "disk", "state", "memory"] {
+                fs::write(dir.path().join(name), "").unwrap();
+            }
+            Self {
+                config: ServerConfig::new(dir.path(), "/no/vmm"),
+                tree: Tree::open(dir.path()).unwrap(),
+                _dir: dir,
+            }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.tree.input("", name).unwrap()
+        }
+
+        fn create(&self, json: &str) -> Result<Plan, ApiError> {
+            create(
+                &self.config,
+                &self.tree,
+                &serde_json::from_str(json).unwrap(),
+            )
+        }
+
+        fn refusal(&self, json: &str) -> (u16, String) {
+            let refused = self.create(json).unwrap_err();
+            (refused.code.status(), refused.message)
+        }
+    }
+
+    #[test]
+    fn what_a_request_leaves_out_is_the_operators_choice() {
+        let bench = Bench::new();
+        let plan = bench
+            .create(
+                r#"{"cpu_snapshot_path": "", "memory_snapshot_path": "", "kernel_path": "kernel",
+                    "resume": false}"#,
+            )
+            .unwrap();
+        let Origin::Boot(machine) = plan.origin else {
+            panic!("{plan:?}")
+        };
+        assert_eq!(machine.kernel, bench.path("kernel"));
+        assert_eq!((machine.vcpus, machine.memory_mib), (2, 256));
+        assert_eq!(machine.cmdline, bench.config.defaults.cmdline);
+        assert_eq!((machine.initrd, machine.disks), (None, vec![]));
+        assert_eq!(plan.notes, [""; 0]);
+    }
+
+    #[test]
+    fn what_a_request_says_is_taken() {
+        let mut bench = Bench::new();
+        bench.config.defaults.initrd = Some("/boot/initrd".into());
+        let plan = bench
+            .create(
+                r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512,
+                    "initrd_path": "initrd", "cmdline": "quiet", "disks": [{"path": "disk"}]}"#,
+            )
+            .unwrap();
+        let expected = MachineConfig {
+            vcpus: 4,
+            memory_mib: 512,
+            kernel: bench.path("kernel"),
+            initrd: Some(bench.path("initrd")),
+            cmdline: "quiet".to_owned(),
+            disks: vec![DiskConfig {
+                path: bench.path("disk"),
+                read_only: false,
+            }],
+        };
+        assert_eq!(plan.origin, Origin::Boot(expected));
+        let plan = bench
+            .create(r#"{"kernel_path": "kernel", "resume": false, "initrd_path": ""}"#)
+            .unwrap();
+        assert!(matches!(plan.origin, Origin::Boot(machine) if machine.initrd.is_none()));
+    }
+
+    #[test]
+    fn resume_restores_whatever_the_kernel_path_says() {
+        let bench = Bench::new();
+        let plan = bench
+            .create(
+                r#"{"cpu_snapshot_path": "state", "memory_snapshot_path": "memory",
+                    "kernel_path": "/no/such/kernel", "resume": true, "vcpus": 8}"#,
+            )
+            .unwrap();
+        let expected = Origin::Restore {
+            state: bench.path("state"),
+            memory: bench.path("memory"),
+        };
+        assert_eq!(plan.origin, expected);
+        assert_eq!(plan.notes.len(), 1);
+        assert!(
+            plan.notes[0].starts_with("vcpus is not used"),
+            "{:?}",
+            plan.notes
+        );
+    }
+
+    #[test]
+    fn what_is_asked_for_and_not_done_is_noted() {
+        let bench = Bench::new();
+        let plan = bench
+            .create(
+                r#"{"kernel_path": "kernel", "resume": false, "tap_device": "vmtap100",
+                    "config": {"username": "u", "password": "hunter2", "id": 10}}"#,
+            )
+            .unwrap();
+        assert_eq!(plan.notes.len(), 2);
+        assert!(plan.notes[0].contains("vmtap100"));
+        assert!(!format!("{:?}", plan.notes).contains("hunter2"));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        let bench = Bench::new();
+        let cases = [
+            (r#"{"resume": false}"#, 400, "kernel_path is missing"),
+            (
+                r#"{"resume": false, "kernel_path": ""}"#,
+                400,
+                "kernel_path is missing",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "absent"}"#,
+                404,
+                "kernel_path",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "/etc/passwd"}"#,
+                400,
+                "outside",
+            ),
+            (r#"{"resume": true}"#, 400, "cpu_snapshot_path is missing"),
+            (
+                r#"{"resume": true, "cpu_snapshot_path": "state"}"#,
+                400,
+                "memory_snapshot_path is missing",
+            ),
+            (
+                r#"{"resume": true, "cpu_snapshot_path": "state", "memory_snapshot_path": "./state"}"#,
+                400,
+                "the same file",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "kernel", "vcpus": 0}"#,
+                400,
+                "vcpus is 0; ask for 1 to 32",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "kernel", "vcpus": 33}"#,
+                400,
+                "vcpus is 33",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "kernel", "memory_mib": 63}"#,
+                400,
+                "memory_mib is 63",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "kernel", "disks": [{"path": "../x"}]}"#,
+                400,
+                "disks",
+            ),
+        ];
+        for (json, status, said) in cases {
+            let (found, message) = bench.refusal(json);
+            assert_eq!(found, status, "{json}: {message}");
+            assert!(message.contains(said), "{json}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_goes_into_two_files_in_the_tree() {
+        let bench = Bench::new();
+        let mut request = api_types::SnapshotRequest {
+            cpu_snapshot_path: "new-state".to_owned(),
+            memory_snapshot_path: "new-memory".to_owned(),
+            rpc_port: 1,
+            resume: true,
+        };
+        let planned = snapshot(&bench.tree, &request).unwrap();
+        assert_eq!(planned.state.parent(), bench.path("kernel").parent());
+        assert_eq!(planned.then, AfterSnapshot::Resume);
+        request.resume = false;
+        let planned = snapshot(&bench.tree, &request).unwrap();
+        assert_eq!(planned.then, AfterSnapshot::Halt);
+        request.memory_snapshot_path = "./new-state".to_owned();
+        let refused = snapshot(&bench.tree, &request).unwrap_err();
+        assert_eq!(refused.code, ErrorCode::BadRequest);
+        request.memory_snapshot_path = "no/such/directory".to_owned();
+        let refused = snapshot(&bench.tree, &request).unwrap_err();
+        assert_eq!(refused.code, ErrorCode::NotFound);
+    }
+}

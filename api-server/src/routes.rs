@@ -1,0 +1,187 @@
+//! The routes. Each says what it takes and answers, which is also what the OpenAPI document says.
+
+use api_types::{
+    CreateAnswer, CreateRequest, DeleteAnswer, ErrorBody, ErrorCode, Health, Metric,
+    SNAPSHOT_TAKEN, SnapshotRequest, Vm,
+};
+use rocket::{
+    Route, State, delete, get,
+    http::ContentType,
+    post, routes,
+    serde::json::{self, Json},
+};
+
+use crate::{error::ApiError, machines::Machines, openapi};
+
+type Answer<T> = Result<Json<T>, ApiError>;
+type Body<'r, T> = Result<Json<T>, json::Error<'r>>;
+
+pub(crate) fn all() -> Vec<Route> {
+    routes![
+        create,
+        snapshot,
+        list,
+        show,
+        metrics,
+        end,
+        healthz,
+        openapi_json
+    ]
+}
+
+/// Boots a kernel or restores a snapshot; answers once the guest runs.
+#[utoipa::path(
+    tag = "machines",
+    request_body = CreateRequest,
+    responses(
+        (status = 200, description = "The machine runs.", body = CreateAnswer),
+        (status = 400, description = "The request cannot be meant.", body = ErrorBody),
+        (status = 404, description = "A file is not there.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 422, description = "A file is not a snapshot that this host can run.", body = ErrorBody),
+        (status = 500, description = "The host refused.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 503, description = "There are too many machines.", body = ErrorBody),
+        (status = 504, description = "The machine did not start in time.", body = ErrorBody),
+        (status = 507, description = "The file system is full.", body = ErrorBody),
+    )
+)]
+#[post("/create", data = "<body>")]
+async fn create(machines: &State<Machines>, body: Body<'_, CreateRequest>) -> Answer<CreateAnswer> {
+    machines.create(meant(body)?).await.map(Json)
+}
+
+/// Saves a machine into two files; answers once both are complete and durable.
+#[utoipa::path(
+    tag = "machines",
+    request_body = SnapshotRequest,
+    responses(
+        (status = 200, description = "Both files are complete and durable.", body = String, example = json!(SNAPSHOT_TAKEN)),
+        (status = 400, description = "The request cannot be meant.", body = ErrorBody),
+        (status = 404, description = "There is no such machine or directory.", body = ErrorBody),
+        (status = 409, description = "The machine is busy with a snapshot already.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 500, description = "The host refused.", body = ErrorBody),
+        (status = 502, description = "The VMM died; files that were there before are as they were.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+        (status = 507, description = "The file system is full.", body = ErrorBody),
+    )
+)]
+#[post("/snapshot", data = "<body>")]
+async fn snapshot(
+    machines: &State<Machines>,
+    body: Body<'_, SnapshotRequest>,
+) -> Answer<&'static str> {
+    machines.snapshot(meant(body)?).await?;
+    Ok(Json(SNAPSHOT_TAKEN))
+}
+
+/// The machines that live, also those that an earlier server or the command line started.
+#[utoipa::path(
+    tag = "machines",
+    responses(
+        (status = 200, description = "The machines, by process id.", body = [Vm]),
+        (status = 500, description = "The run directory cannot be read.", body = ErrorBody),
+    )
+)]
+#[get("/vms")]
+async fn list(machines: &State<Machines>) -> Answer<Vec<Vm>> {
+    machines.list().await.map(Json)
+}
+
+/// One machine; how it ended, if this server started it and it ended not long ago.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    responses(
+        (status = 200, description = "The machine.", body = Vm),
+        (status = 400, description = "That is not a process id.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 500, description = "The run directory cannot be read.", body = ErrorBody),
+    )
+)]
+#[get("/vms/<pid>")]
+async fn show(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
+    machines.get(process_id(pid)?).await.map(Json)
+}
+
+/// The counters of one machine.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    responses(
+        (status = 200, description = "The counters since its process began.", body = [Metric]),
+        (status = 400, description = "That is not a process id.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 500, description = "The run directory cannot be read.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+    )
+)]
+#[get("/vms/<pid>/metrics")]
+async fn metrics(machines: &State<Machines>, pid: &str) -> Answer<Vec<Metric>> {
+    machines.metrics(process_id(pid)?).await.map(Json)
+}
+
+/// Ends a machine without asking its guest; answers once its process is gone.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    responses(
+        (status = 200, description = "It has ended.", body = DeleteAnswer),
+        (status = 400, description = "That is not a process id.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 500, description = "The process cannot be ended.", body = ErrorBody),
+    )
+)]
+#[delete("/vms/<pid>")]
+async fn end(machines: &State<Machines>, pid: &str) -> Answer<DeleteAnswer> {
+    machines.delete(process_id(pid)?).await.map(Json)
+}
+
+/// Whether the server can do its work.
+#[utoipa::path(
+    tag = "server",
+    responses(
+        (status = 200, description = "It can.", body = Health),
+        (status = 500, description = "The run directory cannot be read.", body = ErrorBody),
+    )
+)]
+#[get("/healthz")]
+async fn healthz(machines: &State<Machines>) -> Answer<Health> {
+    machines.health().map(Json)
+}
+
+/// This description.
+#[utoipa::path(tag = "server", responses((status = 200, description = "An OpenAPI document.", content_type = "application/json")))]
+#[get("/openapi.json")]
+fn openapi_json() -> (ContentType, String) {
+    (ContentType::JSON, openapi::document())
+}
+
+/// The request in a body, whatever its content type: clients in the field do not all name one.
+fn meant<T>(body: Body<'_, T>) -> Result<T, ApiError> {
+    match body {
+        Ok(Json(request)) => Ok(request),
+        Err(json::Error::Parse(_, error)) => Err(ApiError::new(
+            ErrorCode::BadRequest,
+            format!("the request is not the JSON that is meant: {error}"),
+        )),
+        Err(json::Error::Io(error)) if error.kind() == std::io::ErrorKind::UnexpectedEof => Err(
+            ApiError::new(ErrorCode::TooLarge, "the request is too long; shorten it"),
+        ),
+        Err(json::Error::Io(error)) => Err(ApiError::new(
+            ErrorCode::BadRequest,
+            format!("the request could not be read: {error}"),
+        )),
+    }
+}
+
+fn process_id(text: &str) -> Result<u32, ApiError> {
+    text.parse().map_err(|_| {
+        ApiError::new(
+            ErrorCode::BadRequest,
+            format!("{text:?} is not a process id; GET /vms lists them"),
+        )
+    })
+}

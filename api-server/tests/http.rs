@@ -1,0 +1,285 @@
+//! What the server answers where no machine is needed: every refusal is JSON, has the right status, says
+//! what to do, and the server lives on.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may do what tests may")]
+
+use std::{fs, path::Path, sync::mpsc, thread};
+
+use api_server::{ServerConfig, rocket as server};
+use api_types::{ErrorBody, ErrorCode, Health};
+use rocket::{
+    fairing::AdHoc,
+    http::{Method, Status},
+    local::blocking::Client,
+};
+use tempfile::TempDir;
+
+/// A tree `tree/` with a `kernel`, and a run directory.
+fn config(dir: &Path, vmm: &str) -> ServerConfig {
+    let root = dir.join("tree");
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("kernel"), "not really").unwrap();
+    ServerConfig {
+        run_dir: dir.join("run"),
+        ..ServerConfig::new(root, vmm)
+    }
+}
+
+struct Bench {
+    client: Client,
+    _dir: TempDir,
+}
+
+impl Bench {
+    fn new(vmm: &str) -> Self {
+        Self::with(vmm, |_| {})
+    }
+
+    fn with(vmm: &str, change: impl FnOnce(&mut ServerConfig)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path(), vmm);
+        change(&mut config);
+        Self {
+            client: Client::tracked(server(config).unwrap()).unwrap(),
+            _dir: dir,
+        }
+    }
+
+    #[track_caller]
+    fn refusal(&self, method: Method, path: &str, body: &str) -> ErrorBody {
+        let answer = self.client.req(method, path).body(body).dispatch();
+        let status = answer.status();
+        let text = answer.into_string().unwrap();
+        let error: ErrorBody = serde_json::from_str(&text).unwrap_or_else(|e| {
+            unreachable!("{method} {path} {body} was answered {status} {text}: {e}")
+        });
+        assert_eq!(status.code, error.error.status(), "{error:?}");
+        assert_eq!(self.client.get("/healthz").dispatch().status(), Status::Ok);
+        error
+    }
+}
+
+const BOOT: &str = r#"{"cpu_snapshot_path": "", "memory_snapshot_path": "", "kernel_path": "kernel",
+    "resume": false, "config": {"username": "u", "password": "hunter2", "id": 10}}"#;
+
+#[test]
+fn every_refusal_has_its_status_and_says_what_to_do() {
+    use ErrorCode::{BadRequest, NotFound};
+    use Method::{Delete, Get, Post, Put};
+
+    let bench = Bench::new("/no/such/vmm");
+    let cases = [
+        (Post, "/create", "", BadRequest, "JSON"),
+        (Post, "/create", "{", BadRequest, "JSON"),
+        (Post, "/create", "[]", BadRequest, "JSON"),
+        (Post, "/create", "{\"resume\": \u{7f}}", BadRequest, "JSON"),
+        (
+            Post,
+            "/create",
+            r#"{"kernel_path": "kernel"}"#,
+            BadRequest,
+            "resume",
+        ),
+        (
+            Post,
+            "/create",
+            r#"{"kernel_path": 7, "resume": false}"#,
+            BadRequest,
+            "string",
+        ),
+        (
+            Post,
+            "/create",
+            r#"{"kernel_path": "", "resume": false}"#,
+            BadRequest,
+            "kernel_path",
+        ),
+        (
+            Post,
+            "/create",
+            r#"{"kernel_path": "none", "resume": false}"#,
+            NotFound,
+            "none",
+        ),
+        (
+            Post,
+            "/create",
+            r#"{"kernel_path": "/etc/hostname", "resume": false}"#,
+            BadRequest,
+            "tree",
+        ),
+        (
+            Post,
+            "/create",
+            r#"{"kernel_path": "../run", "resume": false}"#,
+            BadRequest,
+            "tree",
+        ),
+        (Post, "/snapshot", "{", BadRequest, "JSON"),
+        (
+            Post,
+            "/snapshot",
+            r#"{"rpc_port": 1}"#,
+            BadRequest,
+            "cpu_snapshot_path",
+        ),
+        (
+            Post,
+            "/snapshot",
+            r#"{"cpu_snapshot_path": "s", "memory_snapshot_path": "m", "rpc_port": 70000, "resume": true}"#,
+            BadRequest,
+            "70000",
+        ),
+        (
+            Post,
+            "/snapshot",
+            r#"{"cpu_snapshot_path": "s", "memory_snapshot_path": "m", "rpc_port": 1, "resume": true}"#,
+            NotFound,
+            "no VM has port 1",
+        ),
+        (
+            Post,
+            "/snapshot",
+            r#"{"cpu_snapshot_path": "s", "memory_snapshot_path": "s", "rpc_port": 1, "resume": true}"#,
+            BadRequest,
+            "same file",
+        ),
+        (
+            Post,
+            "/snapshot",
+            r#"{"cpu_snapshot_path": "no/s", "memory_snapshot_path": "m", "rpc_port": 1, "resume": true}"#,
+            NotFound,
+            "directory",
+        ),
+        (
+            Post,
+            "/snapshot",
+            r#"{"cpu_snapshot_path": "/tmp/s", "memory_snapshot_path": "m", "rpc_port": 1, "resume": true}"#,
+            BadRequest,
+            "tree",
+        ),
+        (Get, "/vms/1", "", NotFound, "GET /vms"),
+        (Get, "/vms/1/metrics", "", NotFound, "GET /vms"),
+        (Get, "/vms/x", "", BadRequest, "process id"),
+        (Get, "/vms/-1", "", BadRequest, "process id"),
+        (Get, "/vms/4294967296", "", BadRequest, "process id"),
+        (Delete, "/vms/1", "", NotFound, "GET /vms"),
+        (Get, "/nothing", "", NotFound, "openapi.json"),
+        (Put, "/vms", "", NotFound, "openapi.json"),
+        (Get, "/create", "", NotFound, "openapi.json"),
+    ];
+    for (method, path, body, code, said) in cases {
+        let error = bench.refusal(method, path, body);
+        assert_eq!(error.error, code, "{method} {path} {body}: {error:?}");
+        assert!(
+            error.message.contains(said),
+            "{method} {path} {body}: {error:?}"
+        );
+    }
+}
+
+#[test]
+fn a_request_without_end_is_too_large() {
+    let bench = Bench::new("/no/such/vmm");
+    let body = format!("{{\"cmdline\": \"{}\"}}", "x".repeat(1 << 20));
+    let error = bench.refusal(Method::Post, "/create", &body);
+    assert_eq!(error.error, ErrorCode::TooLarge);
+}
+
+#[test]
+fn a_vmm_that_cannot_be_run_is_the_hosts_fault() {
+    let bench = Bench::new("/no/such/vmm");
+    let error = bench.refusal(Method::Post, "/create", BOOT);
+    assert_eq!(error.error, ErrorCode::Internal);
+    assert!(error.message.contains("/no/such/vmm"), "{error:?}");
+}
+
+#[test]
+fn a_vmm_that_dies_at_once_is_told_and_survived() {
+    let bench = Bench::new("/bin/false");
+    let error = bench.refusal(Method::Post, "/create", BOOT);
+    assert_eq!(error.error, ErrorCode::VmmLost);
+    assert!(error.message.contains("exit status: 1"), "{error:?}");
+    assert_eq!(
+        bench.client.get("/vms").dispatch().into_string().unwrap(),
+        "[]"
+    );
+}
+
+#[test]
+fn a_program_that_is_no_vmm_is_recognised() {
+    // `cat` answers with the launch spec itself, secret and all.
+    let bench = Bench::new("/bin/cat");
+    let error = bench.refusal(Method::Post, "/create", BOOT);
+    assert_eq!(error.error, ErrorCode::Internal);
+    assert!(error.message.contains("launch protocol"), "{error:?}");
+    assert!(!error.message.contains("hunter2"), "{error:?}");
+}
+
+#[test]
+fn there_is_a_limit_of_machines() {
+    let bench = Bench::with("/no/such/vmm", |config| config.limits.vms = 0);
+    let error = bench.refusal(Method::Post, "/create", BOOT);
+    assert_eq!(error.error, ErrorCode::TooManyVms);
+}
+
+#[test]
+fn a_failed_launch_does_not_count_against_the_limit() {
+    let bench = Bench::with("/bin/false", |config| config.limits.vms = 1);
+    for _ in 0..3 {
+        let error = bench.refusal(Method::Post, "/create", BOOT);
+        assert_eq!(error.error, ErrorCode::VmmLost);
+    }
+}
+
+#[test]
+fn a_tree_or_run_directory_that_is_not_there_is_an_error_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), "/no/such/vmm");
+    config.run_dir = "/proc/no".into();
+    assert!(server(config.clone()).is_err());
+    config.run_dir = dir.path().join("run");
+    config.root = dir.path().join("absent");
+    assert!(server(config).is_err());
+}
+
+/// The same server behind a real socket, as a client without a library for it would speak to it.
+#[test]
+fn a_real_connection_gets_the_same_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ports, port) = mpsc::channel();
+    let (shutdowns, shutdown) = mpsc::channel();
+    let rocket = server(config(dir.path(), "/no/such/vmm"))
+        .unwrap()
+        .attach(AdHoc::on_liftoff("tell", move |rocket| {
+            Box::pin(async move {
+                ports.send(rocket.config().port).unwrap();
+                shutdowns.send(rocket.shutdown()).unwrap();
+            })
+        }));
+    let served = thread::spawn(|| rocket::execute(rocket.launch()).is_ok());
+    let url = format!("http://127.0.0.1:{}", port.recv().unwrap());
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .build()
+        .into();
+
+    let mut answer = agent.get(format!("{url}/healthz")).call().unwrap();
+    assert_eq!(answer.status(), 200);
+    let health: Health = answer.body_mut().read_json().unwrap();
+    assert_eq!(health.vms, 0);
+
+    let mut answer = agent.get(format!("{url}/openapi.json")).call().unwrap();
+    let document = answer.body_mut().read_to_string().unwrap();
+    assert_eq!(document, api_server::document());
+
+    let body =
+        r#"{"cpu_snapshot_path": "s", "memory_snapshot_path": "m", "rpc_port": 9, "resume": true}"#;
+    let mut answer = agent.post(format!("{url}/snapshot")).send(body).unwrap();
+    assert_eq!(answer.status(), 404);
+    let error: ErrorBody = answer.body_mut().read_json().unwrap();
+    assert_eq!(error.error, ErrorCode::NotFound);
+
+    shutdown.recv().unwrap().notify();
+    assert!(served.join().unwrap());
+}

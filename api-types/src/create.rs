@@ -1,0 +1,106 @@
+//! `POST /create`.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+/// Asks for a machine: booted afresh, or restored.
+///
+/// Paths are absolute or relative to the server's tree, and lie in it. Which of them matter depends on
+/// `resume`; the others may be empty or missing.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[schema(example = json!({
+    "cpu_snapshot_path": "", "memory_snapshot_path": "", "kernel_path": "/srv/fermata/vmlinuz", "resume": false
+}))]
+pub struct CreateRequest {
+    /// The state file to restore from, when `resume` is true.
+    pub cpu_snapshot_path: Option<String>,
+    /// The memory file to restore from, when `resume` is true.
+    pub memory_snapshot_path: Option<String>,
+    /// The bzImage or ELF vmlinux to boot, when `resume` is false.
+    pub kernel_path: Option<String>,
+    /// Whether to restore a snapshot rather than boot a kernel.
+    pub resume: bool,
+    /// Accepted, but this release has no network device: the machine's `notes` say so.
+    pub tap_device: Option<String>,
+    /// Accepted, but not used by this release: the machine's `notes` say so.
+    pub config: Option<GuestConfig>,
+    /// Number of vCPUs to boot with, 1 to 32; the server has a default.
+    pub vcpus: Option<u32>,
+    /// Guest memory to boot with, in MiB, at least 64; the server has a default.
+    pub memory_mib: Option<u64>,
+    /// The initial RAM disk to boot with; an empty string for none. The server has a default.
+    pub initrd_path: Option<String>,
+    /// The kernel's command line; the server has a default.
+    pub cmdline: Option<String>,
+    /// Disks, in the order of their names in the guest; the server has a default.
+    pub disks: Option<Vec<Disk>>,
+}
+
+/// A raw disk image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Disk {
+    /// The image.
+    pub path: String,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// Settings for the guest, as clients in the field send them: `username`, `password`, `id`.
+// They hold passwords, so that only the names of the fields are shown when this is debugged.
+#[derive(Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(transparent)]
+#[schema(value_type = Object, example = json!({"username": "student", "password": "…", "id": 10}))]
+pub struct GuestConfig(Map<String, Value>);
+
+impl fmt::Debug for GuestConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GuestConfig ")?;
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+/// Answer to `POST /create`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CreateAnswer {
+    /// The VMM's process id.
+    pub pid: u32,
+    /// The port of its control service: the `rpc_port` of `POST /snapshot`.
+    pub port: u16,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_in_the_field_send_is_understood() {
+        let request: CreateRequest = serde_json::from_str(
+            r#"{"cpu_snapshot_path": "", "memory_snapshot_path": "", "kernel_path": "/k",
+                "resume": false, "tap_device": "vmtap100", "course": 7,
+                "config": {"username": "u", "password": "hunter2", "id": 10}}"#,
+        )
+        .unwrap();
+        assert_eq!(request.kernel_path.as_deref(), Some("/k"));
+        assert_eq!(request.tap_device.as_deref(), Some("vmtap100"));
+        let shown = format!("{request:?}");
+        assert!(
+            shown.contains("password") && !shown.contains("hunter2"),
+            "{shown}"
+        );
+    }
+
+    #[test]
+    fn irrelevant_paths_may_be_missing_but_not_resume() {
+        let restore = r#"{"cpu_snapshot_path": "s", "memory_snapshot_path": "m", "resume": true}"#;
+        assert!(
+            serde_json::from_str::<CreateRequest>(restore)
+                .unwrap()
+                .resume
+        );
+        assert!(serde_json::from_str::<CreateRequest>(r#"{"kernel_path": "k"}"#).is_err());
+    }
+}
