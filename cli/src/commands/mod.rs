@@ -1,0 +1,9 @@
+//! One module per command.
+
+pub(crate) mod inspect;
+pub(crate) mod ps;
+pub(crate) mod restore;
+pub(crate) mod run;
+pub(crate) mod serve;
+pub(crate) mod snapshot;
+pub(crate) mod stop;

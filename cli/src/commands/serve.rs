@@ -1,0 +1,68 @@
+//! `fermata serve`.
+
+use std::{net::IpAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use api_server::{Defaults, ServerConfig};
+use control::DiskConfig;
+use rocket::fairing::AdHoc;
+
+use crate::{machine, output, program};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The address to listen on. There is no authentication: whoever reaches it can run machines.
+    #[arg(long, default_value = "127.0.0.1")]
+    address: IpAddr,
+    /// The port to listen on; 0 for a free one.
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// The directory tree in which every path of a request must lie.
+    #[arg(long, default_value = ".", value_parser = machine::absolute())]
+    root: PathBuf,
+    /// The number of vCPUs for requests that do not say.
+    #[arg(long, default_value_t = Defaults::default().vcpus)]
+    vcpus: u32,
+    /// The memory in MiB for requests that do not say.
+    #[arg(long, default_value_t = Defaults::default().memory_mib)]
+    memory: u64,
+    /// The initial RAM disk for requests that do not say.
+    #[arg(long, value_name = "FILE", value_parser = machine::absolute())]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line for requests that do not say.
+    #[arg(long, default_value_t = Defaults::default().cmdline)]
+    cmdline: String,
+    /// A disk for requests that do not say; `,ro` after the path if guests may only read it.
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
+    disks: Vec<DiskConfig>,
+}
+
+pub(crate) async fn serve(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
+    let config = ServerConfig {
+        address: args.address,
+        port: args.port,
+        run_dir,
+        defaults: Defaults {
+            vcpus: args.vcpus,
+            memory_mib: args.memory,
+            initrd: args.initrd,
+            cmdline: args.cmdline,
+            disks: args.disks,
+        },
+        ..ServerConfig::new(args.root, program::find()?)
+    };
+    let root = config.root.display().to_string();
+    let announce = AdHoc::on_liftoff("announce", |rocket| {
+        Box::pin(async move {
+            let rocket::Config { address, port, .. } = rocket.config();
+            let url = std::net::SocketAddr::new(*address, *port);
+            let _ = output::print(&format!("fermata serves {root} at http://{url}\n"));
+        })
+    });
+    // SIGINT and SIGTERM end it; the machines, in process groups of their own, live on.
+    let ended = api_server::rocket(config)?.attach(announce).launch().await;
+    ended
+        .map(|_| ExitCode::SUCCESS)
+        .map_err(|error| anyhow::anyhow!("{error}"))
+        .context("cannot serve; is the port in use by another server?")
+}

@@ -1,0 +1,93 @@
+//! A machine whose console is on this terminal.
+
+use std::{
+    io::{self, IsTerminal},
+    os::unix::process::ExitStatusExt,
+    process::{ExitCode, ExitStatus},
+};
+
+use control::{Console, Exit, Log, Origin, Registry, Spawned, spawn};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::{
+    machine, program,
+    terminal::{Pty, RawMode, show, type_into},
+};
+
+/// What the exit code of a command with a machine in the foreground means; see [`Exit`].
+pub(crate) const EXIT_CODES: &str = "\
+Ctrl-A x ends the machine; Ctrl-A a sends it a Ctrl-A.
+
+Exit codes: 0 the guest powered off, 1 something failed, 10 the guest asked for a reset,
+11 it had a triple fault, 12 it was saved and was not to go on, 13 it was stopped.";
+
+/// Runs a machine until it ends, or until the user or a signal ends it.
+pub(crate) async fn run(registry: &Registry, origin: Origin) -> anyhow::Result<ExitCode> {
+    let program = program::find()?;
+    let spec = machine::launch_spec(registry, origin, Console::Terminal)?;
+    let mut signals = Signals::catch()?;
+    let Pty { ours, theirs } = Pty::open()?;
+    if io::stdin().is_terminal() {
+        eprintln!("Ctrl-A x ends the machine.");
+    }
+    // The guest may write before its VMM has said that it runs.
+    let shown = show(ours.try_clone()?);
+    let mut vmm = spawn(&program, &spec, Log::Terminal(theirs), machine::LAUNCH).await?;
+    let raw = RawMode::enter()?;
+    let quit = type_into(ours);
+    let status = tokio::select! {
+        status = vmm.child.wait() => status?,
+        _ = quit => stop(registry, &mut vmm).await?,
+        () = signals.any() => stop(registry, &mut vmm).await?,
+    };
+    // What the guest wrote last is still to be shown, and ends with the VMM.
+    let _ = shown.join();
+    drop(raw);
+    Ok(conclude(status))
+}
+
+async fn stop(registry: &Registry, vmm: &mut Spawned) -> anyhow::Result<ExitStatus> {
+    // There is no record if it has just ended by itself.
+    if let Some(record) = registry.find_pid(vmm.pid)? {
+        control::stop(&record, machine::STOP).await?;
+    }
+    Ok(vmm.child.wait().await?)
+}
+
+/// The signals that would end this process and leave its terminal raw and its machine running.
+struct Signals([Signal; 3]);
+
+impl Signals {
+    fn catch() -> io::Result<Self> {
+        Ok(Self([
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+        ]))
+    }
+
+    async fn any(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// Says how the machine ended, and has this process end likewise.
+fn conclude(status: ExitStatus) -> ExitCode {
+    let exit = status.code().and_then(Exit::from_code);
+    let said = match (exit, status.signal()) {
+        (Some(Exit::PowerOff), _) => "the guest powered off".to_owned(),
+        (Some(Exit::Reboot), _) => "the guest asked for a reset".to_owned(),
+        (Some(Exit::TripleFault), _) => "the guest had a triple fault".to_owned(),
+        (Some(Exit::Halted), _) => "the machine was saved".to_owned(),
+        (Some(Exit::Stopped), _) => "the machine was stopped".to_owned(),
+        (_, Some(signal)) => format!("the VMM was killed by signal {signal}"),
+        (_, None) => format!("the VMM failed ({status})"),
+    };
+    eprintln!("fermata: {said}");
+    ExitCode::from(exit.unwrap_or(Exit::Failed).code())
+}

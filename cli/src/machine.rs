@@ -1,0 +1,87 @@
+//! Machines as the command line names them, and how it starts them.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use clap::builder::{PathBufValueParser, TypedValueParser};
+use control::{Client, Console, DiskConfig, LaunchSpec, Origin, Record, Registry, Secret};
+
+/// How long a VMM may take until its machine runs.
+pub(crate) const LAUNCH: Duration = Duration::from_secs(120);
+
+/// How long a VMM may take to stop before it is killed.
+pub(crate) const STOP: Duration = Duration::from_secs(10);
+
+/// Names a machine.
+#[derive(Clone, Copy, clap::Args)]
+pub(crate) struct Name {
+    /// The process id or the port of the machine, as `fermata ps` lists them.
+    #[arg(value_name = "VM")]
+    number: u32,
+}
+
+impl Name {
+    /// The machine of that name. A process id counts before a port.
+    pub(crate) fn find(self, registry: &Registry) -> anyhow::Result<Record> {
+        if let Some(record) = registry.find_pid(self.number)? {
+            return Ok(record);
+        }
+        if let Ok(port) = u16::try_from(self.number)
+            && let Some(record) = registry.find_port(port)?
+        {
+            return Ok(record);
+        }
+        bail!(
+            "no machine has process id or port {}; `fermata ps` lists those that run",
+            self.number
+        )
+    }
+}
+
+/// Speaks to a machine.
+pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
+    Ok(Client::connect(record.port, &record.secret).await?)
+}
+
+/// What a VMM is told that is started from here.
+pub(crate) fn launch_spec(
+    registry: &Registry,
+    origin: Origin,
+    console: Console,
+) -> anyhow::Result<LaunchSpec> {
+    Ok(LaunchSpec {
+        secret: Secret::random()?,
+        origin,
+        console,
+        registry: registry.dir().to_owned(),
+        paused: false,
+        confinement: None,
+    })
+}
+
+/// Parses a path and makes it absolute, for the VMM works elsewhere.
+pub(crate) fn absolute() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(std::path::absolute)
+}
+
+/// Parses a disk: a path, with `,ro` after it if the guest may only read it.
+pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    let path = std::path::absolute(path).context("a disk needs a path")?;
+    Ok(DiskConfig { path, read_only })
+}
+
+/// Where a machine came from, in short.
+pub(crate) fn origin(origin: &Origin) -> String {
+    let name = |path: &Path| path.display().to_string();
+    match origin {
+        Origin::Boot(machine) => name(&machine.kernel),
+        Origin::Restore { state, .. } => format!("restored from {}", name(state)),
+    }
+}

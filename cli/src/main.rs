@@ -1,0 +1,97 @@
+//! `fermata`: virtual machines that are held, stored, and let go on.
+
+#![forbid(unsafe_code)]
+
+mod commands;
+mod doctor;
+mod foreground;
+mod machine;
+mod output;
+mod program;
+mod terminal;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use control::{LOG_VARIABLE, Registry};
+use tracing_subscriber::EnvFilter;
+
+use commands::{inspect, ps, restore, run, serve, snapshot, stop};
+
+/// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
+#[derive(Parser)]
+#[command(name = "fermata", version)]
+struct Cli {
+    /// Where the machines that run are written down [default: $FERMATA_RUN_DIR, or a directory of this
+    /// user's].
+    #[arg(long, global = true, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serves the REST interface.
+    Serve(serve::Args),
+    /// Boots a kernel, with its console on this terminal.
+    Run(run::Args),
+    /// Lists the machines that run.
+    Ps(ps::Args),
+    /// Saves a machine into two files.
+    Snapshot(snapshot::Args),
+    /// Lets a saved machine go on.
+    Restore(restore::Args),
+    /// Ends a machine without asking its guest.
+    Stop(stop::Args),
+    /// Shows what is in a state file.
+    Inspect(inspect::Args),
+    /// Says what this host can and cannot do, and what to do about it.
+    Doctor(doctor::Args),
+}
+
+fn main() -> ExitCode {
+    let Cli { run_dir, command } = Cli::parse();
+    start_log(&command);
+    let run_dir = run_dir.unwrap_or_else(Registry::default_dir);
+    match dispatch(run_dir, command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("fermata: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Serve(args) => wait(serve::serve(args, run_dir)),
+        Command::Run(args) => wait(run::run(args, run_dir)),
+        Command::Ps(args) => wait(ps::ps(&args, run_dir)),
+        Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
+        Command::Restore(args) => wait(restore::restore(args, run_dir)),
+        Command::Stop(args) => wait(stop::stop(&args, run_dir)),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Doctor(args) => doctor::doctor(&args, &run_dir),
+    }
+}
+
+fn wait(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(command)
+}
+
+/// Messages go to standard error: for a server what it does, for a command only what is wrong.
+fn start_log(command: &Command) {
+    let default = match command {
+        Command::Serve(_) => "info,tarpc=warn,rocket=off",
+        _ => "warn,tarpc=error",
+    };
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+}

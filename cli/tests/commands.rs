@@ -1,0 +1,247 @@
+//! The program itself, where no machine is needed.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may do what tests may")]
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{TcpListener, TcpStream},
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+use saved_state::{Container, CpuIdentity, Header, Kind, Section, SnapshotId};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Names a program that is not there.
+const NO_VMM: &str = "/no/such/vmm";
+
+struct Bench {
+    dir: TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fermata"));
+        command
+            .args(arguments)
+            .current_dir(self.path())
+            .env("FERMATA_RUN_DIR", self.path().join("run"))
+            .env("FERMATA_VMM_BIN", NO_VMM)
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// What a command that fails says.
+    #[track_caller]
+    fn refusal(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_eq!(text(&output.stdout), "", "{output:?}");
+        text(&output.stderr)
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn state_file() -> Vec<u8> {
+    let mut container = Container::new(Header {
+        id: SnapshotId([0xab; 16]),
+        release: "0.1.0".to_owned(),
+        created_unix_ns: 1_700_000_000_000_000_000,
+        host_cpu: CpuIdentity {
+            vendor: "GenuineIntel".to_owned(),
+            signature: 0x0005_0654,
+            brand: "A processor".to_owned(),
+        },
+        vcpus: 2,
+        memory_bytes: 256 << 20,
+    });
+    for instance in [0, 1] {
+        let section = Section {
+            kind: Kind(*b"VCPU"),
+            instance,
+            version: 1,
+            payload: vec![0; 100],
+        };
+        container.insert(section).unwrap();
+    }
+    container.to_bytes()
+}
+
+#[test]
+fn no_machine_is_an_empty_list() {
+    let bench = Bench::new();
+    let output = bench.run(&["ps", "--json"]);
+    assert!(output.status.success());
+    assert_eq!(text(&output.stdout), "[]\n");
+    let output = bench.run(&["ps"]);
+    assert!(text(&output.stdout).starts_with("PID"));
+}
+
+#[test]
+fn an_unknown_machine_is_named_with_the_next_step() {
+    let bench = Bench::new();
+    for arguments in [
+        &["stop", "4294967295"][..],
+        &["snapshot", "4294967295", "s", "m"],
+        &["snapshot", "1", "s", "m"],
+    ] {
+        let said = bench.refusal(arguments);
+        assert!(
+            said.contains(arguments[1]) && said.contains("fermata ps"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_vmm_program_that_is_not_there_is_named() {
+    let bench = Bench::new();
+    for arguments in [
+        &["run", "kernel"][..],
+        &["restore", "s", "m"],
+        &["restore", "s", "m", "--foreground"],
+        &["serve"],
+    ] {
+        let said = bench.refusal(arguments);
+        assert!(said.contains(NO_VMM), "{said}");
+        assert!(said.contains("FERMATA_VMM_BIN"), "{said}");
+    }
+}
+
+#[test]
+fn a_state_file_is_shown() {
+    let bench = Bench::new();
+    fs::write(bench.path().join("s"), state_file()).unwrap();
+    let output = bench.run(&["inspect", "s"]);
+    assert!(output.status.success(), "{output:?}");
+    let shown = text(&output.stdout);
+    for expected in [
+        "2023-11-14T22:13:20Z",
+        "0x00050654",
+        "256 MiB",
+        "VCPU     1",
+    ] {
+        assert!(shown.contains(expected), "{expected} in\n{shown}");
+    }
+    let output = bench.run(&["inspect", "s", "--json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["snapshot"], "ab".repeat(16));
+    assert_eq!(report["sections"].as_array().unwrap().len(), 2);
+    assert_eq!(report["sections"][0]["bytes"], 100);
+    assert_eq!(report.get("damage"), None);
+}
+
+#[test]
+fn a_damaged_state_file_shows_its_header_and_fails() {
+    let bench = Bench::new();
+    let mut bytes = state_file();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(bench.path().join("s"), bytes).unwrap();
+    let output = bench.run(&["inspect", "s", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["vcpus"], 2);
+    assert!(report["damage"].as_str().unwrap().contains("checksum"));
+}
+
+#[test]
+fn what_is_not_a_state_file_is_refused() {
+    let bench = Bench::new();
+    fs::write(bench.path().join("x"), "hello").unwrap();
+    assert!(
+        bench
+            .refusal(&["inspect", "x"])
+            .contains("not a fermata state file")
+    );
+    assert!(bench.refusal(&["inspect", "absent"]).contains("absent"));
+}
+
+#[test]
+fn the_doctor_judges_everything_and_fails_without_a_vmm_program() {
+    let bench = Bench::new();
+    let findings = |command: &mut Command| -> Vec<(String, String)> {
+        let output = command.arg("--json").output().unwrap();
+        let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let failed = output.status.code() == Some(1);
+        let findings: Vec<_> = findings
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|finding| ["what", "verdict"].map(|key| finding[key].as_str().unwrap().to_owned()))
+            .map(|[what, verdict]| (what, verdict))
+            .collect();
+        let any_fails = findings.iter().any(|(_, verdict)| verdict == "fail");
+        assert_eq!(failed, any_fails, "{findings:?}");
+        findings
+    };
+    let whole = findings(&mut bench.command(&["doctor"]));
+    assert_eq!(whole.len(), 12);
+    assert!(
+        whole.contains(&("run directory".to_owned(), "ok".to_owned())),
+        "{whole:?}"
+    );
+    assert!(
+        whole.contains(&("VMM program".to_owned(), "fail".to_owned())),
+        "{whole:?}"
+    );
+    let output = bench.run(&["doctor"]);
+    assert!(text(&output.stdout).contains("FAIL  VMM program"));
+}
+
+#[test]
+fn the_server_says_where_it_serves_and_ends_when_it_is_told_to() {
+    let bench = Bench::new();
+    let mut server = bench
+        .command(&["serve", "--port", "0"])
+        .env("FERMATA_VMM_BIN", "/bin/false")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let mut said = BufReader::new(server.stdout.take().unwrap());
+    said.read_line(&mut line).unwrap();
+    let (_, address) = line.trim().rsplit_once("http://").unwrap();
+    assert!(!address.ends_with(":0"), "{line}");
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(r#""vms":0"#), "{answer}");
+    let pid = rustix::process::Pid::from_child(&server);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert!(server.wait().unwrap().success());
+}
+
+#[test]
+fn a_port_in_use_is_an_error() {
+    let bench = Bench::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let output = bench
+        .command(&["serve", "--port", &port])
+        .env("FERMATA_VMM_BIN", "/bin/false")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("in use"), "{output:?}");
+}
