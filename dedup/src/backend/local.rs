@@ -1,0 +1,263 @@
+//! A directory on a local file system.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Area, Backend, Draft, Entry, Lease, Lock, Publish, ReadAt};
+use crate::name::FileId;
+
+const DRAFTS: &str = "tmp";
+const LEASES: &str = "leases";
+const LOCKS: &str = "locks";
+
+/// A store in a directory, shared by all processes of this host.
+///
+/// Who lives is known from `flock`: the kernel drops a dead process's locks, whatever killed it.
+#[derive(Clone, Debug)]
+pub struct LocalDir {
+    root: PathBuf,
+}
+
+impl LocalDir {
+    /// The store in `root`, whether or not there is one.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        LocalDir { root: root.into() }
+    }
+
+    /// Makes the directories of a store, durably. Does nothing where they are.
+    ///
+    /// # Errors
+    ///
+    /// A directory cannot be made.
+    pub fn create(root: impl Into<PathBuf>) -> io::Result<Self> {
+        let root = root.into();
+        fs::create_dir_all(&root)?;
+        let areas = Area::ALL
+            .iter()
+            .map(|area| area.dir())
+            .filter(|dir| !dir.is_empty());
+        for dir in areas.chain([DRAFTS, LEASES, LOCKS]) {
+            fs::create_dir_all(root.join(dir))?;
+        }
+        sync_dir(&root)?;
+        if let Some(parent) = root.canonicalize()?.parent() {
+            sync_dir(parent)?;
+        }
+        Ok(LocalDir { root })
+    }
+
+    fn dir(&self, area: Area) -> PathBuf {
+        self.root.join(area.dir())
+    }
+
+    /// A new file in `tmp/` that is locked, so that nobody takes it for a dead process's.
+    fn locked_draft(&self) -> io::Result<(File, PathBuf)> {
+        loop {
+            let id = FileId::random().map_err(io::Error::other)?;
+            let path = self.root.join(DRAFTS).join(id.to_string());
+            let file = File::options()
+                .read(true)
+                .append(true)
+                .create_new(true)
+                .open(&path)?;
+            file.lock()?;
+            // `clear_dead` of another process may have come between the two calls and removed it.
+            if file.metadata()?.nlink() > 0 {
+                return Ok((file, path));
+            }
+        }
+    }
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+/// Removes the files of `dir` that nobody has locked.
+fn remove_unlocked(dir: &Path) -> io::Result<u64> {
+    let mut removed = 0;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
+            Err(other) => return Err(other),
+        };
+        if try_lock(&file)? && remove_if_there(&path)? {
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+fn try_lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+fn remove_if_there(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(other) => Err(other),
+    }
+}
+
+impl Backend for LocalDir {
+    fn list(&self, area: Area) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(self.dir(area))? {
+            let entry = entry?;
+            // A file may go between the listing and the look at it.
+            let metadata = match entry.metadata() {
+                Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            };
+            if let (true, Ok(name)) = (metadata.is_file(), entry.file_name().into_string()) {
+                entries.push(Entry {
+                    name,
+                    size: metadata.len(),
+                });
+            }
+        }
+        Ok(entries)
+    }
+
+    fn open(&self, area: Area, name: &str) -> io::Result<Arc<dyn ReadAt>> {
+        let file = File::open(self.dir(area).join(name))?;
+        let size = file.metadata()?.len();
+        Ok(Arc::new(LocalFile { file, size }))
+    }
+
+    fn draft(&self) -> io::Result<Box<dyn Draft>> {
+        let (file, path) = self.locked_draft()?;
+        Ok(Box::new(LocalDraft {
+            file,
+            path,
+            root: self.root.clone(),
+        }))
+    }
+
+    fn remove(&self, area: Area, name: &str) -> io::Result<()> {
+        fs::remove_file(self.dir(area).join(name))
+    }
+
+    fn sync(&self, area: Area) -> io::Result<()> {
+        sync_dir(&self.dir(area))
+    }
+
+    fn lease(&self) -> io::Result<Box<dyn Lease>> {
+        // Locked before it can be seen among the leases, or it would look like a dead process's.
+        let (file, draft) = self.locked_draft()?;
+        let name = draft.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
+        let path = self.root.join(LEASES).join(name);
+        fs::rename(&draft, &path).inspect_err(|_| drop(fs::remove_file(&draft)))?;
+        Ok(Box::new(LocalLease { file, path }))
+    }
+
+    fn leases(&self) -> io::Result<Vec<Vec<u8>>> {
+        let mut leases = Vec::new();
+        for entry in fs::read_dir(self.root.join(LEASES))? {
+            let file = match File::open(entry?.path()) {
+                Ok(file) => file,
+                // Its owner has finished.
+                Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
+                Err(other) => return Err(other),
+            };
+            if !try_lock(&file)? {
+                let mut content = vec![0; file.metadata()?.len() as usize];
+                file.read_exact_at(&mut content, 0)?;
+                leases.push(content);
+            }
+        }
+        Ok(leases)
+    }
+
+    fn clear_dead(&self) -> io::Result<u64> {
+        Ok(remove_unlocked(&self.root.join(DRAFTS))? + remove_unlocked(&self.root.join(LEASES))?)
+    }
+
+    fn try_lock(&self, lock: Lock) -> io::Result<Option<Box<dyn Send>>> {
+        let path = self.root.join(LOCKS).join(lock.name());
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        Ok(if try_lock(&file)? {
+            Some(Box::new(file))
+        } else {
+            None
+        })
+    }
+}
+
+struct LocalFile {
+    file: File,
+    size: u64,
+}
+
+impl ReadAt for LocalFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+}
+
+struct LocalDraft {
+    file: File,
+    path: PathBuf,
+    root: PathBuf,
+}
+
+impl Draft for LocalDraft {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    fn publish(self: Box<Self>, area: Area, name: &str, how: Publish) -> io::Result<()> {
+        let target = self.root.join(area.dir()).join(name);
+        match how {
+            Publish::Replace => fs::rename(&self.path, target),
+            // Unlike `rename`, `link` fails when the name is taken. Dropping the draft removes its first name.
+            Publish::New => fs::hard_link(&self.path, target),
+        }
+    }
+}
+
+impl Drop for LocalDraft {
+    fn drop(&mut self) {
+        // What cannot be removed now, `clear_dead` removes later.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+struct LocalLease {
+    file: File,
+    path: PathBuf,
+}
+
+impl Lease for LocalLease {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)
+    }
+}
+
+impl Drop for LocalLease {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}

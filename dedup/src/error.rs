@@ -1,0 +1,154 @@
+//! What can go wrong, and what to do about it.
+
+use std::io;
+
+/// The result of everything that touches a store.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an operation on a store failed. Unless a variant says otherwise, the store is as it was before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no store at this place.
+    #[error("no store here: create one first, or check the path")]
+    NoStore,
+
+    /// A store is there already.
+    #[error("there is a store here already: open it instead of creating it")]
+    StoreExists,
+
+    /// The store was written by a newer release.
+    #[error(
+        "the store has format version {found}, this release reads up to {supported}: use a newer release"
+    )]
+    NewerStore {
+        /// The version found in the file.
+        found: u32,
+        /// The newest version this release reads.
+        supported: u32,
+    },
+
+    /// The store uses a feature that this release does not know.
+    #[error(
+        "the store needs features that this release lacks (flags {flags:#x}): use a newer release"
+    )]
+    UnknownFlags {
+        /// All flags of the store.
+        flags: u32,
+    },
+
+    /// The store is keyed and no key, or another one, was given.
+    #[error("the store is keyed, and {0}: open it with the key it was created with")]
+    Key(&'static str),
+
+    /// A parameter is outside of what the format allows.
+    #[error("{0}")]
+    Parameter(String),
+
+    /// A name that no snapshot, image or tag can have.
+    #[error("{0:?} is not a name: use 1 to 128 of A-Z a-z 0-9 . _ -, not beginning with . or -")]
+    Name(String),
+
+    /// No snapshot has this name, tag or id.
+    #[error("no snapshot {0:?}: `log` lists what there is")]
+    NoSnapshot(String),
+
+    /// More than one snapshot's id begins like this.
+    #[error("{0:?} is the beginning of several snapshot ids: give more of it")]
+    Ambiguous(String),
+
+    /// The snapshot has no such image.
+    #[error("the snapshot has no image {0:?}: `log` lists its images")]
+    NoImage(String),
+
+    /// The name belongs to another snapshot.
+    #[error("there is a snapshot or tag {0:?} already: choose another name or remove it")]
+    NameTaken(String),
+
+    /// A file's bytes are not what the format allows.
+    #[error("{file} is damaged ({what}): run `fsck`, which names the snapshots it hits")]
+    Damaged {
+        /// The file, as `area/name`.
+        file: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+
+    /// A read beyond the end of an image.
+    #[error("read of {len} bytes at {offset} is beyond the image's end at {size}")]
+    OutOfRange {
+        /// First byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Size of the image in bytes.
+        size: u64,
+    },
+
+    /// Another process does what only one can do at a time.
+    #[error("another process runs {0} on this store: try again when it has ended")]
+    Busy(&'static str),
+
+    /// What was decoded again was not what had been encoded; nothing was written.
+    #[error(
+        "a frame did not decode to what was encoded: suspect this machine's memory, and test it"
+    )]
+    EncodeCheck,
+
+    /// The disk is full. What was saved before is safe, and of the failed save nothing is visible.
+    #[error(
+        "no space left in the store: free some, for instance with `rm` and `gc`, and try again"
+    )]
+    NoSpace(#[source] io::Error),
+
+    /// The store, or a part of it, cannot be written.
+    #[error(
+        "the store cannot be written: check its permissions and whether its file system is mounted read-only"
+    )]
+    ReadOnly(#[source] io::Error),
+
+    /// Anything else that reading or writing a file can meet.
+    #[error("cannot {what}")]
+    Io {
+        /// What was attempted, as `verb area/name`.
+        what: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Gives an I/O error its place: `what` completes "cannot …".
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+        move |source| match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::NoSpace(source),
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+                Error::ReadOnly(source)
+            }
+            _ => Error::Io {
+                what: what.into(),
+                source,
+            },
+        }
+    }
+
+    /// Whether the file is missing, as opposed to unreadable.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// A place in a file that breaks the format; becomes [`Error::Damaged`] where the file's name is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Malformed(pub(crate) &'static str);
+
+impl Malformed {
+    /// Says which file it is.
+    pub(crate) fn in_file(self, file: impl std::fmt::Display) -> Error {
+        Error::Damaged {
+            file: file.to_string(),
+            what: self.0,
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Checking that everything in a store is what it was written to be, and repairing what is not.
+
+mod packs;
+mod repair;
+mod snapshots;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::backend::{Area, Backend, Lock};
+use crate::error::{Error, Malformed, Result};
+use crate::index::Segment;
+use crate::marks::Slots;
+use crate::name::FileId;
+use crate::protect;
+use crate::refs;
+use crate::store::{Shared, Store};
+
+pub use repair::repair_config;
+
+/// What a check found.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Report {
+    /// Packs checked.
+    pub packs: u64,
+    /// Chunks decoded and hashed.
+    pub chunks: u64,
+    /// Snapshots checked.
+    pub snapshots: u64,
+    /// What is wrong, by file; nothing when all is well.
+    pub problems: Vec<Problem>,
+    /// What a repair did.
+    pub repaired: Vec<String>,
+}
+
+/// A file with something wrong.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Problem {
+    /// The file, as `area/name`.
+    pub file: String,
+    /// What is wrong with it.
+    pub what: String,
+    /// Names of the snapshots that cannot be read in full because of it.
+    pub snapshots: Vec<String>,
+}
+
+/// What is known about the packs: for each the slots that are whole, and what is wrong.
+#[derive(Default)]
+struct Packs {
+    whole: BTreeMap<FileId, Slots>,
+    problems: BTreeMap<FileId, String>,
+    chunks: u64,
+}
+
+/// A check in work.
+struct Check<'a> {
+    shared: &'a Shared,
+    packs: Packs,
+    /// Snapshots that damaged or missing packs hit.
+    hit: BTreeMap<FileId, BTreeSet<String>>,
+    /// Problems with files that are no packs.
+    problems: BTreeSet<Problem>,
+    snapshots: u64,
+}
+
+impl Store {
+    /// Reads every byte of the store and checks it. Others may save and load at the same time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] while a collection or repair runs; a list cannot be made. Damage is no error but in the report.
+    pub fn fsck(&self) -> Result<Report> {
+        let _lock = match lock(&*self.shared.backend) {
+            // Where nothing can be written, nothing is collected either.
+            Err(Error::ReadOnly(_)) => None,
+            other => Some(other?),
+        };
+        Ok(Check::run(&self.shared)?.report())
+    }
+
+    /// Checks the store as [`Store::fsck`] and then repairs it: keeps everything that is whole, and moves what
+    /// it cannot read into `damaged/`. The report is of the check; check again to see what remains.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::fsck`]; the store cannot be written.
+    pub fn repair(&self) -> Result<Report> {
+        let _lock = lock(&*self.shared.backend)?;
+        let check = Check::run(&self.shared)?;
+        let repaired = repair::repair(&check)?;
+        self.shared.frames.clear();
+        Ok(Report {
+            repaired,
+            ..check.report()
+        })
+    }
+}
+
+fn lock(backend: &dyn Backend) -> Result<Box<dyn Send>> {
+    let lock = backend
+        .try_lock(Lock::Gc)
+        .map_err(Error::io("lock the store for a check"))?;
+    lock.ok_or(Error::Busy("a collection or repair"))
+}
+
+impl<'a> Check<'a> {
+    fn run(shared: &'a Shared) -> Result<Self> {
+        let backend = &*shared.backend;
+        // Snapshots are listed first, so that all their packs are among those that are listed later.
+        let snapshots = backend
+            .list(Area::Snapshots)
+            .map_err(Error::io("list the snapshots"))?;
+        let mut check = Check {
+            shared,
+            packs: Packs::default(),
+            hit: BTreeMap::new(),
+            problems: BTreeSet::new(),
+            snapshots: 0,
+        };
+        check.packs = packs::check(shared, &mut check.problems)?;
+        for entry in snapshots {
+            check.snapshot(&entry.name);
+        }
+        check.tags()?;
+        check.index()?;
+        check.condemned()?;
+        Ok(check)
+    }
+
+    fn report(self) -> Report {
+        let mut problems: Vec<Problem> = self.problems.into_iter().collect();
+        let mut hit = self.hit;
+        for (pack, what) in self.packs.problems {
+            let snapshots = hit.remove(&pack).unwrap_or_default().into_iter().collect();
+            problems.push(Problem {
+                file: Area::Packs.path(&pack.to_string()),
+                what,
+                snapshots,
+            });
+        }
+        for (pack, snapshots) in hit {
+            let what = if self.packs.whole.contains_key(&pack) {
+                "chunks that are referred to are not there"
+            } else {
+                "the pack is missing"
+            };
+            let file = Area::Packs.path(&pack.to_string());
+            problems.push(Problem {
+                file,
+                what: what.into(),
+                snapshots: snapshots.into_iter().collect(),
+            });
+        }
+        Report {
+            packs: self.packs.whole.len() as u64,
+            chunks: self.packs.chunks,
+            snapshots: self.snapshots,
+            problems,
+            repaired: Vec::new(),
+        }
+    }
+
+    fn problem(&mut self, area: Area, name: &str, what: impl Into<String>, snapshots: Vec<String>) {
+        self.problems.insert(Problem {
+            file: area.path(name),
+            what: what.into(),
+            snapshots,
+        });
+    }
+
+    fn tags(&mut self) -> Result<()> {
+        let backend = &*self.shared.backend;
+        for entry in backend
+            .list(Area::Tags)
+            .map_err(Error::io("list the tags"))?
+        {
+            match refs::resolve_tag(backend, &entry.name) {
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    self.problem(Area::Tags, &entry.name, "it names no snapshot", Vec::new())
+                }
+                Err(error) => self.problem(Area::Tags, &entry.name, error.to_string(), Vec::new()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Segments may come and go meanwhile: one that is gone is no problem.
+    fn index(&mut self) -> Result<()> {
+        let backend = &*self.shared.backend;
+        for entry in backend
+            .list(Area::Index)
+            .map_err(Error::io("list the index"))?
+        {
+            let checked = Segment::open(backend, &self.shared.config, &entry.name, false).and_then(
+                |segment| {
+                    let mut entries = 0;
+                    for bucket in 0..segment.buckets() {
+                        entries += segment.checked_bucket(bucket)?.len() as u64;
+                    }
+                    let fits = entries == segment.entries();
+                    if fits {
+                        Ok(())
+                    } else {
+                        Err(Malformed("the number of entries is wrong").in_file("index"))
+                    }
+                },
+            );
+            match checked {
+                Err(gone) if gone.is_not_found() => {}
+                Err(error) => self.problem(Area::Index, &entry.name, error.to_string(), Vec::new()),
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn condemned(&mut self) -> Result<()> {
+        let backend = &*self.shared.backend;
+        for entry in backend
+            .list(Area::Condemned)
+            .map_err(Error::io("list what is condemned"))?
+        {
+            if let Err(error) = protect::read_condemned(backend, &entry.name) {
+                self.problem(Area::Condemned, &entry.name, error.to_string(), Vec::new());
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! Checking packs: every frame decoded, every chunk hashed.
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
+
+use super::{Packs, Problem};
+use crate::backend::Area;
+use crate::error::{Error, Malformed, Result};
+use crate::frame::Decoder;
+use crate::hash::is_zero;
+use crate::marks::Slots;
+use crate::name::FileId;
+use crate::pack::Pack;
+use crate::store::Shared;
+use crate::threads;
+
+/// Checks all packs, on all threads.
+pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result<Packs> {
+    let mut ids = Vec::new();
+    for entry in shared
+        .backend
+        .list(Area::Packs)
+        .map_err(Error::io("list the packs"))?
+    {
+        match FileId::parse(&entry.name) {
+            Some(id) => ids.push(id),
+            None => {
+                let file = Area::Packs.path(&entry.name);
+                problems.insert(Problem {
+                    file,
+                    what: "not a pack's name".into(),
+                    snapshots: Vec::new(),
+                });
+            }
+        }
+    }
+    let queue = Mutex::new(ids.into_iter());
+    let packs = Mutex::new(Packs::default());
+    threads::on(shared.threads, || {
+        let mut decoder = Decoder::new()?;
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(id) = next else { return Ok(()) };
+            let mut whole = Slots::default();
+            let checked = check_pack(shared, id, &mut decoder, &mut whole);
+            let mut packs = packs.lock().unwrap_or_else(PoisonError::into_inner);
+            packs.chunks += u64::from(whole.len());
+            packs.whole.insert(id, whole);
+            if let Err(error) = checked {
+                packs.problems.insert(id, error.to_string());
+            }
+        }
+    })?;
+    Ok(packs.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Checks one pack, to its end even when something is wrong; gives the first error. `whole` gets the slots that are
+/// live and right.
+fn check_pack(shared: &Shared, id: FileId, decoder: &mut Decoder, whole: &mut Slots) -> Result<()> {
+    let config = &shared.config;
+    let pack = Pack::open(&*shared.backend, config, id)?;
+    let mut result = pack.check_gapless();
+    let ids = match pack.ids() {
+        Ok(ids) => Some(ids),
+        Err(error) => {
+            result = result.and(Err(error));
+            None
+        }
+    };
+    let mut plain = vec![0; pack.frame_bytes()];
+    let mut stored = Vec::new();
+    for (number, entry) in pack
+        .table()
+        .frames
+        .iter()
+        .enumerate()
+        .filter(|(_, entry)| entry.slots > 0)
+    {
+        let len = match pack.read_frame(number as u32, decoder, &mut stored, &mut plain) {
+            Ok(len) => len,
+            Err(error) => {
+                result = result.and(Err(error));
+                continue;
+            }
+        };
+        debug_assert_eq!(len, usize::from(entry.slots) * config.chunk_size as usize);
+        let chunks: Vec<&[u8]> = plain[..len].chunks(config.chunk_size as usize).collect();
+        let mut found = Vec::new();
+        shared.identifier.identify_all(&chunks, &mut found);
+        for ((slot, chunk), found) in (number as u32 * config.frame_chunks()..)
+            .zip(&chunks)
+            .zip(found)
+        {
+            let expected = ids.as_ref().map(|ids| ids.get(slot));
+            match expected {
+                // Without the column, a digest over the frame is still a good sign.
+                None if pack.table().has(slot) => whole.insert(slot),
+                Some(Some(expected)) if expected == found => whole.insert(slot),
+                Some(Some(_)) => {
+                    result = result.and(Err(
+                        pack.damaged(Malformed("a chunk is not what its identity says"))
+                    ));
+                }
+                _ if !is_zero(chunk) => {
+                    result = result.and(Err(pack.damaged(Malformed("a dead slot is not zeros"))));
+                }
+                _ => {}
+            }
+        }
+    }
+    result
+}

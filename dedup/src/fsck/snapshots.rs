@@ -1,0 +1,55 @@
+//! Checking snapshots: every block decoded, every place looked up.
+
+use super::Check;
+use crate::backend::Area;
+use crate::error::Result;
+use crate::name::check_name;
+use crate::recipe::BlockCoder;
+use crate::snapshot::Snapshot;
+
+impl Check<'_> {
+    /// Checks a snapshot; what is wrong with itself, and with packs that it needs, is noted.
+    pub(super) fn snapshot(&mut self, name: &str) {
+        self.snapshots += 1;
+        match self.check_snapshot(name) {
+            // Removed since the listing.
+            Err(gone) if gone.is_not_found() => self.snapshots -= 1,
+            Err(error) => self.problem(
+                Area::Snapshots,
+                name,
+                error.to_string(),
+                vec![name.to_owned()],
+            ),
+            Ok(()) => {}
+        }
+    }
+
+    fn check_snapshot(&mut self, name: &str) -> Result<()> {
+        check_name(name)?;
+        let snapshot = Snapshot::open(&*self.shared.backend, name)?;
+        snapshot.manifest()?;
+        let config = &self.shared.config;
+        let mut coder = BlockCoder::new()?;
+        for image in 0..snapshot.facts.images.len() {
+            let recipe = snapshot.recipe(config, image)?;
+            for block in 0..recipe.directory.blocks().len() {
+                let places = recipe.places(block, &mut coder)?;
+                for (pack, slot) in places
+                    .iter()
+                    .filter_map(|place| place.get(config.pack_slots()))
+                {
+                    let pack = recipe.directory.packs[pack as usize];
+                    if !self
+                        .packs
+                        .whole
+                        .get(&pack)
+                        .is_some_and(|whole| whole.contains(slot))
+                    {
+                        self.hit.entry(pack).or_default().insert(name.to_owned());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

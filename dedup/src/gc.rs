@@ -1,0 +1,208 @@
+//! Collecting garbage, beside writers and readers. `docs/store-format.md` argues why nothing in use is lost.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::backend::{Area, Backend, Entry, Lock, Publish};
+use crate::error::{Error, Result};
+use crate::frame::{Decoder, Encoder};
+use crate::marks::{Marks, Slots};
+use crate::name::FileId;
+use crate::pack::{Pack, PackBuilder};
+use crate::protect::condemn;
+use crate::store::{Shared, Store};
+
+/// How to collect.
+#[derive(Clone, Debug, Default)]
+pub struct GcOptions {
+    /// How long it may take until other hosts see a file that was published: nothing on a local file system, more than
+    /// the attribute cache's time on NFS.
+    pub grace: Duration,
+}
+
+/// What a collection did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Collected {
+    /// Drafts and leases of dead processes that were removed.
+    pub leftovers: u64,
+    /// Packs that were looked at.
+    pub packs: u64,
+    /// Packs removed.
+    pub packs_removed: u64,
+    /// Packs that lost their dead chunks.
+    pub packs_shrunk: u64,
+    /// Bytes of packs freed.
+    pub bytes_freed: u64,
+}
+
+/// Packs of which less than this share is needed are shrunk: 3 of 4.
+const NEEDED: (u32, u32) = (3, 4);
+
+/// What became of a pack.
+enum Fate {
+    Removed,
+    /// With the slots that it kept.
+    Shrunk(Slots),
+}
+
+impl Store {
+    /// Removes chunks that no snapshot refers to. Other processes may save, load and remove at the same time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Busy`] when another collection or a repair runs; a snapshot or lease that cannot be read. What
+    /// is needed is never removed, and what was removed before an error was not needed.
+    pub fn gc(&self, options: &GcOptions) -> Result<Collected> {
+        let (shared, backend) = (&*self.shared, &*self.shared.backend);
+        let lock = backend
+            .try_lock(Lock::Gc)
+            .map_err(Error::io("lock the store for a collection"))?;
+        let _lock = lock.ok_or(Error::Busy("a collection or repair"))?;
+        let mut collected = Collected {
+            leftovers: backend
+                .clear_dead()
+                .map_err(Error::io("remove what dead processes left"))?,
+            ..Collected::default()
+        };
+        // Nobody else holds the lock, so these are of collections that died.
+        for list in backend
+            .list(Area::Condemned)
+            .map_err(Error::io("list what is condemned"))?
+        {
+            remove(backend, Area::Condemned, &list.name)?;
+        }
+
+        // Before marking: what is published later is not looked at.
+        let packs = backend
+            .list(Area::Packs)
+            .map_err(Error::io("list the packs"))?;
+        collected.packs = packs.len() as u64;
+        let mut marks = Marks::default();
+        marks.add_all(shared)?;
+        let candidates: Vec<(FileId, u64)> = packs
+            .iter()
+            .filter_map(|entry| candidate(shared, &marks, entry))
+            .collect();
+        if candidates.is_empty() {
+            return Ok(collected);
+        }
+        let ids: Vec<FileId> = candidates.iter().map(|(id, _)| *id).collect();
+        let list = condemn(backend, &ids)?;
+        std::thread::sleep(options.grace);
+        let fates = marks
+            .add_all(shared)
+            // A removed snapshot must not come back after a power cut when its chunks are gone.
+            .and_then(|()| {
+                backend
+                    .sync(Area::Snapshots)
+                    .map_err(Error::io("sync snapshots"))
+            })
+            .and_then(|()| sweep(shared, &marks, &candidates, &mut collected));
+        remove(backend, Area::Condemned, &list)?;
+        let fates = fates?;
+        shared
+            .index
+            .compact(backend, &shared.config, |pack, slot| {
+                match fates.get(&pack) {
+                    None => true,
+                    Some(Fate::Removed) => false,
+                    Some(Fate::Shrunk(kept)) => kept.contains(slot),
+                }
+            })?;
+        Ok(collected)
+    }
+}
+
+/// Whether a pack has enough garbage; then its id and size.
+fn candidate(shared: &Shared, marks: &Marks, entry: &Entry) -> Option<(FileId, u64)> {
+    let id = FileId::parse(&entry.name)?;
+    if marks.is_claimed(id) {
+        return None;
+    }
+    let Some(needed) = marks.slots(id) else {
+        return Some((id, entry.size));
+    };
+    // A pack that cannot be read is for `fsck`.
+    let pack = Pack::open(&*shared.backend, &shared.config, id).ok()?;
+    let live = pack.table().live_count();
+    (needed.len() * NEEDED.1 < live * NEEDED.0).then_some((id, entry.size))
+}
+
+/// Removes and shrinks the candidates that are still not needed.
+fn sweep(
+    shared: &Shared,
+    marks: &Marks,
+    candidates: &[(FileId, u64)],
+    collected: &mut Collected,
+) -> Result<HashMap<FileId, Fate>> {
+    let mut fates = HashMap::new();
+    for &(id, size) in candidates.iter().filter(|(id, _)| !marks.is_claimed(*id)) {
+        match marks.slots(id) {
+            None => {
+                remove(&*shared.backend, Area::Packs, &id.to_string())?;
+                collected.packs_removed += 1;
+                collected.bytes_freed += size;
+                fates.insert(id, Fate::Removed);
+            }
+            Some(needed) => {
+                let new_size = shrink(shared, id, needed)?;
+                collected.packs_shrunk += 1;
+                collected.bytes_freed += size.saturating_sub(new_size);
+                fates.insert(id, Fate::Shrunk(needed.clone()));
+            }
+        }
+    }
+    shared
+        .backend
+        .sync(Area::Packs)
+        .map_err(Error::io("sync packs"))?;
+    Ok(fates)
+}
+
+/// Replaces a pack by one with only the needed slots, each under its number. Gives the new size in bytes.
+fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
+    let (backend, config) = (&*shared.backend, &shared.config);
+    let pack = Pack::open(backend, config, id)?;
+    let old_ids = pack.ids()?;
+    let mut shrunk = PackBuilder::new(backend, config, id)?;
+    let (mut encoder, mut decoder) = (Encoder::new()?, Decoder::new()?);
+    let mut plain = vec![0; pack.frame_bytes()];
+    let mut stored = Vec::new();
+    for (number, entry) in pack.table().frames.iter().enumerate() {
+        let number = number as u32;
+        let slots = (0..u32::from(entry.slots)).map(|slot| number * config.frame_chunks() + slot);
+        let before: Vec<_> = slots.clone().map(|slot| old_ids.get(slot)).collect();
+        let after: Vec<_> = slots
+            .zip(&before)
+            .map(|(slot, id)| id.filter(|_| needed.contains(slot)))
+            .collect();
+        if after.iter().all(Option::is_none) {
+            continue;
+        }
+        let len = pack.read_frame(number, &mut decoder, &mut stored, &mut plain)?;
+        if after == before {
+            shrunk.append(number, &stored, &after)?;
+            continue;
+        }
+        let chunks = plain[..len].chunks_mut(config.chunk_size as usize);
+        chunks
+            .zip(&after)
+            .filter(|(_, id)| id.is_none())
+            .for_each(|(chunk, _)| chunk.fill(0));
+        shrunk.append(
+            number,
+            encoder.encode(number, entry.slots, &plain[..len])?,
+            &after,
+        )?;
+    }
+    Ok(shrunk.publish(Publish::Replace)?.size)
+}
+
+fn remove(backend: &dyn Backend, area: Area, name: &str) -> Result<()> {
+    match backend.remove(area, name) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::io(format!("remove {}", area.path(name)))(error))
+        }
+        _ => Ok(()),
+    }
+}

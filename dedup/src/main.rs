@@ -1,0 +1,290 @@
+//! `dedup`: a store of files on the command line.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use dedup::backend::LocalDir;
+use dedup::{CreateOptions, DEFAULT_CHUNK_SIZE, Error, GcOptions, OpenOptions, Store};
+use serde::Serialize;
+
+/// Keeps files in a store in which nothing is stored twice.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    /// The store's directory.
+    #[arg(
+        long,
+        short,
+        env = "DEDUP_STORE",
+        global = true,
+        default_value = "dedup-store"
+    )]
+    store: PathBuf,
+    /// A file of 32 bytes: the key of a keyed store.
+    #[arg(long, global = true)]
+    key_file: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Create a store; with --key-file, a keyed one.
+    Init {
+        /// Bytes in a chunk.
+        #[arg(long, default_value_t = DEFAULT_CHUNK_SIZE)]
+        chunk_size: u32,
+    },
+    /// Save a file as a snapshot.
+    Save {
+        /// The snapshot's name.
+        name: String,
+        /// The file, or a block device.
+        file: PathBuf,
+    },
+    /// Load a snapshot into a file.
+    Load {
+        /// The snapshot: its name, tag or id.
+        snapshot: String,
+        /// The file, which is replaced.
+        file: PathBuf,
+    },
+    /// List the snapshots, newest first.
+    Ls,
+    /// Give a snapshot a further name.
+    Tag {
+        /// The snapshot: its name, tag or id.
+        snapshot: String,
+        /// The new name; a tag of this name moves.
+        tag: String,
+    },
+    /// Show where two snapshots differ.
+    Diff {
+        /// The first: its name, tag or id.
+        old: String,
+        /// The second.
+        new: String,
+    },
+    /// Remove a snapshot with its tags, or a tag.
+    Rm {
+        /// Its name.
+        name: String,
+    },
+    /// Count what is in the store.
+    Stat,
+    /// Free what no snapshot refers to.
+    Gc {
+        /// Seconds until other hosts see a new file: on NFS, more than its attribute cache's time.
+        #[arg(long, default_value_t = 0)]
+        grace: u64,
+    },
+    /// Check every byte. Exit code 2 when something is wrong.
+    Fsck {
+        /// Repair what can be, and move what cannot be read into damaged/.
+        #[arg(long)]
+        repair: bool,
+    },
+}
+
+/// The exit code of a check that found something.
+const DAMAGED: u8 = 2;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("dedup: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<ExitCode> {
+    let key = args.key_file.as_ref().map(read_key).transpose()?;
+    let options = OpenOptions {
+        key,
+        ..OpenOptions::default()
+    };
+    let open = || {
+        Store::open_dir(&args.store, options.clone())
+            .with_context(|| args.store.display().to_string())
+    };
+    let say = |value: &dyn ErasedJson, plain: String| {
+        if args.json {
+            println!("{}", value.json())
+        } else {
+            println!("{plain}")
+        }
+    };
+    match &args.command {
+        Command::Init { chunk_size } => {
+            let create = CreateOptions {
+                chunk_size: *chunk_size,
+                key,
+            };
+            let store = Store::create_dir(&args.store, &create, options.clone())?;
+            say(&store.stat()?, format!("created {}", args.store.display()));
+        }
+        Command::Save { name, file } => {
+            let saved = open()?.save_file(name, file)?;
+            let stored = saved.pack_bytes + saved.snapshot_bytes;
+            let size: u64 = saved.images.iter().map(|image| image.size).sum();
+            say(
+                &saved,
+                format!(
+                    "saved {name}: {} in {}, id {}",
+                    bytes(size),
+                    bytes(stored),
+                    saved.id
+                ),
+            );
+        }
+        Command::Load { snapshot, file } => {
+            let store = open()?;
+            store.load_file(snapshot, file)?;
+            say(
+                &store.show(snapshot)?,
+                format!("loaded {snapshot} into {}", file.display()),
+            );
+        }
+        Command::Ls => {
+            let log = open()?.log()?;
+            let lines: Vec<String> = log.iter().map(line).collect();
+            say(&log, lines.join("\n"));
+        }
+        Command::Tag { snapshot, tag } => {
+            let store = open()?;
+            store.tag(snapshot, tag)?;
+            say(
+                &store.show(tag)?,
+                format!("{tag} is {}", store.show(tag)?.name),
+            );
+        }
+        Command::Diff { old, new } => {
+            let diff = open()?.diff(old, new)?;
+            let lines: Vec<String> = diff
+                .iter()
+                .map(|image| format!("{}: {} changed", image.name, bytes(image.changed_bytes())))
+                .collect();
+            say(&diff, lines.join("\n"));
+        }
+        Command::Rm { name } => {
+            open()?.rm(name)?;
+            say(&name, format!("removed {name}"));
+        }
+        Command::Stat => {
+            let stat = open()?.stat()?;
+            let plain = format!(
+                "{} snapshots of {} ({} zeros)\n{} stored: {} in {} packs, {} of snapshots, {} of index",
+                stat.snapshots,
+                bytes(stat.image_bytes),
+                bytes(stat.zero_bytes),
+                bytes(stat.stored_bytes()),
+                bytes(stat.pack_bytes),
+                stat.packs,
+                bytes(stat.snapshot_bytes),
+                bytes(stat.index_bytes),
+            );
+            say(&stat, plain);
+        }
+        Command::Gc { grace } => {
+            let done = open()?.gc(&GcOptions {
+                grace: Duration::from_secs(*grace),
+            })?;
+            let plain = format!(
+                "freed {}: {} of {} packs removed, {} shrunk",
+                bytes(done.bytes_freed),
+                done.packs_removed,
+                done.packs,
+                done.packs_shrunk
+            );
+            say(&done, plain);
+        }
+        Command::Fsck { repair } => {
+            if *repair && dedup::repair_config(&LocalDir::new(&args.store))? {
+                eprintln!("restored the store's config from a pack");
+            }
+            let store = open()?;
+            let report = if *repair {
+                store.repair()?
+            } else {
+                store.fsck()?
+            };
+            let mut lines = vec![format!(
+                "{} packs with {} chunks, {} snapshots: {} problems",
+                report.packs,
+                report.chunks,
+                report.snapshots,
+                report.problems.len()
+            )];
+            for problem in &report.problems {
+                let hit = if problem.snapshots.is_empty() {
+                    "none".into()
+                } else {
+                    problem.snapshots.join(" ")
+                };
+                lines.push(format!(
+                    "{}: {} (snapshots hit: {hit})",
+                    problem.file, problem.what
+                ));
+            }
+            lines.extend(report.repaired.iter().cloned());
+            say(&report, lines.join("\n"));
+            if !report.problems.is_empty() {
+                return Ok(ExitCode::from(DAMAGED));
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Anything that can be printed as JSON.
+trait ErasedJson {
+    fn json(&self) -> String;
+}
+
+impl<T: Serialize> ErasedJson for T {
+    fn json(&self) -> String {
+        // Maps of names and numbers always have a JSON form.
+        serde_json::to_string_pretty(self).unwrap_or_default()
+    }
+}
+
+fn read_key(path: &PathBuf) -> Result<[u8; 32]> {
+    let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    bytes.try_into().map_err(|_| {
+        Error::Parameter(format!("{} has not exactly 32 bytes", path.display())).into()
+    })
+}
+
+fn line(entry: &dedup::LogEntry) -> String {
+    let size: u64 = entry.facts.images.iter().map(|image| image.size).sum();
+    let tags = if entry.tags.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", entry.tags.join(", "))
+    };
+    let id = entry.id.to_string();
+    format!("{}  {:>10}  {}{tags}", &id[..12], bytes(size), entry.name)
+}
+
+/// A number of bytes for people.
+fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (bytes.max(1).ilog2() / 10).min(UNITS.len() as u32 - 1);
+    if unit == 0 {
+        return format!("{bytes} B");
+    }
+    format!(
+        "{:.1} {}",
+        bytes as f64 / f64::from(1u32 << 10).powi(unit as i32),
+        UNITS[unit as usize]
+    )
+}

@@ -1,0 +1,94 @@
+//! Open packs and decoded frames, shared by all readers of a store.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+
+use crate::error::Result;
+use crate::frame::Decoder;
+use crate::name::FileId;
+use crate::pack::Pack;
+use crate::store::Shared;
+
+/// Packs that are kept open; each takes a file descriptor and 16 KiB.
+const OPEN_PACKS: usize = 256;
+
+/// Caches for reading.
+pub(crate) struct Frames {
+    packs: Cache<FileId, Arc<Pack>>,
+    frames: Cache<(FileId, u32), Arc<Vec<u8>>, ByBytes>,
+    decoders: Mutex<Vec<FrameReader>>,
+}
+
+#[derive(Clone)]
+struct ByBytes;
+
+impl Weighter<(FileId, u32), Arc<Vec<u8>>> for ByBytes {
+    fn weight(&self, _frame: &(FileId, u32), plain: &Arc<Vec<u8>>) -> u64 {
+        plain.len().max(1) as u64
+    }
+}
+
+/// What it takes to decode a frame.
+pub(super) struct FrameReader {
+    pub(super) decoder: Decoder,
+    pub(super) stored: Vec<u8>,
+}
+
+impl FrameReader {
+    pub(super) fn new() -> Result<Self> {
+        Ok(FrameReader {
+            decoder: Decoder::new()?,
+            stored: Vec::new(),
+        })
+    }
+}
+
+impl Frames {
+    /// Caches that hold up to `memory` bytes of decoded frames.
+    pub(crate) fn new(memory: u64) -> Self {
+        let estimated_frames = (memory >> 16).max(1) as usize;
+        Frames {
+            packs: Cache::new(OPEN_PACKS),
+            frames: Cache::with_weighter(estimated_frames, memory, ByBytes),
+            decoders: Mutex::default(),
+        }
+    }
+
+    /// An open pack. It may have been replaced since by one without its dead chunks: to read what lives, either
+    /// will do.
+    pub(crate) fn pack(&self, shared: &Shared, id: FileId) -> Result<Arc<Pack>> {
+        self.packs.get_or_insert_with(&id, || {
+            Pack::open(&*shared.backend, &shared.config, id).map(Arc::new)
+        })
+    }
+
+    /// Forgets what was read, because files were repaired.
+    pub(crate) fn clear(&self) {
+        self.packs.clear();
+        self.frames.clear();
+    }
+
+    /// A decoded frame. Threads that want the same one wait for the first.
+    pub(super) fn get(&self, shared: &Shared, pack: FileId, frame: u32) -> Result<Arc<Vec<u8>>> {
+        self.frames.get_or_insert_with(&(pack, frame), || {
+            let pack = self.pack(shared, pack)?;
+            let idle = self
+                .decoders
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pop();
+            let mut reader = idle.map_or_else(FrameReader::new, Ok)?;
+            let mut plain = vec![0; pack.frame_bytes()];
+            let len =
+                pack.read_frame(frame, &mut reader.decoder, &mut reader.stored, &mut plain)?;
+            plain.truncate(len);
+            self.decoders
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(reader);
+            Ok(Arc::new(plain))
+        })
+    }
+}

@@ -1,0 +1,227 @@
+//! Loading whole images, with all cores.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::frames::FrameReader;
+use super::{ImageReader, not_there};
+use crate::error::{Error, Result};
+use crate::pack::Pack;
+use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
+use crate::threads;
+
+/// What to do about chunks of zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeros {
+    /// Write them.
+    Write,
+    /// Leave them: the memory is zero, as fresh from the kernel, and stays untouched there.
+    AlreadyThere,
+}
+
+/// A window is loaded by one thread, which decodes each frame once for all of the window.
+const MAX_WINDOW_BYTES: usize = 64 << 20;
+
+/// Windows for each thread, so that no thread waits long for the last.
+const WINDOWS_PER_THREAD: usize = 4;
+
+impl ImageReader {
+    /// Loads the whole image into memory, `memory.len()` being its size. Each byte is verified on the way.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfRange`] when the length is another; as [`ImageReader::read_at`]. The memory's content is not
+    /// defined then.
+    pub fn load_into(&self, memory: &mut [u8], zeros: Zeros) -> Result<()> {
+        if memory.len() as u64 != self.size() {
+            return Err(Error::OutOfRange {
+                offset: 0,
+                len: memory.len() as u64,
+                size: self.size(),
+            });
+        }
+        let chunk_size = self.shared.config.chunk_size as usize;
+        let window_blocks = self.window_blocks();
+        let windows = Mutex::new(
+            memory
+                .chunks_mut(window_blocks * BLOCK_CHUNKS * chunk_size)
+                .enumerate(),
+        );
+        let put = |_: usize, chunk: &mut &mut [u8], plain: &[u8]| {
+            chunk.copy_from_slice(&plain[..chunk.len()]);
+            Ok(())
+        };
+        threads::on(self.shared.threads, || {
+            let mut loader = Loader::new(self)?;
+            let mut chunks = Vec::new();
+            loop {
+                let next = windows
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .next();
+                let Some((window, memory)) = next else {
+                    return Ok(());
+                };
+                for (block, memory) in memory.chunks_mut(BLOCK_CHUNKS * chunk_size).enumerate() {
+                    let places = self
+                        .recipe
+                        .places(window * window_blocks + block, &mut loader.coder)?;
+                    for (place, chunk) in places.into_iter().zip(memory.chunks_mut(chunk_size)) {
+                        if !place.is_zero() {
+                            chunks.push((place, chunk));
+                        } else if zeros == Zeros::Write {
+                            chunk.fill(0);
+                        }
+                    }
+                }
+                // One chunk at a time: neighbours in memory are separate slices here.
+                loader.load(&mut chunks, |_, _| false, put)?;
+                chunks.clear();
+            }
+        })
+    }
+
+    /// Writes the whole image to a file, with holes for zeros. An existing file is replaced, in one step and only
+    /// when everything is written. The file is not synced.
+    ///
+    /// # Errors
+    ///
+    /// As [`ImageReader::read_at`]; the file cannot be written, and is then as it was before.
+    pub fn load_file(&self, path: &Path) -> Result<()> {
+        let failed = || Error::io(format!("write {}", path.display()));
+        let mut draft = path.as_os_str().to_owned();
+        draft.push(format!(".{}.part", std::process::id()));
+        let file = File::create_new(&draft).map_err(failed())?;
+        let written = file
+            .set_len(self.size())
+            .map_err(failed())
+            .and_then(|()| self.write_to(&file, path))
+            .and_then(|()| std::fs::rename(&draft, path).map_err(failed()));
+        written.inspect_err(|_| drop(std::fs::remove_file(&draft)))
+    }
+
+    /// Writes all that is not zeros to a file that has the image's size.
+    fn write_to(&self, file: &File, path: &Path) -> Result<()> {
+        let chunk_size = u64::from(self.shared.config.chunk_size);
+        let blocks = self.recipe.directory.blocks().len();
+        let windows = Mutex::new((0..blocks).step_by(self.window_blocks()));
+        let follows = |chunk: &u64, next: &u64| chunk + 1 == *next;
+        let put = |count: usize, chunk: &mut u64, plain: &[u8]| {
+            let at = *chunk * chunk_size;
+            let len = (count as u64 * chunk_size).min(self.size() - at) as usize;
+            file.write_all_at(&plain[..len], at)
+                .map_err(Error::io(format!("write {}", path.display())))
+        };
+        threads::on(self.shared.threads, || {
+            let mut loader = Loader::new(self)?;
+            let mut chunks = Vec::new();
+            loop {
+                let next = windows
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .next();
+                let Some(first) = next else { return Ok(()) };
+                for block in first..(first + self.window_blocks()).min(blocks) {
+                    let places = self.recipe.places(block, &mut loader.coder)?;
+                    let numbered = places.into_iter().zip(block as u64 * BLOCK_CHUNKS as u64..);
+                    chunks.extend(numbered.filter(|(place, _)| !place.is_zero()));
+                }
+                loader.load(&mut chunks, follows, put)?;
+                chunks.clear();
+            }
+        })
+    }
+
+    fn window_blocks(&self) -> usize {
+        let block_bytes = BLOCK_CHUNKS * self.shared.config.chunk_size as usize;
+        let windows = self.shared.threads * WINDOWS_PER_THREAD;
+        (self.recipe.directory.blocks().len() / windows)
+            .clamp(1, (MAX_WINDOW_BYTES / block_bytes).max(1))
+    }
+}
+
+/// One thread's share of a load.
+struct Loader<'r> {
+    image: &'r ImageReader,
+    coder: BlockCoder,
+    frame: FrameReader,
+    plain: Vec<u8>,
+    pack: Option<(u32, Arc<Pack>)>,
+}
+
+impl<'r> Loader<'r> {
+    fn new(image: &'r ImageReader) -> Result<Self> {
+        let config = &image.shared.config;
+        Ok(Loader {
+            image,
+            coder: BlockCoder::new()?,
+            frame: FrameReader::new()?,
+            plain: vec![0; (config.frame_chunks() * config.chunk_size) as usize],
+            pack: None,
+        })
+    }
+
+    /// Decodes each frame once and puts its chunks where they go. `put` gets a number of chunks that follow each other
+    /// in the frame as well as, by `follows`, at their destinations, the first destination, and the frame's bytes
+    /// from the first chunk on, which are enough for all.
+    fn load<D>(
+        &mut self,
+        chunks: &mut [(Place, D)],
+        follows: impl Fn(&D, &D) -> bool,
+        put: impl Fn(usize, &mut D, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let config = &self.image.shared.config;
+        let (pack_slots, frame_chunks) = (config.pack_slots(), config.frame_chunks());
+        let frame_of = |place: &Place| {
+            place
+                .get(pack_slots)
+                .map(|(pack, slot)| (pack, slot / frame_chunks))
+        };
+        // Mostly sorted already, which the sort makes use of.
+        chunks.sort_by_key(|(place, _)| *place);
+        for same_frame in chunks.chunk_by_mut(|(a, _), (b, _)| frame_of(a) == frame_of(b)) {
+            let Some((pack, frame)) = frame_of(&same_frame[0].0) else {
+                continue;
+            };
+            let len = self.decode(pack, frame)?;
+            let runs =
+                same_frame.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
+            for run in runs {
+                let place = run[0].0;
+                let first = place
+                    .get(pack_slots)
+                    .map_or(0, |(_, slot)| slot % frame_chunks)
+                    as usize;
+                let from = first * config.chunk_size as usize;
+                let to = (first + run.len()) * config.chunk_size as usize;
+                if to > len {
+                    return Err(not_there(self.image.recipe.directory.packs[pack as usize]));
+                }
+                let count = run.len();
+                put(count, &mut run[0].1, &self.plain[from..to])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&mut self, number: u32, frame: u32) -> Result<usize> {
+        let shared = &self.image.shared;
+        let pack = match &self.pack {
+            Some((current, pack)) if *current == number => pack.clone(),
+            _ => {
+                let id = self.image.recipe.directory.packs[number as usize];
+                let pack = shared.frames.pack(shared, id)?;
+                self.pack = Some((number, pack.clone()));
+                pack
+            }
+        };
+        pack.read_frame(
+            frame,
+            &mut self.frame.decoder,
+            &mut self.frame.stored,
+            &mut self.plain,
+        )
+    }
+}

@@ -1,0 +1,180 @@
+//! Names of snapshots: the files in `snapshots/`, and tags.
+
+use std::io;
+
+use crate::backend::{Area, Backend, Publish};
+use crate::bytes::Cursor;
+use crate::error::{Error, Malformed, Result};
+use crate::hash::digest;
+use crate::name::check_name;
+use crate::snapshot::{Snapshot, SnapshotId};
+
+const MAGIC: &[u8; 8] = b"DEDUPTAG";
+const TAG_BYTES: usize = 40;
+
+/// The shortest beginning of an id that names a snapshot.
+const MIN_PREFIX: usize = 4;
+
+/// All snapshots that are there.
+///
+/// # Errors
+///
+/// The list cannot be made, or a snapshot cannot be read.
+pub(crate) fn all_snapshots(backend: &dyn Backend) -> Result<Vec<Snapshot>> {
+    let mut snapshots = Vec::new();
+    for entry in backend
+        .list(Area::Snapshots)
+        .map_err(Error::io("list the snapshots"))?
+    {
+        match Snapshot::open(backend, &entry.name) {
+            // Removed since the listing.
+            Err(gone) if gone.is_not_found() => {}
+            other => snapshots.push(other?),
+        }
+    }
+    Ok(snapshots)
+}
+
+/// Finds a snapshot by name, by tag, or by the beginning of its id.
+pub(crate) fn resolve(backend: &dyn Backend, reference: &str) -> Result<Snapshot> {
+    let missing = || Error::NoSnapshot(reference.to_owned());
+    if check_name(reference).is_err() {
+        return Err(missing());
+    }
+    match Snapshot::open(backend, reference) {
+        Err(gone) if gone.is_not_found() => {}
+        other => return other,
+    }
+    let tagged = read_tag(backend, reference)?;
+    let prefix = tagged.map_or_else(|| reference.to_owned(), |id| id.to_string());
+    if prefix.len() < MIN_PREFIX {
+        return Err(missing());
+    }
+    let mut found = None;
+    for snapshot in all_snapshots(backend)? {
+        if snapshot.id.to_string().starts_with(&prefix) && found.replace(snapshot).is_some() {
+            return Err(Error::Ambiguous(reference.to_owned()));
+        }
+    }
+    found.ok_or_else(missing)
+}
+
+/// The snapshot that a tag names; `None` when there is no such tag.
+fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
+    let failed = || Error::io(format!("read {}", Area::Tags.path(name)));
+    let file = match backend.open(Area::Tags, name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(failed())?,
+    };
+    // One byte more than a tag has, to notice what is too long.
+    let mut bytes = vec![0; file.size().min(TAG_BYTES as u64 + 1) as usize];
+    file.read_exact_at(&mut bytes, 0).map_err(failed())?;
+    parse_tag(&bytes, name)
+        .map(Some)
+        .map_err(|malformed| malformed.in_file(Area::Tags.path(name)))
+}
+
+/// The snapshot that a tag names; `None` when there is no such tag or no such snapshot.
+pub(crate) fn resolve_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
+    let Some(id) = read_tag(backend, name)? else {
+        return Ok(None);
+    };
+    let names = backend
+        .list(Area::Snapshots)
+        .map_err(Error::io("list the snapshots"))?;
+    // One that cannot be read has a problem of its own.
+    let mut snapshots = names
+        .iter()
+        .filter_map(|entry| Snapshot::open(backend, &entry.name).ok());
+    Ok(snapshots.any(|snapshot| snapshot.id == id).then_some(id))
+}
+
+fn parse_tag(bytes: &[u8], name: &str) -> Result<SnapshotId, Malformed> {
+    let mut cursor = Cursor::new(bytes);
+    cursor.expect(MAGIC, "not a tag")?;
+    let id = cursor.array()?;
+    let expected: [u8; 16] = cursor.array()?;
+    cursor.end()?;
+    if digest(&[&bytes[..24], name.as_bytes()]) != expected {
+        return Err(Malformed("the digest does not match"));
+    }
+    Ok(SnapshotId(id))
+}
+
+fn tag_bytes(id: SnapshotId, name: &str) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend_from_slice(&id.0);
+    let digest = digest(&[&bytes, name.as_bytes()]);
+    bytes.extend_from_slice(&digest);
+    bytes
+}
+
+/// All tags and what they name, in alphabetical order. Tags that cannot be read are left to `fsck`.
+pub(crate) fn tags_by_snapshot(backend: &dyn Backend) -> Result<Vec<(String, SnapshotId)>> {
+    let mut tags = Vec::new();
+    for entry in backend
+        .list(Area::Tags)
+        .map_err(Error::io("list the tags"))?
+    {
+        if let Ok(Some(id)) = read_tag(backend, &entry.name) {
+            tags.push((entry.name, id));
+        }
+    }
+    tags.sort();
+    Ok(tags)
+}
+
+/// Makes or moves a tag, durably.
+pub(crate) fn set_tag(backend: &dyn Backend, tag: &str, id: SnapshotId) -> Result<()> {
+    check_name(tag)?;
+    match backend.open(Area::Snapshots, tag) {
+        Err(free) if free.kind() == io::ErrorKind::NotFound => {}
+        Err(other) => {
+            return Err(Error::io(format!("look for {}", Area::Snapshots.path(tag)))(other));
+        }
+        Ok(_) => return Err(Error::NameTaken(tag.to_owned())),
+    }
+    let failed = || Error::io(format!("write {}", Area::Tags.path(tag)));
+    let mut draft = backend.draft().map_err(failed())?;
+    draft.append(&tag_bytes(id, tag)).map_err(failed())?;
+    draft.sync().map_err(failed())?;
+    draft
+        .publish(Area::Tags, tag, Publish::Replace)
+        .map_err(failed())?;
+    backend.sync(Area::Tags).map_err(failed())
+}
+
+/// Removes a tag or a snapshot, durably.
+pub(crate) fn remove(backend: &dyn Backend, name: &str) -> Result<()> {
+    if check_name(name).is_ok() && remove_file(backend, Area::Tags, name)? {
+        return sync(backend, Area::Tags);
+    }
+    let snapshot = resolve(backend, name)?;
+    let mut untagged = false;
+    for (tag, id) in tags_by_snapshot(backend)? {
+        untagged |= id == snapshot.id && remove_file(backend, Area::Tags, &tag)?;
+    }
+    // Tags first, so that none is left that names nothing.
+    if untagged {
+        sync(backend, Area::Tags)?;
+    }
+    if !remove_file(backend, Area::Snapshots, &snapshot.name)? {
+        return Err(Error::NoSnapshot(name.to_owned()));
+    }
+    sync(backend, Area::Snapshots)
+}
+
+/// Removes a file; whether it was there.
+fn remove_file(backend: &dyn Backend, area: Area, name: &str) -> Result<bool> {
+    match backend.remove(area, name) {
+        Ok(()) => Ok(true),
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(other) => Err(Error::io(format!("remove {}", area.path(name)))(other)),
+    }
+}
+
+fn sync(backend: &dyn Backend, area: Area) -> Result<()> {
+    backend
+        .sync(area)
+        .map_err(Error::io(format!("sync {}", area.dir())))
+}

@@ -1,0 +1,445 @@
+//! Snapshot files: recipes, a manifest and facts, in one file.
+
+use std::io;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{Area, Backend, Publish, ReadAt};
+use crate::bytes::{Cursor, from_hex, to_hex};
+use crate::config::Config;
+use crate::error::{Error, Malformed, Result};
+use crate::hash::{digest, short_digest};
+use crate::name::check_name;
+use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Directory, Place, chunks_of};
+
+const MAGIC: &[u8; 8] = b"DEDUPSNP";
+const END_MAGIC: &[u8; 8] = b"DEDUPSNE";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 16;
+const TRAILER_BYTES: usize = 48;
+
+/// No machine has facts of this size; a larger number is damage.
+const MAX_FACTS_BYTES: u32 = 16 << 20;
+
+/// What a snapshot is, whatever its name: the digest of all it holds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SnapshotId(pub(crate) [u8; 16]);
+
+impl std::fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&to_hex(&self.0))
+    }
+}
+
+impl std::fmt::Debug for SnapshotId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for SnapshotId {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for SnapshotId {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        parse_hex(deserializer).map(SnapshotId)
+    }
+}
+
+fn parse_hex<'de, D: serde::Deserializer<'de>, const N: usize>(
+    deserializer: D,
+) -> Result<[u8; N], D::Error> {
+    let hex = String::deserialize(deserializer)?;
+    from_hex(&hex).ok_or_else(|| serde::de::Error::custom("not a digest"))
+}
+
+/// What a snapshot says about itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// The name it was saved under.
+    pub name: String,
+    /// When it was saved: milliseconds since 1970, UTC.
+    pub created_ms: u64,
+    /// The host that saved it.
+    pub host: String,
+    /// The snapshot it came from.
+    pub parent: Option<SnapshotId>,
+    /// Its images, in the order in which they were saved.
+    pub images: Vec<ImageFacts>,
+    pub(crate) manifest: Span,
+}
+
+/// What a snapshot says about one of its images.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageFacts {
+    /// The image's name, unique in its snapshot.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Chunks that are all zeros.
+    pub zero_chunks: u64,
+    /// Chunks that the store did not hold before.
+    pub new_chunks: u64,
+    pub(crate) blocks_at: u64,
+    pub(crate) directory: Span,
+}
+
+/// A part of a file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Span {
+    at: u64,
+    len: u64,
+    #[serde(serialize_with = "write_hex", deserialize_with = "parse_hex")]
+    digest: [u8; 16],
+}
+
+fn write_hex<S: serde::Serializer>(bytes: &[u8; 16], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&to_hex(bytes))
+}
+
+/// An image that is ready to be written: its recipe, and what there is to say about it.
+pub(crate) struct ImageDraft {
+    pub(crate) name: String,
+    pub(crate) size: u64,
+    pub(crate) zero_chunks: u64,
+    pub(crate) new_chunks: u64,
+    pub(crate) packs: Vec<crate::name::FileId>,
+    /// Stored blocks.
+    pub(crate) blocks: Vec<Vec<u8>>,
+}
+
+/// A snapshot that is ready to be written.
+pub(crate) struct SnapshotDraft {
+    pub(crate) name: String,
+    pub(crate) created_ms: u64,
+    pub(crate) host: String,
+    pub(crate) parent: Option<SnapshotId>,
+    pub(crate) images: Vec<ImageDraft>,
+    pub(crate) manifest: Vec<u8>,
+}
+
+impl SnapshotDraft {
+    /// The bytes of the file, and the snapshot's id.
+    pub(crate) fn encode(self) -> Result<(Vec<u8>, SnapshotId)> {
+        let mut out = Vec::new();
+        out.extend_from_slice(MAGIC);
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.extend_from_slice(&[0; 4]);
+        let span = |out: &mut Vec<u8>, part: &[u8]| {
+            let span = Span {
+                at: out.len() as u64,
+                len: part.len() as u64,
+                digest: digest(&[part]),
+            };
+            out.extend_from_slice(part);
+            span
+        };
+        let mut images = Vec::new();
+        for image in self.images {
+            let blocks_at = out.len() as u64;
+            let rows = image
+                .blocks
+                .iter()
+                .map(|block| (block.len() as u32, short_digest(&[block])));
+            let directory = Directory::new(image.packs, rows);
+            image
+                .blocks
+                .iter()
+                .for_each(|block| out.extend_from_slice(block));
+            images.push(ImageFacts {
+                name: image.name,
+                size: image.size,
+                zero_chunks: image.zero_chunks,
+                new_chunks: image.new_chunks,
+                blocks_at,
+                directory: span(&mut out, &directory.encode()),
+            });
+        }
+        let manifest = span(&mut out, &self.manifest);
+        let facts = Facts {
+            name: self.name,
+            created_ms: self.created_ms,
+            host: self.host,
+            parent: self.parent,
+            images,
+            manifest,
+        };
+        let facts = serde_json::to_vec(&facts)
+            .map_err(|error| Error::io("encode a snapshot")(error.into()))?;
+        let mut trailer = Vec::new();
+        trailer.extend_from_slice(&(out.len() as u64).to_le_bytes());
+        trailer.extend_from_slice(&(facts.len() as u32).to_le_bytes());
+        trailer.extend_from_slice(&VERSION.to_le_bytes());
+        let id = digest(&[&out[..HEADER_BYTES], &facts, &trailer]);
+        trailer.extend_from_slice(&id);
+        trailer.extend_from_slice(END_MAGIC);
+        trailer.extend_from_slice(&[0; 8]);
+        out.extend_from_slice(&facts);
+        out.extend_from_slice(&trailer);
+        Ok((out, SnapshotId(id)))
+    }
+}
+
+/// Writes a snapshot's file, durably but for the area's sync.
+pub(crate) fn publish(backend: &dyn Backend, name: &str, bytes: &[u8]) -> Result<()> {
+    let failed = || Error::io(format!("write {}", Area::Snapshots.path(name)));
+    let mut draft = backend.draft().map_err(failed())?;
+    draft.append(bytes).map_err(failed())?;
+    draft.sync().map_err(failed())?;
+    draft
+        .publish(Area::Snapshots, name, Publish::New)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => Error::NameTaken(name.to_owned()),
+            _ => failed()(error),
+        })
+}
+
+/// An open snapshot file.
+#[derive(Clone)]
+pub(crate) struct Snapshot {
+    pub(crate) id: SnapshotId,
+    pub(crate) facts: Facts,
+    /// The name it has now; equal to the one it was saved under unless somebody moved the file.
+    pub(crate) name: String,
+    file: Arc<dyn ReadAt>,
+}
+
+impl Snapshot {
+    /// Opens a snapshot and checks its facts, not yet its recipes.
+    pub(crate) fn open(backend: &dyn Backend, name: &str) -> Result<Self> {
+        let failed = || Error::io(format!("read {}", Area::Snapshots.path(name)));
+        let file = backend.open(Area::Snapshots, name).map_err(failed())?;
+        let damaged = |malformed: Malformed| malformed.in_file(Area::Snapshots.path(name));
+        let size = file.size();
+        let too_short = || damaged(Malformed("too short"));
+        let trailer_at = size
+            .checked_sub(TRAILER_BYTES as u64)
+            .ok_or_else(too_short)?;
+        let (mut header, mut trailer) = ([0; HEADER_BYTES], [0; TRAILER_BYTES]);
+        if trailer_at < HEADER_BYTES as u64 {
+            return Err(too_short());
+        }
+        file.read_exact_at(&mut header, 0).map_err(failed())?;
+        file.read_exact_at(&mut trailer, trailer_at)
+            .map_err(failed())?;
+        let (facts_at, facts_len, id) =
+            parse_ends(&header, &trailer, trailer_at).map_err(|refused| match refused {
+                Refused::Newer(found) => Error::NewerStore {
+                    found,
+                    supported: VERSION,
+                },
+                Refused::Malformed(malformed) => damaged(malformed),
+            })?;
+        let mut facts = vec![0; facts_len as usize];
+        file.read_exact_at(&mut facts, facts_at).map_err(failed())?;
+        if digest(&[&header, &facts, &trailer[..16]]) != id {
+            return Err(damaged(Malformed("the digest of the facts does not match")));
+        }
+        let facts: Facts = serde_json::from_slice(&facts)
+            .map_err(|_| damaged(Malformed("the facts do not parse")))?;
+        let snapshot = Snapshot {
+            id: SnapshotId(id),
+            facts,
+            name: name.to_owned(),
+            file,
+        };
+        snapshot.check_layout(facts_at).map_err(damaged)?;
+        Ok(snapshot)
+    }
+
+    /// Checks that the parts follow each other without gaps, up to the facts.
+    fn check_layout(&self, facts_at: u64) -> Result<(), Malformed> {
+        let mut at = HEADER_BYTES as u64;
+        for (position, image) in self.facts.images.iter().enumerate() {
+            let unique = self.facts.images[..position]
+                .iter()
+                .all(|other| other.name != image.name);
+            if check_name(&image.name).is_err() || !unique {
+                return Err(Malformed("an image has an impossible name"));
+            }
+            if image.blocks_at != at || image.directory.at < at {
+                return Err(Malformed("the parts do not follow each other"));
+            }
+            at = image.directory.end()?;
+        }
+        if self.facts.manifest.at != at || self.facts.manifest.end()? != facts_at {
+            return Err(Malformed("the parts do not follow each other"));
+        }
+        Ok(())
+    }
+
+    /// The bytes of the file.
+    pub(crate) fn size(&self) -> u64 {
+        self.file.size()
+    }
+
+    /// The opaque bytes that the snapshot was saved with.
+    pub(crate) fn manifest(&self) -> Result<Vec<u8>> {
+        self.read_span(&self.facts.manifest, "the manifest's digest does not match")
+    }
+
+    fn read_span(&self, span: &Span, otherwise: &'static str) -> Result<Vec<u8>> {
+        // `check_layout` saw to it that the span lies in the file.
+        let mut bytes = vec![0; span.len as usize];
+        self.file
+            .read_exact_at(&mut bytes, span.at)
+            .map_err(self.failed())?;
+        if digest(&[&bytes]) != span.digest {
+            return Err(self.damaged(Malformed(otherwise)));
+        }
+        Ok(bytes)
+    }
+
+    /// Opens the recipe of the image at this position.
+    pub(crate) fn recipe(&self, config: &Config, image: usize) -> Result<Recipe> {
+        let facts = &self.facts.images[image];
+        let directory = self.read_span(&facts.directory, "a directory's digest does not match")?;
+        let directory = Directory::parse(&directory, facts.size, config)
+            .map_err(|error| self.damaged(error))?;
+        if facts.blocks_at.checked_add(directory.blocks_len()) != Some(facts.directory.at) {
+            return Err(self.damaged(Malformed("the blocks do not fill their place")));
+        }
+        Ok(Recipe {
+            chunks: chunks_of(facts.size, config),
+            size: facts.size,
+            blocks_at: facts.blocks_at,
+            pack_slots: config.pack_slots(),
+            directory,
+            snapshot: self.clone(),
+        })
+    }
+
+    /// The recipe of the image with this name.
+    pub(crate) fn recipe_of(&self, config: &Config, image: &str) -> Result<Recipe> {
+        let position = self
+            .facts
+            .images
+            .iter()
+            .position(|facts| facts.name == image);
+        self.recipe(
+            config,
+            position.ok_or_else(|| Error::NoImage(image.to_owned()))?,
+        )
+    }
+
+    fn failed(&self) -> impl FnOnce(io::Error) -> Error {
+        Error::io(format!("read {}", Area::Snapshots.path(&self.name)))
+    }
+
+    fn damaged(&self, malformed: Malformed) -> Error {
+        malformed.in_file(Area::Snapshots.path(&self.name))
+    }
+}
+
+impl Span {
+    fn end(&self) -> Result<u64, Malformed> {
+        self.at
+            .checked_add(self.len)
+            .ok_or(Malformed("a part is outside of the file"))
+    }
+}
+
+enum Refused {
+    Newer(u32),
+    Malformed(Malformed),
+}
+
+impl From<Malformed> for Refused {
+    fn from(malformed: Malformed) -> Self {
+        Refused::Malformed(malformed)
+    }
+}
+
+/// Reads header and trailer: offset and length of the facts, and the digest that covers them.
+fn parse_ends(
+    header: &[u8],
+    trailer: &[u8],
+    trailer_at: u64,
+) -> Result<(u64, u32, [u8; 16]), Refused> {
+    let mut cursor = Cursor::new(header);
+    cursor.expect(MAGIC, "not a snapshot")?;
+    let version = cursor.u32()?;
+    if version > VERSION {
+        return Err(Refused::Newer(version));
+    }
+    let mut cursor = Cursor::new(trailer);
+    let (facts_at, facts_len, same_version, id) =
+        (cursor.u64()?, cursor.u32()?, cursor.u32()?, cursor.array()?);
+    cursor.expect(END_MAGIC, "the end is missing")?;
+    cursor.expect(&[0; 8], "the end is missing")?;
+    if same_version != version || facts_len > MAX_FACTS_BYTES {
+        return Err(Malformed("the trailer is impossible").into());
+    }
+    if facts_at < HEADER_BYTES as u64
+        || facts_at.checked_add(u64::from(facts_len)) != Some(trailer_at)
+    {
+        return Err(Malformed("the facts do not end at the trailer").into());
+    }
+    Ok((facts_at, facts_len, id))
+}
+
+/// The recipe of one image.
+pub(crate) struct Recipe {
+    pub(crate) directory: Directory,
+    /// Chunks in the image.
+    pub(crate) chunks: u64,
+    /// Bytes of the image.
+    pub(crate) size: u64,
+    blocks_at: u64,
+    pack_slots: u32,
+    snapshot: Snapshot,
+}
+
+impl Recipe {
+    /// Chunks in the block at this position.
+    pub(crate) fn block_chunks(&self, block: usize) -> usize {
+        let before = block as u64 * BLOCK_CHUNKS as u64;
+        (self.chunks.saturating_sub(before)).min(BLOCK_CHUNKS as u64) as usize
+    }
+
+    /// The stored bytes of a block, with their digest checked.
+    pub(crate) fn stored_block(&self, block: usize) -> Result<Vec<u8>> {
+        let row = self.directory.blocks()[block];
+        let mut stored = vec![0; row.len as usize];
+        let file = &self.snapshot.file;
+        file.read_exact_at(&mut stored, self.blocks_at + row.offset)
+            .map_err(self.snapshot.failed())?;
+        if short_digest(&[&stored]) != row.digest {
+            return Err(self
+                .snapshot
+                .damaged(Malformed("a block's digest does not match")));
+        }
+        Ok(stored)
+    }
+
+    /// Decodes a block.
+    pub(crate) fn places(&self, block: usize, coder: &mut BlockCoder) -> Result<Vec<Place>> {
+        self.decode(block, &self.stored_block(block)?, coder)
+    }
+
+    /// Decodes the stored bytes of a block.
+    pub(crate) fn decode(
+        &self,
+        block: usize,
+        stored: &[u8],
+        coder: &mut BlockCoder,
+    ) -> Result<Vec<Place>> {
+        let mut places = vec![Place::ZERO; self.block_chunks(block)];
+        coder
+            .decode(
+                stored,
+                self.directory.packs.len() as u32,
+                self.pack_slots,
+                &mut places,
+            )
+            .map_err(|malformed| self.snapshot.damaged(malformed))?;
+        Ok(places)
+    }
+}

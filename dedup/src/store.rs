@@ -1,0 +1,294 @@
+//! The store: what the library is about.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::backend::{Area, Backend, LocalDir, Publish};
+use crate::config::{Config, CreateOptions};
+use crate::error::{Error, Result};
+use crate::hash::Identifier;
+use crate::index::Index;
+use crate::read::{Frames, ImageReader};
+use crate::refs;
+use crate::snapshot::{Facts, Snapshot, SnapshotId};
+use crate::write::{Saved, Writer};
+
+/// The name of the image in a snapshot of a single file.
+pub const FILE_IMAGE: &str = "file";
+
+/// The name of the file with the store's parameters.
+pub(crate) const CONFIG: &str = "config";
+
+/// How to open a store.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// The key that the store was created with, if any.
+    pub key: Option<[u8; 32]>,
+    /// Threads for saving and loading; by default one for each core.
+    pub threads: usize,
+    /// Bytes of the index to hold in memory while saving. What is beyond is read from the backend, bucket by bucket.
+    pub index_memory: u64,
+    /// Bytes of decoded frames to keep for [`ImageReader::read_at`].
+    pub frame_memory: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            key: None,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            index_memory: 64 << 20,
+            frame_memory: 64 << 20,
+        }
+    }
+}
+
+/// A deduplicating store of images. Clones share caches; any number of processes may have it open.
+#[derive(Clone)]
+pub struct Store {
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// What everything that belongs to an open store shares.
+pub(crate) struct Shared {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) config: Config,
+    pub(crate) identifier: Identifier,
+    pub(crate) index: Index,
+    pub(crate) frames: Frames,
+    pub(crate) threads: usize,
+}
+
+impl Shared {
+    /// Fails when a snapshot or tag has this name. Somebody may still take it: what counts is the publishing.
+    pub(crate) fn check_name_is_free(&self, name: &str) -> Result<()> {
+        for area in [Area::Snapshots, Area::Tags] {
+            match self.backend.open(area, name) {
+                Err(free) if free.kind() == std::io::ErrorKind::NotFound => {}
+                Err(other) => {
+                    return Err(Error::io(format!("look for {}", area.path(name)))(other));
+                }
+                Ok(_) => return Err(Error::NameTaken(name.to_owned())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A snapshot's entry in [`Store::log`].
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct LogEntry {
+    /// The snapshot's name now.
+    pub name: String,
+    /// Its id.
+    pub id: SnapshotId,
+    /// Further names, in alphabetical order.
+    pub tags: Vec<String>,
+    /// Bytes of the snapshot's own file.
+    pub file_bytes: u64,
+    /// What the snapshot says about itself.
+    pub facts: Facts,
+}
+
+impl Store {
+    /// Creates a store in a directory, which is made if need be, and opens it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StoreExists`]; an impossible parameter; the directory cannot be written.
+    pub fn create_dir(
+        path: impl AsRef<Path>,
+        create: &CreateOptions,
+        open: OpenOptions,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let backend =
+            LocalDir::create(path).map_err(Error::io(format!("make {}", path.display())))?;
+        Store::create(backend, create, open)
+    }
+
+    /// Opens the store in a directory. Writes nothing: a read-only directory will do for reading.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoStore`]; [`Error::NewerStore`]; [`Error::Key`]; [`Error::Damaged`].
+    pub fn open_dir(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
+        Store::open(LocalDir::new(path.as_ref()), options)
+    }
+
+    /// Creates a store in a backend that has none, and opens it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::create_dir`].
+    pub fn create(
+        backend: impl Backend,
+        create: &CreateOptions,
+        mut open: OpenOptions,
+    ) -> Result<Self> {
+        let config = Config::new(create)?;
+        let failed = || Error::io("write config");
+        let mut draft = backend.draft().map_err(failed())?;
+        draft.append(&config.encode()).map_err(failed())?;
+        draft.sync().map_err(failed())?;
+        draft
+            .publish(Area::Root, CONFIG, Publish::New)
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::AlreadyExists => Error::StoreExists,
+                _ => failed()(error),
+            })?;
+        backend.sync(Area::Root).map_err(failed())?;
+        open.key = create.key;
+        Store::open(backend, open)
+    }
+
+    /// Opens the store in a backend.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::open_dir`].
+    pub fn open(backend: impl Backend, options: OpenOptions) -> Result<Self> {
+        let config = read_config(&backend)?;
+        config.check_key(options.key.as_ref())?;
+        Ok(Store {
+            shared: Arc::new(Shared {
+                backend: Arc::new(backend),
+                identifier: Identifier::new(options.key),
+                index: Index::new(options.index_memory),
+                frames: Frames::new(options.frame_memory),
+                threads: options.threads.max(1),
+                config,
+            }),
+        })
+    }
+
+    /// Begins a snapshot. With a parent (a name, tag or id), unchanged chunks can be kept from it, and others
+    /// are looked for at their old places first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NameTaken`]; no such parent; the store cannot be written.
+    pub fn writer(&self, name: &str, parent: Option<&str>) -> Result<Writer> {
+        let parent = parent.map(|parent| self.resolve(parent)).transpose()?;
+        Writer::new(self.shared.clone(), name, parent)
+    }
+
+    /// Saves a file as a snapshot with the one image [`FILE_IMAGE`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::writer`]; the file cannot be read.
+    pub fn save_file(&self, name: &str, path: impl AsRef<Path>) -> Result<Saved> {
+        let mut writer = self.writer(name, None)?;
+        writer.image_from_file(FILE_IMAGE, path.as_ref())?;
+        writer.commit()
+    }
+
+    /// Loads a snapshot that [`Store::save_file`] made into a file.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::image`] and [`ImageReader::load_file`].
+    pub fn load_file(&self, snapshot: &str, path: impl AsRef<Path>) -> Result<()> {
+        self.image(snapshot, FILE_IMAGE)?.load_file(path.as_ref())
+    }
+
+    /// Opens an image of a snapshot (by name, tag or id) for reading.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; [`Error::NoImage`]; [`Error::Damaged`].
+    pub fn image(&self, snapshot: &str, image: &str) -> Result<ImageReader> {
+        let snapshot = self.resolve(snapshot)?;
+        ImageReader::open(self.shared.clone(), &snapshot, image)
+    }
+
+    /// The opaque bytes that a snapshot was saved with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; [`Error::Damaged`].
+    pub fn manifest(&self, snapshot: &str) -> Result<Vec<u8>> {
+        self.resolve(snapshot)?.manifest()
+    }
+
+    /// What one snapshot says about itself.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; [`Error::Damaged`].
+    pub fn show(&self, snapshot: &str) -> Result<LogEntry> {
+        let snapshot = self.resolve(snapshot)?;
+        let tags = refs::tags_by_snapshot(&*self.shared.backend)?;
+        Ok(log_entry(snapshot, &tags))
+    }
+
+    /// All snapshots, newest first.
+    ///
+    /// # Errors
+    ///
+    /// A snapshot cannot be read.
+    pub fn log(&self) -> Result<Vec<LogEntry>> {
+        let tags = refs::tags_by_snapshot(&*self.shared.backend)?;
+        let mut entries = Vec::new();
+        for snapshot in refs::all_snapshots(&*self.shared.backend)? {
+            entries.push(log_entry(snapshot, &tags));
+        }
+        entries.sort_by(|a, b| (b.facts.created_ms, &b.name).cmp(&(a.facts.created_ms, &a.name)));
+        Ok(entries)
+    }
+
+    /// Gives a snapshot a further name. A tag of this name is moved to it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Name`]; [`Error::NameTaken`] by a snapshot; [`Error::NoSnapshot`].
+    pub fn tag(&self, snapshot: &str, tag: &str) -> Result<()> {
+        let snapshot = self.resolve(snapshot)?;
+        refs::set_tag(&*self.shared.backend, tag, snapshot.id)
+    }
+
+    /// Removes a tag, or a snapshot with all its tags. What only it referred to goes with the next [`Store::gc`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; the store cannot be written.
+    pub fn rm(&self, name: &str) -> Result<()> {
+        refs::remove(&*self.shared.backend, name)
+    }
+
+    /// The snapshot with this name, tag or id.
+    pub(crate) fn resolve(&self, reference: &str) -> Result<Snapshot> {
+        refs::resolve(&*self.shared.backend, reference)
+    }
+}
+
+fn log_entry(snapshot: Snapshot, tags: &[(String, SnapshotId)]) -> LogEntry {
+    let tags = tags
+        .iter()
+        .filter(|(_, id)| *id == snapshot.id)
+        .map(|(tag, _)| tag.clone())
+        .collect();
+    LogEntry {
+        file_bytes: snapshot.size(),
+        name: snapshot.name,
+        id: snapshot.id,
+        tags,
+        facts: snapshot.facts,
+    }
+}
+
+/// Reads the store's parameters.
+pub(crate) fn read_config(backend: &dyn Backend) -> Result<Config> {
+    let file = backend
+        .open(Area::Root, CONFIG)
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::NoStore,
+            _ => Error::io("read config")(error),
+        })?;
+    // A config of another length is damaged, but may be of a newer version.
+    let mut bytes = vec![0; file.size().min(4096) as usize];
+    file.read_exact_at(&mut bytes, 0)
+        .map_err(Error::io("read config"))?;
+    Config::parse(&bytes, CONFIG)
+}

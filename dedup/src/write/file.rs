@@ -1,0 +1,32 @@
+//! Where a file has data.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
+
+use rustix::io::Errno;
+
+/// The size of a file or block device, and its parts that are not holes, ascending.
+pub(super) fn data_extents(mut file: &File) -> io::Result<(u64, Vec<Range<u64>>)> {
+    let size = file.seek(SeekFrom::End(0))?;
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let start = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // Nothing but a hole up to the end.
+            Err(Errno::NXIO) => break,
+            // Devices and some file systems do not know holes.
+            Err(Errno::INVAL) => at,
+            Err(other) => return Err(other.into()),
+        };
+        let end = match rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)) {
+            Ok(end) => end,
+            Err(Errno::INVAL) => size,
+            Err(other) => return Err(other.into()),
+        };
+        extents.push(start..end.min(size));
+        at = end;
+    }
+    Ok((size, extents))
+}

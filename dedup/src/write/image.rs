@@ -1,0 +1,493 @@
+//! Writing one image: from a stream of bytes, zeros and chunks kept from the parent.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::Writer;
+use super::file::data_extents;
+use super::parent::Parent;
+use super::session::Session;
+use super::worker::{Block, EncodedBlock, Worker, packs_of};
+use crate::error::{Error, Result};
+use crate::recipe::{BLOCK_CHUNKS, Place};
+use crate::snapshot::ImageDraft;
+
+/// An image in work, written from its beginning to its end.
+pub struct ImageWriter<'w> {
+    writer: &'w mut Writer,
+    parent: Option<Parent>,
+    image: ImageDraft,
+    packs: BTreeSet<u32>,
+    /// Blocks that wait until there is one for each thread; the last may be unfinished.
+    pending: Vec<Pending>,
+    chunk_size: usize,
+}
+
+/// A block that is being filled.
+#[derive(Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    /// For each chunk that is begun, whether it is kept from the parent.
+    kept: Vec<bool>,
+}
+
+/// What there is to do for a block.
+enum Work<'a> {
+    Bytes {
+        bytes: &'a [u8],
+        kept: Option<&'a [bool]>,
+    },
+    File {
+        file: &'a File,
+        path: &'a Path,
+        at: u64,
+        len: usize,
+    },
+    Zeros {
+        chunks: u64,
+    },
+    Keep,
+}
+
+/// What became of an image.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct ImageStats {
+    /// The image's name.
+    pub name: String,
+    /// Bytes.
+    pub size: u64,
+    /// Chunks of zeros.
+    pub zero_chunks: u64,
+    /// Chunks that the store did not hold before.
+    pub new_chunks: u64,
+    /// Chunks that it did.
+    pub known_chunks: u64,
+}
+
+impl ImageStats {
+    pub(super) fn of(image: &ImageDraft, chunk_size: u32) -> Self {
+        let chunks = image.size.div_ceil(u64::from(chunk_size));
+        ImageStats {
+            name: image.name.clone(),
+            size: image.size,
+            zero_chunks: image.zero_chunks,
+            new_chunks: image.new_chunks,
+            known_chunks: chunks - image.zero_chunks - image.new_chunks,
+        }
+    }
+}
+
+impl<'w> ImageWriter<'w> {
+    pub(super) fn new(writer: &'w mut Writer, name: &str) -> Result<Self> {
+        let parent = match &writer.parent {
+            Some(parent) => Parent::open(&writer.session, parent, name)?,
+            None => None,
+        };
+        Ok(ImageWriter {
+            parent,
+            image: ImageDraft {
+                name: name.to_owned(),
+                size: 0,
+                zero_chunks: 0,
+                new_chunks: 0,
+                packs: Vec::new(),
+                blocks: Vec::new(),
+            },
+            packs: BTreeSet::new(),
+            pending: Vec::new(),
+            chunk_size: writer.session.shared.config.chunk_size as usize,
+            writer,
+        })
+    }
+
+    fn block_bytes(&self) -> usize {
+        BLOCK_CHUNKS * self.chunk_size
+    }
+
+    /// Bytes until the next block begins; 0 at its beginning.
+    fn to_next_block(&self) -> usize {
+        let filled = (self.image.size % self.block_bytes() as u64) as usize;
+        if filled == 0 {
+            0
+        } else {
+            self.block_bytes() - filled
+        }
+    }
+
+    /// Appends bytes. Large pieces are hashed and compressed by all threads and not copied before.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be written; the snapshot in work is then useless.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let (head, rest) = bytes.split_at(self.to_next_block().min(bytes.len()));
+        self.fill(head)?;
+        let whole_batches = rest.len() / self.batch_bytes() * self.batch_bytes();
+        let (batches, tail) = rest.split_at(whole_batches);
+        if !batches.is_empty() {
+            self.encode_pending()?;
+            let works: Vec<Work<'_>> = batches
+                .chunks(self.block_bytes())
+                .map(|bytes| Work::Bytes { bytes, kept: None })
+                .collect();
+            self.image.size += batches.len() as u64;
+            self.encode(&works)?;
+        }
+        tail.chunks(self.block_bytes())
+            .try_for_each(|block| self.fill(block))
+    }
+
+    /// Appends zeros, without looking at them.
+    ///
+    /// # Errors
+    ///
+    /// As [`ImageWriter::write`].
+    pub fn skip_zeros(&mut self, len: u64) -> Result<()> {
+        self.skip(len, false)
+    }
+
+    /// Appends what the parent has here: `len` bytes that have not changed. Neither reads nor hashes them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] when the parent has no such image or ends before, or when the bytes do not begin and end
+    /// at a chunk's boundary (the image's end is one); [`Error::Damaged`] when the parent's chunks are not there.
+    pub fn keep(&mut self, len: u64) -> Result<()> {
+        let parent_size = self.parent.as_ref().map(|parent| parent.reader().size());
+        let refused = |why: &str| Err(Error::Parameter(format!("cannot keep {len} bytes: {why}")));
+        let (Some(parent_size), Some(end)) = (parent_size, self.image.size.checked_add(len)) else {
+            return refused("there is no such image in a parent");
+        };
+        if end > parent_size {
+            return refused("the parent's image ends before");
+        }
+        let chunk_size = self.chunk_size as u64;
+        if !self.image.size.is_multiple_of(chunk_size)
+            || !(end.is_multiple_of(chunk_size) || end == parent_size)
+        {
+            return refused("they are not whole chunks");
+        }
+        self.skip(len - len % chunk_size, true)?;
+        // A short last chunk may go on with other bytes: take its content, not its place.
+        let mut short = vec![0; (len % chunk_size) as usize];
+        if let Some(parent) = &self.parent {
+            parent.reader().read_at(self.image.size, &mut short)?;
+        }
+        self.write(&short)
+    }
+
+    fn skip(&mut self, len: u64, keep: bool) -> Result<()> {
+        let head = (self.to_next_block() as u64).min(len);
+        self.fill_with_zeros(head as usize, keep)?;
+        let blocks = (len - head) / self.block_bytes() as u64;
+        if blocks > 0 {
+            self.encode_pending()?;
+            let zeros = || Work::Zeros {
+                chunks: BLOCK_CHUNKS as u64,
+            };
+            // Not all at once: an image can have millions.
+            let batch: Vec<Work<'_>> = (0..blocks.min(1024))
+                .map(|_| if keep { Work::Keep } else { zeros() })
+                .collect();
+            let mut left = blocks;
+            while left > 0 {
+                let now = left.min(batch.len() as u64);
+                self.image.size += now * self.block_bytes() as u64;
+                self.encode(&batch[..now as usize])?;
+                left -= now;
+            }
+        }
+        let tail = (len - head) % self.block_bytes() as u64;
+        self.fill_with_zeros(tail as usize, keep)
+    }
+
+    /// Saves a whole file. Must be all there is in the image.
+    pub(super) fn write_file(&mut self, path: &Path) -> Result<()> {
+        let failed = || Error::io(format!("read {}", path.display()));
+        let file = File::open(path).map_err(failed())?;
+        let (size, extents) = data_extents(&file).map_err(failed())?;
+        let mut extents = extents.into_iter().peekable();
+        let block_bytes = self.block_bytes() as u64;
+        let works: Vec<Work<'_>> = (0..size)
+            .step_by(self.block_bytes())
+            .map(|at| {
+                let end = (at + block_bytes).min(size);
+                while extents.next_if(|extent| extent.end <= at).is_some() {}
+                let has_data = extents.peek().is_some_and(|extent| extent.start < end);
+                let len = (end - at) as usize;
+                if has_data {
+                    Work::File {
+                        file: &file,
+                        path,
+                        at,
+                        len,
+                    }
+                } else {
+                    Work::Zeros {
+                        chunks: (end - at).div_ceil(self.chunk_size as u64),
+                    }
+                }
+            })
+            .collect();
+        self.image.size = size;
+        self.encode(&works)
+    }
+
+    /// Completes the image. The snapshot still has to be committed.
+    ///
+    /// # Errors
+    ///
+    /// As [`ImageWriter::write`].
+    pub fn finish(mut self) -> Result<ImageStats> {
+        self.encode_pending()?;
+        Ok(self.writer.add_image(self.image, &self.packs))
+    }
+
+    fn threads(&self) -> usize {
+        self.writer.session.shared.threads
+    }
+
+    fn batch_bytes(&self) -> usize {
+        self.threads() * self.block_bytes()
+    }
+
+    /// Appends bytes that lie in one block.
+    fn fill(&mut self, bytes: &[u8]) -> Result<()> {
+        self.begin_block(bytes.len())?;
+        if let Some(block) = self.pending.last_mut() {
+            block.bytes.extend_from_slice(bytes);
+            block
+                .kept
+                .resize(block.bytes.len().div_ceil(self.chunk_size), false);
+        }
+        self.image.size += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Appends zeros, or chunks to keep, that lie in one block.
+    fn fill_with_zeros(&mut self, len: usize, keep: bool) -> Result<()> {
+        self.begin_block(len)?;
+        if let Some(block) = self.pending.last_mut() {
+            block.bytes.resize(block.bytes.len() + len, 0);
+            block
+                .kept
+                .resize(block.bytes.len().div_ceil(self.chunk_size), keep);
+        }
+        self.image.size += len as u64;
+        Ok(())
+    }
+
+    /// Sees to it that there is a block to fill with `len` bytes.
+    fn begin_block(&mut self, len: usize) -> Result<()> {
+        if len > 0 && self.to_next_block() == 0 {
+            if self.pending.len() >= self.threads() {
+                self.encode_pending()?;
+            }
+            self.pending.push(Pending::default());
+        }
+        Ok(())
+    }
+
+    fn encode_pending(&mut self) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        let works: Vec<Work<'_>> = pending
+            .iter()
+            .map(|block| Work::Bytes {
+                bytes: &block.bytes,
+                kept: Some(&block.kept),
+            })
+            .collect();
+        self.encode(&works)
+    }
+
+    /// Encodes the next blocks, on all threads.
+    fn encode(&mut self, works: &[Work<'_>]) -> Result<()> {
+        let first_block = self.image.blocks.len();
+        let (writer, parent) = (&*self.writer, self.parent.as_ref());
+        let next = AtomicUsize::new(0);
+        let failed = AtomicBool::new(false);
+        let done: Mutex<Vec<(usize, EncodedBlock)>> = Mutex::new(Vec::with_capacity(works.len()));
+        let work_on = || -> Result<()> {
+            let mut worker = writer.take_worker()?;
+            let mut mine = Vec::new();
+            while let Some((at, work)) = {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                works
+                    .get(at)
+                    .filter(|_| !failed.load(Ordering::Relaxed))
+                    .map(|work| (at, work))
+            } {
+                let encoded =
+                    encode_one(&mut worker, &writer.session, parent, first_block + at, work);
+                mine.push((
+                    at,
+                    encoded.inspect_err(|_| failed.store(true, Ordering::Relaxed))?,
+                ));
+            }
+            writer.return_worker(worker);
+            done.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .append(&mut mine);
+            Ok(())
+        };
+        let threads = self.writer.session.shared.threads.min(works.len());
+        crate::threads::on(threads, work_on)?;
+        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.sort_unstable_by_key(|(at, _)| *at);
+        for (_, block) in done {
+            self.image.zero_chunks += block.zero_chunks;
+            self.image.new_chunks += block.new_chunks;
+            self.packs.extend(block.packs);
+            self.image.blocks.push(block.stored);
+        }
+        Ok(())
+    }
+}
+
+fn encode_one(
+    worker: &mut Worker,
+    session: &Session,
+    parent: Option<&Parent>,
+    block: usize,
+    work: &Work<'_>,
+) -> Result<EncodedBlock> {
+    let parent = parent.filter(|parent| parent.block_chunks(block) > 0);
+    match *work {
+        Work::Zeros { chunks } => Ok(EncodedBlock {
+            stored: Vec::new(),
+            packs: Vec::new(),
+            zero_chunks: chunks,
+            new_chunks: 0,
+        }),
+        Work::File {
+            file,
+            path,
+            at,
+            len,
+        } => {
+            let mut buffer = std::mem::take(&mut worker.buffer);
+            buffer.resize(len, 0);
+            file.read_exact_at(&mut buffer, at)
+                .map_err(Error::io(format!("read {}", path.display())))?;
+            let encoded = encode_bytes(worker, session, parent, block, &buffer, None);
+            worker.buffer = buffer;
+            encoded
+        }
+        Work::Bytes { bytes, kept } => {
+            let kept = kept.filter(|kept| kept.contains(&true));
+            encode_bytes(worker, session, parent, block, bytes, kept)
+        }
+        Work::Keep => {
+            let kept = [true; BLOCK_CHUNKS];
+            let Some(parent) = parent else {
+                unreachable!("`keep` has checked that there is one")
+            };
+            let (stored, places) = parent.block(session, block, &mut worker.coder)?;
+            let all: Option<Vec<Place>> = places.iter().copied().collect();
+            match all.filter(|_| parent.has_same_numbers()) {
+                Some(places) => {
+                    check_there(session, &places)?;
+                    Ok(EncodedBlock {
+                        packs: packs_of(&places, session.shared.config.pack_slots()),
+                        zero_chunks: places.iter().filter(|place| place.is_zero()).count() as u64,
+                        new_chunks: 0,
+                        stored,
+                    })
+                }
+                None => {
+                    let zeros = vec![0; BLOCK_CHUNKS * session.shared.config.chunk_size as usize];
+                    encode_bytes(worker, session, Some(parent), block, &zeros, Some(&kept))
+                }
+            }
+        }
+    }
+}
+
+/// Encodes a block of which some chunks may be kept.
+fn encode_bytes(
+    worker: &mut Worker,
+    session: &Session,
+    parent: Option<&Parent>,
+    block: usize,
+    bytes: &[u8],
+    kept: Option<&[bool]>,
+) -> Result<EncodedBlock> {
+    let Some(parent) = parent else {
+        return worker.encode(
+            session,
+            &Block {
+                bytes,
+                kept: None,
+                parent: None,
+            },
+        );
+    };
+    let (_, places) = parent.block(session, block, &mut worker.coder)?;
+    let guesses: Vec<Place> = places
+        .iter()
+        .map(|place| place.unwrap_or(Place::ZERO))
+        .collect();
+    let Some(kept) = kept else {
+        return worker.encode(
+            session,
+            &Block {
+                bytes,
+                kept: None,
+                parent: Some(&guesses),
+            },
+        );
+    };
+    let is_kept = |at: usize| kept.get(at) == Some(&true);
+    let kept_places: Vec<Place> = guesses
+        .iter()
+        .enumerate()
+        .filter(|(at, _)| is_kept(*at))
+        .map(|(_, place)| *place)
+        .collect();
+    check_there(session, &kept_places)?;
+    // Chunks that a collection is about to take are still there to be read: store them again.
+    let mut kept = kept.to_vec();
+    let mut bytes = std::borrow::Cow::Borrowed(bytes);
+    let chunk_size = session.shared.config.chunk_size as usize;
+    for at in (0..kept.len())
+        .filter(|&at| kept[at] && places[at].is_none())
+        .collect::<Vec<_>>()
+    {
+        let end = ((at + 1) * chunk_size).min(bytes.len());
+        let chunk = &mut bytes.to_mut()[at * chunk_size..end];
+        let offset = (block * BLOCK_CHUNKS + at) as u64 * chunk_size as u64;
+        parent.reader().read_at(offset, chunk)?;
+        kept[at] = false;
+    }
+    worker.encode(
+        session,
+        &Block {
+            bytes: &bytes,
+            kept: Some(&kept),
+            parent: Some(&guesses),
+        },
+    )
+}
+
+/// Checks that chunks which are to be referred to unseen are there.
+fn check_there(session: &Session, places: &[Place]) -> Result<()> {
+    let pack_slots = session.shared.config.pack_slots();
+    let mut looked_at = None;
+    for (pack, slot) in places.iter().filter_map(|place| place.get(pack_slots)) {
+        let ids = match &looked_at {
+            Some((number, ids)) if *number == pack => ids,
+            _ => &looked_at.insert((pack, session.ids(pack))).1,
+        };
+        if ids.as_ref().and_then(|ids| ids.get(slot)).is_none() {
+            return Err(Error::Damaged {
+                file: "the parent".into(),
+                what: "a chunk that is to be kept is not there; save without a parent instead",
+            });
+        }
+    }
+    Ok(())
+}

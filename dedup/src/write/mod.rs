@@ -1,0 +1,191 @@
+//! Saving.
+
+mod file;
+mod image;
+mod known;
+mod parent;
+mod publisher;
+mod session;
+mod worker;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub use image::{ImageStats, ImageWriter};
+
+use session::Session;
+use worker::Worker;
+
+use crate::backend::Area;
+use crate::error::{Error, Result};
+use crate::name::check_name;
+use crate::snapshot::{self, ImageDraft, Snapshot, SnapshotDraft, SnapshotId};
+use crate::store::Shared;
+use parent::Parent;
+
+/// A snapshot in work. Nothing of it is visible before [`Writer::commit`]; dropped, it leaves at most packs
+/// that the next collection removes.
+pub struct Writer {
+    session: Session,
+    name: String,
+    parent: Option<Snapshot>,
+    images: Vec<ImageDraft>,
+    manifest: Vec<u8>,
+    /// One for each thread, when they are not at work.
+    workers: Mutex<Vec<Worker>>,
+}
+
+/// A snapshot that is saved, durably.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Saved {
+    /// Its id.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: String,
+    /// What became of its images.
+    pub images: Vec<ImageStats>,
+    /// Bytes of new packs.
+    pub pack_bytes: u64,
+    /// Bytes of the snapshot's own file.
+    pub snapshot_bytes: u64,
+}
+
+impl Writer {
+    pub(crate) fn new(shared: Arc<Shared>, name: &str, parent: Option<Snapshot>) -> Result<Self> {
+        check_name(name)?;
+        shared.check_name_is_free(name)?;
+        let session = Session::new(shared)?;
+        if let Some(parent) = &parent {
+            Parent::inherit(&session, parent)?;
+        }
+        Ok(Writer {
+            session,
+            name: name.to_owned(),
+            parent,
+            images: Vec::new(),
+            manifest: Vec::new(),
+            workers: Mutex::default(),
+        })
+    }
+
+    /// Begins an image.
+    ///
+    /// # Errors
+    ///
+    /// The name is impossible, or the snapshot has an image of this name; the parent's image cannot be read.
+    pub fn image(&mut self, name: &str) -> Result<ImageWriter<'_>> {
+        check_name(name)?;
+        if self.images.iter().any(|image| image.name == name) {
+            return Err(Error::NameTaken(name.to_owned()));
+        }
+        ImageWriter::new(self, name)
+    }
+
+    /// Saves a whole file, or a block device, as an image. Holes are not read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Writer::image`]; the file cannot be read.
+    pub fn image_from_file(&mut self, name: &str, path: &Path) -> Result<ImageStats> {
+        let mut image = self.image(name)?;
+        image.write_file(path)?;
+        image.finish()
+    }
+
+    /// Sets the opaque bytes that the snapshot carries besides its images.
+    pub fn set_manifest(&mut self, manifest: Vec<u8>) {
+        self.manifest = manifest;
+    }
+
+    /// Completes the snapshot. When this returns, it survives a power cut.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NameTaken`] when another was faster; the store cannot be written. The snapshot does not exist then.
+    pub fn commit(self) -> Result<Saved> {
+        let shared = self.session.shared.clone();
+        for worker in self
+            .workers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter_mut()
+        {
+            worker.flush(&self.session)?;
+        }
+        let written = self.session.finish_packs()?;
+        // Also for packs of others that this snapshot refers to and that they may not have synced yet.
+        shared
+            .backend
+            .sync(Area::Packs)
+            .map_err(Error::io("sync packs"))?;
+
+        let images = self
+            .images
+            .iter()
+            .map(|image| ImageStats::of(image, shared.config.chunk_size))
+            .collect();
+        let draft = SnapshotDraft {
+            name: self.name.clone(),
+            created_ms: now_ms(),
+            host: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            parent: self.parent.map(|parent| parent.id),
+            images: self.images,
+            manifest: self.manifest,
+        };
+        let (bytes, id) = draft.encode()?;
+        shared.check_name_is_free(&self.name)?;
+        snapshot::publish(&*shared.backend, &self.name, &bytes)?;
+        shared
+            .backend
+            .sync(Area::Snapshots)
+            .map_err(Error::io("sync snapshots"))?;
+        // The snapshot is there, whatever becomes of the index: without it, later saves store more.
+        let _ = shared
+            .index
+            .add(&*shared.backend, &shared.config, written.entries);
+        Ok(Saved {
+            id,
+            name: self.name,
+            images,
+            pack_bytes: written.bytes,
+            snapshot_bytes: bytes.len() as u64,
+        })
+    }
+
+    /// A worker that has nothing to do, or a new one.
+    fn take_worker(&self) -> Result<Worker> {
+        let idle = self
+            .workers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        idle.map_or_else(Worker::new, Ok)
+    }
+
+    fn return_worker(&self, worker: Worker) {
+        self.workers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(worker);
+    }
+
+    /// Adds a complete recipe.
+    fn add_image(&mut self, mut image: ImageDraft, packs: &BTreeSet<u32>) -> ImageStats {
+        image.packs = self.session.table(packs);
+        let stats = ImageStats::of(&image, self.session.shared.config.chunk_size);
+        self.images.push(image);
+        stats
+    }
+}
+
+fn now_ms() -> u64 {
+    // A clock before 1970 is wrong, but no reason not to save.
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}

@@ -1,0 +1,259 @@
+//! Every flipped bit is found and the snapshots it hits are named; what is whole survives the repair.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may")]
+
+mod support;
+
+use std::sync::Arc;
+
+use dedup::backend::{Area, Backend, Files, Memory};
+use dedup::{Error, Report, Store, repair_config};
+use support::{create, fill_page, image, load, options, save};
+
+/// A store with every kind of file, and the images in it.
+fn some_store() -> (Files, Vec<(String, Vec<u8>)>) {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let mut images = Vec::new();
+    for (name, seed) in [("a", 1), ("b", 2)] {
+        let mut image = vec![0; 5 * 4096];
+        for (page, number) in image.chunks_mut(4096).zip(0u64..4) {
+            // The first page is common to both.
+            fill_page(
+                &mut page[..300],
+                if number == 0 { 77 } else { seed * 10 + number },
+            );
+        }
+        save(&store, name, &image).unwrap();
+        images.push((name.to_owned(), image));
+    }
+    store.tag("a", "gold").unwrap();
+    (backend.files(), images)
+}
+
+fn open(files: Files) -> dedup::Result<Store> {
+    Store::open(Memory::with_files(files), options())
+}
+
+/// Each image comes back as it was, or not at all; gives the names of those that do not.
+fn unreadable(store: &Store, images: &[(String, Vec<u8>)]) -> Vec<String> {
+    let lost = images
+        .iter()
+        .filter(|(name, image)| match load(store, name) {
+            Ok(loaded) => {
+                assert!(loaded == *image, "{name} has other bytes");
+                false
+            }
+            Err(_) => true,
+        });
+    lost.map(|(name, _)| name.clone()).collect()
+}
+
+fn named(report: &Report) -> Vec<String> {
+    let mut names: Vec<String> = report
+        .problems
+        .iter()
+        .flat_map(|problem| problem.snapshots.clone())
+        .collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// One bit of each byte, or all with `DEDUP_EVERY_BIT`.
+fn flips(len: usize) -> Vec<usize> {
+    let step = if std::env::var_os("DEDUP_EVERY_BIT").is_some() {
+        1
+    } else {
+        8
+    };
+    (0..len * 8)
+        .step_by(step)
+        .map(|bit| bit + if step == 8 { bit / 8 % 8 } else { 0 })
+        .collect()
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let (files, images) = some_store();
+    assert!(
+        open(files.clone())
+            .unwrap()
+            .fsck()
+            .unwrap()
+            .problems
+            .is_empty()
+    );
+    for ((area, name), content) in &files {
+        for bit in flips(content.len()) {
+            let mut damaged = content.to_vec();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let mut files = files.clone();
+            files.insert((*area, name.clone()), Arc::new(damaged));
+            let what = format!("bit {bit} of {}", area.path(name));
+            let Ok(store) = open(files) else {
+                assert_eq!(*area, Area::Root, "{what}");
+                continue;
+            };
+            let report = store.fsck().unwrap();
+            assert!(
+                report
+                    .problems
+                    .iter()
+                    .any(|problem| problem.file == area.path(name)),
+                "{what}: {report:?}"
+            );
+            let lost = unreadable(&store, &images);
+            let named = named(&report);
+            assert!(
+                lost.iter().all(|name| named.contains(name)),
+                "{what}: {lost:?} are lost, {named:?} are named"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_cut_file_is_found() {
+    let (files, images) = some_store();
+    for ((area, name), content) in files.iter().filter(|((area, _), _)| *area != Area::Root) {
+        for len in (0..content.len()).step_by(7) {
+            let mut files = files.clone();
+            files.insert((*area, name.clone()), Arc::new(content[..len].to_vec()));
+            let store = open(files).unwrap();
+            let report = store.fsck().unwrap();
+            assert!(
+                !report.problems.is_empty(),
+                "{} cut to {len}",
+                area.path(name)
+            );
+            let named = named(&report);
+            assert!(
+                unreadable(&store, &images)
+                    .iter()
+                    .all(|name| named.contains(name))
+            );
+        }
+    }
+}
+
+#[test]
+fn a_missing_pack_is_found() {
+    let (files, images) = some_store();
+    for (key, _) in files.iter().filter(|((area, _), _)| *area == Area::Packs) {
+        let mut files = files.clone();
+        files.remove(key);
+        let store = open(files).unwrap();
+        let report = store.fsck().unwrap();
+        assert_eq!(report.problems.len(), 1);
+        assert!(report.problems[0].what.contains("missing"));
+        assert_eq!(named(&report), unreadable(&store, &images));
+    }
+}
+
+#[test]
+fn what_is_whole_survives_the_repair() {
+    let (files, images) = some_store();
+    for ((area, name), content) in files.iter().filter(|((area, _), _)| *area != Area::Root) {
+        for bit in flips(content.len()).into_iter().step_by(11) {
+            let mut damaged = content.to_vec();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let mut files = files.clone();
+            files.insert((*area, name.clone()), Arc::new(damaged));
+            let what = format!("bit {bit} of {}", area.path(name));
+            let backend = Memory::with_files(files);
+            let store = Store::open(backend.clone(), options()).unwrap();
+            let before = unreadable(&store, &images);
+            let report = store.repair().unwrap();
+            assert!(!report.repaired.is_empty());
+            let after = unreadable(&store, &images);
+            assert!(
+                after.iter().all(|name| before.contains(name)),
+                "{what}: lost by repair"
+            );
+            // What is still wrong is what cannot be brought back.
+            let remaining = store.fsck().unwrap();
+            for problem in &remaining.problems {
+                assert!(!problem.snapshots.is_empty(), "{what}: {problem:?}");
+            }
+            // Nothing refers to what is lost any more: saving it again brings it back.
+            for (name, image) in &images {
+                save(&store, &format!("{name}-again"), image).unwrap();
+                assert!(
+                    load(&store, &format!("{name}-again")).unwrap() == *image,
+                    "{what}"
+                );
+            }
+            if *area != Area::Index {
+                assert!(
+                    !backend.list(Area::Damaged).unwrap().is_empty(),
+                    "{what}: no copy was kept"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_damaged_chunk_is_healed_from_another_pack() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let image = image(100, 3);
+    // Two writers at once store the same twice.
+    let mut writers: Vec<_> = ["a", "b"]
+        .map(|name| store.writer(name, None).unwrap())
+        .into();
+    for writer in &mut writers {
+        let mut memory = writer.image("memory").unwrap();
+        memory.write(&image).unwrap();
+        memory.finish().unwrap();
+    }
+    writers
+        .into_iter()
+        .for_each(|writer| drop(writer.commit().unwrap()));
+    let mut files = backend.files();
+    let (_, pack) = files
+        .iter_mut()
+        .find(|((area, _), _)| *area == Area::Packs)
+        .unwrap();
+    Arc::make_mut(pack)[5000] ^= 1;
+    let store = open(files).unwrap();
+    assert_eq!(store.fsck().unwrap().problems.len(), 1);
+    store.repair().unwrap();
+    assert!(store.fsck().unwrap().problems.is_empty());
+    assert!(load(&store, "a").unwrap() == image && load(&store, "b").unwrap() == image);
+}
+
+#[test]
+fn a_lost_config_comes_back_from_a_pack() {
+    let (files, images) = some_store();
+    let config = (Area::Root, "config".to_owned());
+    for damage in [None, Some(vec![0; 96]), Some(Vec::new())] {
+        let mut files = files.clone();
+        match damage {
+            Some(bytes) => drop(files.insert(config.clone(), Arc::new(bytes))),
+            None => drop(files.remove(&config)),
+        }
+        let backend = Memory::with_files(files.clone());
+        assert!(matches!(
+            Store::open(backend.clone(), options()),
+            Err(Error::NoStore | Error::Damaged { .. })
+        ));
+        assert!(repair_config(&backend).unwrap());
+        assert!(!repair_config(&backend).unwrap());
+        assert!(unreadable(&Store::open(backend, options()).unwrap(), &images).is_empty());
+    }
+    assert!(matches!(repair_config(&Memory::new()), Err(Error::NoStore)));
+}
+
+#[test]
+fn a_rebuilt_index_finds_everything() {
+    let backend = Memory::new();
+    let image = image(2000, 4);
+    save(&create(backend.clone()), "a", &image).unwrap();
+    let mut files = backend.files();
+    files.retain(|(area, _), _| *area != Area::Index);
+    let store = open(files).unwrap();
+    store.repair().unwrap();
+    assert_eq!(save(&store, "b", &image).unwrap().images[0].new_chunks, 0);
+}

@@ -1,0 +1,282 @@
+//! Garbage is collected, and nothing else.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may")]
+
+mod support;
+
+use dedup::backend::{Area, Backend, Lock, Memory, Publish};
+use dedup::{Error, GcOptions};
+use support::{create, image, load, save, touch};
+
+fn pack_bytes(backend: &Memory) -> u64 {
+    backend
+        .list(Area::Packs)
+        .unwrap()
+        .iter()
+        .map(|pack| pack.size)
+        .sum()
+}
+
+#[test]
+fn a_removed_snapshot_gives_back_its_space() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    save(&store, "kept", &image(2000, 1)).unwrap();
+    let before = pack_bytes(&backend);
+    save(&store, "removed", &image(2000, 2)).unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().bytes_freed, 0);
+    store.rm("removed").unwrap();
+    let collected = store.gc(&GcOptions::default()).unwrap();
+    assert_eq!((collected.packs_removed, pack_bytes(&backend)), (1, before));
+    assert!(load(&store, "kept").unwrap() == image(2000, 1));
+    assert!(store.fsck().unwrap().problems.is_empty());
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().bytes_freed, 0);
+}
+
+#[test]
+fn a_pack_that_is_hardly_needed_shrinks_and_keeps_its_slots() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let base = image(3000, 3);
+    save(&store, "base", &base).unwrap();
+    let before = pack_bytes(&backend);
+    // Refers to every seventh page or so of the base's pack.
+    let mut child = vec![0; base.len()];
+    for at in (0..3000).filter(|at| at % 7 < 2).map(|at| at * 4096) {
+        child[at..at + 4096].copy_from_slice(&base[at..at + 4096]);
+    }
+    assert_eq!(
+        save(&store, "child", &child).unwrap().images[0].new_chunks,
+        0
+    );
+    store.rm("base").unwrap();
+    let collected = store.gc(&GcOptions::default()).unwrap();
+    assert_eq!((collected.packs_removed, collected.packs_shrunk), (0, 1));
+    assert!(pack_bytes(&backend) < before / 2);
+    assert!(load(&store, "child").unwrap() == child);
+    let report = store.fsck().unwrap();
+    assert!(report.problems.is_empty(), "{report:?}");
+    // What went is stored again, what stayed is found.
+    let again = save(&store, "again", &base).unwrap();
+    let kept = child
+        .chunks(4096)
+        .filter(|page| page.iter().any(|byte| *byte != 0))
+        .count() as u64;
+    assert!(again.images[0].new_chunks > 0 && again.images[0].known_chunks >= kept);
+    assert!(load(&store, "again").unwrap() == base && load(&store, "child").unwrap() == child);
+}
+
+#[test]
+fn what_a_running_save_refers_to_stays() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let image = image(2000, 4);
+    save(&store, "first", &image).unwrap();
+    let mut writer = store.writer("second", None).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    memory.write(&image).unwrap();
+    memory.finish().unwrap();
+    store.rm("first").unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs_removed, 0);
+    writer.commit().unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs_removed, 0);
+    assert!(load(&store, "second").unwrap() == image);
+}
+
+#[test]
+fn what_an_open_reader_needs_stays() {
+    let store = create(Memory::new());
+    let image = image(1000, 5);
+    save(&store, "a", &image).unwrap();
+    let reader = store.image("a", "memory").unwrap();
+    store.rm("a").unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs_removed, 0);
+    let mut loaded = vec![0; image.len()];
+    reader
+        .load_into(&mut loaded, dedup::Zeros::AlreadyThere)
+        .unwrap();
+    assert!(loaded == image);
+    drop(reader);
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs_removed, 1);
+}
+
+#[test]
+fn an_abandoned_save_is_garbage() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let mut writer = store.writer("a", None).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    // More than a pack, so that one is published.
+    memory.write(&image(40_000, 6)).unwrap();
+    memory.finish().unwrap();
+    drop(writer);
+    assert!(!backend.list(Area::Packs).unwrap().is_empty());
+    store.gc(&GcOptions::default()).unwrap();
+    assert!(backend.list(Area::Packs).unwrap().is_empty());
+    assert!(matches!(
+        store.image("a", "memory"),
+        Err(Error::NoSnapshot(_))
+    ));
+}
+
+/// A hit in a condemned pack is a miss: the protocol's other half.
+#[test]
+fn nobody_refers_to_what_is_condemned() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let image = image(500, 7);
+    save(&store, "a", &image).unwrap();
+    let packs = backend.list(Area::Packs).unwrap();
+    let id: Vec<u8> = (0..16)
+        .map(|byte| u8::from_str_radix(&packs[0].name[byte * 2..byte * 2 + 2], 16).unwrap())
+        .collect();
+    let mut list = b"DEDUPCON".to_vec();
+    list.extend_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0]);
+    list.extend_from_slice(&id);
+    let digest = blake3::hash(&list);
+    list.extend_from_slice(&digest.as_bytes()[..16]);
+    let mut draft = backend.draft().unwrap();
+    draft.append(&list).unwrap();
+    draft
+        .publish(Area::Condemned, "list", Publish::New)
+        .unwrap();
+
+    let unknown = save(&store, "b", &image).unwrap();
+    assert_eq!(
+        unknown.images[0].known_chunks,
+        save(&create(Memory::new()), "b", &image).unwrap().images[0].known_chunks
+    );
+    // Also what is kept unseen from a parent is stored again.
+    let mut writer = store.writer("c", Some("a")).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    memory.keep(image.len() as u64).unwrap();
+    memory.finish().unwrap();
+    writer.commit().unwrap();
+    // The next collection knows that the list is a dead one's.
+    store.rm("a").unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs_removed, 1);
+    assert!(backend.list(Area::Condemned).unwrap().is_empty());
+    assert!(load(&store, "b").unwrap() == image && load(&store, "c").unwrap() == image);
+}
+
+#[test]
+fn an_unreadable_snapshot_stops_the_collection() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    save(&store, "a", &image(300, 8)).unwrap();
+    save(&store, "b", &image(300, 9)).unwrap();
+    store.rm("b").unwrap();
+    let intact = backend.files()[&(Area::Snapshots, "a".to_owned())].to_vec();
+    let before = backend.list(Area::Packs).unwrap();
+    for at in 0..intact.len() {
+        let mut damaged = intact.clone();
+        damaged[at] ^= 0x10;
+        let mut draft = backend.draft().unwrap();
+        draft.append(&damaged).unwrap();
+        draft
+            .publish(Area::Snapshots, "a", Publish::Replace)
+            .unwrap();
+        assert!(store.gc(&GcOptions::default()).is_err(), "byte {at}");
+        assert_eq!(backend.list(Area::Packs).unwrap(), before);
+    }
+}
+
+#[test]
+fn one_collection_at_a_time() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let lock = backend.try_lock(Lock::Gc).unwrap();
+    assert!(matches!(
+        store.gc(&GcOptions::default()),
+        Err(Error::Busy(_))
+    ));
+    assert!(matches!(store.fsck(), Err(Error::Busy(_))));
+    drop(lock);
+    store.gc(&GcOptions::default()).unwrap();
+}
+
+#[test]
+fn names_tags_and_ids_find_snapshots() {
+    let store = create(Memory::new());
+    let a = save(&store, "a", &image(10, 10)).unwrap();
+    save(&store, "b", &image(10, 11)).unwrap();
+    store.tag("a", "gold").unwrap();
+    for reference in ["a", "gold", &a.id.to_string(), &a.id.to_string()[..8]] {
+        assert_eq!(store.show(reference).unwrap().id, a.id, "{reference}");
+    }
+    assert_eq!(store.show("a").unwrap().tags, ["gold"]);
+    assert!(matches!(save(&store, "a", &[]), Err(Error::NameTaken(_))));
+    assert!(matches!(
+        save(&store, "gold", &[]),
+        Err(Error::NameTaken(_))
+    ));
+    assert!(matches!(store.tag("a", "b"), Err(Error::NameTaken(_))));
+    assert!(matches!(store.tag("a", "../b"), Err(Error::Name(_))));
+    assert!(matches!(store.show("../a"), Err(Error::NoSnapshot(_))));
+    store.tag("b", "gold").unwrap();
+    assert_eq!(store.show("gold").unwrap().name, "b");
+    store.rm("gold").unwrap();
+    assert!(matches!(store.show("gold"), Err(Error::NoSnapshot(_))));
+    store.tag("a", "silver").unwrap();
+    store.rm("a").unwrap();
+    for gone in ["a", "silver", &a.id.to_string()] {
+        assert!(
+            matches!(store.show(gone), Err(Error::NoSnapshot(_))),
+            "{gone}"
+        );
+    }
+    assert_eq!(store.log().unwrap().len(), 1);
+}
+
+#[test]
+fn differences_are_found_without_reading_chunks() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let old = image(5000, 12);
+    save(&store, "old", &old).unwrap();
+    let mut new = old.clone();
+    touch(&mut new, 50, 13);
+    new.extend_from_slice(&[1; 5000]);
+    save(&store, "new", &new).unwrap();
+    let mut expected = Vec::new();
+    for at in (0..new.len()).step_by(4096) {
+        let end = (at + 4096).min(new.len());
+        if old.get(at..end) != Some(&new[at..end]) {
+            match expected.last_mut() {
+                Some(std::ops::Range { end: last, .. }) if *last == at as u64 => *last = end as u64,
+                _ => expected.push(at as u64..end as u64),
+            }
+        }
+    }
+    let diff = store.diff("old", "new").unwrap().remove(0);
+    assert_eq!(diff.changed, expected);
+    assert_eq!(
+        (diff.old_size, diff.new_size),
+        (Some(old.len() as u64), Some(new.len() as u64))
+    );
+    assert!(store.diff("new", "new").unwrap()[0].changed.is_empty());
+}
+
+#[test]
+fn equal_chunks_in_two_places_are_no_difference() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let image = image(600, 14);
+    // Two writers at once store the same chunks twice.
+    let mut writers: Vec<_> = ["a", "b"]
+        .map(|name| store.writer(name, None).unwrap())
+        .into();
+    for writer in &mut writers {
+        let mut memory = writer.image("memory").unwrap();
+        memory.write(&image).unwrap();
+        memory.finish().unwrap();
+    }
+    writers
+        .into_iter()
+        .for_each(|writer| drop(writer.commit().unwrap()));
+    assert_eq!(backend.list(Area::Packs).unwrap().len(), 2);
+    assert!(store.diff("a", "b").unwrap()[0].changed.is_empty());
+    store.rm("a").unwrap();
+    store.gc(&GcOptions::default()).unwrap();
+    assert!(load(&store, "b").unwrap() == image);
+}

@@ -1,0 +1,311 @@
+//! What is saved comes back, however it is written and read.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may")]
+
+mod support;
+
+use dedup::backend::Memory;
+use dedup::{CreateOptions, Error, Store, Zeros};
+use proptest::prelude::*;
+use support::{Random, create, fill_page, image, load, options, save, touch};
+
+#[test]
+fn images_come_back() {
+    let store = create(Memory::new());
+    for (name, pages) in [("none", 0), ("one", 1), ("block", 1024), ("odd", 3001)] {
+        let image = image(pages, 1);
+        save(&store, name, &image).unwrap();
+        assert!(load(&store, name).unwrap() == image, "{name}");
+    }
+}
+
+#[test]
+fn an_image_that_ends_within_a_chunk_comes_back() {
+    let store = create(Memory::new());
+    for len in [1, 511, 4095, 4097, (4 << 20) - 1, (4 << 20) + 1] {
+        let image = &image(1030, 2)[4096 * 3 / 2..][..len];
+        save(&store, &format!("len{len}"), image).unwrap();
+        assert!(
+            load(&store, &format!("len{len}")).unwrap() == image,
+            "{len}"
+        );
+    }
+}
+
+#[test]
+fn the_same_image_again_stores_nothing_new() {
+    let store = create(Memory::new());
+    let image = image(5000, 3);
+    let first = save(&store, "first", &image).unwrap();
+    let again = save(&store, "again", &image).unwrap();
+    assert!(first.pack_bytes > 0 && first.images[0].new_chunks > 1000);
+    assert_eq!((again.pack_bytes, again.images[0].new_chunks), (0, 0));
+    assert_eq!(again.images[0].zero_chunks, first.images[0].zero_chunks);
+    assert!(again.snapshot_bytes < 10_000, "{}", again.snapshot_bytes);
+    // Also for a process that opens the store later, with nothing of the index in memory.
+    let backend = Memory::new();
+    save(&create(backend.clone()), "first", &image).unwrap();
+    let later = Store::open(
+        backend,
+        dedup::OpenOptions {
+            index_memory: 0,
+            ..options()
+        },
+    )
+    .unwrap();
+    assert_eq!(
+        save(&later, "again", &image).unwrap().images[0].new_chunks,
+        0
+    );
+}
+
+#[test]
+fn a_changed_image_stores_the_changes() {
+    let store = create(Memory::new());
+    let mut image = image(5000, 4);
+    save(&store, "before", &image).unwrap();
+    touch(&mut image, 100, 5);
+    let after = save(&store, "after", &image).unwrap();
+    assert!(
+        (90..=100).contains(&after.images[0].new_chunks),
+        "{}",
+        after.images[0].new_chunks
+    );
+    assert!(load(&store, "after").unwrap() == image);
+}
+
+#[test]
+fn every_chunk_size_works() {
+    for chunk_size in (9..=20).map(|bits| 1 << bits) {
+        let create = CreateOptions {
+            chunk_size,
+            key: Some([3; 32]),
+        };
+        let store = Store::create(Memory::new(), &create, options()).unwrap();
+        let image = image(2500, 6);
+        save(&store, "a", &image).unwrap();
+        let again = save(&store, "b", &image).unwrap();
+        assert_eq!(again.images[0].new_chunks, 0, "chunk size {chunk_size}");
+        assert!(
+            load(&store, "a").unwrap() == image,
+            "chunk size {chunk_size}"
+        );
+    }
+    for chunk_size in [0, 256, 4095, 2 << 20] {
+        let create = CreateOptions {
+            chunk_size,
+            key: None,
+        };
+        assert!(matches!(
+            Store::create(Memory::new(), &create, options()),
+            Err(Error::Parameter(_))
+        ));
+    }
+}
+
+#[test]
+fn several_images_and_a_manifest_make_a_snapshot() {
+    let store = create(Memory::new());
+    let (memory, disk) = (image(1500, 7), image(800, 8));
+    let mut writer = store.writer("vm", None).unwrap();
+    for (name, image) in [("memory", &memory), ("disk0", &disk)] {
+        let mut writer = writer.image(name).unwrap();
+        writer.write(image).unwrap();
+        writer.finish().unwrap();
+    }
+    assert!(matches!(writer.image("memory"), Err(Error::NameTaken(_))));
+    writer.set_manifest(b"cpus: 2".to_vec());
+    writer.commit().unwrap();
+
+    assert_eq!(store.manifest("vm").unwrap(), b"cpus: 2");
+    assert!(load(&store, "vm").unwrap() == memory);
+    let mut loaded = vec![0xAA; disk.len()];
+    store
+        .image("vm", "disk0")
+        .unwrap()
+        .load_into(&mut loaded, Zeros::Write)
+        .unwrap();
+    assert!(loaded == disk);
+    assert!(matches!(store.image("vm", "disk1"), Err(Error::NoImage(_))));
+}
+
+#[test]
+fn files_come_back_with_their_holes() {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create_dir(
+        dir.path().join("store"),
+        &CreateOptions::default(),
+        options(),
+    )
+    .unwrap();
+    let file = std::fs::File::create(dir.path().join("sparse")).unwrap();
+    file.set_len((1 << 30) + 777).unwrap();
+    let data = image(300, 9);
+    file.write_all_at(&data, 300 << 20).unwrap();
+    let saved = store
+        .save_file("sparse", dir.path().join("sparse"))
+        .unwrap();
+    assert_eq!(saved.images[0].size, (1 << 30) + 777);
+    store
+        .load_file("sparse", dir.path().join("loaded"))
+        .unwrap();
+    let loaded = std::fs::File::open(dir.path().join("loaded")).unwrap();
+    assert_eq!(loaded.metadata().unwrap().len(), (1 << 30) + 777);
+    assert!(loaded.metadata().unwrap().blocks() * 512 < 2 << 20);
+    let mut found = vec![0; data.len()];
+    loaded.read_exact_at(&mut found, 300 << 20).unwrap();
+    assert!(found == data);
+    assert!(matches!(
+        store.save_file("absent", dir.path().join("absent")),
+        Err(Error::Io { .. })
+    ));
+}
+
+#[test]
+fn a_child_keeps_what_it_did_not_change() {
+    let store = create(Memory::new());
+    let mut image = image(9000, 10);
+    save(&store, "parent", &image).unwrap();
+    let mut parent = "parent".to_owned();
+    for generation in 0..4 {
+        let mut writer = store
+            .writer(&format!("child{generation}"), Some(&parent))
+            .unwrap();
+        let mut memory = writer.image("memory").unwrap();
+        let mut random = Random::new(generation);
+        let mut at = 0;
+        while at < 9000 {
+            let keep = random.below(2500).min(9000 - at);
+            memory.keep(keep as u64 * 4096).unwrap();
+            at += keep;
+            let change = random.below(5).min(9000 - at);
+            for page in image[at * 4096..(at + change) * 4096].chunks_mut(4096) {
+                fill_page(page, random.next());
+                memory.write(page).unwrap();
+            }
+            at += change;
+        }
+        memory.finish().unwrap();
+        let saved = writer.commit().unwrap();
+        assert!(saved.images[0].new_chunks < 100);
+        parent = saved.name;
+        assert!(
+            load(&store, &parent).unwrap() == image,
+            "generation {generation}"
+        );
+    }
+    let log = store.log().unwrap();
+    let parents: Vec<_> = log
+        .iter()
+        .filter(|entry| entry.facts.parent.is_some())
+        .collect();
+    assert_eq!((log.len(), parents.len()), (5, 4));
+}
+
+#[test]
+fn what_cannot_be_kept_is_refused() {
+    let store = create(Memory::new());
+    save(&store, "parent", &image(10, 11)[..9 * 4096 + 5]).unwrap();
+    let mut writer = store.writer("child", Some("parent")).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    assert!(matches!(memory.keep(4095), Err(Error::Parameter(_))));
+    assert!(matches!(memory.keep(10 * 4096), Err(Error::Parameter(_))));
+    assert!(matches!(memory.keep(u64::MAX), Err(Error::Parameter(_))));
+    memory.write(&[1]).unwrap();
+    assert!(matches!(memory.keep(4096), Err(Error::Parameter(_))));
+    drop(memory);
+    let mut other = writer.image("other").unwrap();
+    assert!(matches!(other.keep(4096), Err(Error::Parameter(_))));
+    assert!(matches!(
+        store.writer("child", Some("nobody")),
+        Err(Error::NoSnapshot(_))
+    ));
+}
+
+#[test]
+fn a_kept_image_may_grow() {
+    let store = create(Memory::new());
+    let mut image = image(10, 12)[..9 * 4096 + 5].to_vec();
+    save(&store, "parent", &image).unwrap();
+    let mut writer = store.writer("child", Some("parent")).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    memory.keep(image.len() as u64).unwrap();
+    memory.write(&[9; 10_000]).unwrap();
+    memory.finish().unwrap();
+    writer.commit().unwrap();
+    image.extend_from_slice(&[9; 10_000]);
+    assert!(load(&store, "child").unwrap() == image);
+}
+
+#[test]
+fn reads_beyond_the_end_are_refused() {
+    let store = create(Memory::new());
+    save(&store, "a", &image(3, 13)).unwrap();
+    let image = store.image("a", "memory").unwrap();
+    let mut buf = [0; 2];
+    assert!(image.read_at(3 * 4096 - 2, &mut buf).is_ok());
+    for offset in [3 * 4096 - 1, u64::MAX - 1, u64::MAX] {
+        assert!(matches!(
+            image.read_at(offset, &mut buf),
+            Err(Error::OutOfRange { .. })
+        ));
+    }
+    assert!(matches!(
+        image.load_into(&mut buf, Zeros::Write),
+        Err(Error::OutOfRange { .. })
+    ));
+}
+
+#[derive(Clone, Debug)]
+enum Piece {
+    Bytes(usize),
+    Zeros(usize),
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn pieces_of_any_size_make_the_same_image(
+        pieces in prop::collection::vec(
+            prop_oneof![
+                (1usize..40_000).prop_map(Piece::Bytes),
+                (1usize..12 << 20).prop_map(Piece::Bytes),
+                (1usize..9 << 20).prop_map(Piece::Zeros),
+            ],
+            1..6,
+        ),
+        reads in prop::collection::vec((any::<prop::sample::Index>(), 1usize..200_000), 10),
+    ) {
+        let source = image(3 << 10, 14);
+        let store = create(Memory::new());
+        let mut writer = store.writer("a", None).unwrap();
+        let mut memory = writer.image("memory").unwrap();
+        let mut expected = Vec::new();
+        for piece in &pieces {
+            match *piece {
+                Piece::Bytes(len) => {
+                    memory.write(&source[..len]).unwrap();
+                    expected.extend_from_slice(&source[..len]);
+                }
+                Piece::Zeros(len) => {
+                    memory.skip_zeros(len as u64).unwrap();
+                    expected.resize(expected.len() + len, 0);
+                }
+            }
+        }
+        memory.finish().unwrap();
+        let stats = writer.commit().unwrap().images.remove(0);
+        let zero_chunks = expected.chunks(4096).filter(|chunk| chunk.iter().all(|byte| *byte == 0)).count();
+        prop_assert_eq!(stats.zero_chunks, zero_chunks as u64);
+        prop_assert!(load(&store, "a").unwrap() == expected);
+        let reader = store.image("a", "memory").unwrap();
+        for (at, len) in reads {
+            let at = at.index(expected.len());
+            let len = len.min(expected.len() - at);
+            let mut buf = vec![0xAA; len];
+            reader.read_at(at as u64, &mut buf).unwrap();
+            prop_assert!(buf == expected[at..at + len]);
+        }
+    }
+}
