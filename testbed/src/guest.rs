@@ -1,0 +1,157 @@
+//! What virtual machines under test boot: Debian's cloud kernel, a small initramfs, a disk.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cache;
+use crate::initramfs::Initramfs;
+use crate::kernel::{self, Flavour};
+use crate::modules::Modules;
+
+/// What the guest's init prints on the serial console once user space is up and all drivers are loaded.
+pub const READY: &str = "fermata-guest: ready";
+
+const INIT: &str = include_str!("../../resources/guest/init");
+
+/// fermata's bus is virtio-mmio; QEMU's machines offer PCI.
+const MODULES: [&str; 4] = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_rng"];
+
+const DISK_MIB: u64 = 64;
+
+/// What the guest does after [`READY`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Counts on the console and tells what it has kept, for ever.
+    Counter,
+    /// Powers off through ACPI.
+    PowerOff,
+    /// Reboots through the keyboard controller.
+    Reboot,
+    /// Panics; the kernel answers with a triple fault.
+    Panic,
+    /// An interactive shell on the console.
+    Shell,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Counter => "counter",
+            Self::PowerOff => "poweroff",
+            Self::Reboot => "reboot",
+            Self::Panic => "panic",
+            Self::Shell => "shell",
+        })
+    }
+}
+
+/// The kernel command line for a guest in `role`.
+#[must_use]
+pub fn command_line(role: Role) -> String {
+    let reboot = match role {
+        Role::Reboot => " reboot=k",
+        Role::Panic => " reboot=t panic=-1",
+        Role::Counter | Role::PowerOff | Role::Shell => "",
+    };
+    format!("console=ttyS0 quiet{reboot} fermata.role={role}")
+}
+
+/// Paths of what a guest boots.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// Debian's unmodified cloud kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// busybox, virtio drivers for the mmio and PCI buses, and the init script of `resources/guest`.
+    pub initrd: PathBuf,
+    /// A sparse raw image of 64 MiB with an empty ext4 file system: to be copied, never attached.
+    pub disk: PathBuf,
+}
+
+/// Builds the guest's files in the test bed's directory; takes a fraction of a second.
+///
+/// # Errors
+/// When a package is missing ([`setup::ensure`](crate::setup::ensure) installs them) or the directory
+/// cannot be written.
+pub fn build() -> Result<Guest> {
+    let directory = cache::directory()?;
+    let kernel = kernel::newest(Flavour::Cloud)?;
+
+    let initrd = directory.join("guest-initramfs.cpio");
+    let mut initramfs = Initramfs::new(INIT)?;
+    initramfs.modules(&Modules::of_kernel(&kernel.release)?.read(&MODULES)?)?;
+    initramfs.write(&initrd)?;
+
+    let disk = directory.join("guest-disk.raw");
+    make_disk(&disk)?;
+    Ok(Guest {
+        kernel: kernel.image,
+        initrd,
+        disk,
+    })
+}
+
+fn make_disk(path: &Path) -> Result<()> {
+    let parent = path.parent().context("a disk image needs a directory")?;
+    let image = cache::temporary_file_in(parent)?;
+    image
+        .as_file()
+        .set_len(DISK_MIB << 20)
+        .context("cannot size a disk image")?;
+    // /sbin is not on every user's PATH.
+    let output = Command::new("/sbin/mke2fs")
+        // Without lazy initialisation the guest's kernel does not write behind the tests' back.
+        .args([
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-E",
+            "lazy_itable_init=0,lazy_journal_init=0",
+        ])
+        .arg(image.path())
+        .output()
+        .context("cannot run mke2fs; install e2fsprogs")?;
+    if !output.status.success() {
+        bail!("mke2fs failed: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    image
+        .persist(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_role_is_on_the_command_line() {
+        assert_eq!(
+            command_line(Role::Counter),
+            "console=ttyS0 quiet fermata.role=counter"
+        );
+        assert_eq!(
+            command_line(Role::Panic),
+            "console=ttyS0 quiet reboot=t panic=-1 fermata.role=panic"
+        );
+    }
+
+    #[test]
+    fn init_plays_every_role() {
+        for role in [
+            Role::Counter,
+            Role::PowerOff,
+            Role::Reboot,
+            Role::Panic,
+            Role::Shell,
+        ] {
+            assert!(
+                INIT.contains(&format!("\n{role})")),
+                "init has no branch for {role}"
+            );
+        }
+    }
+}
