@@ -1,0 +1,140 @@
+//! A guest of a few instructions that fills its memory and then goes on changing it.
+//!
+//! On hardware virtualisation it stays as it was entered, at CPL 0. KVM-PVM interprets what runs there,
+//! at about a microsecond an instruction, and runs natively what runs at CPL 3; of the instructions that
+//! go there, its interpreter knows one, `sysexit`.
+
+#![allow(unsafe_code)]
+
+use std::{arch::global_asm, slice};
+
+use crate::elf;
+
+/// What the guest is to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Filler {
+    /// End of its memory, at most 1 GiB.
+    pub(crate) memory_bytes: u64,
+    /// How many pages it writes to between two ticks, one after the other, round and round.
+    pub(crate) pages_a_tick: u64,
+    /// How far apart ticks are, in cycles of the TSC.
+    pub(crate) cycles_a_tick: u64,
+    /// Whether it goes to CPL 3 first.
+    pub(crate) user: bool,
+}
+
+/// Where the four parameters lie in the code, behind the jump over them.
+const PARAMETERS_AT: usize = 8;
+
+// Each tick is a dot on the serial console. The first comes when memory is full.
+global_asm!(
+    ".section .rodata",
+    ".globl benches_filler, benches_filler_end",
+    ".balign 8",
+    "benches_filler:",
+    "jmp 10f",
+    ".balign 8",
+    "2: .quad 0",
+    "3: .quad 0",
+    "4: .quad 0",
+    "5: .quad 0",
+    "10:",
+    "mov esp, 0x80000",
+    "cmp qword ptr [rip + 5b], 0",
+    "je 20f",
+    // Page tables down to the directory of the first GiB become the user's as well.
+    "mov rdi, cr3",
+    "and rdi, -4096",
+    "or qword ptr [rdi], 4",
+    "mov rdi, [rdi]",
+    "and rdi, -4096",
+    "or qword ptr [rdi], 4",
+    "mov rdi, [rdi]",
+    "and rdi, -4096",
+    "mov ecx, 512",
+    "11:",
+    "or qword ptr [rdi + rcx * 8 - 8], 4",
+    "dec ecx",
+    "jnz 11b",
+    "mov rax, cr3",
+    "mov cr3, rax",
+    // IOPL 3: the console may be written to at CPL 3.
+    "push 0x3002",
+    "popfq",
+    // sysexit makes flat 64-bit segments with selectors behind this one.
+    "mov ecx, 0x174",
+    "mov eax, 0x10",
+    "xor edx, edx",
+    "wrmsr",
+    "lea rdx, [rip + 20f]",
+    "mov rcx, rsp",
+    ".byte 0x48, 0x0f, 0x35",
+    // From 4 MiB on, no word is like another.
+    "20:",
+    "mov rbp, [rip + 2b]",
+    "mov edi, 0x400000",
+    "movabs rbx, 0x9e3779b97f4a7c15",
+    "xor eax, eax",
+    "21:",
+    "add rax, rbx",
+    "mov [rdi], rax",
+    "add rdi, 8",
+    "cmp rdi, rbp",
+    "jb 21b",
+    "mov edi, 0x400000",
+    "22:",
+    "mov al, 0x2e",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "rdtsc",
+    "shl rdx, 32",
+    "lea rsi, [rax + rdx]",
+    "mov rcx, [rip + 3b]",
+    "23:",
+    "sub rcx, 1",
+    "jb 25f",
+    "add [rdi], rbx",
+    "add rdi, 4096",
+    "cmp rdi, rbp",
+    "jb 23b",
+    "mov edi, 0x400000",
+    "jmp 23b",
+    "25:",
+    "pause",
+    "rdtsc",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "sub rax, rsi",
+    "cmp rax, [rip + 4b]",
+    "jb 25b",
+    "jmp 22b",
+    "benches_filler_end:",
+    ".text",
+);
+
+unsafe extern "C" {
+    #[link_name = "benches_filler"]
+    static START: u8;
+    #[link_name = "benches_filler_end"]
+    static END: u8;
+}
+
+impl Filler {
+    /// The guest as a kernel in ELF.
+    pub(crate) fn kernel(self) -> Vec<u8> {
+        let Self {
+            memory_bytes,
+            pages_a_tick,
+            cycles_a_tick,
+            user,
+        } = self;
+        let (start, end) = (&raw const START, &raw const END);
+        // SAFETY: both labels are in one block of assembly above, in this order.
+        let code = unsafe { slice::from_raw_parts(start, end as usize - start as usize) };
+        let parameters = [memory_bytes, pages_a_tick, cycles_a_tick, user.into()];
+        let parameters = parameters.map(u64::to_le_bytes).concat();
+        let mut code = code.to_vec();
+        code[PARAMETERS_AT..PARAMETERS_AT + parameters.len()].copy_from_slice(&parameters);
+        elf::executable(&code)
+    }
+}

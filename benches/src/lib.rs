@@ -1,0 +1,24 @@
+//! Measurements of fermata, and of QEMU beside it in the same run.
+//!
+//! `cargo xtask bench` runs the programs in `src/bin`; `docs/benchmarks.md` says what each row means.
+
+mod console;
+mod cycle;
+mod elf;
+mod fermata;
+mod filler;
+pub mod native;
+pub mod qemu;
+pub mod report;
+mod row;
+
+pub use console::Console;
+pub use cycle::{Files, LinuxGuest, Machine, Monitor, Saved, measure};
+pub use fermata::Fermata;
+pub use row::{Bench, Row, Samples, System};
+
+/// Guest memory of the machines that are measured, in MiB.
+pub const MEMORY_MIB: [u64; 3] = [256, 512, 1024];
+
+/// vCPUs of the machines that run Linux.
+pub const VCPUS: u32 = 2;

@@ -1,0 +1,12 @@
+//! fermata as its users meet it: the programs as processes, HTTP, real guests.
+//!
+//! The tests are in `tests/`: `bare_metal` runs on any `/dev/kvm` with a few instructions for a guest,
+//! `level3` with Linux guests where a stock kernel boots.
+
+pub mod bare_metal;
+pub mod console;
+pub mod http;
+pub mod linux;
+pub mod programs;
+pub mod server;
+pub mod wait;

@@ -1,0 +1,49 @@
+//! The whole product on any `/dev/kvm`, with guests of a few instructions.
+//!
+//! Without `/dev/kvm` there is nothing to test with, and the tests say so and pass; the machines that
+//! the project is built on have it.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on should stop
+
+#[path = "bare_metal/bad_input.rs"]
+mod bad_input;
+#[path = "bare_metal/command_line.rs"]
+mod command_line;
+#[path = "bare_metal/crash.rs"]
+mod crash;
+#[path = "bare_metal/ends.rs"]
+mod ends;
+#[path = "bare_metal/pause.rs"]
+mod pause;
+#[path = "bare_metal/python.rs"]
+mod python;
+#[path = "bare_metal/round_trip.rs"]
+mod round_trip;
+
+use serde_json::json;
+use system_tests::{bare_metal, http::Machine, server::Server};
+
+/// A server, unless this machine has no KVM.
+fn server() -> Option<Server> {
+    if std::fs::File::open("/dev/kvm").is_err() {
+        eprintln!("there is no /dev/kvm here, so nothing was tested");
+        return None;
+    }
+    Some(Server::start(&[]).unwrap())
+}
+
+/// Boots `kernel` with one vCPU and 64 MiB.
+fn boot(server: &Server, kernel: &[u8]) -> Machine {
+    std::fs::write(server.tree().join("kernel"), kernel).unwrap();
+    let more = json!({"vcpus": 1, "memory_mib": 64});
+    server.client.boot(&server.path("kernel"), &more).unwrap()
+}
+
+/// Boots the counter and waits until it has counted to `count`.
+fn counting(server: &Server, count: u64) -> Machine {
+    let machine = boot(server, &bare_metal::counter());
+    let console = server.console(machine).unwrap();
+    let reached = |line: &str| bare_metal::count(line).filter(|found| *found >= count);
+    console.first("the count", reached).unwrap();
+    machine
+}

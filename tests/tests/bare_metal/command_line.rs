@@ -1,0 +1,297 @@
+//! The command line: a machine in the foreground, and the commands that act on it from beside.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
+    os::fd::OwnedFd,
+    path::Path,
+    process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio},
+    sync::mpsc::{Receiver, channel},
+    thread,
+};
+
+use control::{Exit, Registry};
+use rustix::{
+    fs::{Mode, OFlags},
+    process::{Pid, Signal, kill_process},
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{LocalModes, tcgetattr},
+};
+use serde_json::Value;
+use system_tests::{bare_metal, programs, wait};
+use tempfile::TempDir;
+
+/// A directory with a kernel, whose machines are ended when it is dropped.
+struct Desk {
+    directory: TempDir,
+}
+
+impl Desk {
+    /// A desk with `kernel` on it, unless this machine has no KVM.
+    fn new(kernel: &[u8]) -> Option<Self> {
+        if File::open("/dev/kvm").is_err() {
+            eprintln!("there is no /dev/kvm here, so nothing was tested");
+            return None;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("kernel"), kernel).unwrap();
+        Some(Self { directory })
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn registry(&self) -> Registry {
+        Registry::open(self.path().join("run")).unwrap()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(programs::fermata());
+        command
+            .args(arguments)
+            .current_dir(self.path())
+            .env("FERMATA_RUN_DIR", self.path().join("run"))
+            .env("FERMATA_VMM_BIN", programs::vmm());
+        command
+    }
+
+    /// Runs a command that succeeds, and returns what it prints.
+    fn run(&self, arguments: &[&str]) -> String {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = self.command(arguments).output().unwrap();
+        let said = String::from_utf8(stderr).unwrap();
+        assert!(status.success(), "{arguments:?}: {said}");
+        String::from_utf8(stdout).unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.run(arguments)).unwrap()
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        for record in self.registry().list().unwrap_or_default() {
+            if let Ok(Some(process)) = record.process.open() {
+                let _ = process.kill();
+            }
+        }
+    }
+}
+
+/// A machine in the foreground of a terminal that is none: keys go in and lines come out by pipes.
+struct Foreground {
+    process: Child,
+    keys: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Foreground {
+    fn start(desk: &Desk, arguments: &[&str]) -> Self {
+        let mut process = desk
+            .command(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let keys = process.stdin.take().unwrap();
+        let out = BufReader::new(process.stdout.take().unwrap());
+        let (sender, lines) = channel();
+        thread::spawn(move || {
+            for line in out.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        Self {
+            process,
+            keys,
+            lines,
+        }
+    }
+
+    /// The next count that is printed.
+    fn count(&self) -> u64 {
+        loop {
+            let line = self.lines.recv_timeout(wait::PATIENCE).unwrap();
+            if let Some(count) = bare_metal::count(line.trim_end()) {
+                return count;
+            }
+        }
+    }
+
+    fn ended(&mut self) -> ExitStatus {
+        wait::until("the command to end", || self.process.try_wait().unwrap()).unwrap()
+    }
+}
+
+impl Drop for Foreground {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn code(exit: Exit) -> Option<i32> {
+    Some(exit.code().into())
+}
+
+#[test]
+fn a_machine_is_run_saved_restored_and_stopped() {
+    let Some(desk) = Desk::new(&bare_metal::counter()) else {
+        return;
+    };
+    let mut machine =
+        Foreground::start(&desk, &["run", "kernel", "--vcpus", "1", "--memory", "64"]);
+    assert_eq!(machine.count(), 1);
+
+    let vms = desk.json(&["ps", "--json"]);
+    assert_eq!(vms[0]["state"], "running");
+    assert_eq!(vms[0]["memory_mib"], 64);
+    let (pid, port) = (vms[0]["pid"].to_string(), vms[0]["port"].to_string());
+    assert!(desk.run(&["ps"]).contains(&pid));
+
+    // By process id, and it goes on; by port, and it ends.
+    let report = desk.json(&["snapshot", &pid, "state", "memory", "--json"]);
+    assert_eq!(report["memory_bytes"], 64 << 20);
+    machine.count();
+    desk.run(&["snapshot", &port, "state", "memory", "--halt"]);
+    assert_eq!(machine.ended().code(), code(Exit::Halted));
+    let cut = machine
+        .lines
+        .iter()
+        .filter_map(|line| bare_metal::count(&line));
+    let cut = cut.last();
+    assert_eq!(desk.json(&["ps", "--json"]), Value::Array(vec![]));
+
+    let inspected = desk.json(&["inspect", "state", "--json"]);
+    assert_eq!(inspected["vcpus"], 1);
+    assert!(!inspected["sections"].as_array().unwrap().is_empty());
+
+    // In the background, and in the foreground from the same files.
+    let restored = desk.json(&["restore", "state", "memory", "--json"]);
+    let mut machine = Foreground::start(&desk, &["restore", "state", "memory", "--foreground"]);
+    let first = machine.count();
+    if let Some(cut) = cut {
+        // The line that was cut may be the first.
+        assert!((cut + 1..=cut + 2).contains(&first), "{first} after {cut}");
+    }
+    machine.keys.write_all(b"x\x01x").unwrap();
+    assert_eq!(machine.ended().code(), code(Exit::Stopped));
+
+    let pid = restored["pid"].to_string();
+    assert!(desk.run(&["stop", &pid]).contains("has stopped"));
+    assert_eq!(desk.registry().list().unwrap(), []);
+}
+
+#[test]
+fn a_foreground_machine_ends_with_its_command_and_its_command_with_it() {
+    let Some(desk) = Desk::new(&bare_metal::spinner()) else {
+        return;
+    };
+    let run = ["run", "kernel", "--vcpus", "1", "--memory", "64"];
+    let living = || {
+        wait::until("the machine to run", || {
+            desk.registry().list().unwrap().pop()
+        })
+        .unwrap()
+    };
+
+    // A signal to the command.
+    let mut machine = Foreground::start(&desk, &run);
+    let record = living();
+    kill_process(Pid::from_child(&machine.process), Signal::TERM).unwrap();
+    assert_eq!(machine.ended().code(), code(Exit::Stopped));
+    assert!(!record.process.is_alive().unwrap());
+
+    // The death of the VMM.
+    let mut machine = Foreground::start(&desk, &run);
+    living().process.open().unwrap().unwrap().kill().unwrap();
+    assert_eq!(machine.ended().code(), code(Exit::Failed));
+}
+
+#[test]
+fn the_guests_end_is_the_commands() {
+    for (kernel, exit) in [
+        (bare_metal::power_off(), Exit::PowerOff),
+        (bare_metal::reset(), Exit::Reboot),
+        (bare_metal::triple_fault(), Exit::TripleFault),
+    ] {
+        let Some(desk) = Desk::new(&kernel) else {
+            return;
+        };
+        let mut machine = Foreground::start(&desk, &["run", "kernel", "--memory", "64"]);
+        assert_eq!(machine.ended().code(), code(exit));
+    }
+}
+
+#[test]
+fn what_is_not_a_kernel_is_refused_in_a_sentence() {
+    let Some(desk) = Desk::new(b"hello") else {
+        return;
+    };
+    let output = desk.command(&["run", "kernel"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("kernel"), "{said}");
+    assert_eq!(desk.registry().list().unwrap(), []);
+}
+
+/// A terminal: the end that a user's fingers and eyes are at, and the end that programs have.
+fn terminal() -> (File, OwnedFd) {
+    let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&user).unwrap();
+    unlockpt(&user).unwrap();
+    let name = ptsname(&user, Vec::new()).unwrap();
+    let flags = OFlags::RDWR | OFlags::NOCTTY;
+    let programs = rustix::fs::open(name.as_c_str(), flags, Mode::empty()).unwrap();
+    (user.into(), programs)
+}
+
+#[test]
+fn the_terminal_is_as_it_was_whatever_ends_the_machine() {
+    let ends: [fn(&Desk, &mut File, &Child); 3] = [
+        |_, user, _| user.write_all(b"\x01x").unwrap(),
+        |_, _, command| kill_process(Pid::from_child(command), Signal::HUP).unwrap(),
+        |desk, _, _| {
+            let record = desk.registry().list().unwrap().pop().unwrap();
+            record.process.open().unwrap().unwrap().kill().unwrap();
+        },
+    ];
+    for end in ends {
+        let Some(desk) = Desk::new(&bare_metal::counter()) else {
+            return;
+        };
+        let (mut user, programs) = terminal();
+        let canonical = || {
+            let modes = tcgetattr(&programs).unwrap().local_modes;
+            modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
+        };
+        assert!(canonical());
+        let mut command = desk
+            .command(&["run", "kernel", "--vcpus", "1", "--memory", "64"])
+            .stdin(programs.try_clone().unwrap())
+            .stdout(programs.try_clone().unwrap())
+            .stderr(programs.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let mut eyes = user.try_clone().unwrap();
+        // Somebody has to look, or the command waits for room on the terminal.
+        let seen = thread::spawn(move || {
+            let mut seen = Vec::new();
+            let _ = eyes.read_to_end(&mut seen);
+            seen
+        });
+        wait::until("the terminal to be raw", || (!canonical()).then_some(())).unwrap();
+        end(&desk, &mut user, &command);
+        wait::until("the command to end", || command.try_wait().unwrap()).unwrap();
+        assert!(canonical());
+        drop(programs);
+        let seen = String::from_utf8_lossy(&seen.join().unwrap()).into_owned();
+        assert!(seen.contains("Ctrl-A x"), "{seen:?}");
+    }
+}

@@ -1,0 +1,18 @@
+//! Linux guests, by the programs that `cargo xtask test` names in the environment.
+//!
+//! The tests that begin with `elsewhere_` run on a second machine, on what the others left behind.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on should stop
+
+#[path = "level3/elsewhere.rs"]
+mod elsewhere;
+#[path = "level3/ends.rs"]
+mod ends;
+#[path = "level3/first_light.rs"]
+mod first_light;
+#[path = "level3/full_disk.rs"]
+mod full_disk;
+#[path = "level3/pause.rs"]
+mod pause;
+#[path = "level3/same_again.rs"]
+mod same_again;

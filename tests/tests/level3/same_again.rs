@@ -1,0 +1,66 @@
+//! Saved, restored, and saved again without having run: nothing has changed.
+
+use std::fs;
+
+use control::{
+    AfterSnapshot, Client, Console, LaunchSpec, Log, Origin, Registry, Secret, SnapshotRequest,
+};
+use system_tests::{linux, programs};
+
+#[test]
+fn a_machine_that_has_not_run_is_saved_as_it_was() {
+    let server = linux::server().unwrap();
+    let machine = linux::boot(&server, "counter").unwrap();
+    linux::verify(&server.console(machine).unwrap()).unwrap();
+    let path = |name: &str| server.tree().join(name);
+    let (state, memory) = (server.path("state"), server.path("memory"));
+    server
+        .client
+        .snapshot(machine, &state, &memory, false)
+        .unwrap();
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let registry = Registry::open(server.run_directory()).unwrap();
+        let secret = Secret::random().unwrap();
+        let spec = LaunchSpec {
+            secret: secret.clone(),
+            origin: Origin::Restore {
+                state: path("state"),
+                memory: path("memory"),
+            },
+            console: Console::File(registry.new_console().unwrap()),
+            registry: server.run_directory(),
+            paused: true,
+            confinement: None,
+        };
+        let bound = std::time::Duration::from_secs(120);
+        let spawned = control::spawn(&programs::vmm(), &spec, Log::File, bound)
+            .await
+            .unwrap();
+        let client = Client::connect(spawned.port, &secret).await.unwrap();
+        let request = SnapshotRequest {
+            state: path("state-again"),
+            memory: path("memory-again"),
+            then: AfterSnapshot::Halt,
+        };
+        client.snapshot(request).await.unwrap();
+    });
+
+    let open =
+        |state: &str, memory: &str| snapshot::Pair::open(&path(state), &path(memory)).unwrap();
+    let (first, again) = (open("state", "memory"), open("state-again", "memory-again"));
+    let sections = |pair: &snapshot::Pair| pair.state.sections().cloned().collect::<Vec<_>>();
+    for (one, two) in sections(&first).iter().zip(sections(&again)) {
+        assert_eq!(*one, two, "section {} {}", one.kind, one.instance);
+    }
+    assert_eq!(sections(&first).len(), sections(&again).len());
+    let image = |name: &str| fs::read(path(name)).unwrap()[..256 << 20].to_vec();
+    assert!(
+        image("memory") == image("memory-again"),
+        "the memory differs"
+    );
+}

@@ -1,0 +1,47 @@
+//! `cargo xtask bench`.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use testbed::job::Job;
+
+use crate::build;
+use crate::ground::Ground;
+
+const TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Runs the program `bench-vm` where a stock kernel boots, and puts its rows into `json`.
+pub(crate) fn vm(json: &Path) -> Result<ExitCode> {
+    let ground = Ground::prepare()?;
+    let mut session = ground.open()?;
+    let rows = ground.share.join("rows.json");
+    let job = Job::new([
+        ground.program("bench-vm")?.as_os_str(),
+        "--json".as_ref(),
+        rows.as_ref(),
+    ]);
+    let status = session.run(&ground.equip(job).timeout(TIMEOUT))?.status;
+    session.close()?;
+    if status != 0 {
+        bail!("the benchmark ended with status {status}; what went wrong is above");
+    }
+    std::fs::copy(&rows, json)
+        .with_context(|| format!("cannot copy {} to {}", rows.display(), json.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the program `bench-native` on this machine.
+pub(crate) fn native(json: &Path) -> Result<ExitCode> {
+    let programs = build::release_programs()?;
+    let status = std::process::Command::new(programs.path("bench-native")?)
+        .arg("--json")
+        .arg(json)
+        .status();
+    let status = status.context("cannot run bench-native")?;
+    if !status.success() {
+        bail!("bench-native failed: {status}");
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,26 @@
+//! `cargo xtask demo`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use testbed::job::Job;
+
+use crate::ground::Ground;
+
+const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Runs the program `demo` where a stock kernel boots.
+pub(crate) fn run() -> Result<ExitCode> {
+    let ground = Ground::prepare()?;
+    let mut session = ground.open()?;
+    let job = ground
+        .equip(Job::new([ground.program("demo")?]))
+        .timeout(TIMEOUT);
+    let status = session.run(&job)?.status;
+    session.close()?;
+    if status != 0 {
+        bail!("the demo ended with status {status}; what went wrong is above");
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,99 @@
+//! What demo, benchmarks and level-3 tests stand on: packages, guest, programs, a directory for results.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use testbed::guest;
+use testbed::job::Job;
+use testbed::kvm::{self, Level};
+use testbed::session::Session;
+use testbed::{cache, environment, setup};
+
+use crate::build::{self, Programs};
+
+/// Everything set up, nothing booted yet.
+pub(crate) struct Ground {
+    level: Level,
+    programs: Programs,
+    /// What every job is told.
+    environment: Vec<(&'static str, PathBuf)>,
+    /// Same path inside and outside of a session; kept afterwards, emptied before the next.
+    pub(crate) share: PathBuf,
+}
+
+impl Ground {
+    /// Installs packages, builds guest and programs, and says where guests will run.
+    pub(crate) fn prepare() -> Result<Self> {
+        let choice = kvm::pick()?;
+        setup::ensure(choice.level)?;
+        let guest = guest::build()?;
+        println!("Building fermata");
+        let programs = build::release_programs()?;
+        let share = empty_share()?;
+        println!("{}", choice.reason);
+        Ok(Self {
+            level: choice.level,
+            environment: vec![
+                (environment::BIN, programs.path("fermata")?.to_owned()),
+                (
+                    environment::VMM_BIN,
+                    programs.path("fermata-vmm")?.to_owned(),
+                ),
+                (environment::GUEST_KERNEL, guest.kernel),
+                (environment::GUEST_INITRD, guest.initrd),
+                (environment::GUEST_DISK, guest.disk),
+                (environment::SHARE, share.clone()),
+            ],
+            programs,
+            share,
+        })
+    }
+
+    /// Boots a machine with a real KVM, or takes this one.
+    pub(crate) fn open(&self) -> Result<Session> {
+        let session = Session::open(self.level, &self.share)?;
+        if let Some(time) = session.boot_time() {
+            println!(
+                "The emulated machine is up after {:.1} s",
+                time.as_secs_f64()
+            );
+        }
+        Ok(session)
+    }
+
+    /// The path of one of the workspace's programs.
+    pub(crate) fn program(&self, name: &str) -> Result<&Path> {
+        self.programs.path(name)
+    }
+
+    /// Tells `job` where everything is, and lets its output through.
+    pub(crate) fn equip(&self, job: Job) -> Job {
+        let job = job
+            .env("RUST_BACKTRACE", "1")
+            .directory(cache::workspace())
+            .echo();
+        self.environment
+            .iter()
+            .fold(job, |job, (name, path)| job.env(*name, path))
+    }
+
+    /// How many level-3 tests may run side by side: a guest has two CPUs, and an emulated one needs them.
+    pub(crate) fn test_threads(&self) -> usize {
+        match self.level {
+            Level::Nested => 1,
+            Level::Native => {
+                std::thread::available_parallelism().map_or(1, |cpus| cpus.get().div_ceil(2))
+            }
+        }
+    }
+}
+
+fn empty_share() -> Result<PathBuf> {
+    let share = cache::directory()?.join("share");
+    if share.exists() {
+        std::fs::remove_dir_all(&share)
+            .with_context(|| format!("cannot empty {}", share.display()))?;
+    }
+    std::fs::create_dir(&share).with_context(|| format!("cannot make {}", share.display()))?;
+    Ok(share)
+}

@@ -1,0 +1,75 @@
+//! Developer's commands: `cargo xtask help` lists them.
+
+#![forbid(unsafe_code)]
+
+mod bench;
+mod build;
+mod demo;
+mod ground;
+mod test;
+mod tools;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+#[derive(Parser)]
+#[command(about = "Tests, demo and benchmarks of fermata, with all the set-up that they need")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run every test: without KVM, on any KVM, and on Linux guests, nested where there is need
+    Test,
+    /// Show the main job on a real guest: boot, snapshot, restore in a fresh process
+    Demo,
+    /// Measure, and write the results as JSON
+    Bench {
+        /// What to measure
+        what: Bench,
+        /// File for the rows
+        #[arg(long)]
+        json: PathBuf,
+    },
+    /// Boot the emulated machine and run a command in it
+    L1 {
+        /// The command and its arguments
+        #[arg(trailing_var_arg = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Build what the guests boot and print the paths
+    Guest,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Bench {
+    /// Linux guests: fermata beside QEMU
+    Vm,
+    /// Bare-metal guests on this machine's own /dev/kvm
+    Native,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Test => test::run(),
+        Command::Demo => demo::run(),
+        Command::Bench {
+            what: Bench::Vm,
+            json,
+        } => bench::vm(&json),
+        Command::Bench {
+            what: Bench::Native,
+            json,
+        } => bench::native(&json),
+        Command::L1 { command } => tools::l1(&command),
+        Command::Guest => tools::guest(),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
