@@ -6,6 +6,7 @@
 //! directory that both sides see; a virtio-serial port says when to start one and when it is done.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use tempfile::TempDir;
 
 use crate::cache;
@@ -69,6 +70,23 @@ impl Options {
     }
 }
 
+/// L1 did not come up, stopped answering, or crashed: its emulation failed, not the job. What a job had done
+/// until then is in the share, and a fresh L1 can run it again.
+#[derive(Debug)]
+pub struct Breakdown {
+    what: String,
+    /// The ends of QEMU's and the console's logs.
+    last_words: String,
+}
+
+impl fmt::Display for Breakdown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n{}", self.what, self.last_words)
+    }
+}
+
+impl std::error::Error for Breakdown {}
+
 /// A running L1. Dropping it ends it at once, as does the death of the thread that booted it;
 /// [`shutdown`](Self::shutdown) lets it end by itself.
 pub struct L1 {
@@ -87,7 +105,7 @@ impl L1 {
     /// Starts L1 and waits until it takes jobs. `/dev/kvm` and `/dev/net/tun` are there then.
     ///
     /// # Errors
-    /// When a package is missing or L1 does not come up; with the end of its console.
+    /// When a package is missing; [`Breakdown`] when L1 does not come up.
     pub fn boot(options: &Options) -> Result<Self> {
         let started = Instant::now();
         let directory = tempfile::Builder::new()
@@ -122,14 +140,10 @@ impl L1 {
         let mut l1 = Self::start(&machine.command(), directory)?;
         match l1.replies.recv_timeout(BOOT_TIMEOUT) {
             Ok(line) if line == "ready" => {}
-            Ok(line) => bail!(
-                "L1 said {line:?} where 'ready' was expected\n{}",
-                l1.last_words()
-            ),
-            Err(_) => bail!(
-                "L1 did not come up within {BOOT_TIMEOUT:?}\n{}",
-                l1.last_words()
-            ),
+            Ok(line) => {
+                return l1.broke_down(format!("L1 said {line:?} where 'ready' was expected"));
+            }
+            Err(_) => return l1.broke_down(format!("L1 did not come up within {BOOT_TIMEOUT:?}")),
         }
         l1.boot_time = started.elapsed();
         Ok(l1)
@@ -176,7 +190,7 @@ impl L1 {
     /// Runs `job` and waits for it.
     ///
     /// # Errors
-    /// When L1 is gone or does not answer. A job that fails or runs out of time is no error.
+    /// [`Breakdown`] when L1 is gone or does not answer. A job that fails or runs out of time is no error.
     pub fn run(&mut self, job: &Job) -> Result<Output> {
         let number = self.next_job;
         self.next_job += 1;
@@ -191,24 +205,28 @@ impl L1 {
         };
 
         let requests = self.requests.as_mut().context("L1 was told to quit")?;
-        writeln!(requests, "run {number}").context("L1 is gone")?;
+        if writeln!(requests, "run {number}").is_err() {
+            return self.broke_down("L1 is gone");
+        }
         // timeout(1) ends the job in L1; this deadline is for an L1 that hangs.
         let deadline = Instant::now() + job.timeout + 2 * KILL_AFTER;
         let reply = loop {
             match self.replies.recv_timeout(OUTPUT_INTERVAL) {
                 Ok(reply) => break reply,
                 Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => follow()?,
-                Err(RecvTimeoutError::Timeout) => bail!("L1 hangs\n{}", self.last_words()),
+                Err(RecvTimeoutError::Timeout) => return self.broke_down("L1 hangs"),
                 Err(RecvTimeoutError::Disconnected) => {
-                    bail!("L1 broke down\n{}", self.last_words())
+                    return self.broke_down("L1 has crashed");
                 }
             }
         };
         // All that the job wrote was in its files before the agent replied.
         follow()?;
-        let status = parse_exit(&reply, number).with_context(|| {
-            format!("L1 said {reply:?} where the exit of job {number} was expected")
-        })?;
+        let Some(status) = parse_exit(&reply, number) else {
+            return self.broke_down(format!(
+                "L1 said {reply:?} where the exit of job {number} was expected"
+            ));
+        };
         Ok(Output {
             status,
             stdout: stdout.text(),
@@ -219,21 +237,28 @@ impl L1 {
     /// Lets L1 power off.
     ///
     /// # Errors
-    /// When it does not within a bound; it is killed then.
+    /// [`Breakdown`] when it does not within a bound; it is killed then.
     pub fn shutdown(mut self) -> Result<()> {
-        if let Some(mut requests) = self.requests.take() {
-            writeln!(requests, "quit").context("L1 is gone")?;
+        if let Some(mut requests) = self.requests.take()
+            && writeln!(requests, "quit").is_err()
+        {
+            return self.broke_down("L1 is gone");
         }
         match self.replies.recv_timeout(SHUTDOWN_TIMEOUT) {
             Err(RecvTimeoutError::Disconnected) => Ok(()),
-            Ok(line) => bail!("L1 said {line:?} when it was to power off"),
+            Ok(line) => self.broke_down(format!("L1 said {line:?} when it was to power off")),
             Err(RecvTimeoutError::Timeout) => {
-                bail!(
-                    "L1 did not power off within {SHUTDOWN_TIMEOUT:?}\n{}",
-                    self.last_words()
-                )
+                self.broke_down(format!("L1 did not power off within {SHUTDOWN_TIMEOUT:?}"))
             }
         }
+    }
+
+    fn broke_down<T>(&self, what: impl Into<String>) -> Result<T> {
+        Err(Breakdown {
+            what: what.into(),
+            last_words: self.last_words(),
+        }
+        .into())
     }
 
     /// The ends of QEMU's and the console's logs, for an error's message.

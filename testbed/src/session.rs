@@ -27,7 +27,7 @@ impl Session {
     /// Two sessions are two different machines at level [`Level::Nested`] only.
     ///
     /// # Errors
-    /// When L1 does not come up.
+    /// [`Breakdown`](l1::Breakdown) when L1 does not come up.
     pub fn open(level: Level, share: &Path) -> Result<Self> {
         match level {
             Level::Native => Ok(Self::Native),
@@ -47,7 +47,7 @@ impl Session {
     /// Runs `job` and waits for it.
     ///
     /// # Errors
-    /// When it cannot be started or its machine breaks down. A job that fails or runs out of time is no error.
+    /// When it cannot be started; [`Breakdown`](l1::Breakdown) when its machine breaks down. A job that fails or runs out of time is no error.
     pub fn run(&mut self, job: &Job) -> Result<Output> {
         match self {
             Self::Native => run_here(job),
@@ -58,7 +58,7 @@ impl Session {
     /// Ends the session in good order.
     ///
     /// # Errors
-    /// When L1 does not power off.
+    /// [`Breakdown`](l1::Breakdown) when L1 does not power off.
     pub fn close(self) -> Result<()> {
         match self {
             Self::Native => Ok(()),

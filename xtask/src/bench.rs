@@ -15,15 +15,13 @@ const TIMEOUT: Duration = Duration::from_secs(3600);
 /// Runs the program `bench-vm` where a stock kernel boots, and puts its rows into `json`.
 pub(crate) fn vm(json: &Path) -> Result<ExitCode> {
     let ground = Ground::prepare()?;
-    let mut session = ground.open()?;
     let rows = ground.share.join("rows.json");
     let job = Job::new([
         ground.program("bench-vm")?.as_os_str(),
         "--json".as_ref(),
         rows.as_ref(),
     ]);
-    let status = session.run(&ground.equip(job).timeout(TIMEOUT))?.status;
-    session.close()?;
+    let status = ground.run(job.timeout(TIMEOUT))?.status;
     if status != 0 {
         bail!("the benchmark ended with status {status}; what went wrong is above");
     }

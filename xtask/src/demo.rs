@@ -13,12 +13,8 @@ const TIMEOUT: Duration = Duration::from_secs(600);
 /// Runs the program `demo` where a stock kernel boots.
 pub(crate) fn run() -> Result<ExitCode> {
     let ground = Ground::prepare()?;
-    let mut session = ground.open()?;
-    let job = ground
-        .equip(Job::new([ground.program("demo")?]))
-        .timeout(TIMEOUT);
-    let status = session.run(&job)?.status;
-    session.close()?;
+    let job = Job::new([ground.program("demo")?]).timeout(TIMEOUT);
+    let status = ground.run(job)?.status;
     if status != 0 {
         bail!("the demo ended with status {status}; what went wrong is above");
     }

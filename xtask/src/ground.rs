@@ -4,12 +4,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use testbed::guest;
-use testbed::job::Job;
+use testbed::job::{Job, Output};
 use testbed::kvm::{self, Level};
+use testbed::l1::Breakdown;
 use testbed::session::Session;
 use testbed::{cache, environment, setup};
 
 use crate::build::{self, Programs};
+
+/// How many emulated machines may break down under one job, and one more.
+const MACHINES: u32 = 3;
 
 /// Everything set up, nothing booted yet.
 pub(crate) struct Ground {
@@ -49,16 +53,41 @@ impl Ground {
         })
     }
 
-    /// Boots a machine with a real KVM, or takes this one.
-    pub(crate) fn open(&self) -> Result<Session> {
-        let session = Session::open(self.level, &self.share)?;
+    /// Runs `job` on a machine of its own with a real KVM: an emulated one, or this one.
+    ///
+    /// QEMU's emulation of SVM now and then crashes the kernel of the emulated machine. A job cannot do that
+    /// from user space, so such an end says nothing about the job, and it runs again on a fresh machine.
+    /// A machine that breaks down each time is an error: then it is no accident.
+    pub(crate) fn run(&self, job: Job) -> Result<Output> {
+        let job = self.equip(job);
+        let mut machine = 1;
+        loop {
+            match self.run_once(&job) {
+                Err(error) if error.is::<Breakdown>() && machine < MACHINES => {
+                    machine += 1;
+                    println!(
+                        "{error}\nThat machine broke down; number {machine} of {MACHINES} takes over"
+                    );
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn run_once(&self, job: &Job) -> Result<Output> {
+        let mut session = Session::open(self.level, &self.share)?;
         if let Some(time) = session.boot_time() {
             println!(
                 "The emulated machine is up after {:.1} s",
                 time.as_secs_f64()
             );
         }
-        Ok(session)
+        let output = session.run(job)?;
+        // The job is done, and the share is not part of the machine.
+        if let Err(error) = session.close() {
+            println!("{error:#}");
+        }
+        Ok(output)
     }
 
     /// The path of one of the workspace's programs.
@@ -67,7 +96,7 @@ impl Ground {
     }
 
     /// Tells `job` where everything is, and lets its output through.
-    pub(crate) fn equip(&self, job: Job) -> Job {
+    fn equip(&self, job: Job) -> Job {
         let job = job
             .env("RUST_BACKTRACE", "1")
             .directory(cache::workspace())
