@@ -51,7 +51,24 @@ impl MachineMemory {
     ///
     /// [`Error::Map`] when the host has no room for it.
     pub fn zeroed(layout: Layout) -> Result<Self, Error> {
-        Self::map(layout, None, Vec::new())
+        let host = map_anonymous(layout.bytes())?;
+        Self::at(host, layout, Vec::new())
+    }
+
+    /// Fresh memory that `fill` writes to, before anybody else knows it: all of it as one memory image, zero
+    /// where it is not written to.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`] when the host has no room for it; what `fill` fails with.
+    pub fn filled<E: From<Error>>(
+        layout: Layout,
+        fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let bytes = layout.bytes();
+        let host = map_anonymous(bytes)?;
+        fill(fresh(host, bytes))?;
+        Ok(Self::at(host, layout, Vec::new())?)
     }
 
     /// The content of `image`, whose bytes from 0 on are a memory image of this layout. It is mapped
@@ -66,29 +83,23 @@ impl MachineMemory {
     ///
     /// [`Error::Map`] when the host has no room for it.
     pub fn from_image(layout: Layout, image: &File, data: &[Range<u64>]) -> Result<Self, Error> {
+        let host = map_anonymous(layout.bytes())?;
         let backed = round_out(data, HUGE_PAGE_BYTES as u64, layout.bytes());
-        Self::map(layout, Some(image), backed)
+        for range in &backed {
+            map_image(host, image, range)?;
+        }
+        Self::at(host, layout, backed)
     }
 
-    fn map(layout: Layout, image: Option<&File>, backed: Vec<Range<u64>>) -> Result<Self, Error> {
-        let mut regions = Vec::new();
-        for region in layout.regions() {
-            let host = map_anonymous(region).map_err(|source| Error::Map {
-                bytes: region.bytes,
-                source,
-            })?;
-            if let Some(image) = image {
-                for range in &backed {
-                    map_image(host, region, image, range).map_err(|source| Error::Map {
-                        bytes: range.end - range.start,
-                        source,
-                    })?;
-                }
-            }
-            regions.push(guest_region(host, region)?);
-        }
+    /// Takes the memory image at `host` for a machine's.
+    fn at(host: *mut u8, layout: Layout, backed: Vec<Range<u64>>) -> Result<Self, Error> {
+        let regions: Result<_, _> = layout
+            .regions()
+            .iter()
+            .map(|region| guest_region(host, region))
+            .collect();
         let guest =
-            GuestMemory::from_regions(regions).map_err(|e| Error::Regions(e.to_string()))?;
+            GuestMemory::from_regions(regions?).map_err(|e| Error::Regions(e.to_string()))?;
         Ok(Self {
             layout,
             guest,
@@ -134,13 +145,14 @@ fn round_out(ranges: &[Range<u64>], unit: u64, end: u64) -> Vec<Range<u64>> {
     rounded
 }
 
-/// Maps zeroed memory for `region` at a huge page boundary.
+/// Maps `bytes` of zeroed memory at a huge page boundary. Regions lie in it as in a memory image, so that each
+/// of them begins at such a boundary too: the hole does, and memory behind it follows what is before it.
 #[allow(unsafe_code)]
-fn map_anonymous(region: &Region) -> io::Result<*mut u8> {
-    let bytes = usize::try_from(region.bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-    let reserved = bytes
-        .checked_add(HUGE_PAGE_BYTES)
-        .ok_or(io::ErrorKind::OutOfMemory)?;
+fn map_anonymous(bytes: u64) -> Result<*mut u8, Error> {
+    let refused = |source| Error::Map { bytes, source };
+    let too_many = || refused(io::ErrorKind::OutOfMemory.into());
+    let size = usize::try_from(bytes).map_err(|_| too_many())?;
+    let reserved = size.checked_add(HUGE_PAGE_BYTES).ok_or_else(too_many)?;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
     let start = unsafe {
         rustix::mm::mmap_anonymous(
@@ -148,48 +160,57 @@ fn map_anonymous(region: &Region) -> io::Result<*mut u8> {
             reserved,
             ProtFlags::READ | ProtFlags::WRITE,
             MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )?
+        )
+        .map_err(|errno| refused(errno.into()))?
     };
     let head = start.align_offset(HUGE_PAGE_BYTES);
     let host = start.cast::<u8>().wrapping_add(head);
     // A host without transparent huge pages refuses; the guest works, only more slowly.
     // SAFETY: the range lies in the mapping just made, and the advice does not change its content.
-    let _ = unsafe { rustix::mm::madvise(host.cast(), bytes, Advice::LinuxHugepage) };
+    let _ = unsafe { rustix::mm::madvise(host.cast(), size, Advice::LinuxHugepage) };
     Ok(host)
 }
 
-/// Maps what of `range` lies in `region` from `image` over the memory at `host`.
+/// The memory that `map_anonymous` has just mapped at `host`, for as long as nobody else knows it.
 #[allow(unsafe_code)]
-fn map_image(host: *mut u8, region: &Region, image: &File, range: &Range<u64>) -> io::Result<()> {
-    let start = range.start.max(region.image_offset);
-    let end = range.end.min(region.image_offset + region.bytes);
-    if start >= end {
-        return Ok(());
-    }
-    let at = host.wrapping_add((start - region.image_offset) as usize);
-    // SAFETY: the range lies in the anonymous mapping of `region` that `map_anonymous` has just made
-    // and nobody else knows yet.
+fn fresh<'a>(host: *mut u8, bytes: u64) -> &'a mut [u8] {
+    // SAFETY: `bytes` are mapped there for reading and writing and never unmapped, and the one caller hands the
+    // address to nobody else before it has given the slice up.
+    unsafe { std::slice::from_raw_parts_mut(host, bytes as usize) }
+}
+
+/// Maps `range` of `image` over the memory at `host`.
+#[allow(unsafe_code)]
+fn map_image(host: *mut u8, image: &File, range: &Range<u64>) -> Result<(), Error> {
+    let bytes = range.end - range.start;
+    let at = host.wrapping_add(range.start as usize);
+    // SAFETY: the range lies in the anonymous mapping that `map_anonymous` has just made at `host` and nobody
+    // else knows yet.
     unsafe {
         rustix::mm::mmap(
             at.cast(),
-            (end - start) as usize,
+            bytes as usize,
             ProtFlags::READ | ProtFlags::WRITE,
             MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
             image,
-            start,
-        )?;
+            range.start,
+        )
     }
-    Ok(())
+    .map(drop)
+    .map_err(|errno| Error::Map {
+        bytes,
+        source: errno.into(),
+    })
 }
 
-/// Makes a region of vm-memory of the mapping at `host`.
+/// Makes a region of vm-memory of its part of the mapping at `host`.
 #[allow(unsafe_code)]
 fn guest_region(host: *mut u8, region: &Region) -> Result<GuestRegionMmap<()>, Error> {
-    // SAFETY: `map_anonymous` has mapped `bytes` at `host` with this protection; the mapping is
-    // never undone, so that it outlives every copy of the region.
+    // SAFETY: `map_anonymous` has mapped all of the image at `host` with this protection; the mapping is never
+    // undone, so that it outlives every copy of the region.
     let mapping = unsafe {
         MmapRegion::build_raw(
-            host,
+            host.wrapping_add(region.image_offset as usize),
             region.bytes as usize,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_NORESERVE,
@@ -216,6 +237,37 @@ mod tests {
             [0..10, 20..30, 90..97]
         );
         assert_eq!(round_out(&[5..15, 15..26], 10, 100), vec![0..30; 1]);
+    }
+
+    #[test]
+    fn what_fills_memory_is_where_the_guest_looks_for_it() {
+        // A page behind the hole; only what is touched is taken from the host.
+        let layout = Layout::new(crate::HOLE_START + PAGE_BYTES).unwrap();
+        let memory = MachineMemory::filled(layout, |image| {
+            image[7] = 1;
+            image[crate::HOLE_START as usize] = 2;
+            Ok::<_, Error>(())
+        })
+        .unwrap();
+        let byte = |gpa| memory.guest().read_obj::<u8>(GuestAddress(gpa)).unwrap();
+        assert_eq!([byte(7), byte(8), byte(crate::HOLE_END)], [1, 0, 2]);
+    }
+
+    #[test]
+    fn what_fails_to_fill_memory_says_why() {
+        #[derive(Debug)]
+        enum Failed {
+            Map,
+            Fill,
+        }
+        impl From<Error> for Failed {
+            fn from(_: Error) -> Self {
+                Self::Map
+            }
+        }
+        let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
+        let failed = MachineMemory::filled(layout, |_| Err(Failed::Fill));
+        assert!(matches!(failed, Err(Failed::Fill)));
     }
 
     #[test]
