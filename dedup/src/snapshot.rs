@@ -26,6 +26,14 @@ const MAX_FACTS_BYTES: u32 = 16 << 20;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId(pub(crate) [u8; 16]);
 
+impl SnapshotId {
+    /// Its bytes. In hexadecimal they are a name by which the store finds the snapshot.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
 impl std::fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&to_hex(&self.0))

@@ -162,6 +162,12 @@ impl Store {
         })
     }
 
+    /// The store's id: random, given to it when it was created.
+    #[must_use]
+    pub fn id(&self) -> [u8; 16] {
+        self.shared.config.store_id.0
+    }
+
     /// Begins a snapshot. With a parent (a name, tag or id), unchanged chunks can be kept from it, and others
     /// are looked for at their old places first.
     ///
