@@ -168,6 +168,12 @@ impl Store {
         self.shared.config.store_id.0
     }
 
+    /// Bytes of a chunk.
+    #[must_use]
+    pub fn chunk_size(&self) -> u32 {
+        self.shared.config.chunk_size
+    }
+
     /// Begins a snapshot. With a parent (a name, tag or id), unchanged chunks can be kept from it, and others
     /// are looked for at their old places first.
     ///
