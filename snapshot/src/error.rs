@@ -51,6 +51,44 @@ pub enum Error {
         /// Why, and what to do.
         reason: String,
     },
+    /// The store refused, or what is in it cannot be believed.
+    #[error("{what}: {source}")]
+    Store {
+        /// The store, or the snapshot in it.
+        what: String,
+        /// What the store said.
+        source: dedup::Error,
+    },
+    /// A state in the store cannot be believed.
+    #[error("the state of snapshot {name}: {source}")]
+    StoredState {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        source: saved_state::Error,
+    },
+    /// The snapshot is in the store, but is not that of a machine.
+    #[error("{name} is in the store, but is not a machine's snapshot: {reason}")]
+    NotAMachine {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A memory file refers to a store, and none was named.
+    #[error(
+        "{path} refers to memory in a store, and no store was named: name it by --store, to the server or to the command"
+    )]
+    NeedsStore {
+        /// The memory file.
+        path: PathBuf,
+    },
+    /// Guest memory could not be had or read.
+    #[error("{0}")]
+    GuestMemory(#[from] memory::Error),
+    /// Guest memory could not be read.
+    #[error("the guest's memory cannot be read: {0}")]
+    Read(#[source] io::Error),
 }
 
 impl Error {
@@ -65,6 +103,12 @@ impl Error {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path },
             _ => Self::Io { what, path, source },
         }
+    }
+
+    /// Names the store, or the snapshot in it.
+    pub(crate) fn store(what: impl Into<String>) -> impl FnOnce(dedup::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Store { what, source }
     }
 
     /// As [`Error::io`], for errors of rustix.

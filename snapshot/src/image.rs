@@ -10,7 +10,7 @@ use memory::{Layout, MachineMemory};
 use saved_state::SnapshotId;
 
 use crate::{
-    Error, Written,
+    Error, Progress, Written,
     durable::Pending,
     table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
     transfer,
@@ -21,6 +21,7 @@ pub(crate) fn write_image(
     pending: &Pending,
     memory: &MachineMemory,
     id: SnapshotId,
+    progress: &Progress,
 ) -> Result<Written, Error> {
     let target = pending.target();
     let file = pending.file();
@@ -28,7 +29,7 @@ pub(crate) fn write_image(
     let failed = || Error::io("write", target);
     file.set_len(Footer::file_bytes(memory_bytes))
         .map_err(failed())?;
-    let (table, written) = transfer::write_memory(memory, file).map_err(failed())?;
+    let (table, written) = transfer::write_memory(memory, file, progress).map_err(failed())?;
     let table = table.to_bytes();
     let footer = Footer::new(id, memory_bytes, &table);
     file.write_all_at(&table, memory_bytes).map_err(failed())?;
@@ -100,10 +101,6 @@ impl Image {
         })
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub(crate) fn id(&self) -> SnapshotId {
         self.footer.id
     }
@@ -112,8 +109,13 @@ impl Image {
         self.footer.memory_bytes
     }
 
-    /// Reads all that is not a hole and compares it with the table.
-    pub(crate) fn verify(&self) -> Result<(), Error> {
+    /// Reads all that is not a hole, compares it with the table, and maps it as the memory of a machine.
+    pub(crate) fn load(&self) -> Result<MachineMemory, Error> {
+        self.verify()?;
+        self.map()
+    }
+
+    fn verify(&self) -> Result<(), Error> {
         let damage = transfer::find_damage(&self.file, &self.table, self.memory_bytes())
             .map_err(Error::io("read", &self.path))?;
         match damage {
@@ -128,8 +130,7 @@ impl Image {
         }
     }
 
-    /// Maps the image as the memory of a machine.
-    pub(crate) fn map(&self) -> Result<MachineMemory, Error> {
+    fn map(&self) -> Result<MachineMemory, Error> {
         let bad = |reason: String| Error::Memory {
             path: self.path.clone(),
             reason,

@@ -1,17 +1,27 @@
-//! A saved machine as two files: a state file ([`saved_state::Container`]) and a memory file.
+//! A saved machine: its state ([`saved_state::Container`]) and its memory, as two files or in a store.
 //!
-//! [`write`] makes the pair appear together, or not at all; [`Pair::open`] checks both before anything
-//! in them is believed. `docs/state-format.md` and `docs/memory-format.md` specify the bytes.
+//! [`write`] makes a snapshot appear whole, or not at all; [`Snapshot::open`] checks it before anything in it is
+//! believed. `docs/state-format.md`, `docs/memory-format.md` and `docs/store-format.md` specify the bytes.
 
 #![forbid(unsafe_code)]
 
 mod durable;
 mod error;
+mod files;
 mod image;
-mod pair;
+mod open;
+mod progress;
+mod reference;
+mod save;
+mod stored;
 mod table;
 mod transfer;
 
+pub use dedup::{Saved, Store};
 pub use error::Error;
-pub use pair::{Pair, Targets, Unpublished, read_state, write};
+pub use files::Files;
+pub use open::{Snapshot, Source, read_state};
+pub use progress::Progress;
+pub use save::{Destination, StorePlace, Unpublished, write};
+pub use stored::{MEMORY_IMAGE, open_store};
 pub use transfer::Written;

@@ -16,7 +16,10 @@ use memory::{MachineMemory, PAGE_BYTES};
 use rustix::fs::SeekFrom;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::table::{GRANULE_BYTES, Table, digest, is_zero};
+use crate::{
+    Progress,
+    table::{GRANULE_BYTES, Table, digest, is_zero},
+};
 
 /// Granules that a thread takes at a time: enough that taking costs nothing, few enough that the
 /// last ones are shared.
@@ -34,9 +37,14 @@ pub struct Written {
 /// Writes `memory` to the front of `file`, leaving holes where it is zero, and returns the table of
 /// what was written. Each granule is copied first, so that digest and file agree even if the guest
 /// should write meanwhile.
-pub(crate) fn write_memory(memory: &MachineMemory, file: &File) -> io::Result<(Table, Written)> {
+pub(crate) fn write_memory(
+    memory: &MachineMemory,
+    file: &File,
+    progress: &Progress,
+) -> io::Result<(Table, Written)> {
     let memory_bytes = memory.layout().bytes();
     let granules = granules_of(&memory.populated()?);
+    progress.begin(granules.len() as u64 * GRANULE_BYTES);
     let digests: Vec<AtomicU64> = (0..memory_bytes.div_ceil(GRANULE_BYTES))
         .map(|_| AtomicU64::new(0))
         .collect();
@@ -51,15 +59,8 @@ pub(crate) fn write_memory(memory: &MachineMemory, file: &File) -> io::Result<(T
         };
         for (granule, content) in batch.iter().zip(buffer.chunks_mut(GRANULE_BYTES as usize)) {
             let (start, length) = place(*granule);
-            let gpa = memory
-                .layout()
-                .gpa(start)
-                .ok_or(io::ErrorKind::InvalidInput)?;
             let content = &mut content[..length];
-            memory
-                .guest()
-                .read_slice(content, GuestAddress(gpa))
-                .map_err(io::Error::other)?;
+            read_memory(memory, start, content)?;
             digests[*granule].store(digest(content), Ordering::Relaxed);
         }
         let _turn = turn.lock();
@@ -68,6 +69,7 @@ pub(crate) fn write_memory(memory: &MachineMemory, file: &File) -> io::Result<(T
             let written = write_pages(file, &content[..length], start)?;
             data_bytes.fetch_add(written, Ordering::Relaxed);
         }
+        progress.advance(batch.len() as u64 * GRANULE_BYTES);
         Ok(())
     })?;
     let table = Table {
@@ -80,6 +82,34 @@ pub(crate) fn write_memory(memory: &MachineMemory, file: &File) -> io::Result<(T
             data_bytes: data_bytes.into_inner(),
         },
     ))
+}
+
+/// Copies guest memory from image offset `at` on.
+pub(crate) fn read_memory(memory: &MachineMemory, at: u64, content: &mut [u8]) -> io::Result<()> {
+    let layout = memory.layout();
+    let (mut at, mut rest) = (at, content);
+    // A piece can lie on both sides of the hole.
+    for region in layout.regions() {
+        let Some(in_region) = at
+            .checked_sub(region.image_offset)
+            .filter(|o| *o < region.bytes)
+        else {
+            continue;
+        };
+        let here = (region.bytes - in_region).min(rest.len() as u64);
+        let (part, after) = rest.split_at_mut(here as usize);
+        memory
+            .guest()
+            .read_slice(part, GuestAddress(region.gpa + in_region))
+            .map_err(io::Error::other)?;
+        at += here;
+        rest = after;
+    }
+    if rest.is_empty() {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::InvalidInput.into())
+    }
 }
 
 /// The first granule of `file` that is not what `table` says, if there is one.

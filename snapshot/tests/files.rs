@@ -10,7 +10,7 @@ use std::{
 
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use saved_state::{Container, CpuIdentity, Header, SnapshotId};
-use snapshot::{Error, Pair, Targets, write};
+use snapshot::{Destination, Error, Files, Progress, Snapshot, Source, Unpublished, write};
 use vm_memory::{Bytes, GuestAddress};
 
 struct Place {
@@ -38,18 +38,12 @@ impl Place {
         names
     }
     fn save(&self, id: u8, memory: &MachineMemory) -> Result<(), Error> {
-        write(
-            Targets {
-                state: &self.state(),
-                memory: &self.memory(),
-            },
-            &container(id),
-            memory,
-        )?
-        .publish()
+        save(&self.state(), &self.memory(), id, memory)?
+            .publish()
+            .map(drop)
     }
-    fn open(&self) -> Result<Pair, Error> {
-        Pair::open(&self.state(), &self.memory())
+    fn open(&self) -> Result<Snapshot, Error> {
+        open(&self.state(), &self.memory())
     }
     fn flip(path: &Path, at: u64) {
         let file = OpenOptions::new()
@@ -61,6 +55,24 @@ impl Place {
         file.read_exact_at(&mut byte, at).unwrap();
         file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
     }
+}
+
+fn save(state: &Path, file: &Path, id: u8, memory: &MachineMemory) -> Result<Unpublished, Error> {
+    let files = Files {
+        state,
+        memory: file,
+    };
+    write(
+        Destination::Files(files),
+        &container(id),
+        memory,
+        &Progress::default(),
+    )
+}
+
+fn open(state: &Path, memory: &Path) -> Result<Snapshot, Error> {
+    let files = Files { state, memory };
+    Snapshot::open(Source::Files { files, store: None })
 }
 
 fn container(id: u8) -> Container {
@@ -101,8 +113,7 @@ fn memory_comes_back_and_its_zeros_are_holes() {
     let blocks = fs::metadata(place.memory()).unwrap().blocks() * 512;
     assert!(blocks < 1 << 20, "{blocks} bytes on disk");
     let pair = place.open().unwrap();
-    pair.verify().unwrap();
-    let memory = pair.map().unwrap();
+    let memory = pair.load().unwrap();
     assert_eq!(
         [0, 10 << 20, LAST, 20 << 20].map(|gpa| mark(&memory, gpa)),
         [1, 2, 3, 0]
@@ -115,13 +126,12 @@ fn a_machine_saved_over_its_own_files_keeps_what_it_mapped() {
     place
         .save(1, &memory_with(&[(0, 1), (10 << 20, 2)]))
         .unwrap();
-    let memory = place.open().unwrap().map().unwrap();
+    let memory = place.open().unwrap().load().unwrap();
     memory.guest().write_slice(&[9], GuestAddress(0)).unwrap();
     place.save(2, &memory).unwrap();
     assert_eq!(mark(&memory, 10 << 20), 2);
     let again = place.open().unwrap();
-    again.verify().unwrap();
-    let again = again.map().unwrap();
+    let again = again.load().unwrap();
     assert_eq!([mark(&again, 0), mark(&again, 10 << 20)], [9, 2]);
     assert_eq!(place.names(), ["memory", "state"]);
 }
@@ -137,14 +147,14 @@ fn damage_anywhere_is_found() {
     // In data, in a zero page beside data, in a hole, in the table, in the footer.
     for at in [5, 8192, 30 << 20, MIN_MEMORY_BYTES + 3, length - 100] {
         Place::flip(&place.memory(), at);
-        let found = place.open().and_then(|pair| pair.verify());
+        let found = place.open().and_then(|pair| pair.load());
         assert!(
             matches!(found, Err(Error::Memory { .. })),
             "byte {at}: {found:?}"
         );
         Place::flip(&place.memory(), at);
     }
-    place.open().unwrap().verify().unwrap();
+    place.open().unwrap().load().unwrap();
     for cut in [0, 100, MIN_MEMORY_BYTES, length - 1] {
         fs::write(place.memory(), &intact[..cut as usize]).unwrap();
         assert!(
@@ -153,7 +163,7 @@ fn damage_anywhere_is_found() {
         );
     }
     fs::write(place.memory(), &intact).unwrap();
-    place.open().unwrap().verify().unwrap();
+    place.open().unwrap().load().unwrap();
     let state = fs::metadata(place.state()).unwrap().len();
     for at in 0..state {
         Place::flip(&place.state(), at);
@@ -170,9 +180,7 @@ fn files_of_two_snapshots_do_not_go_together() {
     let (one, two) = (Place::new(), Place::new());
     one.save(1, &memory_with(&[])).unwrap();
     two.save(2, &memory_with(&[])).unwrap();
-    let error = Pair::open(&one.state(), &two.memory())
-        .unwrap_err()
-        .to_string();
+    let error = open(&one.state(), &two.memory()).unwrap_err().to_string();
     assert!(error.contains("give two files of one snapshot"), "{error}");
 }
 
@@ -196,11 +204,10 @@ fn a_crash_between_the_two_renames_loses_nothing() {
         fs::copy(spare.memory(), &old_memory).unwrap();
     }
     let pair = place.open().unwrap();
-    pair.verify().unwrap();
-    assert_eq!(mark(&pair.map().unwrap(), 0), 1);
+    assert_eq!(mark(&pair.load().unwrap(), 0), 1);
     // The next snapshot to the same place is whole again.
     place.save(3, &memory_with(&[(0, 3)])).unwrap();
-    assert_eq!(mark(&place.open().unwrap().map().unwrap(), 0), 3);
+    assert_eq!(mark(&place.open().unwrap().load().unwrap(), 0), 3);
     assert_eq!(place.names(), ["memory", "state"]);
 }
 
@@ -218,17 +225,13 @@ fn what_cannot_be_written_leaves_what_was_there() {
         (directory, place.memory()),
         (place.state(), place.state()),
     ] {
-        let targets = Targets {
-            state: &state,
-            memory: &target,
-        };
         assert!(
-            write(targets, &container(2), &memory)
+            save(&state, &target, 2, &memory)
                 .and_then(|w| w.publish())
                 .is_err()
         );
         assert_eq!(place.names(), ["memory", "state"]);
-        assert_eq!(mark(&place.open().unwrap().map().unwrap(), 0), 1);
+        assert_eq!(mark(&place.open().unwrap().load().unwrap(), 0), 1);
     }
 }
 
@@ -241,11 +244,8 @@ fn a_pair_that_cannot_be_completed_gives_the_place_back() {
             fs::write(place.memory(), "somebody's").unwrap();
         }
         let before = fs::read(place.memory()).unwrap();
-        let targets = Targets {
-            state: &place.state(),
-            memory: &place.memory(),
-        };
-        let unpublished = write(targets, &container(2), &memory_with(&[(0, 2)])).unwrap();
+        let memory = memory_with(&[(0, 2)]);
+        let unpublished = save(&place.state(), &place.memory(), 2, &memory).unwrap();
         // A directory cannot be replaced by a file.
         fs::remove_file(place.state()).unwrap();
         fs::create_dir(place.state()).unwrap();
@@ -259,11 +259,7 @@ fn a_pair_that_cannot_be_completed_gives_the_place_back() {
 fn one_place_under_two_spellings_is_one() {
     let place = Place::new();
     let other = place.directory.path().join(".").join("state");
-    let targets = Targets {
-        state: &place.state(),
-        memory: &other,
-    };
-    let error = write(targets, &container(1), &memory_with(&[])).unwrap_err();
+    let error = save(&place.state(), &other, 1, &memory_with(&[])).unwrap_err();
     assert!(matches!(error, Error::SamePath(_)), "{error}");
 }
 

@@ -1,0 +1,221 @@
+//! Opening a saved machine, wherever it is.
+
+use std::{
+    fmt,
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use dedup::Store;
+use memory::MachineMemory;
+use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES, SnapshotId};
+
+use crate::{
+    Error,
+    durable::hidden_name,
+    files::Files,
+    image::{self, Image},
+    reference::Reference,
+    stored::Stored,
+};
+
+/// Where a saved machine is.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// In two files.
+    Files {
+        /// The two files.
+        files: Files<'a>,
+        /// The store that a memory file may refer to.
+        store: Option<&'a Store>,
+    },
+    /// In a store.
+    Stored {
+        /// The store.
+        store: &'a Store,
+        /// The snapshot's name, tag or id.
+        name: &'a str,
+    },
+}
+
+/// A saved machine that has been opened: the state is checked, and the memory is of the same snapshot.
+pub struct Snapshot {
+    /// The machine's state.
+    pub state: Container,
+    memory: Memory,
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot")
+            .field("header", &self.state.header)
+            .field("stored_as", &self.stored_as())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where the memory is.
+enum Memory {
+    Image(Box<Image>),
+    Stored(Box<Stored>),
+}
+
+impl Snapshot {
+    /// Opens a saved machine. The content of the memory is not read yet.
+    ///
+    /// # Errors
+    ///
+    /// An [`Error`] that names the file or the snapshot and says what is wrong with it.
+    pub fn open(from: Source<'_>) -> Result<Self, Error> {
+        let opened = match from {
+            Source::Files { files, store } => open_files(files, store)?,
+            Source::Stored { store, name } => {
+                let (stored, state) = Stored::open(store, name)?;
+                let memory = Memory::Stored(Box::new(stored));
+                Snapshot { state, memory }
+            }
+        };
+        let held = match &opened.memory {
+            Memory::Image(image) => image.memory_bytes(),
+            Memory::Stored(stored) => stored.memory_bytes(),
+        };
+        if held != opened.state.header.memory_bytes {
+            return Err(match from {
+                Source::Files { files, .. } => Error::Memory {
+                    path: files.memory.to_owned(),
+                    reason:
+                        "holds another amount of memory than its state file says; take another copy"
+                            .to_owned(),
+                },
+                Source::Stored { name, .. } => Error::NotAMachine {
+                    name: name.to_owned(),
+                    reason: "its memory is not of the size that its state says".to_owned(),
+                },
+            });
+        }
+        Ok(opened)
+    }
+
+    /// Takes the state out, to be consumed section by section.
+    pub fn take_state(&mut self) -> Container {
+        let empty = Container::new(self.state.header.clone());
+        std::mem::replace(&mut self.state, empty)
+    }
+
+    /// The id of the snapshot in a store from which it is read, if it is: the parent of what the machine will be.
+    pub fn stored_as(&self) -> Option<&str> {
+        match &self.memory {
+            Memory::Image(_) => None,
+            Memory::Stored(stored) => Some(stored.id()),
+        }
+    }
+
+    /// The memory, all of it verified. That of a memory file is mapped privately (see
+    /// [`MachineMemory::from_image`]), that of a store is read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`] or [`Error::Store`] says where it is damaged; the host may have no room for it.
+    pub fn load(&self) -> Result<MachineMemory, Error> {
+        match &self.memory {
+            Memory::Image(image) => image.load(),
+            Memory::Stored(stored) => stored.load(),
+        }
+    }
+}
+
+fn open_files(files: Files<'_>, store: Option<&Store>) -> Result<Snapshot, Error> {
+    let state = read_state(files.state)?;
+    let id = state.header.id;
+    let path = memory_file(files, id)?;
+    let (found, memory) = match Reference::read(&path)? {
+        None => {
+            let image = Image::open(&path)?;
+            (image.id(), Memory::Image(Box::new(image)))
+        }
+        Some(reference) => {
+            let stored = follow(&path, &reference, store)?;
+            (reference.id, Memory::Stored(Box::new(stored)))
+        }
+    };
+    // Once more: somebody may have replaced it meanwhile.
+    if found != id {
+        return Err(not_together(files, found, id));
+    }
+    Ok(Snapshot { state, memory })
+}
+
+/// The memory file of snapshot `id`: the one that is named, unless a crash between two renames left the
+/// right one under its second name.
+fn memory_file(files: Files<'_>, id: SnapshotId) -> Result<PathBuf, Error> {
+    let path = files.memory;
+    let found = id_of(path)?;
+    if found == id {
+        return Ok(path.to_owned());
+    }
+    let kept = hidden_name(path, &format!(".{id}.previous"))?;
+    if id_of(&kept).is_ok_and(|kept| kept == id) {
+        tracing::warn!(path = %kept.display(), "a snapshot was interrupted; the one before it is used");
+        return Ok(kept);
+    }
+    Err(not_together(files, found, id))
+}
+
+fn not_together(files: Files<'_>, found: SnapshotId, wanted: SnapshotId) -> Error {
+    Error::Memory {
+        path: files.memory.to_owned(),
+        reason: format!(
+            "belongs to snapshot {found}, but {} to snapshot {wanted}; give two files of one snapshot",
+            files.state.display(),
+        ),
+    }
+}
+
+/// Opens what a reference refers to.
+fn follow(path: &Path, reference: &Reference, store: Option<&Store>) -> Result<Stored, Error> {
+    let store = store.ok_or_else(|| Error::NeedsStore {
+        path: path.to_owned(),
+    })?;
+    let bad = |reason: &str| Error::Memory {
+        path: path.to_owned(),
+        reason: reason.to_owned(),
+    };
+    if store.id() != reference.store {
+        return Err(bad(
+            "refers to another store than the one that was named; name that one",
+        ));
+    }
+    let (stored, state) = Stored::open(store, &hex::encode(reference.stored))?;
+    if state.header.id != reference.id {
+        return Err(bad(
+            "refers to another machine's snapshot; take another copy",
+        ));
+    }
+    Ok(stored)
+}
+
+/// The snapshot that the memory file at `path` belongs to, without a look at the memory.
+pub(crate) fn id_of(path: &Path) -> Result<SnapshotId, Error> {
+    match Reference::read(path)? {
+        Some(reference) => Ok(reference.id),
+        None => image::id_of(path),
+    }
+}
+
+/// Reads and checks a state file, without its memory file.
+///
+/// # Errors
+///
+/// An [`Error`] that names the file and says what is wrong with it.
+pub fn read_state(path: &Path) -> Result<Container, Error> {
+    let mut bytes = Vec::new();
+    let limit = MAX_BODY_BYTES + HEADER_BYTES as u64 + 1;
+    File::open(path)
+        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
+        .map_err(Error::io("read", path))?;
+    Container::from_bytes(&bytes).map_err(|source| Error::State {
+        path: path.to_owned(),
+        source,
+    })
+}

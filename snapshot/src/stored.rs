@@ -1,0 +1,164 @@
+//! A saved machine in a store: its memory as an image, its state as the manifest.
+
+use std::{io, path::Path, thread};
+
+use dedup::{ImageReader, OpenOptions, Store, Writer, Zeros};
+use memory::{Layout, MachineMemory, PAGE_BYTES};
+use saved_state::Container;
+
+use crate::{Error, Progress, StorePlace, Written, transfer};
+
+/// The name of the image that is a machine's memory.
+pub const MEMORY_IMAGE: &str = "memory";
+
+/// Bytes of guest memory that are copied at a time and then hashed and compressed by all cores: several
+/// blocks of the store for each of them.
+const COPIED: u64 = 32 << 20;
+
+/// Saves `state` and `memory` as the snapshot `name`. Nothing is visible or durable before the writer's commit,
+/// which does not look at the memory any more.
+pub(crate) fn write(
+    StorePlace { store, parent }: StorePlace<'_>,
+    name: &str,
+    state: &Container,
+    memory: &MachineMemory,
+    progress: &Progress,
+) -> Result<(Writer, Written), Error> {
+    let mut writer = begin(store, name, parent).map_err(Error::store(name))?;
+    let written = write_memory(store, &mut writer, name, memory, progress)?;
+    writer.set_manifest(state.to_bytes());
+    Ok((writer, written))
+}
+
+/// A snapshot is complete without its parent, which only makes it faster: one that is gone or damaged is no
+/// reason not to save.
+fn begin(store: &Store, name: &str, parent: Option<&str>) -> Result<Writer, dedup::Error> {
+    match store.writer(name, parent) {
+        Err(e @ (dedup::Error::NoSnapshot(_) | dedup::Error::Damaged { .. })) => {
+            tracing::warn!(
+                parent,
+                "the machine's last snapshot cannot be built on: {e}"
+            );
+            store.writer(name, None)
+        }
+        begun => begun,
+    }
+}
+
+fn write_memory(
+    store: &Store,
+    writer: &mut Writer,
+    name: &str,
+    memory: &MachineMemory,
+    progress: &Progress,
+) -> Result<Written, Error> {
+    let failed = || Error::store(name);
+    let memory_bytes = memory.layout().bytes();
+    let populated = memory.populated().map_err(Error::Read)?;
+    progress.begin(populated.iter().map(|range| range.end - range.start).sum());
+    let mut image = writer.image(MEMORY_IMAGE).map_err(failed())?;
+    let mut copy = vec![0; COPIED.min(memory_bytes) as usize];
+    let mut at = 0;
+    for range in populated {
+        image.skip_zeros(range.start - at).map_err(failed())?;
+        at = range.start;
+        while at < range.end {
+            let piece = &mut copy[..(range.end - at).min(COPIED) as usize];
+            copy_out(memory, at, piece)?;
+            image.write(piece).map_err(failed())?;
+            at += piece.len() as u64;
+            progress.advance(piece.len() as u64);
+        }
+    }
+    image.skip_zeros(memory_bytes - at).map_err(failed())?;
+    let stats = image.finish().map_err(failed())?;
+    let data_chunks = stats.known_chunks + stats.new_chunks;
+    Ok(Written {
+        memory_bytes,
+        data_bytes: (data_chunks * u64::from(store.chunk_size())).min(memory_bytes),
+    })
+}
+
+/// Copies guest memory from image offset `at` on, by all cores.
+fn copy_out(memory: &MachineMemory, at: u64, piece: &mut [u8]) -> Result<(), Error> {
+    let threads = thread::available_parallelism().map_or(1, |threads| threads.get());
+    let part = piece
+        .len()
+        .div_ceil(threads)
+        .next_multiple_of(PAGE_BYTES as usize);
+    let copy = |(number, part_of_piece): (usize, &mut [u8])| {
+        transfer::read_memory(memory, at + (number * part) as u64, part_of_piece)
+    };
+    thread::scope(|scope| {
+        let parts: Vec<_> = piece
+            .chunks_mut(part)
+            .enumerate()
+            .map(|part| scope.spawn(move || copy(part)))
+            .collect();
+        parts.into_iter().try_for_each(|part| {
+            part.join()
+                .unwrap_or_else(|_| Err(io::Error::other("a copying thread panicked")))
+        })
+    })
+    .map_err(Error::Read)
+}
+
+/// Opens the store in `directory`.
+///
+/// # Errors
+///
+/// [`Error::Store`] when there is none, or it cannot be opened like this.
+pub fn open_store(directory: &Path, options: OpenOptions) -> Result<Store, Error> {
+    Store::open_dir(directory, options).map_err(Error::store(directory.display().to_string()))
+}
+
+/// A machine's snapshot in a store, whose state is checked.
+pub(crate) struct Stored {
+    name: String,
+    id: String,
+    memory: ImageReader,
+}
+
+impl Stored {
+    /// Opens the snapshot of this name, tag or id.
+    pub(crate) fn open(store: &Store, name: &str) -> Result<(Self, Container), Error> {
+        let failed = || Error::store(name);
+        // By its id from here on: a tag can move meanwhile.
+        let id = store.show(name).map_err(failed())?.id.to_string();
+        let manifest = store.manifest(&id).map_err(failed())?;
+        if manifest.is_empty() {
+            return Err(Error::NotAMachine {
+                name: name.to_owned(),
+                reason: "it has no state".to_owned(),
+            });
+        }
+        let state = Container::from_bytes(&manifest).map_err(|source| Error::StoredState {
+            name: name.to_owned(),
+            source,
+        })?;
+        let memory = store.image(&id, MEMORY_IMAGE).map_err(failed())?;
+        let name = name.to_owned();
+        Ok((Self { name, id, memory }, state))
+    }
+
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.memory.size()
+    }
+
+    /// Reads the memory, and verifies it on the way, into the memory of a machine.
+    pub(crate) fn load(&self) -> Result<MachineMemory, Error> {
+        let layout = Layout::new(self.memory_bytes()).map_err(|e| Error::NotAMachine {
+            name: self.name.clone(),
+            reason: e.to_string(),
+        })?;
+        MachineMemory::filled(layout, |image| {
+            self.memory
+                .load_into(image, Zeros::AlreadyThere)
+                .map_err(Error::store(&self.name))
+        })
+    }
+}

@@ -1,0 +1,300 @@
+//! A snapshot in a store: whole or not there, checked before it is believed, and found through references.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on should stop
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use dedup::{CreateOptions, OpenOptions, Store};
+use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
+use saved_state::{Container, CpuIdentity, Header, SnapshotId};
+use snapshot::{
+    Destination, Error, Files, Progress, Saved, Snapshot, Source, StorePlace, open_store, write,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+const LAST: u64 = MIN_MEMORY_BYTES - PAGE_BYTES;
+
+struct Place {
+    directory: tempfile::TempDir,
+    store: Store,
+}
+
+impl Place {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::create_dir(
+            directory.path().join("store"),
+            &CreateOptions::default(),
+            OpenOptions::default(),
+        );
+        Self {
+            store: store.unwrap(),
+            directory,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn place<'a>(&'a self, parent: Option<&'a str>) -> StorePlace<'a> {
+        StorePlace {
+            store: &self.store,
+            parent,
+        }
+    }
+
+    /// Saves by name.
+    fn save(&self, name: &str, parent: Option<&str>, memory: &MachineMemory) -> Saved {
+        let place = self.place(parent);
+        publish(Destination::Stored { place, name }, 1, memory).unwrap()
+    }
+
+    /// Saves to two files, `state` and `memory`, the latter a reference.
+    fn refer(&self, id: u8, memory: &MachineMemory) -> Saved {
+        let (state, file) = (self.path("state"), self.path("memory"));
+        let files = files(&state, &file);
+        let place = self.place(None);
+        publish(Destination::Referenced { place, files }, id, memory).unwrap()
+    }
+
+    fn open(&self, name: &str) -> Result<Snapshot, Error> {
+        let store = &self.store;
+        Snapshot::open(Source::Stored { store, name })
+    }
+
+    fn follow(&self, store: Option<&Store>) -> Result<Snapshot, Error> {
+        let (state, memory) = (self.path("state"), self.path("memory"));
+        let files = files(&state, &memory);
+        Snapshot::open(Source::Files { files, store })
+    }
+}
+
+fn files<'a>(state: &'a Path, memory: &'a Path) -> Files<'a> {
+    Files { state, memory }
+}
+
+fn publish(to: Destination<'_>, id: u8, memory: &MachineMemory) -> Result<Saved, Error> {
+    let saved = write(to, &container(id), memory, &Progress::default())?.publish()?;
+    Ok(saved.unwrap())
+}
+
+fn container(id: u8) -> Container {
+    Container::new(Header {
+        id: SnapshotId([id; 16]),
+        release: "0.1.0".to_owned(),
+        created_unix_ns: 0,
+        host_cpu: CpuIdentity::default(),
+        vcpus: 1,
+        memory_bytes: MIN_MEMORY_BYTES,
+    })
+}
+
+fn memory_with(marks: &[(u64, u8)]) -> MachineMemory {
+    let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
+    for (gpa, mark) in marks {
+        let mark = [*mark; 64];
+        memory
+            .guest()
+            .write_slice(&mark, GuestAddress(*gpa))
+            .unwrap();
+    }
+    memory
+}
+
+fn mark(memory: &MachineMemory, gpa: u64) -> u8 {
+    memory.guest().read_obj(GuestAddress(gpa)).unwrap()
+}
+
+#[test]
+fn memory_and_state_come_back() {
+    let place = Place::new();
+    let memory = memory_with(&[(0, 1), (10 << 20, 2), (LAST, 3)]);
+    let progress = Progress::default();
+    let to = Destination::Stored {
+        place: place.place(None),
+        name: "monday",
+    };
+    let unpublished = write(to, &container(7), &memory, &progress).unwrap();
+    assert_eq!(unpublished.written.memory_bytes, MIN_MEMORY_BYTES);
+    assert_eq!(unpublished.written.data_bytes, 3 * PAGE_BYTES);
+    assert!(progress.total() > 0);
+    assert_eq!(progress.done(), progress.total());
+    let saved = unpublished.publish().unwrap().unwrap();
+
+    let snapshot = place.open("monday").unwrap();
+    assert_eq!(snapshot.state.header.id, SnapshotId([7; 16]));
+    assert_eq!(snapshot.stored_as(), Some(saved.id.to_string()).as_deref());
+    let memory = snapshot.load().unwrap();
+    assert_eq!(
+        [0, 10 << 20, LAST, 20 << 20].map(|gpa| mark(&memory, gpa)),
+        [1, 2, 3, 0]
+    );
+    // What was zero was not touched.
+    let held: u64 = memory
+        .populated()
+        .unwrap()
+        .iter()
+        .map(|range| range.end - range.start)
+        .sum();
+    assert!(held < MIN_MEMORY_BYTES / 2, "{held} bytes");
+}
+
+#[test]
+fn a_machine_that_goes_on_is_saved_on_top_of_what_it_was() {
+    let place = Place::new();
+    let first = place.save("one", None, &memory_with(&[(0, 1), (10 << 20, 2)]));
+    assert_eq!(first.images[0].new_chunks, 2);
+    let snapshot = place.open("one").unwrap();
+    let memory = snapshot.load().unwrap();
+    memory.guest().write_slice(&[9], GuestAddress(0)).unwrap();
+    let second = place.save("two", snapshot.stored_as(), &memory);
+    assert_eq!(second.images[0].new_chunks, 1);
+    let log = place.store.log().unwrap();
+    let two = log.iter().find(|entry| entry.name == "two").unwrap();
+    assert_eq!(two.facts.parent, Some(first.id));
+    let memory = place.open("two").unwrap().load().unwrap();
+    assert_eq!([0, 10 << 20].map(|gpa| mark(&memory, gpa)), [9, 2]);
+}
+
+#[test]
+fn a_parent_that_is_gone_is_no_reason_not_to_save() {
+    let place = Place::new();
+    place.save("two", Some("one"), &memory_with(&[(0, 1)]));
+    assert_eq!(mark(&place.open("two").unwrap().load().unwrap(), 0), 1);
+}
+
+#[test]
+fn a_reference_is_small_and_leads_to_the_memory() {
+    let place = Place::new();
+    place.refer(5, &memory_with(&[(0, 1), (LAST, 2)]));
+    assert_eq!(fs::metadata(place.path("memory")).unwrap().len(), 128);
+    let memory = place.follow(Some(&place.store)).unwrap().load().unwrap();
+    assert_eq!([0, LAST].map(|gpa| mark(&memory, gpa)), [1, 2]);
+    // It is complete in the store, too.
+    let name = format!("vm-{}", SnapshotId([5; 16]));
+    assert_eq!(mark(&place.open(&name).unwrap().load().unwrap(), 0), 1);
+}
+
+#[test]
+fn a_reference_that_leads_nowhere_says_why() {
+    let (place, other) = (Place::new(), Place::new());
+    place.refer(5, &memory_with(&[(0, 1)]));
+    let said = |store: Option<&Store>| place.follow(store).unwrap_err().to_string();
+    assert!(said(None).contains("--store"), "{}", said(None));
+    let foreign = said(Some(&other.store));
+    assert!(foreign.contains("another store"), "{foreign}");
+    place
+        .store
+        .rm(&format!("vm-{}", SnapshotId([5; 16])))
+        .unwrap();
+    let gone = said(Some(&place.store));
+    assert!(gone.contains("no snapshot"), "{gone}");
+}
+
+#[test]
+fn a_crash_between_the_two_renames_loses_no_reference() {
+    let place = Place::new();
+    place.refer(1, &memory_with(&[(0, 1)]));
+    let (old_state, old_memory) = (
+        fs::read(place.path("state")).unwrap(),
+        fs::read(place.path("memory")).unwrap(),
+    );
+    place.refer(2, &memory_with(&[(0, 2)]));
+    // As if the process had died before the second rename.
+    fs::write(place.path("state"), old_state).unwrap();
+    let kept = format!(".memory.{}.previous", SnapshotId([1; 16]));
+    fs::write(place.path(&kept), old_memory).unwrap();
+    let memory = place.follow(Some(&place.store)).unwrap().load().unwrap();
+    assert_eq!(mark(&memory, 0), 1);
+}
+
+#[test]
+fn what_is_given_up_leaves_no_name() {
+    let place = Place::new();
+    let (state, memory) = (place.path("state"), place.path("memory"));
+    for to in [
+        Destination::Stored {
+            place: place.place(None),
+            name: "one",
+        },
+        Destination::Referenced {
+            place: place.place(None),
+            files: files(&state, &memory),
+        },
+    ] {
+        let guest = memory_with(&[(0, 1)]);
+        drop(write(to, &container(1), &guest, &Progress::default()).unwrap());
+    }
+    assert!(place.store.log().unwrap().is_empty());
+    assert!(!state.exists() && !memory.exists());
+}
+
+#[test]
+fn a_name_is_not_taken_twice() {
+    let place = Place::new();
+    let memory = memory_with(&[(0, 1)]);
+    place.save("one", None, &memory);
+    let to = Destination::Stored {
+        place: place.place(None),
+        name: "one",
+    };
+    let error = publish(to, 2, &memory).unwrap_err().to_string();
+    assert!(error.contains("choose another name"), "{error}");
+}
+
+#[test]
+fn what_is_no_machine_is_refused() {
+    let place = Place::new();
+    let file = place.path("file");
+    fs::write(&file, "a file").unwrap();
+    place.store.save_file("file", &file).unwrap();
+    let error = place.open("file").unwrap_err();
+    assert!(matches!(error, Error::NotAMachine { .. }), "{error}");
+    let error = place.open("nothing").unwrap_err().to_string();
+    assert!(error.contains("no snapshot \"nothing\""), "{error}");
+
+    let mut writer = place.store.writer("short", None).unwrap();
+    let mut image = writer.image(snapshot::MEMORY_IMAGE).unwrap();
+    image.skip_zeros(PAGE_BYTES).unwrap();
+    image.finish().unwrap();
+    writer.set_manifest(container(1).to_bytes());
+    writer.commit().unwrap();
+    let error = place.open("short").unwrap_err();
+    assert!(matches!(error, Error::NotAMachine { .. }), "{error}");
+}
+
+#[test]
+fn a_damaged_pack_is_not_loaded() {
+    let place = Place::new();
+    place.save("one", None, &memory_with(&[(0, 1)]));
+    let pack = fs::read_dir(place.path("store/packs"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let mut bytes = fs::read(&pack).unwrap();
+    // In the first frame's payload, behind the pack's header and the frame's.
+    bytes[145] ^= 1;
+    fs::write(&pack, bytes).unwrap();
+    let store = open_store(&place.path("store"), OpenOptions::default()).unwrap();
+    let name = "one";
+    let snapshot = Snapshot::open(Source::Stored {
+        store: &store,
+        name,
+    });
+    let error = snapshot.unwrap().load().unwrap_err().to_string();
+    assert!(error.contains("fsck"), "{error}");
+}
+
+#[test]
+fn a_store_that_is_not_there_is_named() {
+    let error = open_store(Path::new("/no/store"), OpenOptions::default())
+        .map(drop)
+        .unwrap_err();
+    assert!(error.to_string().contains("/no/store"), "{error}");
+}
