@@ -2,11 +2,18 @@
 
 use crate::bytes::Cursor;
 use crate::error::{Error, Malformed, Result};
+use crate::key::Key;
 use crate::name::FileId;
+use crate::seal::{self, Access, Keys};
 
 const MAGIC: &[u8; 8] = b"DEDUPSTO";
 const VERSION: u32 = 1;
-const FLAG_KEYED: u32 = 1;
+
+/// Identities are keyed; content is sealed. An encrypted store has both, any other neither.
+const FLAGS_ENCRYPTED: u32 = 1 | 1 << 1;
+
+/// Bytes of the fields that the key check covers.
+const PARAMETERS: usize = 48;
 
 /// Bytes of chunks in a frame, and in a pack.
 const FRAME_BYTES: u32 = 64 << 10;
@@ -20,8 +27,8 @@ pub const DEFAULT_CHUNK_SIZE: u32 = 4096;
 pub struct CreateOptions {
     /// Bytes in a chunk: a power of two from 512 to 1 MiB.
     pub chunk_size: u32,
-    /// Makes identities depend on this key; the store then opens only with it.
-    pub key: Option<[u8; 32]>,
+    /// Encrypts the store with this key; its content can then be read and added to only with it.
+    pub key: Option<Key>,
 }
 
 impl Default for CreateOptions {
@@ -53,12 +60,17 @@ impl Config {
             )));
         }
         let store_id = FileId::random()?;
-        let key_check = options.key.map(|key| key_check(&key, store_id));
-        Ok(Config {
+        let mut config = Config {
             chunk_size: options.chunk_size,
             store_id,
-            key_check,
-        })
+            key_check: None,
+        };
+        if let Some(key) = &options.key {
+            // First any value, because the flags say that there is one.
+            config.key_check = Some([0; 16]);
+            config.key_check = Some(config.expected_key_check(key));
+        }
+        Ok(config)
     }
 
     /// Chunks in a full frame.
@@ -76,22 +88,42 @@ impl Config {
         self.frame_chunks() * self.pack_frames()
     }
 
-    /// Checks the key that somebody wants to open the store with.
-    pub(crate) fn check_key(&self, key: Option<&[u8; 32]>) -> Result<()> {
+    /// Whether the store is encrypted.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        self.key_check.is_some()
+    }
+
+    /// Bytes that sealing adds to each sealed part.
+    pub(crate) fn seal_overhead(&self) -> usize {
+        if self.is_encrypted() {
+            seal::OVERHEAD
+        } else {
+            0
+        }
+    }
+
+    /// The keys of the store, if this is its key.
+    pub(crate) fn unlock(&self, key: Option<&Key>) -> Result<Access<Keys>> {
         match (self.key_check, key) {
-            (None, None) => Ok(()),
-            (Some(check), Some(key)) if key_check(key, self.store_id) == check => Ok(()),
+            (None, None) => Ok(Access::Plain),
+            (Some(check), Some(key)) if self.expected_key_check(key) == check => {
+                Ok(Access::Open(Keys::new(key, self.store_id)))
+            }
             (Some(_), Some(_)) => Err(Error::Key("this is another key")),
             (Some(_), None) => Err(Error::Key("no key was given")),
             (None, Some(_)) => Err(Error::Parameter(
-                "a key was given, but the store has none: open it without".into(),
+                "a key was given, but the store is not encrypted: open it without".into(),
             )),
         }
     }
 
+    fn expected_key_check(&self, key: &Key) -> [u8; 16] {
+        seal::key_check(key, self.store_id, &self.encode()[..PARAMETERS])
+    }
+
     pub(crate) fn encode(&self) -> [u8; Self::BYTES] {
-        let flags = if self.key_check.is_some() {
-            FLAG_KEYED
+        let flags = if self.is_encrypted() {
+            FLAGS_ENCRYPTED
         } else {
             0
         };
@@ -137,7 +169,7 @@ impl Config {
             return Err(Malformed("digest does not match").in_file(file));
         }
         let flags = cursor.u32().map_err(damaged)?;
-        if flags & !FLAG_KEYED != 0 {
+        if ![0, FLAGS_ENCRYPTED].contains(&flags) {
             return Err(Error::UnknownFlags { flags });
         }
         let chunk_size = cursor.u32().map_err(damaged)?;
@@ -151,7 +183,7 @@ impl Config {
         let config = Config {
             chunk_size,
             store_id,
-            key_check: (flags & FLAG_KEYED != 0).then_some(key_check),
+            key_check: (flags != 0).then_some(key_check),
         };
         if (version, frame_chunks, pack_frames, zero)
             != (VERSION, config.frame_chunks(), config.pack_frames(), 0)
@@ -166,17 +198,11 @@ fn valid_chunk_size(size: u32) -> bool {
     size.is_power_of_two() && (512..=1 << 20).contains(&size)
 }
 
-fn key_check(key: &[u8; 32], store_id: FileId) -> [u8; 16] {
-    let mut check = [0; 16];
-    check.copy_from_slice(&blake3::keyed_hash(key, &store_id.0).as_bytes()[..16]);
-    check
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn some_config(key: Option<[u8; 32]>) -> Config {
+    fn some_config(key: Option<Key>) -> Config {
         Config::new(&CreateOptions {
             key,
             ..CreateOptions::default()
@@ -186,7 +212,7 @@ mod tests {
 
     #[test]
     fn config_comes_back() {
-        for key in [None, Some([7; 32])] {
+        for key in [None, Some(Key::from([7; 32]))] {
             let config = some_config(key);
             assert_eq!(Config::parse(&config.encode(), "config").unwrap(), config);
         }
@@ -217,13 +243,32 @@ mod tests {
 
     #[test]
     fn only_the_right_key_opens() {
-        let keyed = some_config(Some([1; 32]));
-        assert!(keyed.check_key(Some(&[1; 32])).is_ok());
+        let key = |byte| Key::from([byte; 32]);
+        let encrypted = some_config(Some(key(1)));
         assert!(matches!(
-            keyed.check_key(Some(&[2; 32])),
+            encrypted.unlock(Some(&key(1))),
+            Ok(Access::Open(_))
+        ));
+        assert!(matches!(
+            encrypted.unlock(Some(&key(2))),
             Err(Error::Key(_))
         ));
-        assert!(matches!(keyed.check_key(None), Err(Error::Key(_))));
-        assert!(some_config(None).check_key(Some(&[1; 32])).is_err());
+        assert!(matches!(encrypted.unlock(None), Err(Error::Key(_))));
+        let plain = some_config(None);
+        assert!(matches!(
+            plain.unlock(Some(&key(1))),
+            Err(Error::Parameter(_))
+        ));
+        assert!(matches!(plain.unlock(None), Ok(Access::Plain)));
+    }
+
+    /// Somebody who can write to the store cannot make it another one: the digest has no key, the key check has.
+    #[test]
+    fn changed_parameters_do_not_open() {
+        let key = Key::from([1; 32]);
+        let mut config = some_config(Some(key.clone()));
+        config.chunk_size = 512;
+        let config = Config::parse(&config.encode(), "config").unwrap();
+        assert!(matches!(config.unlock(Some(&key)), Err(Error::Key(_))));
     }
 }

@@ -183,11 +183,9 @@ impl<'a> Comparison<'a> {
     }
 
     fn id(&self, (pack, slot): (FileId, u32)) -> Result<ChunkId> {
-        let ids = self.ids.get_or_insert_with(&pack, || {
-            Pack::open(&*self.shared.backend, &self.shared.config, pack)?
-                .ids()
-                .map(Arc::new)
-        })?;
+        let ids = self
+            .ids
+            .get_or_insert_with(&pack, || Pack::open(self.shared, pack)?.ids().map(Arc::new))?;
         ids.get(slot).ok_or_else(|| Error::Damaged {
             file: crate::backend::Area::Packs.path(&pack.to_string()),
             what: "a chunk that is referred to is not there",

@@ -37,8 +37,8 @@ pub enum Error {
         flags: u32,
     },
 
-    /// The store is keyed and no key, or another one, was given.
-    #[error("the store is keyed, and {0}: open it with the key it was created with")]
+    /// The store is encrypted and no key, or another one, was given.
+    #[error("the store is encrypted, and {0}: give the key file that it was created with")]
     Key(&'static str),
 
     /// A parameter is outside of what the format allows.

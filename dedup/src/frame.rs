@@ -5,26 +5,34 @@ use zstd::bulk::{Compressor, Decompressor};
 use crate::bytes::Cursor;
 use crate::error::{Error, Malformed, Result};
 use crate::hash::short_digest;
+use crate::seal::{NONCE_BYTES, OVERHEAD, Sealer};
 
 /// Bytes before a frame's payload.
 pub(crate) const HEADER_BYTES: usize = 20;
+
+/// Bytes of the header that a sealed payload is bound to: all but its length and digest.
+const CONTEXT: std::ops::Range<usize> = 0..8;
 
 const MAGIC: u8 = 0xF5;
 
 /// Larger than level 1 is 1 to 7 % of size for half the speed.
 const LEVEL: i32 = 1;
 
-/// What the payload is.
+/// What the payload is, under its seal where it has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Codec {
     Raw = 0,
     Zstd = 1,
 }
 
+/// Added to the codec of a sealed payload.
+const SEALED: u8 = 2;
+
 /// What a frame says about itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Header {
     codec: Codec,
+    sealed: bool,
     /// Chunks in the frame.
     pub(crate) slots: u16,
     /// The frame's number in its pack.
@@ -38,15 +46,17 @@ impl Header {
     pub(crate) fn parse(stored: &[u8]) -> Result<Self, Malformed> {
         let mut cursor = Cursor::new(stored);
         cursor.expect(&[MAGIC], "not a frame")?;
-        let codec = match cursor.array()? {
-            [0] => Codec::Raw,
-            [1] => Codec::Zstd,
+        let [kind] = cursor.array()?;
+        let codec = match kind & !SEALED {
+            0 => Codec::Raw,
+            1 => Codec::Zstd,
             _ => return Err(Malformed("a frame has an unknown codec")),
         };
         let (slots, number, payload_len, digest) =
             (cursor.u16()?, cursor.u32()?, cursor.u32()?, cursor.u64()?);
         Ok(Header {
             codec,
+            sealed: kind & SEALED != 0,
             slots,
             number,
             payload_len,
@@ -79,34 +89,49 @@ impl Encoder {
         })
     }
 
-    /// The stored form of a frame, decoded again and compared before it is given out.
-    pub(crate) fn encode(&mut self, number: u32, slots: u16, plain: &[u8]) -> Result<&[u8]> {
-        let bound = HEADER_BYTES + zstd::zstd_safe::compress_bound(plain.len());
+    /// The stored form of a frame, decoded again and compared before it is given out. In an encrypted store, `sealer`
+    /// is the pack's.
+    pub(crate) fn encode(
+        &mut self,
+        number: u32,
+        slots: u16,
+        plain: &[u8],
+        sealer: Option<&Sealer>,
+    ) -> Result<&[u8]> {
+        let overhead = sealer.map_or(0, |_| OVERHEAD);
+        // Nonce and tag are on both sides.
+        let body_at = HEADER_BYTES + sealer.map_or(0, |_| NONCE_BYTES);
+        let bound = HEADER_BYTES + overhead + zstd::zstd_safe::compress_bound(plain.len());
         if self.stored.len() < bound {
             self.stored.resize(bound, 0);
         }
         let compressed = self
             .compressor
-            .compress_to_buffer(plain, &mut self.stored[HEADER_BYTES..])
+            .compress_to_buffer(plain, &mut self.stored[body_at..])
             .map_err(Error::io("compress a frame"))?;
-        let (codec, payload_len) = if compressed < plain.len() {
+        let (codec, body_len) = if compressed < plain.len() {
             (Codec::Zstd, compressed)
         } else {
+            self.stored[body_at..][..plain.len()].copy_from_slice(plain);
             (Codec::Raw, plain.len())
         };
+        let payload_len = body_len + overhead;
         let (head, payload) = self.stored[..HEADER_BYTES + payload_len].split_at_mut(HEADER_BYTES);
-        if codec == Codec::Raw {
-            payload.copy_from_slice(plain);
-        }
-        head[..2].copy_from_slice(&[MAGIC, codec as u8]);
+        let sealed = if sealer.is_some() { SEALED } else { 0 };
+        head[..2].copy_from_slice(&[MAGIC, codec as u8 | sealed]);
         head[2..4].copy_from_slice(&slots.to_le_bytes());
         head[4..8].copy_from_slice(&number.to_le_bytes());
         head[8..12].copy_from_slice(&(payload_len as u32).to_le_bytes());
+        if let Some(sealer) = sealer {
+            sealer.seal_in_place(&head[CONTEXT], payload)?;
+        }
         let digest = short_digest(&[&head[..12], payload]);
         head[12..].copy_from_slice(&digest.to_le_bytes());
 
         self.check.resize(plain.len(), 0);
-        let decoded = self.decoder.decode_payload(codec, payload, &mut self.check);
+        let decoded = self
+            .decoder
+            .decode_payload(codec, head, payload, sealer, &mut self.check);
         if decoded.is_err() || self.check != plain {
             return Err(Error::EncodeCheck);
         }
@@ -114,55 +139,79 @@ impl Encoder {
     }
 }
 
+/// Checks all that can be checked of a stored frame without decoding it; gives its header.
+pub(crate) fn check(stored: &[u8]) -> Result<Header, Malformed> {
+    let header = Header::parse(stored)?;
+    if stored.len() as u64 != header.stored_len() {
+        return Err(Malformed("a frame has another length than its header says"));
+    }
+    let (head, payload) = stored.split_at(HEADER_BYTES);
+    if short_digest(&[&head[..12], payload]) != header.digest {
+        return Err(Malformed("a frame's digest does not match"));
+    }
+    Ok(header)
+}
+
 /// Decodes frames.
 pub(crate) struct Decoder {
     decompressor: Decompressor<'static>,
+    /// What was under a seal.
+    opened: Vec<u8>,
 }
 
 impl Decoder {
     pub(crate) fn new() -> Result<Self> {
         Ok(Decoder {
             decompressor: Decompressor::new().map_err(Error::io("set up zstd"))?,
+            opened: Vec::new(),
         })
     }
 
-    /// Decodes a stored frame to the beginning of `plain`, after checking its digest; gives its header.
+    /// Decodes a stored frame to the beginning of `plain`, after checking its digest; gives its header. With a
+    /// `sealer`, which is the pack's, the frame must be sealed, and without one it must not be.
     pub(crate) fn decode(
         &mut self,
         stored: &[u8],
         chunk_size: u32,
+        sealer: Option<&Sealer>,
         plain: &mut [u8],
     ) -> Result<Header, Malformed> {
-        let header = Header::parse(stored)?;
-        if stored.len() as u64 != header.stored_len() {
-            return Err(Malformed("a frame has another length than its header says"));
+        let header = check(stored)?;
+        if header.sealed != sealer.is_some() {
+            return Err(Malformed("a frame is sealed, or is not, unlike its store"));
         }
         let (head, payload) = stored.split_at(HEADER_BYTES);
-        if short_digest(&[&head[..12], payload]) != header.digest {
-            return Err(Malformed("a frame's digest does not match"));
-        }
         let len = usize::from(header.slots) * chunk_size as usize;
         let plain = plain
             .get_mut(..len)
             .ok_or(Malformed("a frame has too many chunks"))?;
-        self.decode_payload(header.codec, payload, plain)?;
+        self.decode_payload(header.codec, head, payload, sealer, plain)?;
         Ok(header)
     }
 
     fn decode_payload(
         &mut self,
         codec: Codec,
+        head: &[u8],
         payload: &[u8],
+        sealer: Option<&Sealer>,
         plain: &mut [u8],
     ) -> Result<(), Malformed> {
+        let body = match sealer {
+            None => payload,
+            Some(sealer) => {
+                sealer.open(&head[CONTEXT], payload, &mut self.opened)?;
+                &self.opened
+            }
+        };
         let filled = match codec {
-            Codec::Raw if payload.len() == plain.len() => {
-                plain.copy_from_slice(payload);
+            Codec::Raw if body.len() == plain.len() => {
+                plain.copy_from_slice(body);
                 true
             }
             Codec::Raw => false,
             Codec::Zstd => {
-                self.decompressor.decompress_to_buffer(payload, plain).ok() == Some(plain.len())
+                self.decompressor.decompress_to_buffer(body, plain).ok() == Some(plain.len())
             }
         };
         if filled {
@@ -176,6 +225,9 @@ impl Decoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::key::Key;
+    use crate::name::FileId;
+    use crate::seal::Keys;
     use proptest::prelude::*;
 
     const CHUNK: u32 = 512;
@@ -191,26 +243,67 @@ mod tests {
         plain
     }
 
+    fn sealer(pack: u8) -> Sealer {
+        let keys = Keys::new(&Key::from([1; 32]), FileId([2; 16]));
+        keys.pack(FileId([pack; 16]))
+    }
+
     proptest! {
         #[test]
-        fn frames_come_back(slots in 0u16..=128, number: u32, seed: u64, noise: bool) {
+        fn frames_come_back(slots in 0u16..=128, number: u32, seed: u64, noise: bool, sealed: bool) {
             let plain = plain(slots, seed, noise);
-            let stored = Encoder::new().unwrap().encode(number, slots, &plain).unwrap().to_vec();
-            prop_assert!(stored.len() <= HEADER_BYTES + plain.len());
+            let sealer = sealed.then(|| sealer(3));
+            let (sealer, overhead) = (sealer.as_ref(), if sealed { OVERHEAD } else { 0 });
+            let stored = Encoder::new().unwrap().encode(number, slots, &plain, sealer).unwrap().to_vec();
+            prop_assert!(stored.len() <= HEADER_BYTES + overhead + plain.len());
             let mut decoded = vec![0; plain.len()];
-            let header = Decoder::new().unwrap().decode(&stored, CHUNK, &mut decoded).unwrap();
+            let header = Decoder::new().unwrap().decode(&stored, CHUNK, sealer, &mut decoded).unwrap();
             prop_assert_eq!((header.slots, header.number), (slots, number));
             prop_assert_eq!(decoded, plain);
         }
 
         #[test]
-        fn a_flipped_bit_is_found(slots in 1u16..=8, noise: bool, position: prop::sample::Index) {
+        fn a_flipped_bit_is_found(slots in 1u16..=8, noise: bool, sealed: bool, position: prop::sample::Index) {
             let plain = plain(slots, 3, noise);
-            let mut stored = Encoder::new().unwrap().encode(5, slots, &plain).unwrap().to_vec();
+            let sealer = sealed.then(|| sealer(3));
+            let sealer = sealer.as_ref();
+            let mut stored = Encoder::new().unwrap().encode(5, slots, &plain, sealer).unwrap().to_vec();
             let bit = position.index(stored.len() * 8);
             stored[bit / 8] ^= 1 << (bit % 8);
             let mut decoded = vec![0; plain.len()];
-            prop_assert!(Decoder::new().unwrap().decode(&stored, CHUNK, &mut decoded).is_err());
+            prop_assert!(Decoder::new().unwrap().decode(&stored, CHUNK, sealer, &mut decoded).is_err());
         }
+    }
+
+    /// A forger can compute digests, but not seal.
+    fn with_new_digest(mut stored: Vec<u8>) -> Vec<u8> {
+        let digest = short_digest(&[&stored[..12], &stored[HEADER_BYTES..]]);
+        stored[12..HEADER_BYTES].copy_from_slice(&digest.to_le_bytes());
+        stored
+    }
+
+    #[test]
+    fn a_sealed_frame_is_of_one_pack_and_number() {
+        let (plain, mine) = (plain(4, 1, false), sealer(3));
+        let mut encoder = Encoder::new().unwrap();
+        let stored = encoder.encode(5, 4, &plain, Some(&mine)).unwrap().to_vec();
+        let decode = |stored: &[u8], sealer: Option<&Sealer>| {
+            let mut decoded = vec![0; plain.len()];
+            let mut decoder = Decoder::new().unwrap();
+            decoder
+                .decode(stored, CHUNK, sealer, &mut decoded)
+                .map(drop)
+        };
+        assert!(decode(&with_new_digest(stored.clone()), Some(&mine)).is_ok());
+        assert!(decode(&stored, Some(&sealer(4))).is_err());
+        assert!(decode(&stored, None).is_err());
+        // The codec, the slots, the number: whatever the header says is bound.
+        for (at, value) in [(1, 2), (2, 3), (4, 6)] {
+            let mut forged = stored.clone();
+            forged[at] = value;
+            assert!(decode(&with_new_digest(forged), Some(&mine)).is_err());
+        }
+        let open = encoder.encode(5, 4, &plain, None).unwrap().to_vec();
+        assert!(decode(&open, Some(&mine)).is_err());
     }
 }

@@ -46,7 +46,8 @@ enum Fate {
 }
 
 impl Store {
-    /// Removes chunks that no snapshot refers to. Other processes may save, load and remove at the same time.
+    /// Removes chunks that no snapshot refers to. Other processes may save, load and remove at the same time. Without
+    /// the key of an encrypted store, whole packs go and no single chunks.
     ///
     /// # Errors
     ///
@@ -116,14 +117,14 @@ impl Store {
 /// Whether a pack has enough garbage; then its id and size.
 fn candidate(shared: &Shared, marks: &Marks, entry: &Entry) -> Option<(FileId, u64)> {
     let id = FileId::parse(&entry.name)?;
-    if marks.is_claimed(id) {
+    if marks.is_whole(id) {
         return None;
     }
     let Some(needed) = marks.slots(id) else {
         return Some((id, entry.size));
     };
     // A pack that cannot be read is for `fsck`.
-    let pack = Pack::open(&*shared.backend, &shared.config, id).ok()?;
+    let pack = Pack::open(shared, id).ok()?;
     let live = pack.table().live_count();
     (needed.len() * NEEDED.1 < live * NEEDED.0).then_some((id, entry.size))
 }
@@ -136,7 +137,7 @@ fn sweep(
     collected: &mut Collected,
 ) -> Result<HashMap<FileId, Fate>> {
     let mut fates = HashMap::new();
-    for &(id, size) in candidates.iter().filter(|(id, _)| !marks.is_claimed(*id)) {
+    for &(id, size) in candidates.iter().filter(|(id, _)| !marks.is_whole(*id)) {
         match marks.slots(id) {
             None => {
                 remove(&*shared.backend, Area::Packs, &id.to_string())?;
@@ -161,10 +162,11 @@ fn sweep(
 
 /// Replaces a pack by one with only the needed slots, each under its number. Gives the new size in bytes.
 fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
-    let (backend, config) = (&*shared.backend, &shared.config);
-    let pack = Pack::open(backend, config, id)?;
+    let config = &shared.config;
+    let pack = Pack::open(shared, id)?;
     let old_ids = pack.ids()?;
-    let mut shrunk = PackBuilder::new(backend, config, id)?;
+    let mut shrunk = PackBuilder::new(shared, id)?;
+    let sealer = shrunk.sealer();
     let (mut encoder, mut decoder) = (Encoder::new()?, Decoder::new()?);
     let mut plain = vec![0; pack.frame_bytes()];
     let mut stored = Vec::new();
@@ -191,7 +193,7 @@ fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
             .for_each(|(chunk, _)| chunk.fill(0));
         shrunk.append(
             number,
-            encoder.encode(number, entry.slots, &plain[..len])?,
+            encoder.encode(number, entry.slots, &plain[..len], sealer.as_deref())?,
             &after,
         )?;
     }

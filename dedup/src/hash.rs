@@ -3,6 +3,8 @@
 use blake3::IncrementCounter;
 use blake3::platform::{MAX_SIMD_DEGREE, Platform};
 
+use zeroize::Zeroizing;
+
 use crate::bytes::to_hex;
 
 /// The chunk size for which hashing is batched.
@@ -82,22 +84,20 @@ fn truncated<const N: usize>(parts: &[&[u8]]) -> [u8; N] {
 /// Computes identities, with the store's key where there is one.
 #[derive(Clone)]
 pub(crate) struct Identifier {
-    key: Option<[u8; 32]>,
+    key: Option<Zeroizing<[u8; 32]>>,
     /// The key as BLAKE3 takes it, or its initial value.
-    words: [u32; 8],
+    words: Zeroizing<[u32; 8]>,
     flags: u8,
     platform: Platform,
 }
 
 impl Identifier {
-    pub(crate) fn new(key: Option<[u8; 32]>) -> Self {
-        let words = key
-            .as_ref()
-            .map_or(IV, blake3::platform::words_from_le_bytes_32);
+    pub(crate) fn new(key: Option<&[u8; 32]>) -> Self {
+        let words = key.map_or(IV, blake3::platform::words_from_le_bytes_32);
         let flags = if key.is_some() { KEYED_HASH } else { 0 };
         Identifier {
-            key,
-            words,
+            key: key.copied().map(Zeroizing::new),
+            words: Zeroizing::new(words),
             flags,
             platform: Platform::detect(),
         }
@@ -218,7 +218,7 @@ mod tests {
                 page
             }).collect();
             let slices: Vec<&[u8]> = pages.iter().map(Vec::as_slice).collect();
-            let identifier = Identifier::new(key);
+            let identifier = Identifier::new(key.as_ref());
             let mut batched = Vec::new();
             identifier.identify_all(&slices, &mut batched);
             let plain: Vec<ChunkId> = slices.iter().map(|page| identifier.identify(page)).collect();

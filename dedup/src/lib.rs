@@ -3,7 +3,7 @@
 //! A [`Store`] keeps snapshots of images in which no 4 KiB chunk is stored twice. Chunks of zeros take no space at all;
 //! the others are found by a collision-resistant hash, compressed sixteen at a time, and written to packs
 //! that any number of processes may append to and read from at once. A snapshot whose save has returned survives
-//! a killed process and a power cut. `docs/store-format.md` specifies files, bytes and the order of writes.
+//! a killed process and a power cut. A store that is created with a [`Key`] is encrypted. `docs/store-format.md` specifies files, bytes and the order of writes.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -32,6 +32,7 @@ mod fsck;
 mod gc;
 mod hash;
 mod index;
+mod key;
 mod marks;
 mod name;
 mod pack;
@@ -39,6 +40,7 @@ mod protect;
 mod read;
 mod recipe;
 mod refs;
+mod seal;
 mod snapshot;
 mod stat;
 mod store;
@@ -50,6 +52,7 @@ pub use diff::ImageDiff;
 pub use error::{Error, Result};
 pub use fsck::{Problem, Report, repair_config};
 pub use gc::{Collected, GcOptions};
+pub use key::Key;
 pub use read::{ImageReader, Zeros};
 pub use snapshot::{Facts, ImageFacts, SnapshotId};
 pub use stat::Stat;

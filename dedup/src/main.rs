@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use dedup::backend::LocalDir;
-use dedup::{CreateOptions, DEFAULT_CHUNK_SIZE, Error, GcOptions, OpenOptions, Store};
+use dedup::{CreateOptions, DEFAULT_CHUNK_SIZE, GcOptions, Key, OpenOptions, Store};
 use serde::Serialize;
 
 /// Keeps files in a store in which nothing is stored twice.
@@ -26,8 +26,8 @@ struct Args {
         default_value = "dedup-store"
     )]
     store: PathBuf,
-    /// A file of 32 bytes: the key of a keyed store.
-    #[arg(long, global = true)]
+    /// The key file of an encrypted store: 64 hexadecimal digits, or 32 bytes, which only its owner may read.
+    #[arg(long, env = "DEDUP_KEY_FILE", global = true)]
     key_file: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
@@ -35,7 +35,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Create a store; with --key-file, a keyed one.
+    /// Create a store; with --key-file, an encrypted one. A key file that is not there is made.
     Init {
         /// Bytes in a chunk.
         #[arg(long, default_value_t = DEFAULT_CHUNK_SIZE)]
@@ -78,13 +78,13 @@ enum Command {
     },
     /// Count what is in the store.
     Stat,
-    /// Free what no snapshot refers to.
+    /// Free what no snapshot refers to; without the key of an encrypted store, only whole packs.
     Gc {
         /// Seconds until other hosts see a new file: on NFS, more than its attribute cache's time.
         #[arg(long, default_value_t = 0)]
         grace: u64,
     },
-    /// Check every byte. Exit code 2 when something is wrong.
+    /// Check every byte; without the key of an encrypted store, only digests. Exit code 2 when something is wrong.
     Fsck {
         /// Repair what can be, and move what cannot be read into damaged/.
         #[arg(long)]
@@ -107,14 +107,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<ExitCode> {
-    let key = args.key_file.as_ref().map(read_key).transpose()?;
     let options = OpenOptions {
-        key,
+        key: read_key(args)?,
         ..OpenOptions::default()
     };
     let open = || {
-        Store::open_dir(&args.store, options.clone())
-            .with_context(|| args.store.display().to_string())
+        let opened = if options.key.is_none() && args.command.can_do_without_key() {
+            Store::open_dir_without_key(&args.store, options.clone())
+        } else {
+            Store::open_dir(&args.store, options.clone())
+        };
+        opened.with_context(|| args.store.display().to_string())
     };
     let say = |value: &dyn ErasedJson, plain: String| {
         if args.json {
@@ -127,7 +130,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         Command::Init { chunk_size } => {
             let create = CreateOptions {
                 chunk_size: *chunk_size,
-                key,
+                key: options.key.clone(),
             };
             let store = Store::create_dir(&args.store, &create, options.clone())?;
             say(&store.stat()?, format!("created {}", args.store.display()));
@@ -224,6 +227,9 @@ fn run(args: &Args) -> Result<ExitCode> {
                 report.snapshots,
                 report.problems.len()
             )];
+            if report.digests_only {
+                lines.push("only digests were checked: for the content, give the key file".into());
+            }
             for problem in &report.problems {
                 let hit = if problem.snapshots.is_empty() {
                     "none".into()
@@ -257,11 +263,36 @@ impl<T: Serialize> ErasedJson for T {
     }
 }
 
-fn read_key(path: &PathBuf) -> Result<[u8; 32]> {
-    let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
-    bytes.try_into().map_err(|_| {
-        Error::Parameter(format!("{} has not exactly 32 bytes", path.display())).into()
-    })
+impl Command {
+    /// Whether it does something useful for an encrypted store whose key is not at hand.
+    fn can_do_without_key(&self) -> bool {
+        match self {
+            Command::Ls
+            | Command::Tag { .. }
+            | Command::Rm { .. }
+            | Command::Stat
+            | Command::Gc { .. } => true,
+            Command::Fsck { repair } => !repair,
+            Command::Init { .. }
+            | Command::Save { .. }
+            | Command::Load { .. }
+            | Command::Diff { .. } => false,
+        }
+    }
+}
+
+/// The key in the key file, if there is one; `init` makes it.
+fn read_key(args: &Args) -> Result<Option<Key>> {
+    let Some(path) = &args.key_file else {
+        return Ok(None);
+    };
+    if matches!(args.command, Command::Init { .. }) && !path.try_exists()? {
+        let key = Key::create_file(path)?;
+        let path = path.display();
+        eprintln!("made the key file {path}: keep a copy elsewhere, the store is lost without it");
+        return Ok(Some(key));
+    }
+    Ok(Some(Key::read_file(path)?))
 }
 
 fn line(entry: &dedup::LogEntry) -> String {

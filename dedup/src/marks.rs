@@ -39,7 +39,9 @@ impl Slots {
 /// What is referred to, by living processes and by snapshots. Takes 2 KiB for each pack of 64 MiB of chunks.
 #[derive(Default)]
 pub(crate) struct Marks {
-    claimed: HashSet<FileId>,
+    /// Packs of which nothing may go: living processes rely on them, or a snapshot names them and it takes a key
+    /// that is not at hand to know which slots.
+    whole: HashSet<FileId>,
     slots: HashMap<FileId, Slots>,
     seen: HashSet<SnapshotId>,
 }
@@ -53,15 +55,19 @@ impl Marks {
     ///
     /// Something cannot be read; the marks are then worth nothing.
     pub(crate) fn add_all(&mut self, shared: &Shared) -> Result<()> {
-        self.claimed.extend(claimed(&*shared.backend)?);
+        self.whole.extend(claimed(&*shared.backend)?);
         let mut coder = BlockCoder::new()?;
         let pack_slots = shared.config.pack_slots();
-        for snapshot in all_snapshots(&*shared.backend)? {
+        for snapshot in all_snapshots(shared)? {
             if !self.seen.insert(snapshot.id) {
                 continue;
             }
             for image in 0..snapshot.facts.images.len() {
                 let recipe = snapshot.recipe(&shared.config, image)?;
+                if shared.keys.is_locked() {
+                    self.whole.extend(&recipe.directory.packs);
+                    continue;
+                }
                 for block in 0..recipe.directory.blocks().len() {
                     let places = recipe.places(block, &mut coder)?;
                     for run in places.chunk_by(|a, b| a.pack(pack_slots) == b.pack(pack_slots)) {
@@ -82,9 +88,9 @@ impl Marks {
         Ok(())
     }
 
-    /// Whether a living process relies on a pack.
-    pub(crate) fn is_claimed(&self, pack: FileId) -> bool {
-        self.claimed.contains(&pack)
+    /// Whether nothing of a pack may go.
+    pub(crate) fn is_whole(&self, pack: FileId) -> bool {
+        self.whole.contains(&pack)
     }
 
     /// The slots of a pack that snapshots refer to; `None` when there are none.

@@ -11,14 +11,7 @@ impl FileId {
     /// A new one, from the kernel's random numbers.
     pub(crate) fn random() -> Result<Self> {
         let mut bytes = [0; 16];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            filled += rustix::rand::getrandom(
-                &mut bytes[filled..],
-                rustix::rand::GetRandomFlags::empty(),
-            )
-            .map_err(|errno| Error::io("get random numbers")(errno.into()))?;
-        }
+        fill_random(&mut bytes)?;
         Ok(FileId(bytes))
     }
 
@@ -38,6 +31,17 @@ impl std::fmt::Debug for FileId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         std::fmt::Display::fmt(self, f)
     }
+}
+
+/// Fills a buffer from the kernel's random numbers.
+pub(crate) fn fill_random(bytes: &mut [u8]) -> Result<()> {
+    let mut filled = 0;
+    while filled < bytes.len() {
+        filled +=
+            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())
+                .map_err(|errno| Error::io("get random numbers")(errno.into()))?;
+    }
+    Ok(())
 }
 
 /// Accepts names that are safe as file names everywhere.

@@ -8,6 +8,7 @@ use crate::error::{Error, Malformed, Result};
 use crate::hash::digest;
 use crate::name::check_name;
 use crate::snapshot::{Snapshot, SnapshotId};
+use crate::store::Shared;
 
 const MAGIC: &[u8; 8] = b"DEDUPTAG";
 const TAG_BYTES: usize = 40;
@@ -20,13 +21,14 @@ const MIN_PREFIX: usize = 4;
 /// # Errors
 ///
 /// The list cannot be made, or a snapshot cannot be read.
-pub(crate) fn all_snapshots(backend: &dyn Backend) -> Result<Vec<Snapshot>> {
+pub(crate) fn all_snapshots(shared: &Shared) -> Result<Vec<Snapshot>> {
     let mut snapshots = Vec::new();
-    for entry in backend
+    for entry in shared
+        .backend
         .list(Area::Snapshots)
         .map_err(Error::io("list the snapshots"))?
     {
-        match Snapshot::open(backend, &entry.name) {
+        match Snapshot::open(shared, &entry.name) {
             // Removed since the listing.
             Err(gone) if gone.is_not_found() => {}
             other => snapshots.push(other?),
@@ -36,22 +38,22 @@ pub(crate) fn all_snapshots(backend: &dyn Backend) -> Result<Vec<Snapshot>> {
 }
 
 /// Finds a snapshot by name, by tag, or by the beginning of its id.
-pub(crate) fn resolve(backend: &dyn Backend, reference: &str) -> Result<Snapshot> {
+pub(crate) fn resolve(shared: &Shared, reference: &str) -> Result<Snapshot> {
     let missing = || Error::NoSnapshot(reference.to_owned());
     if check_name(reference).is_err() {
         return Err(missing());
     }
-    match Snapshot::open(backend, reference) {
+    match Snapshot::open(shared, reference) {
         Err(gone) if gone.is_not_found() => {}
         other => return other,
     }
-    let tagged = read_tag(backend, reference)?;
+    let tagged = read_tag(&*shared.backend, reference)?;
     let prefix = tagged.map_or_else(|| reference.to_owned(), |id| id.to_string());
     if prefix.len() < MIN_PREFIX {
         return Err(missing());
     }
     let mut found = None;
-    for snapshot in all_snapshots(backend)? {
+    for snapshot in all_snapshots(shared)? {
         if snapshot.id.to_string().starts_with(&prefix) && found.replace(snapshot).is_some() {
             return Err(Error::Ambiguous(reference.to_owned()));
         }
@@ -75,7 +77,8 @@ fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
 }
 
 /// The snapshot that a tag names; `None` when there is no such tag or no such snapshot.
-pub(crate) fn resolve_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
+pub(crate) fn resolve_tag(shared: &Shared, name: &str) -> Result<Option<SnapshotId>> {
+    let backend = &*shared.backend;
     let Some(id) = read_tag(backend, name)? else {
         return Ok(None);
     };
@@ -85,7 +88,7 @@ pub(crate) fn resolve_tag(backend: &dyn Backend, name: &str) -> Result<Option<Sn
     // One that cannot be read has a problem of its own.
     let mut snapshots = names
         .iter()
-        .filter_map(|entry| Snapshot::open(backend, &entry.name).ok());
+        .filter_map(|entry| Snapshot::open(shared, &entry.name).ok());
     Ok(snapshots.any(|snapshot| snapshot.id == id).then_some(id))
 }
 
@@ -145,11 +148,12 @@ pub(crate) fn set_tag(backend: &dyn Backend, tag: &str, id: SnapshotId) -> Resul
 }
 
 /// Removes a tag or a snapshot, durably.
-pub(crate) fn remove(backend: &dyn Backend, name: &str) -> Result<()> {
+pub(crate) fn remove(shared: &Shared, name: &str) -> Result<()> {
+    let backend = &*shared.backend;
     if check_name(name).is_ok() && remove_file(backend, Area::Tags, name)? {
         return sync(backend, Area::Tags);
     }
-    let snapshot = resolve(backend, name)?;
+    let snapshot = resolve(shared, name)?;
     let mut untagged = false;
     for (tag, id) in tags_by_snapshot(backend)? {
         untagged |= id == snapshot.id && remove_file(backend, Area::Tags, &tag)?;

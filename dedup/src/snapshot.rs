@@ -10,14 +10,19 @@ use crate::bytes::{Cursor, from_hex, to_hex};
 use crate::config::Config;
 use crate::error::{Error, Malformed, Result};
 use crate::hash::{digest, short_digest};
-use crate::name::check_name;
+use crate::name::{FileId, check_name};
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Directory, Place, chunks_of};
+use crate::seal::{Access, SnapshotKeys};
+use crate::store::Shared;
 
 const MAGIC: &[u8; 8] = b"DEDUPSNP";
 const END_MAGIC: &[u8; 8] = b"DEDUPSNE";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
 const TRAILER_BYTES: usize = 48;
+
+/// Bytes between facts and trailer in an encrypted store, which vouch for the facts.
+const AUTHENTICATOR_BYTES: usize = 32;
 
 /// No machine has facts of this size; a larger number is damage.
 const MAX_FACTS_BYTES: u32 = 16 << 20;
@@ -80,6 +85,14 @@ pub struct Facts {
     /// Its images, in the order in which they were saved.
     pub images: Vec<ImageFacts>,
     pub(crate) manifest: Span,
+    /// In an encrypted store, what the snapshot's own keys are derived from.
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "write_salt",
+        deserialize_with = "parse_salt"
+    )]
+    salt: Option<FileId>,
 }
 
 /// What a snapshot says about one of its images.
@@ -112,6 +125,19 @@ fn write_hex<S: serde::Serializer>(bytes: &[u8; 16], serializer: S) -> Result<S:
     serializer.serialize_str(&to_hex(bytes))
 }
 
+fn write_salt<S: serde::Serializer>(
+    salt: &Option<FileId>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    salt.as_ref().map(FileId::to_string).serialize(serializer)
+}
+
+fn parse_salt<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<FileId>, D::Error> {
+    parse_hex(deserializer).map(FileId).map(Some)
+}
+
 /// An image that is ready to be written: its recipe, and what there is to say about it.
 pub(crate) struct ImageDraft {
     pub(crate) name: String,
@@ -134,8 +160,8 @@ pub(crate) struct SnapshotDraft {
 }
 
 impl SnapshotDraft {
-    /// The bytes of the file, and the snapshot's id.
-    pub(crate) fn encode(self) -> Result<(Vec<u8>, SnapshotId)> {
+    /// The bytes of the file, and the snapshot's id. In an encrypted store the blocks are sealed already, with `keys`.
+    pub(crate) fn encode(self, keys: Option<&SnapshotKeys>) -> Result<(Vec<u8>, SnapshotId)> {
         let mut out = Vec::new();
         out.extend_from_slice(MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
@@ -170,7 +196,10 @@ impl SnapshotDraft {
                 directory: span(&mut out, &directory.encode()),
             });
         }
-        let manifest = span(&mut out, &self.manifest);
+        let manifest = match keys {
+            Some(keys) => span(&mut out, &keys.seal_manifest(&self.manifest)?),
+            None => span(&mut out, &self.manifest),
+        };
         let facts = Facts {
             name: self.name,
             created_ms: self.created_ms,
@@ -178,6 +207,7 @@ impl SnapshotDraft {
             parent: self.parent,
             images,
             manifest,
+            salt: keys.map(|keys| keys.salt),
         };
         let facts = serde_json::to_vec(&facts)
             .map_err(|error| Error::io("encode a snapshot")(error.into()))?;
@@ -185,11 +215,16 @@ impl SnapshotDraft {
         trailer.extend_from_slice(&(out.len() as u64).to_le_bytes());
         trailer.extend_from_slice(&(facts.len() as u32).to_le_bytes());
         trailer.extend_from_slice(&VERSION.to_le_bytes());
-        let id = digest(&[&out[..HEADER_BYTES], &facts, &trailer]);
+        let covered: [&[u8]; 3] = [&out[..HEADER_BYTES], &facts, &trailer];
+        let id = digest(&covered);
+        let authenticator = keys.map(|keys| keys.authenticate(&covered));
         trailer.extend_from_slice(&id);
         trailer.extend_from_slice(END_MAGIC);
         trailer.extend_from_slice(&[0; 8]);
         out.extend_from_slice(&facts);
+        if let Some(authenticator) = authenticator {
+            out.extend_from_slice(authenticator.as_bytes());
+        }
         out.extend_from_slice(&trailer);
         Ok((out, SnapshotId(id)))
     }
@@ -217,46 +252,83 @@ pub(crate) struct Snapshot {
     /// The name it has now; equal to the one it was saved under unless somebody moved the file.
     pub(crate) name: String,
     file: Arc<dyn ReadAt>,
+    keys: Access<Arc<SnapshotKeys>>,
 }
 
 impl Snapshot {
-    /// Opens a snapshot and checks its facts, not yet its recipes.
-    pub(crate) fn open(backend: &dyn Backend, name: &str) -> Result<Self> {
+    /// Opens a snapshot and checks its facts, not yet its recipes. In an encrypted store it takes the key to know that
+    /// nobody has changed the facts on purpose.
+    pub(crate) fn open(shared: &Shared, name: &str) -> Result<Self> {
+        let backend = &*shared.backend;
         let failed = || Error::io(format!("read {}", Area::Snapshots.path(name)));
         let file = backend.open(Area::Snapshots, name).map_err(failed())?;
         let damaged = |malformed: Malformed| malformed.in_file(Area::Snapshots.path(name));
         let size = file.size();
         let too_short = || damaged(Malformed("too short"));
+        let authenticator_len = if shared.config.is_encrypted() {
+            AUTHENTICATOR_BYTES
+        } else {
+            0
+        };
         let trailer_at = size
             .checked_sub(TRAILER_BYTES as u64)
             .ok_or_else(too_short)?;
+        let facts_end = trailer_at
+            .checked_sub(authenticator_len as u64)
+            .filter(|&end| end >= HEADER_BYTES as u64)
+            .ok_or_else(too_short)?;
         let (mut header, mut trailer) = ([0; HEADER_BYTES], [0; TRAILER_BYTES]);
-        if trailer_at < HEADER_BYTES as u64 {
-            return Err(too_short());
-        }
         file.read_exact_at(&mut header, 0).map_err(failed())?;
         file.read_exact_at(&mut trailer, trailer_at)
             .map_err(failed())?;
         let (facts_at, facts_len, id) =
-            parse_ends(&header, &trailer, trailer_at).map_err(|refused| match refused {
+            parse_ends(&header, &trailer, facts_end).map_err(|refused| match refused {
                 Refused::Newer(found) => Error::NewerStore {
                     found,
                     supported: VERSION,
                 },
                 Refused::Malformed(malformed) => damaged(malformed),
             })?;
-        let mut facts = vec![0; facts_len as usize];
-        file.read_exact_at(&mut facts, facts_at).map_err(failed())?;
-        if digest(&[&header, &facts, &trailer[..16]]) != id {
+        let mut encoded = vec![0; facts_len as usize];
+        file.read_exact_at(&mut encoded, facts_at)
+            .map_err(failed())?;
+        let mut authenticator = [0; AUTHENTICATOR_BYTES];
+        let authenticator = &mut authenticator[..authenticator_len];
+        file.read_exact_at(authenticator, facts_end)
+            .map_err(failed())?;
+        let covered: [&[u8]; 3] = [&header, &encoded, &trailer[..16]];
+        if digest(&covered) != id {
             return Err(damaged(Malformed("the digest of the facts does not match")));
         }
-        let facts: Facts = serde_json::from_slice(&facts)
+        let facts: Facts = serde_json::from_slice(&encoded)
             .map_err(|_| damaged(Malformed("the facts do not parse")))?;
+        let salt = match facts.salt {
+            Some(salt) if shared.config.is_encrypted() => salt,
+            None if !shared.config.is_encrypted() => FileId::default(),
+            _ => {
+                return Err(damaged(Malformed(
+                    "it is sealed, or is not, unlike its store",
+                )));
+            }
+        };
+        let keys = shared.keys.map(|keys| Arc::new(keys.snapshot(salt)));
+        if let Access::Open(keys) = &keys {
+            // Compares in constant time.
+            if keys.authenticate(&covered) != *authenticator {
+                return Err(damaged(Malformed(
+                    "the facts were not written with the store's key",
+                )));
+            }
+            if facts.name != name {
+                return Err(damaged(Malformed("it was saved under another name")));
+            }
+        }
         let snapshot = Snapshot {
             id: SnapshotId(id),
             facts,
             name: name.to_owned(),
             file,
+            keys,
         };
         snapshot.check_layout(facts_at).map_err(damaged)?;
         Ok(snapshot)
@@ -290,6 +362,18 @@ impl Snapshot {
 
     /// The opaque bytes that the snapshot was saved with.
     pub(crate) fn manifest(&self) -> Result<Vec<u8>> {
+        let keys = self.keys.get()?;
+        let stored = self.stored_manifest()?;
+        match keys {
+            Some(keys) => keys
+                .open_manifest(&stored)
+                .map_err(|malformed| self.damaged(malformed)),
+            None => Ok(stored),
+        }
+    }
+
+    /// The manifest as it is stored, with its digest checked.
+    pub(crate) fn stored_manifest(&self) -> Result<Vec<u8>> {
         self.read_span(&self.facts.manifest, "the manifest's digest does not match")
     }
 
@@ -319,6 +403,7 @@ impl Snapshot {
             size: facts.size,
             blocks_at: facts.blocks_at,
             pack_slots: config.pack_slots(),
+            image: image as u32,
             directory,
             snapshot: self.clone(),
         })
@@ -369,7 +454,7 @@ impl From<Malformed> for Refused {
 fn parse_ends(
     header: &[u8],
     trailer: &[u8],
-    trailer_at: u64,
+    facts_end: u64,
 ) -> Result<(u64, u32, [u8; 16]), Refused> {
     let mut cursor = Cursor::new(header);
     cursor.expect(MAGIC, "not a snapshot")?;
@@ -386,9 +471,9 @@ fn parse_ends(
         return Err(Malformed("the trailer is impossible").into());
     }
     if facts_at < HEADER_BYTES as u64
-        || facts_at.checked_add(u64::from(facts_len)) != Some(trailer_at)
+        || facts_at.checked_add(u64::from(facts_len)) != Some(facts_end)
     {
-        return Err(Malformed("the facts do not end at the trailer").into());
+        return Err(Malformed("the facts do not end where they should").into());
     }
     Ok((facts_at, facts_len, id))
 }
@@ -402,6 +487,8 @@ pub(crate) struct Recipe {
     pub(crate) size: u64,
     blocks_at: u64,
     pack_slots: u32,
+    /// The image's position in the snapshot.
+    image: u32,
     snapshot: Snapshot,
 }
 
@@ -427,22 +514,34 @@ impl Recipe {
         Ok(stored)
     }
 
-    /// Decodes a block.
-    pub(crate) fn places(&self, block: usize, coder: &mut BlockCoder) -> Result<Vec<Place>> {
-        self.decode(block, &self.stored_block(block)?, coder)
+    /// The plain form of a block: what is stored, or what is under its seal.
+    pub(crate) fn block_form(&self, block: usize) -> Result<Vec<u8>> {
+        let keys = self.snapshot.keys.get()?;
+        let stored = self.stored_block(block)?;
+        match keys {
+            Some(keys) => keys
+                .open_block(self.image, block as u64, &stored)
+                .map_err(|malformed| self.snapshot.damaged(malformed)),
+            None => Ok(stored),
+        }
     }
 
-    /// Decodes the stored bytes of a block.
+    /// Decodes a block.
+    pub(crate) fn places(&self, block: usize, coder: &mut BlockCoder) -> Result<Vec<Place>> {
+        self.decode(block, &self.block_form(block)?, coder)
+    }
+
+    /// Decodes the plain form of a block.
     pub(crate) fn decode(
         &self,
         block: usize,
-        stored: &[u8],
+        form: &[u8],
         coder: &mut BlockCoder,
     ) -> Result<Vec<Place>> {
         let mut places = vec![Place::ZERO; self.block_chunks(block)];
         coder
             .decode(
-                stored,
+                form,
                 self.directory.packs.len() as u32,
                 self.pack_slots,
                 &mut places,

@@ -8,8 +8,10 @@ use crate::config::{Config, CreateOptions};
 use crate::error::{Error, Result};
 use crate::hash::Identifier;
 use crate::index::Index;
+use crate::key::Key;
 use crate::read::{Frames, ImageReader};
 use crate::refs;
+use crate::seal::{Access, Keys};
 use crate::snapshot::{Facts, Snapshot, SnapshotId};
 use crate::write::{Saved, Writer};
 
@@ -22,8 +24,8 @@ pub(crate) const CONFIG: &str = "config";
 /// How to open a store.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
-    /// The key that the store was created with, if any.
-    pub key: Option<[u8; 32]>,
+    /// The key that the store was created with, if it is encrypted.
+    pub key: Option<Key>,
     /// Threads for saving and loading; by default one for each core.
     pub threads: usize,
     /// Bytes of the index to hold in memory while saving. What is beyond is read from the backend, bucket by bucket.
@@ -53,13 +55,26 @@ pub struct Store {
 pub(crate) struct Shared {
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) config: Config,
-    pub(crate) identifier: Identifier,
+    pub(crate) keys: Access<Keys>,
+    /// None without the key.
+    identifier: Option<Identifier>,
     pub(crate) index: Index,
     pub(crate) frames: Frames,
     pub(crate) threads: usize,
 }
 
 impl Shared {
+    /// Computes identities.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Key`] when that takes a key that is not at hand.
+    pub(crate) fn identifier(&self) -> Result<&Identifier> {
+        self.identifier
+            .as_ref()
+            .ok_or(Error::Key("no key was given"))
+    }
+
     /// Fails when a snapshot or tag has this name. Somebody may still take it: what counts is the publishing.
     pub(crate) fn check_name_is_free(&self, name: &str) -> Result<()> {
         for area in [Area::Snapshots, Area::Tags] {
@@ -138,7 +153,7 @@ impl Store {
                 _ => failed()(error),
             })?;
         backend.sync(Area::Root).map_err(failed())?;
-        open.key = create.key;
+        open.key = create.key.clone();
         Store::open(backend, open)
     }
 
@@ -149,17 +164,64 @@ impl Store {
     /// As [`Store::open_dir`].
     pub fn open(backend: impl Backend, options: OpenOptions) -> Result<Self> {
         let config = read_config(&backend)?;
-        config.check_key(options.key.as_ref())?;
-        Ok(Store {
+        let keys = config.unlock(options.key.as_ref())?;
+        Ok(Store::with_keys(backend, config, keys, &options))
+    }
+
+    /// Opens the store in a directory for what takes no key; see [`Store::open_without_key`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::open_dir`], but for the key.
+    pub fn open_dir_without_key(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
+        Store::open_without_key(LocalDir::new(path.as_ref()), options)
+    }
+
+    /// Opens a store for what takes no key, whether or not it is encrypted: [`Store::log`], [`Store::show`],
+    /// [`Store::stat`], [`Store::tag`] and [`Store::rm`] work as always; [`Store::fsck`] checks digests and
+    /// decodes nothing; [`Store::gc`] removes packs that no snapshot names and shrinks none. Everything else is
+    /// [`Error::Key`] in an encrypted store. The key of `options` is not looked at.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::open_dir`], but for the key.
+    pub fn open_without_key(backend: impl Backend, options: OpenOptions) -> Result<Self> {
+        let config = read_config(&backend)?;
+        let keys = if config.is_encrypted() {
+            Access::Locked
+        } else {
+            Access::Plain
+        };
+        Ok(Store::with_keys(backend, config, keys, &options))
+    }
+
+    fn with_keys(
+        backend: impl Backend,
+        config: Config,
+        keys: Access<Keys>,
+        options: &OpenOptions,
+    ) -> Self {
+        let identifier = match &keys {
+            Access::Plain => Some(Identifier::new(None)),
+            Access::Locked => None,
+            Access::Open(keys) => Some(Identifier::new(Some(keys.identities()))),
+        };
+        Store {
             shared: Arc::new(Shared {
                 backend: Arc::new(backend),
-                identifier: Identifier::new(options.key),
+                keys,
+                identifier,
                 index: Index::new(options.index_memory),
                 frames: Frames::new(options.frame_memory),
                 threads: options.threads.max(1),
                 config,
             }),
-        })
+        }
+    }
+
+    /// Whether the store is encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.shared.config.is_encrypted()
     }
 
     /// The store's id: random, given to it when it was created.
@@ -243,7 +305,7 @@ impl Store {
     pub fn log(&self) -> Result<Vec<LogEntry>> {
         let tags = refs::tags_by_snapshot(&*self.shared.backend)?;
         let mut entries = Vec::new();
-        for snapshot in refs::all_snapshots(&*self.shared.backend)? {
+        for snapshot in refs::all_snapshots(&self.shared)? {
             entries.push(log_entry(snapshot, &tags));
         }
         entries.sort_by(|a, b| (b.facts.created_ms, &b.name).cmp(&(a.facts.created_ms, &a.name)));
@@ -266,12 +328,12 @@ impl Store {
     ///
     /// [`Error::NoSnapshot`]; the store cannot be written.
     pub fn rm(&self, name: &str) -> Result<()> {
-        refs::remove(&*self.shared.backend, name)
+        refs::remove(&self.shared, name)
     }
 
     /// The snapshot with this name, tag or id.
     pub(crate) fn resolve(&self, reference: &str) -> Result<Snapshot> {
-        refs::resolve(&*self.shared.backend, reference)
+        refs::resolve(&self.shared, reference)
     }
 }
 

@@ -15,6 +15,7 @@ fn dedup(dir: &Path, args: &[&str]) -> Output {
         .args(args)
         .current_dir(dir)
         .env_remove("DEDUP_STORE")
+        .env_remove("DEDUP_KEY_FILE")
         .output()
         .unwrap()
 }
@@ -93,4 +94,49 @@ fn damage_has_an_exit_code_of_its_own() {
     assert!(String::from_utf8_lossy(&checked.stdout).contains("snapshots hit: a"));
     assert_eq!(dedup(dir, &["fsck", "--repair"]).status.code(), Some(2));
     assert!(String::from_utf8_lossy(&dedup(dir, &["fsck"]).stdout).contains("are not there"));
+}
+
+#[test]
+fn an_encrypted_store_takes_its_key_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("image"), image(100, 3)).unwrap();
+    let key = ["--key-file", "key"];
+    let with_key = |args: &[&str]| dedup(dir, &[args, &key].concat());
+    assert!(with_key(&["init"]).status.success());
+    assert!(with_key(&["save", "a", "image"]).status.success());
+    // Where it takes no key, none is asked for.
+    for args in [
+        ["ls"].as_slice(),
+        &["stat"],
+        &["fsck"],
+        &["tag", "a", "b"],
+        &["gc"],
+    ] {
+        json(dir, args);
+    }
+    assert_eq!(json(dir, &["fsck"])["digests_only"], true);
+    for args in [
+        ["load", "a", "loaded"],
+        ["save", "b", "image"],
+        ["diff", "a", "a"],
+    ] {
+        let refused = dedup(dir, &args);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("no key was given"));
+    }
+    let loaded = Command::new(env!("CARGO_BIN_EXE_dedup"))
+        .args(["load", "a", "loaded"])
+        .current_dir(dir)
+        .env("DEDUP_KEY_FILE", "key")
+        .output()
+        .unwrap();
+    assert!(loaded.status.success());
+    assert!(std::fs::read(dir.join("loaded")).unwrap() == image(100, 3));
+    std::fs::write(dir.join("other"), "0".repeat(64)).unwrap();
+    let refused = dedup(dir, &["ls", "--key-file", "other"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("chmod 600"));
+    // Not made but by `init`.
+    assert!(!dedup(dir, &["ls", "--key-file", "absent"]).status.success());
+    assert!(!dir.join("absent").exists());
 }

@@ -6,8 +6,8 @@ mod support;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dedup::{CreateOptions, Error, GcOptions, Store};
-use support::{Random, image, load, options, save, touch};
+use dedup::{Error, GcOptions, Store};
+use support::{Random, create_options, image, load, options, save, touch};
 
 /// The image of a snapshot of this name: most is common to all, some to a few.
 fn image_of(writer: u64, round: u64) -> Vec<u8> {
@@ -19,7 +19,7 @@ fn image_of(writer: u64, round: u64) -> Vec<u8> {
 #[test]
 fn writers_readers_and_collections_do_not_hurt_each_other() {
     let dir = tempfile::tempdir().unwrap();
-    Store::create_dir(dir.path(), &CreateOptions::default(), options()).unwrap();
+    Store::create_dir(dir.path(), &create_options(), options()).unwrap();
     let open = || Store::open_dir(dir.path(), options()).unwrap();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {

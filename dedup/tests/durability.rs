@@ -9,8 +9,8 @@ use std::io;
 use std::sync::{Arc, Mutex};
 
 use dedup::backend::{Area, Backend, Draft, Entry, Files, Lease, Lock, Memory, Publish, ReadAt};
-use dedup::{CreateOptions, GcOptions, OpenOptions, Store};
-use support::{Random, image, load, save, touch};
+use dedup::{GcOptions, OpenOptions, Store};
+use support::{Random, create_options, image, load, save, touch};
 
 /// What a backend was asked to do, and what the library had promised by then.
 #[derive(Clone, Debug)]
@@ -172,7 +172,7 @@ fn after_crash(ops: &[Op], tail: Tail, lost: &mut dyn FnMut(usize) -> bool) -> F
 fn options() -> OpenOptions {
     OpenOptions {
         threads: 1,
-        ..OpenOptions::default()
+        ..support::options()
     }
 }
 
@@ -182,7 +182,7 @@ type Images = BTreeMap<String, Vec<u8>>;
 /// A life of a store, in which everything happens.
 fn record() -> (Vec<Op>, Images) {
     let recorder = Recorder::default();
-    let store = Store::create(recorder.clone(), &CreateOptions::default(), options()).unwrap();
+    let store = Store::create(recorder.clone(), &create_options(), options()).unwrap();
     recorder.promise(Promise::Created);
     let mut images = Images::new();
     let mut save = |name: &str, image: &[u8]| {

@@ -8,8 +8,8 @@ mod support;
 use std::io::ErrorKind;
 
 use dedup::backend::{Area, Backend, Fault, Faulty, Memory, Publish};
-use dedup::{CreateOptions, Error, GcOptions, Store};
-use support::{create, image, load, options, save, touch};
+use dedup::{Error, GcOptions, Store};
+use support::{create, create_options, image, load, options, save, touch};
 
 /// A store with a snapshot `a`.
 fn some_store() -> (Memory, Vec<u8>) {
@@ -124,7 +124,7 @@ fn a_store_that_cannot_be_written_can_be_read() {
 #[test]
 fn what_dead_processes_left_stops_nobody() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::create_dir(dir.path(), &CreateOptions::default(), options()).unwrap();
+    let store = Store::create_dir(dir.path(), &create_options(), options()).unwrap();
     save(&store, "a", &image(50, 4)).unwrap();
     // A lease on everything, locks and drafts: as files they stay, but nobody holds them.
     let packs: Vec<_> = std::fs::read_dir(dir.path().join("packs"))
@@ -168,41 +168,7 @@ fn a_newer_store_is_refused_and_left_alone() {
         dedup::repair_config(&backend),
         Err(Error::NewerStore { .. })
     ));
-    let created = Store::create(backend.clone(), &CreateOptions::default(), options()).map(drop);
+    let created = Store::create(backend.clone(), &create_options(), options()).map(drop);
     assert!(matches!(created, Err(Error::StoreExists)));
     assert_eq!(backend.files(), before);
-}
-
-#[test]
-fn a_store_opens_only_with_its_key() {
-    let backend = Memory::new();
-    let create = CreateOptions {
-        key: Some([1; 32]),
-        ..CreateOptions::default()
-    };
-    save(
-        &Store::create(backend.clone(), &create, options()).unwrap(),
-        "a",
-        &image(50, 5),
-    )
-    .unwrap();
-    for key in [None, Some([2; 32])] {
-        let opened =
-            Store::open(backend.clone(), dedup::OpenOptions { key, ..options() }).map(drop);
-        assert!(matches!(opened, Err(Error::Key(_))), "{opened:?}");
-    }
-    let store = Store::open(
-        backend,
-        dedup::OpenOptions {
-            key: Some([1; 32]),
-            ..options()
-        },
-    )
-    .unwrap();
-    assert!(store.fsck().unwrap().problems.is_empty());
-    assert!(load(&store, "a").unwrap() == image(50, 5));
-    assert!(matches!(
-        Store::open(Memory::new(), options()).map(drop),
-        Err(Error::NoStore)
-    ));
 }

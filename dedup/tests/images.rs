@@ -7,7 +7,7 @@ mod support;
 use dedup::backend::Memory;
 use dedup::{CreateOptions, Error, Store, Zeros};
 use proptest::prelude::*;
-use support::{Random, create, fill_page, image, load, options, save, touch};
+use support::{Random, create, create_options, fill_page, image, load, options, save, touch};
 
 #[test]
 fn images_come_back() {
@@ -79,7 +79,7 @@ fn every_chunk_size_works() {
     for chunk_size in (9..=20).map(|bits| 1 << bits) {
         let create = CreateOptions {
             chunk_size,
-            key: Some([3; 32]),
+            key: support::key(),
         };
         let store = Store::create(Memory::new(), &create, options()).unwrap();
         let image = image(2500, 6);
@@ -133,12 +133,7 @@ fn several_images_and_a_manifest_make_a_snapshot() {
 fn files_come_back_with_their_holes() {
     use std::os::unix::fs::{FileExt, MetadataExt};
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::create_dir(
-        dir.path().join("store"),
-        &CreateOptions::default(),
-        options(),
-    )
-    .unwrap();
+    let store = Store::create_dir(dir.path().join("store"), &create_options(), options()).unwrap();
     let file = std::fs::File::create(dir.path().join("sparse")).unwrap();
     file.set_len((1 << 30) + 777).unwrap();
     let data = image(300, 9);

@@ -10,8 +10,8 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use dedup::{CreateOptions, GcOptions, Store};
-use support::{Random, image, load, options, save, touch};
+use dedup::{GcOptions, Store};
+use support::{Random, create_options, image, load, options, save, touch};
 
 const STORE: &str = "DEDUP_TEST_STORE";
 const WRITER: &str = "DEDUP_TEST_WRITER";
@@ -41,6 +41,14 @@ fn writer_process() {
     }
 }
 
+/// The name of the test above, which is in another module in `encrypted.rs`.
+fn writer_process_name() -> String {
+    let path = concat!(module_path!(), "::writer_process");
+    path.split_once("::")
+        .map_or("", |(_, name)| name)
+        .to_owned()
+}
+
 #[test]
 fn a_killed_writer_loses_nothing_it_had_saved() {
     let kills: u64 = std::env::var("DEDUP_KILLS")
@@ -48,11 +56,11 @@ fn a_killed_writer_loses_nothing_it_had_saved() {
         .and_then(|kills| kills.parse().ok())
         .unwrap_or(25);
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::create_dir(dir.path(), &CreateOptions::default(), options()).unwrap();
+    let store = Store::create_dir(dir.path(), &create_options(), options()).unwrap();
     let mut random = Random::new(kills);
     for writer in 0..kills {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "writer_process", "--nocapture"])
+            .args(["--exact", &writer_process_name(), "--nocapture"])
             .env(STORE, dir.path())
             .env(WRITER, writer.to_string())
             .stdout(Stdio::piped())

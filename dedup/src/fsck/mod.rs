@@ -22,10 +22,12 @@ pub use repair::repair_config;
 pub struct Report {
     /// Packs checked.
     pub packs: u64,
-    /// Chunks decoded and hashed.
+    /// Chunks decoded and hashed; or, when `digests_only`, in frames whose digests match.
     pub chunks: u64,
     /// Snapshots checked.
     pub snapshots: u64,
+    /// Whether only digests were checked, because the store is encrypted and no key was given.
+    pub digests_only: bool,
     /// What is wrong, by file; nothing when all is well.
     pub problems: Vec<Problem>,
     /// What a repair did.
@@ -63,7 +65,8 @@ struct Check<'a> {
 }
 
 impl Store {
-    /// Reads every byte of the store and checks it. Others may save and load at the same time.
+    /// Reads every byte of the store and checks it. Others may save and load at the same time. Without the key of an
+    /// encrypted store, digests are checked and nothing is decoded.
     ///
     /// # Errors
     ///
@@ -82,8 +85,9 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// As [`Store::fsck`]; the store cannot be written.
+    /// As [`Store::fsck`]; [`Error::Key`]; the store cannot be written.
     pub fn repair(&self) -> Result<Report> {
+        self.shared.keys.get()?;
         let _lock = lock(&*self.shared.backend)?;
         let check = Check::run(&self.shared)?;
         let repaired = repair::repair(&check)?;
@@ -154,6 +158,7 @@ impl<'a> Check<'a> {
             packs: self.packs.whole.len() as u64,
             chunks: self.packs.chunks,
             snapshots: self.snapshots,
+            digests_only: self.shared.keys.is_locked(),
             problems,
             repaired: Vec::new(),
         }
@@ -173,7 +178,7 @@ impl<'a> Check<'a> {
             .list(Area::Tags)
             .map_err(Error::io("list the tags"))?
         {
-            match refs::resolve_tag(backend, &entry.name) {
+            match refs::resolve_tag(self.shared, &entry.name) {
                 Ok(Some(_)) => {}
                 Ok(None) => {
                     self.problem(Area::Tags, &entry.name, "it names no snapshot", Vec::new())

@@ -42,7 +42,11 @@ pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some(id) = next else { return Ok(()) };
             let mut whole = Slots::default();
-            let checked = check_pack(shared, id, &mut decoder, &mut whole);
+            let checked = if shared.keys.is_locked() {
+                check_digests(shared, id, &mut whole)
+            } else {
+                check_pack(shared, id, &mut decoder, &mut whole)
+            };
             let mut packs = packs.lock().unwrap_or_else(PoisonError::into_inner);
             packs.chunks += u64::from(whole.len());
             packs.whole.insert(id, whole);
@@ -58,7 +62,8 @@ pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result
 /// live and right.
 fn check_pack(shared: &Shared, id: FileId, decoder: &mut Decoder, whole: &mut Slots) -> Result<()> {
     let config = &shared.config;
-    let pack = Pack::open(&*shared.backend, config, id)?;
+    let pack = Pack::open(shared, id)?;
+    let identifier = shared.identifier()?;
     let mut result = pack.check_gapless();
     let ids = match pack.ids() {
         Ok(ids) => Some(ids),
@@ -86,7 +91,7 @@ fn check_pack(shared: &Shared, id: FileId, decoder: &mut Decoder, whole: &mut Sl
         debug_assert_eq!(len, usize::from(entry.slots) * config.chunk_size as usize);
         let chunks: Vec<&[u8]> = plain[..len].chunks(config.chunk_size as usize).collect();
         let mut found = Vec::new();
-        shared.identifier.identify_all(&chunks, &mut found);
+        identifier.identify_all(&chunks, &mut found);
         for ((slot, chunk), found) in (number as u32 * config.frame_chunks()..)
             .zip(&chunks)
             .zip(found)
@@ -106,6 +111,29 @@ fn check_pack(shared: &Shared, id: FileId, decoder: &mut Decoder, whole: &mut Sl
                 }
                 _ => {}
             }
+        }
+    }
+    result
+}
+
+/// Checks what takes no key: all digests. `whole` gets the live slots of frames whose digests match.
+fn check_digests(shared: &Shared, id: FileId, whole: &mut Slots) -> Result<()> {
+    let pack = Pack::open(shared, id)?;
+    let mut result = pack.check_gapless().and(pack.stored_ids().map(drop));
+    let mut stored = Vec::new();
+    for (number, entry) in (0..).zip(&pack.table().frames) {
+        if entry.slots == 0 {
+            continue;
+        }
+        match pack.check_frame(number, &mut stored) {
+            Ok(()) => {
+                let first = number * shared.config.frame_chunks();
+                let slots = first..first + u32::from(entry.slots);
+                slots
+                    .filter(|&slot| pack.table().has(slot))
+                    .for_each(|slot| whole.insert(slot));
+            }
+            Err(error) => result = result.and(Err(error)),
         }
     }
     result

@@ -12,7 +12,7 @@ use crate::index::{self, BucketBuffer, EMPTY_BUCKET, View};
 use crate::name::FileId;
 use crate::pack::{CONFIG_AT, ChunkIds, Pack, PackBuilder, salvage};
 use crate::refs;
-use crate::store::{CONFIG, Shared, read_config};
+use crate::store::{CONFIG, read_config};
 
 /// The chunks of a pack, by frame and slot; none where a slot is dead or lost.
 type Frames = BTreeMap<u32, Vec<Option<(ChunkId, Vec<u8>)>>>;
@@ -70,11 +70,11 @@ pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
         .list(Area::Tags)
         .map_err(Error::io("list the tags"))?
     {
-        if !matches!(refs::resolve_tag(backend, &tag.name), Ok(Some(_))) {
+        if !matches!(refs::resolve_tag(shared, &tag.name), Ok(Some(_))) {
             done.push(move_away(backend, Area::Tags, &tag.name)?);
         }
     }
-    index::rebuild(backend, &shared.config)?;
+    index::rebuild(shared)?;
     shared.index.add(backend, &shared.config, Vec::new())?;
     done.push("rebuilt the index".into());
     Ok(done)
@@ -105,11 +105,12 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
         .map_err(Error::io(format!("read packs/{id}")))?;
     keep_copy(backend, &*file, &format!("packs-{id}"))?;
 
+    let identifier = shared.identifier()?;
     let mut frames = Frames::new();
-    salvage(&*file, config, |number, chunks, live| {
+    salvage(shared, &*file, id, |number, chunks, live| {
         let chunks = chunks.chunks(config.chunk_size as usize).zip(live);
-        let slots = chunks
-            .map(|(chunk, live)| live.then(|| (shared.identifier.identify(chunk), chunk.to_vec())));
+        let slots =
+            chunks.map(|(chunk, live)| live.then(|| (identifier.identify(chunk), chunk.to_vec())));
         frames.insert(number, slots.collect());
         Ok(())
     })?;
@@ -117,7 +118,7 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     // Where the column of identities is whole, it tells what is missing.
     let mut elsewhere = Elsewhere::new(check)?;
     let mut healed = 0;
-    if let Ok(ids) = Pack::open(backend, config, id).and_then(|pack| pack.ids()) {
+    if let Ok(ids) = Pack::open(shared, id).and_then(|pack| pack.ids()) {
         for (slot, chunk) in missing(&ids, &frames, config.frame_chunks()) {
             if let Some(bytes) = elsewhere.find(&chunk, id)? {
                 let slots = frames.entry(slot / config.frame_chunks()).or_default();
@@ -128,7 +129,8 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
             }
         }
     }
-    let mut repaired = PackBuilder::new(backend, config, id)?;
+    let mut repaired = PackBuilder::new(shared, id)?;
+    let sealer = repaired.sealer();
     let mut encoder = Encoder::new()?;
     for (&number, slots) in frames
         .iter()
@@ -146,7 +148,7 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
             .collect();
         repaired.append(
             number,
-            encoder.encode(number, slots.len() as u16, &plain)?,
+            encoder.encode(number, slots.len() as u16, &plain, sealer.as_deref())?,
             &ids,
         )?;
     }
@@ -189,12 +191,8 @@ impl<'a> Elsewhere<'a> {
 
     /// The bytes of a chunk, from another pack than `damaged`.
     fn find(&mut self, id: &ChunkId, damaged: FileId) -> Result<Option<Vec<u8>>> {
-        let Shared {
-            backend,
-            config,
-            identifier,
-            ..
-        } = self.check.shared;
+        let shared = self.check.shared;
+        let (config, identifier) = (&shared.config, shared.identifier()?);
         let mut hints = Vec::new();
         self.view.find(id, &mut self.bucket, &mut hints);
         let is_whole = |pack: &FileId, slot| {
@@ -208,7 +206,7 @@ impl<'a> Elsewhere<'a> {
             .iter()
             .filter(|hint| hint.pack != damaged && is_whole(&hint.pack, hint.slot))
         {
-            let pack = Pack::open(&**backend, config, hint.pack)?;
+            let pack = Pack::open(shared, hint.pack)?;
             let mut plain = vec![0; pack.frame_bytes()];
             let frame = hint.slot / config.frame_chunks();
             let len = pack.read_frame(frame, &mut self.decoder, &mut Vec::new(), &mut plain)?;

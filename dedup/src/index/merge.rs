@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::name::FileId;
 use crate::pack::Pack;
+use crate::store::Shared;
 
 /// Entries gathered in memory before a rebuild writes a segment: 40 MiB.
 const REBUILD_ENTRIES: usize = 1 << 20;
@@ -91,7 +92,8 @@ fn remove(backend: &dyn Backend, name: &str) -> Result<()> {
 }
 
 /// Makes the index anew from all packs that can be read.
-pub(crate) fn rebuild(backend: &dyn Backend, config: &Config) -> Result<()> {
+pub(crate) fn rebuild(shared: &Shared) -> Result<()> {
+    let (backend, config) = (&*shared.backend, &shared.config);
     let old = backend
         .list(Area::Index)
         .map_err(Error::io("list the index"))?;
@@ -103,7 +105,7 @@ pub(crate) fn rebuild(backend: &dyn Backend, config: &Config) -> Result<()> {
         let Some(id) = FileId::parse(&file.name) else {
             continue;
         };
-        let Ok(ids) = Pack::open(backend, config, id).and_then(|pack| pack.ids()) else {
+        let Ok(ids) = Pack::open(shared, id).and_then(|pack| pack.ids()) else {
             continue;
         };
         entries.extend(ids.iter().map(|(slot, chunk)| Entry {

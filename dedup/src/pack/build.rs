@@ -1,11 +1,14 @@
 //! Writing a pack.
 
-use super::{END_MAGIC, TRAILER_COVERED, Table, header};
-use crate::backend::{Area, Backend, Draft, Publish};
-use crate::config::Config;
+use std::sync::Arc;
+
+use super::{END_MAGIC, TRAILER_COVERED, Table, header, ids_context};
+use crate::backend::{Area, Draft, Publish};
 use crate::error::{Error, Result};
 use crate::hash::{ChunkId, digest};
 use crate::name::FileId;
+use crate::seal::Sealer;
+use crate::store::Shared;
 
 /// A pack in work. Nobody sees it until [`PackBuilder::publish`].
 pub(crate) struct PackBuilder {
@@ -19,12 +22,20 @@ pub(crate) struct PackBuilder {
     /// The identity of each slot that lives.
     ids: Vec<Option<ChunkId>>,
     frame_chunks: usize,
+    sealer: Option<Arc<Sealer>>,
 }
 
 impl PackBuilder {
-    pub(crate) fn new(backend: &dyn Backend, config: &Config, id: FileId) -> Result<Self> {
+    /// Begins the pack `id`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Key`]; the store cannot be written.
+    pub(crate) fn new(shared: &Shared, id: FileId) -> Result<Self> {
+        let config = &shared.config;
+        let sealer = shared.keys.get()?.map(|keys| Arc::new(keys.pack(id)));
         let header = header(id, config).to_vec();
-        let mut draft = backend.draft().map_err(Error::io("begin a pack"))?;
+        let mut draft = shared.backend.draft().map_err(Error::io("begin a pack"))?;
         draft.append(&header).map_err(Error::io("write a pack"))?;
         let frames = config.pack_frames();
         Ok(PackBuilder {
@@ -36,7 +47,13 @@ impl PackBuilder {
             table: Table::new(config, frames as usize),
             ids: vec![None; config.pack_slots() as usize],
             frame_chunks: config.frame_chunks() as usize,
+            sealer,
         })
+    }
+
+    /// What seals its frames, in an encrypted store.
+    pub(crate) fn sealer(&self) -> Option<Arc<Sealer>> {
+        self.sealer.clone()
     }
 
     /// Frames appended so far.
@@ -74,6 +91,10 @@ impl PackBuilder {
         let table = self.table.encode();
         let ids: Vec<u8> = self.ids.iter().flatten().flat_map(|id| id.0).collect();
         let live = (ids.len() / ChunkId::BYTES) as u32;
+        let ids = match &self.sealer {
+            Some(sealer) => sealer.seal(&ids_context(&self.header, &table), &ids)?,
+            None => ids,
+        };
         let mut trailer = Vec::new();
         trailer.extend_from_slice(END_MAGIC);
         trailer.extend_from_slice(&self.len.to_le_bytes());

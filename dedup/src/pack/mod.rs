@@ -28,6 +28,15 @@ const TRAILER_COVERED: usize = TRAILER_BYTES - 16;
 /// Where the copy of the store's config is in a pack.
 pub(crate) const CONFIG_AT: u64 = 24;
 
+/// What the sealed identities of a pack are bound to: which slots live tells whose they are.
+fn ids_context(header: &[u8], table: &[u8]) -> Vec<u8> {
+    let hash = blake3::Hasher::new()
+        .update(header)
+        .update(table)
+        .finalize();
+    [b"identities", hash.as_bytes().as_slice()].concat()
+}
+
 fn header(id: FileId, config: &Config) -> [u8; HEADER_BYTES] {
     let mut header = [0; HEADER_BYTES];
     header[..8].copy_from_slice(MAGIC);

@@ -2,14 +2,19 @@
 
 use std::sync::Arc;
 
-use super::{ChunkIds, END_MAGIC, HEADER_BYTES, TRAILER_BYTES, TRAILER_COVERED, Table, header};
-use crate::backend::{Area, Backend, ReadAt};
+use super::{
+    ChunkIds, END_MAGIC, HEADER_BYTES, TRAILER_BYTES, TRAILER_COVERED, Table, header, ids_context,
+    table::FrameEntry,
+};
+use crate::backend::{Area, ReadAt};
 use crate::bytes::Cursor;
 use crate::config::Config;
 use crate::error::{Error, Malformed, Result};
 use crate::frame::{self, Decoder};
 use crate::hash::{ChunkId, digest};
 use crate::name::FileId;
+use crate::seal::{Access, Sealer};
+use crate::store::Shared;
 
 /// An open pack. It stays what it was when it was opened, whatever becomes of the file's name.
 pub(crate) struct Pack {
@@ -22,14 +27,22 @@ pub(crate) struct Pack {
     ids_digest: [u8; 16],
     chunk_size: u32,
     frame_chunks: u32,
+    sealing: Access<Sealing>,
+}
+
+/// How an encrypted pack is sealed.
+struct Sealing {
+    sealer: Sealer,
+    ids_context: Vec<u8>,
 }
 
 impl Pack {
-    /// Opens a pack and checks its header, table and trailer.
-    pub(crate) fn open(backend: &dyn Backend, config: &Config, id: FileId) -> Result<Self> {
+    /// Opens a pack and checks its header, table and trailer. That takes no key.
+    pub(crate) fn open(shared: &Shared, id: FileId) -> Result<Self> {
+        let config = &shared.config;
         let name = id.to_string();
         let failed = || Error::io(format!("read {}", Area::Packs.path(&name)));
-        let file = backend.open(Area::Packs, &name).map_err(failed())?;
+        let file = shared.backend.open(Area::Packs, &name).map_err(failed())?;
         let damaged = |malformed: Malformed| malformed.in_file(Area::Packs.path(&name));
         let size = file.size();
         let trailer_at = size
@@ -53,6 +66,10 @@ impl Pack {
         if digest(&[&found_header, &table, covered]) != expected {
             return Err(damaged(Malformed("the table's digest does not match")));
         }
+        let sealing = shared.keys.map(|keys| Sealing {
+            sealer: keys.pack(id),
+            ids_context: ids_context(&found_header, &table),
+        });
         let table = Table::parse(
             &table,
             config,
@@ -74,6 +91,7 @@ impl Pack {
             ids_digest: layout.ids_digest,
             chunk_size: config.chunk_size,
             frame_chunks: config.frame_chunks(),
+            sealing,
         })
     }
 
@@ -83,6 +101,22 @@ impl Pack {
 
     /// Reads the identities of the live slots.
     pub(crate) fn ids(&self) -> Result<ChunkIds> {
+        let sealing = self.sealing.get()?;
+        let mut bytes = self.stored_ids()?;
+        let damaged = |malformed| self.damaged(malformed);
+        if let Some(sealing) = sealing {
+            let mut opened = Vec::new();
+            sealing
+                .sealer
+                .open(&sealing.ids_context, &bytes, &mut opened)
+                .map_err(damaged)?;
+            bytes = opened;
+        }
+        ChunkIds::parse(&bytes, self.table.clone()).map_err(damaged)
+    }
+
+    /// Reads the column of identities as it is stored, and checks its digest.
+    pub(crate) fn stored_ids(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0; (self.trailer_at - self.ids_at) as usize];
         self.file
             .read_exact_at(&mut bytes, self.ids_at)
@@ -90,7 +124,7 @@ impl Pack {
         if digest(&[&bytes]) != self.ids_digest {
             return Err(self.damaged(Malformed("the digest of the identities does not match")));
         }
-        ChunkIds::parse(&bytes, self.table.clone()).map_err(|malformed| self.damaged(malformed))
+        Ok(bytes)
     }
 
     pub(crate) fn damaged(&self, malformed: Malformed) -> Error {
@@ -109,6 +143,24 @@ impl Pack {
         stored: &mut Vec<u8>,
         plain: &mut [u8],
     ) -> Result<usize> {
+        let sealer = self.sealing.get()?.map(|sealing| &sealing.sealer);
+        let entry = self.read_stored(number, stored)?;
+        let header = decoder
+            .decode(stored, self.chunk_size, sealer, plain)
+            .map_err(|malformed| self.damaged(malformed))?;
+        self.check_header(&header, number, entry)?;
+        Ok(usize::from(header.slots) * self.chunk_size as usize)
+    }
+
+    /// Checks the digest and the header of the frame `number`, which takes no key. `stored` is a buffer.
+    pub(crate) fn check_frame(&self, number: u32, stored: &mut Vec<u8>) -> Result<()> {
+        let entry = self.read_stored(number, stored)?;
+        let header = frame::check(stored).map_err(|malformed| self.damaged(malformed))?;
+        self.check_header(&header, number, entry)
+    }
+
+    /// Reads a frame as it is stored; gives its row of the table.
+    fn read_stored(&self, number: u32, stored: &mut Vec<u8>) -> Result<FrameEntry> {
         let entry = self
             .table
             .frames
@@ -120,13 +172,15 @@ impl Pack {
         self.file
             .read_exact_at(stored, u64::from(entry.offset))
             .map_err(self.failed())?;
-        let header = decoder
-            .decode(stored, self.chunk_size, plain)
-            .map_err(|malformed| self.damaged(malformed))?;
-        if header.number != number || header.slots != entry.slots {
-            return Err(self.damaged(Malformed("a frame is not the one its table says")));
+        Ok(*entry)
+    }
+
+    fn check_header(&self, header: &frame::Header, number: u32, entry: FrameEntry) -> Result<()> {
+        if header.number == number && header.slots == entry.slots {
+            Ok(())
+        } else {
+            Err(self.damaged(Malformed("a frame is not the one its table says")))
         }
-        Ok(usize::from(header.slots) * self.chunk_size as usize)
     }
 
     /// Bytes of a full frame's chunks.
@@ -178,7 +232,7 @@ impl Layout {
         }
         let ids_at = table_at.checked_add(Table::encoded_len(config, u64::from(frames)));
         let ids_at = ids_at.ok_or(Malformed("the table is outside of the file"))?;
-        let ids_len = u64::from(live) * ChunkId::BYTES as u64;
+        let ids_len = u64::from(live) * ChunkId::BYTES as u64 + config.seal_overhead() as u64;
         if table_at < HEADER_BYTES as u64 || ids_at.checked_add(ids_len) != Some(trailer_at) {
             return Err(Malformed("the parts do not fill the file"));
         }
@@ -194,5 +248,7 @@ impl Layout {
 
 /// The largest stored frame.
 pub(super) fn longest_frame(config: &Config) -> usize {
-    frame::HEADER_BYTES + (config.frame_chunks() * config.chunk_size) as usize
+    frame::HEADER_BYTES
+        + config.seal_overhead()
+        + (config.frame_chunks() * config.chunk_size) as usize
 }

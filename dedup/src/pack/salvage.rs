@@ -2,22 +2,26 @@
 
 use super::open::longest_frame;
 use crate::backend::ReadAt;
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::frame::{self, Decoder};
 use crate::hash::is_zero;
+use crate::name::FileId;
+use crate::store::Shared;
 
-/// Scans a file for frames, byte by byte where it has to. `found` gets each whole frame: its number, its chunks and
+/// Scans the file of the pack `id` for frames, byte by byte where it has to. `found` gets each whole frame: its number, its chunks and
 /// for each of them whether it lives (dead slots decode as zeros).
 ///
 /// # Errors
 ///
-/// The file cannot be read, or `found` fails.
+/// [`Error::Key`]; the file cannot be read; `found` fails.
 pub(crate) fn salvage(
+    shared: &Shared,
     file: &dyn ReadAt,
-    config: &Config,
+    id: FileId,
     mut found: impl FnMut(u32, &[u8], &[bool]) -> Result<()>,
 ) -> Result<()> {
+    let config = &shared.config;
+    let sealer = shared.keys.get()?.map(|keys| keys.pack(id));
     let mut decoder = Decoder::new()?;
     let mut plain = vec![0; (config.frame_chunks() * config.chunk_size) as usize];
     // A window that always holds the longest frame at its beginning, unless the file ends before.
@@ -39,8 +43,11 @@ pub(crate) fn salvage(
             .filter(|header| header.number < config.pack_frames());
         let stored =
             header.and_then(|header| rest.get(..usize::try_from(header.stored_len()).ok()?));
-        let decoded =
-            stored.and_then(|stored| decoder.decode(stored, config.chunk_size, &mut plain).ok());
+        let decoded = stored.and_then(|stored| {
+            decoder
+                .decode(stored, config.chunk_size, sealer.as_ref(), &mut plain)
+                .ok()
+        });
         match decoded {
             Some(header) => {
                 let chunks = &plain[..usize::from(header.slots) * config.chunk_size as usize];

@@ -130,8 +130,8 @@ impl Table {
             let entry = self.frames[frame];
             let inside = u64::from(entry.offset) >= start
                 && u64::from(entry.offset) + u64::from(entry.len) <= end;
-            let longest =
-                frame::HEADER_BYTES as u64 + u64::from(entry.slots) * u64::from(config.chunk_size);
+            let longest = (frame::HEADER_BYTES + config.seal_overhead()) as u64
+                + u64::from(entry.slots) * u64::from(config.chunk_size);
             let plausible = inside
                 && u32::from(entry.slots) <= self.frame_chunks
                 && (frame::HEADER_BYTES as u64..=longest).contains(&u64::from(entry.len));

@@ -59,9 +59,8 @@ impl Frames {
     /// An open pack. It may have been replaced since by one without its dead chunks: to read what lives, either
     /// will do.
     pub(crate) fn pack(&self, shared: &Shared, id: FileId) -> Result<Arc<Pack>> {
-        self.packs.get_or_insert_with(&id, || {
-            Pack::open(&*shared.backend, &shared.config, id).map(Arc::new)
-        })
+        self.packs
+            .get_or_insert_with(&id, || Pack::open(shared, id).map(Arc::new))
     }
 
     /// Forgets what was read, because files were repaired.

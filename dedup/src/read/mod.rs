@@ -33,6 +33,7 @@ pub struct ImageReader {
 
 impl ImageReader {
     pub(crate) fn open(shared: Arc<Shared>, snapshot: &Snapshot, image: &str) -> Result<Self> {
+        shared.keys.get()?;
         let recipe = snapshot.recipe_of(&shared.config, image)?;
         let packs = recipe
             .directory
@@ -48,7 +49,7 @@ impl ImageReader {
             other => Some(other?),
         };
         // A collection that had read the leases before has then seen the snapshot, if it is still there now.
-        Snapshot::open(&*shared.backend, &snapshot.name)?;
+        Snapshot::open(&shared, &snapshot.name)?;
         Ok(ImageReader {
             shared,
             recipe,

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use super::Writer;
 use super::file::data_extents;
 use super::parent::Parent;
-use super::session::Session;
+use super::session::{BlockAt, Session};
 use super::worker::{Block, EncodedBlock, Worker, packs_of};
 use crate::error::{Error, Result};
 use crate::recipe::{BLOCK_CHUNKS, Place};
@@ -321,8 +321,11 @@ impl<'w> ImageWriter<'w> {
                     .filter(|_| !failed.load(Ordering::Relaxed))
                     .map(|work| (at, work))
             } {
-                let encoded =
-                    encode_one(&mut worker, &writer.session, parent, first_block + at, work);
+                let at_block = BlockAt {
+                    image: writer.images.len() as u32,
+                    block: (first_block + at) as u64,
+                };
+                let encoded = encode_one(&mut worker, &writer.session, parent, at_block, work);
                 mine.push((
                     at,
                     encoded.inspect_err(|_| failed.store(true, Ordering::Relaxed))?,
@@ -352,9 +355,10 @@ fn encode_one(
     worker: &mut Worker,
     session: &Session,
     parent: Option<&Parent>,
-    block: usize,
+    at_block: BlockAt,
     work: &Work<'_>,
 ) -> Result<EncodedBlock> {
+    let block = at_block.block as usize;
     let parent = parent.filter(|parent| parent.block_chunks(block) > 0);
     match *work {
         Work::Zeros { chunks } => Ok(EncodedBlock {
@@ -373,20 +377,20 @@ fn encode_one(
             buffer.resize(len, 0);
             file.read_exact_at(&mut buffer, at)
                 .map_err(Error::io(format!("read {}", path.display())))?;
-            let encoded = encode_bytes(worker, session, parent, block, &buffer, None);
+            let encoded = encode_bytes(worker, session, parent, at_block, &buffer, None);
             worker.buffer = buffer;
             encoded
         }
         Work::Bytes { bytes, kept } => {
             let kept = kept.filter(|kept| kept.contains(&true));
-            encode_bytes(worker, session, parent, block, bytes, kept)
+            encode_bytes(worker, session, parent, at_block, bytes, kept)
         }
         Work::Keep => {
             let kept = [true; BLOCK_CHUNKS];
             let Some(parent) = parent else {
                 unreachable!("`keep` has checked that there is one")
             };
-            let (stored, places) = parent.block(session, block, &mut worker.coder)?;
+            let (form, places) = parent.block(session, block, &mut worker.coder)?;
             let all: Option<Vec<Place>> = places.iter().copied().collect();
             match all.filter(|_| parent.has_same_numbers()) {
                 Some(places) => {
@@ -395,12 +399,12 @@ fn encode_one(
                         packs: packs_of(&places, session.shared.config.pack_slots()),
                         zero_chunks: places.iter().filter(|place| place.is_zero()).count() as u64,
                         new_chunks: 0,
-                        stored,
+                        stored: session.seal_block(at_block, form)?,
                     })
                 }
                 None => {
                     let zeros = vec![0; BLOCK_CHUNKS * session.shared.config.chunk_size as usize];
-                    encode_bytes(worker, session, Some(parent), block, &zeros, Some(&kept))
+                    encode_bytes(worker, session, Some(parent), at_block, &zeros, Some(&kept))
                 }
             }
         }
@@ -412,7 +416,7 @@ fn encode_bytes(
     worker: &mut Worker,
     session: &Session,
     parent: Option<&Parent>,
-    block: usize,
+    at: BlockAt,
     bytes: &[u8],
     kept: Option<&[bool]>,
 ) -> Result<EncodedBlock> {
@@ -420,13 +424,14 @@ fn encode_bytes(
         return worker.encode(
             session,
             &Block {
+                at,
                 bytes,
                 kept: None,
                 parent: None,
             },
         );
     };
-    let (_, places) = parent.block(session, block, &mut worker.coder)?;
+    let (_, places) = parent.block(session, at.block as usize, &mut worker.coder)?;
     let guesses: Vec<Place> = places
         .iter()
         .map(|place| place.unwrap_or(Place::ZERO))
@@ -435,6 +440,7 @@ fn encode_bytes(
         return worker.encode(
             session,
             &Block {
+                at,
                 bytes,
                 kept: None,
                 parent: Some(&guesses),
@@ -453,19 +459,20 @@ fn encode_bytes(
     let mut kept = kept.to_vec();
     let mut bytes = std::borrow::Cow::Borrowed(bytes);
     let chunk_size = session.shared.config.chunk_size as usize;
-    for at in (0..kept.len())
-        .filter(|&at| kept[at] && places[at].is_none())
+    for number in (0..kept.len())
+        .filter(|&number| kept[number] && places[number].is_none())
         .collect::<Vec<_>>()
     {
-        let end = ((at + 1) * chunk_size).min(bytes.len());
-        let chunk = &mut bytes.to_mut()[at * chunk_size..end];
-        let offset = (block * BLOCK_CHUNKS + at) as u64 * chunk_size as u64;
+        let end = ((number + 1) * chunk_size).min(bytes.len());
+        let chunk = &mut bytes.to_mut()[number * chunk_size..end];
+        let offset = (at.block as usize * BLOCK_CHUNKS + number) as u64 * chunk_size as u64;
         parent.reader().read_at(offset, chunk)?;
-        kept[at] = false;
+        kept[number] = false;
     }
     worker.encode(
         session,
         &Block {
+            at,
             bytes: &bytes,
             kept: Some(&kept),
             parent: Some(&guesses),

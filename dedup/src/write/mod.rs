@@ -137,7 +137,7 @@ impl Writer {
             images: self.images,
             manifest: self.manifest,
         };
-        let (bytes, id) = draft.encode()?;
+        let (bytes, id) = draft.encode(self.session.snapshot_keys.as_ref())?;
         shared.check_name_is_free(&self.name)?;
         snapshot::publish(&*shared.backend, &self.name, &bytes)?;
         shared

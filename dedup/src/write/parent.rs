@@ -72,7 +72,7 @@ impl Parent {
         self.reader.recipe().block_chunks(block)
     }
 
-    /// The stored bytes of a block, and its places in the session's numbers. A chunk that is there but must not
+    /// The plain form of a block, and its places in the session's numbers. A chunk that is there but must not
     /// be referred to is `None`.
     pub(super) fn block(
         &self,
@@ -80,16 +80,16 @@ impl Parent {
         block: usize,
         coder: &mut BlockCoder,
     ) -> Result<(Vec<u8>, Vec<Option<Place>>)> {
-        let stored = self.reader.recipe().stored_block(block)?;
-        let places = self.reader.recipe().decode(block, &stored, coder)?;
+        let form = self.reader.recipe().block_form(block)?;
+        let places = self.reader.recipe().decode(block, &form, coder)?;
         let in_session = |place: Place| match place.get(self.pack_slots) {
             None => Some(Place::ZERO),
             Some((pack, slot)) => self.numbers[pack as usize].map(|pack| session.place(pack, slot)),
         };
-        Ok((stored, places.into_iter().map(in_session).collect()))
+        Ok((form, places.into_iter().map(in_session).collect()))
     }
 
-    /// Whether a block's stored bytes mean the same in the session.
+    /// Whether a block's plain form means the same in the session.
     pub(super) fn has_same_numbers(&self) -> bool {
         self.same_numbers
     }

@@ -15,6 +15,7 @@ use crate::name::FileId;
 use crate::pack::{ChunkIds, Pack, PackBuilder};
 use crate::protect::{Claim, condemned};
 use crate::recipe::Place;
+use crate::seal::{Sealer, SnapshotKeys};
 use crate::store::Shared;
 
 /// Frames that a thread reserves at a time, so that what it stores one after the other lies together.
@@ -33,6 +34,8 @@ pub(super) struct Session {
     next_frame: AtomicU64,
     open: Mutex<HashMap<u64, OpenPack>>,
     publisher: Publisher,
+    /// What seals the snapshot in work, in an encrypted store.
+    pub(super) snapshot_keys: Option<SnapshotKeys>,
 }
 
 /// The packs that the session's recipes may count.
@@ -64,8 +67,19 @@ impl Weighter<u32, Arc<ChunkIds>> for ByMemory {
 #[derive(Clone)]
 struct OpenPack {
     number: u32,
+    /// Seals its frames, in an encrypted store.
+    sealer: Option<Arc<Sealer>>,
     /// Taken out when the pack is complete.
     builder: Arc<Mutex<Option<PackBuilder>>>,
+}
+
+/// Which block of the snapshot in work.
+#[derive(Clone, Copy)]
+pub(super) struct BlockAt {
+    /// The image's position in the snapshot.
+    pub(super) image: u32,
+    /// The block's in the image.
+    pub(super) block: u64,
 }
 
 /// Frames reserved by a thread.
@@ -81,10 +95,19 @@ impl Run {
     pub(super) fn pack(&self) -> u32 {
         self.pack.number
     }
+
+    /// What seals the pack's frames, in an encrypted store.
+    pub(super) fn sealer(&self) -> Option<&Sealer> {
+        self.pack.sealer.as_deref()
+    }
 }
 
 impl Session {
     pub(super) fn new(shared: Arc<Shared>) -> Result<Self> {
+        let snapshot_keys = match shared.keys.get()? {
+            Some(keys) => Some(keys.snapshot(FileId::random()?)),
+            None => None,
+        };
         shared.index.refresh(&*shared.backend, &shared.config)?;
         let known = Arc::new(Known::new());
         Ok(Session {
@@ -95,6 +118,7 @@ impl Session {
             open: Mutex::default(),
             publisher: Publisher::start(shared.clone(), known.clone())?,
             known,
+            snapshot_keys,
             shared,
         })
     }
@@ -167,7 +191,7 @@ impl Session {
     }
 
     fn load_ids(&self, id: FileId) -> Option<Arc<ChunkIds>> {
-        let pack = Pack::open(&*self.shared.backend, &self.shared.config, id).ok()?;
+        let pack = Pack::open(&self.shared, id).ok()?;
         pack.ids().ok().map(Arc::new)
     }
 
@@ -211,12 +235,13 @@ impl Session {
         let id = FileId::random()?;
         // Before anybody can see the pack.
         self.claim.add(&[id])?;
-        let builder = PackBuilder::new(&*self.shared.backend, &self.shared.config, id)?;
+        let builder = PackBuilder::new(&self.shared, id)?;
         let mut packs = self.packs();
         let number = packs.give_number(id);
         packs.standings.insert(id, Standing::Usable(number));
         let pack = OpenPack {
             number,
+            sealer: builder.sealer(),
             builder: Arc::new(Mutex::new(Some(builder))),
         };
         open.insert(ordinal, pack.clone());
@@ -281,6 +306,14 @@ impl Session {
                 }
             })
             .collect()
+    }
+
+    /// The stored form of a block of the recipe in work.
+    pub(super) fn seal_block(&self, at: BlockAt, form: Vec<u8>) -> Result<Vec<u8>> {
+        match &self.snapshot_keys {
+            Some(keys) => keys.seal_block(at.image, at.block, &form),
+            None => Ok(form),
+        }
     }
 
     /// A place in the session's numbers.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::session::{Run, Session};
+use super::session::{BlockAt, Run, Session};
 use crate::error::Result;
 use crate::frame::Encoder;
 use crate::hash::{ChunkId, is_zero};
@@ -49,6 +49,7 @@ pub(super) struct EncodedBlock {
 
 /// A block to encode.
 pub(super) struct Block<'a> {
+    pub(super) at: BlockAt,
     /// At most [`BLOCK_CHUNKS`] chunks; the last may be short.
     pub(super) bytes: &'a [u8],
     /// Chunks that are as in the parent, if any are.
@@ -95,6 +96,7 @@ impl Worker {
         let (mut positions, mut chunks, mut ids) = (Vec::new(), Vec::new(), Vec::new());
         let mut new_chunks = 0;
         let view = session.shared.index.view();
+        let identifier = session.shared.identifier()?;
         for group in (0..count).step_by(GROUP) {
             positions.clear();
             chunks.clear();
@@ -107,7 +109,7 @@ impl Worker {
                     chunks.push(chunk(number));
                 }
             }
-            session.shared.identifier.identify_all(&chunks, &mut ids);
+            identifier.identify_all(&chunks, &mut ids);
             for ((&number, &chunk), &id) in positions.iter().zip(&chunks).zip(&ids) {
                 let guess = block.parent.and_then(|parent| parent.get(number).copied());
                 let (place, new) = self.place(session, &view, id, chunk, guess)?;
@@ -119,7 +121,7 @@ impl Worker {
             packs: packs_of(&places, session.shared.config.pack_slots()),
             zero_chunks: places.iter().filter(|place| place.is_zero()).count() as u64,
             new_chunks,
-            stored: self.coder.encode(&places)?,
+            stored: session.seal_block(block.at, self.coder.encode(&places)?)?,
         })
     }
 
@@ -210,7 +212,9 @@ impl Worker {
             && !self.frame.ids.is_empty()
         {
             let Frame { number, ids, plain } = &self.frame;
-            let stored = self.encoder.encode(*number, ids.len() as u16, plain)?;
+            let stored = self
+                .encoder
+                .encode(*number, ids.len() as u16, plain, run.sealer())?;
             session.append(run, *number, stored, ids)?;
             run.frames = Range {
                 start: number + 1,

@@ -2,11 +2,27 @@
 #![allow(dead_code, unreachable_pub, reason = "not every test uses all of it")]
 
 use dedup::backend::Backend;
-use dedup::{CreateOptions, OpenOptions, Result, Saved, Store, Zeros};
+use dedup::{CreateOptions, Key, OpenOptions, Result, Saved, Store, Zeros};
+
+/// The key of the stores that tests create: there is one where a suite is a part of `encrypted.rs`.
+pub fn key() -> Option<Key> {
+    module_path!()
+        .starts_with("encrypted::")
+        .then(|| Key::from([0xE5; 32]))
+}
+
+/// How tests create their stores.
+pub fn create_options() -> CreateOptions {
+    CreateOptions {
+        key: key(),
+        ..CreateOptions::default()
+    }
+}
 
 /// Two threads always, so that tests do the same everywhere.
 pub fn options() -> OpenOptions {
     OpenOptions {
+        key: key(),
         threads: 2,
         ..OpenOptions::default()
     }
@@ -14,7 +30,7 @@ pub fn options() -> OpenOptions {
 
 /// A new store.
 pub fn create(backend: impl Backend) -> Store {
-    Store::create(backend, &CreateOptions::default(), options()).unwrap()
+    Store::create(backend, &create_options(), options()).unwrap()
 }
 
 /// A generator of numbers that look random; always the same for the same seed.
