@@ -302,8 +302,11 @@ fn command_line(name: &str, share: &Path, keep: [&Path; 2]) -> Result<String> {
     // Mitigations cost an emulated CPU dearly and protect nothing in it. TCG hands out this machine's own
     // TSC, the same on all CPUs, but has no flag to say so: without a word the kernel would read its clock
     // from the HPET, an exit to QEMU each time, and KVM would give its guests no stable clock.
-    let mut line =
-        format!("console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable l1.name={name}");
+    // A kernel whose CPUs hang is to end, not to wait for the job's time to be up: softlockup_panic, after twice
+    // the watchdog's threshold in seconds, which a busy host does not reach.
+    let mut line = format!(
+        "console=ttyS0 quiet panic=-1 softlockup_panic=1 watchdog_thresh=30 mitigations=off tsc=reliable l1.name={name}"
+    );
     for (option, path) in [("share", share), ("keep", keep[0]), ("keep", keep[1])] {
         let splits = |c: char| c.is_whitespace() || c == '"';
         let path = path

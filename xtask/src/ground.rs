@@ -55,9 +55,10 @@ impl Ground {
 
     /// Runs `job` on a machine of its own with a real KVM: an emulated one, or this one.
     ///
-    /// QEMU's emulation of SVM now and then crashes the kernel of the emulated machine. A job cannot do that
-    /// from user space, so such an end says nothing about the job, and it runs again on a fresh machine.
-    /// A machine that breaks down each time is an error: then it is no accident.
+    /// QEMU's emulation of SVM has races: now and then the kernel of the emulated machine crashes, or both of its
+    /// CPUs wait for each other for ever. A job cannot do that from user space, so such an end says nothing about
+    /// the job, and it runs again on a fresh machine. A machine that breaks down each time is an error: then it
+    /// is no accident.
     pub(crate) fn run(&self, job: Job) -> Result<Output> {
         let job = self.equip(job);
         let mut machine = 1;
@@ -88,6 +89,11 @@ impl Ground {
             println!("{error:#}");
         }
         Ok(output)
+    }
+
+    /// Whether jobs run on emulated machines.
+    pub(crate) fn is_emulated(&self) -> bool {
+        self.level == Level::Nested
     }
 
     /// The path of one of the workspace's programs.

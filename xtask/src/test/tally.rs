@@ -9,6 +9,8 @@ use std::ops::{Add, AddAssign};
 pub(crate) struct Tally {
     pub(crate) passed: u32,
     pub(crate) failed: u32,
+    /// How many of those that passed had failed on another emulated machine before.
+    pub(crate) unsteady: u32,
 }
 
 impl Tally {
@@ -53,6 +55,7 @@ impl Add for Tally {
         Self {
             passed: self.passed + other.passed,
             failed: self.failed + other.failed,
+            unsteady: self.unsteady + other.unsteady,
         }
     }
 }
@@ -71,7 +74,11 @@ impl Sum for Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} passed, {} failed", self.passed, self.failed)
+        write!(f, "{} passed, {} failed", self.passed, self.failed)?;
+        match self.unsteady {
+            0 => Ok(()),
+            unsteady => write!(f, " ({unsteady} passed only on a second emulated machine)"),
+        }
     }
 }
 
@@ -81,7 +88,12 @@ mod tests {
 
     #[track_caller]
     fn check(line: &str, passed: u32, failed: u32) {
-        assert_eq!(Tally::of_line(line), Tally { passed, failed }, "{line}");
+        let expected = Tally {
+            passed,
+            failed,
+            unsteady: 0,
+        };
+        assert_eq!(Tally::of_line(line), expected, "{line}");
     }
 
     #[test]
