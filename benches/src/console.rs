@@ -62,7 +62,7 @@ impl Console {
     ///
     /// When nothing is within three minutes.
     pub fn wait_for_output(&mut self) -> Result<()> {
-        self.wait_until("output", |text| !text.is_empty())
+        self.wait_until("output", PATIENCE, |text| !text.is_empty())
     }
 
     /// Waits until `needle` has been printed.
@@ -71,11 +71,32 @@ impl Console {
     ///
     /// When it is not within three minutes; with what was printed instead.
     pub fn wait_for(&mut self, needle: &str) -> Result<()> {
-        self.wait_until(needle, |text| contains(text, needle.as_bytes()))
+        self.wait_for_either(needle, needle, PATIENCE).map(drop)
     }
 
-    fn wait_until(&mut self, what: &str, found: impl Fn(&[u8]) -> bool) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+    /// Waits until one of the two has been printed, for as long as `patience`, and tells which.
+    ///
+    /// # Errors
+    ///
+    /// When neither is; with what was printed instead.
+    pub fn wait_for_either<'a>(
+        &mut self,
+        one: &'a str,
+        other: &'a str,
+        patience: Duration,
+    ) -> Result<&'a str> {
+        let has = |text: &[u8], needle: &str| contains(text, needle.as_bytes());
+        self.wait_until(one, patience, |text| has(text, one) || has(text, other))?;
+        Ok(if has(&self.text, one) { one } else { other })
+    }
+
+    fn wait_until(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        found: impl Fn(&[u8]) -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + patience;
         loop {
             // The watch began before the first byte, so that what is read too early is told again.
             self.file
@@ -89,7 +110,7 @@ impl Console {
                 let shown = &self.text[self.text.len().saturating_sub(SHOWN)..];
                 bail!(
                     "waited {} s in vain for {what:?}; the console says {:?}",
-                    PATIENCE.as_secs(),
+                    patience.as_secs(),
                     String::from_utf8_lossy(shown)
                 );
             }

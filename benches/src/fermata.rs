@@ -127,17 +127,16 @@ impl FermataMachine {
         })
     }
 
-    async fn connect(&self) -> Result<Client> {
-        Ok(Client::connect(self.process.port, &self.secret).await?)
-    }
-}
-
-impl Machine for FermataMachine {
-    fn snapshot(&mut self, files: &Files) -> Result<Saved> {
+    /// Takes a snapshot, after which the guest goes on or its process ends.
+    ///
+    /// # Errors
+    ///
+    /// When it is not taken.
+    pub fn snapshot_then(&mut self, files: &Files, then: AfterSnapshot) -> Result<Saved> {
         let request = SnapshotRequest {
             state: files.state.clone(),
             memory: files.memory.clone(),
-            then: AfterSnapshot::Resume,
+            then,
         };
         self.runtime.block_on(async {
             let client = self.connect().await?;
@@ -148,6 +147,16 @@ impl Machine for FermataMachine {
                 downtime: Duration::from_micros(report.downtime_us),
             })
         })
+    }
+
+    async fn connect(&self) -> Result<Client> {
+        Ok(Client::connect(self.process.port, &self.secret).await?)
+    }
+}
+
+impl Machine for FermataMachine {
+    fn snapshot(&mut self, files: &Files) -> Result<Saved> {
+        self.snapshot_then(files, AfterSnapshot::Resume)
     }
 }
 

@@ -7,10 +7,12 @@ mod cycle;
 mod elf;
 mod fermata;
 mod filler;
+pub mod images;
 pub mod native;
 pub mod qemu;
 pub mod report;
 mod row;
+pub mod store;
 
 pub use console::Console;
 pub use cycle::{Files, LinuxGuest, Machine, Monitor, Saved, measure};

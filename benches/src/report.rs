@@ -4,7 +4,16 @@ use std::{fmt::Write, path::Path};
 
 use anyhow::{Context, Result};
 
-use crate::{Row, System};
+use crate::{Bench, Row, System, store::ChunkSize};
+
+/// What all stores are measured by.
+pub const COMPARED: [Bench; 5] = [
+    Bench::Size,
+    Bench::Save,
+    Bench::SaveAgain,
+    Bench::Load,
+    Bench::LoadOne,
+];
 
 /// Writes `rows` to `path` as a JSON list, one row a line.
 ///
@@ -52,19 +61,93 @@ pub fn table(rows: &[Row]) -> String {
     table
 }
 
+/// The rows of stores as a table in Markdown: medians, and how far fermata is from the best of the others.
+pub fn store_table(rows: &[Row]) -> String {
+    let mut systems: Vec<_> = rows.iter().map(|row| row.system).collect();
+    systems.sort_unstable();
+    systems.dedup();
+    let mut table = String::from("| bench |");
+    for system in &systems {
+        let _ = write!(table, " {system} |");
+    }
+    table.push_str(" best peer to fermata |\n|---|");
+    table.push_str(&"---:|".repeat(systems.len() + 1));
+    table.push('\n');
+    for bench in COMPARED {
+        let find = |system| {
+            rows.iter()
+                .find(|row| (row.bench, row.system) == (bench, system))
+        };
+        let _ = write!(table, "| `{bench}`, {} |", bench.unit());
+        for system in &systems {
+            let cell = find(*system).map_or("–".into(), |row| figure(row.median));
+            let _ = write!(table, " {cell} |");
+        }
+        let peers = rows.iter().filter(|row| row.bench == bench);
+        let best = peers
+            .filter(|row| row.system != System::Fermata)
+            .reduce(|best, row| if row.is_better_than(best) { row } else { best });
+        let ratio = best
+            .zip(find(System::Fermata))
+            .map_or("–".into(), |(best, ours)| {
+                format!("{:.2}", best.median / ours.median)
+            });
+        let _ = writeln!(table, " {ratio} |");
+    }
+    table
+}
+
+/// The rows one by one, as a table in Markdown: the median and in brackets the least and the most.
+pub fn list(rows: &[Row]) -> String {
+    let mut table =
+        String::from("| bench | system | setting | median (least–most) |\n|---|---|---|---:|\n");
+    for row in rows {
+        let setting = row.setting.as_deref().unwrap_or("");
+        let _ = writeln!(
+            table,
+            "| `{}` | {} | {setting} | {} {} |",
+            row.bench,
+            row.system,
+            cell(row),
+            row.unit
+        );
+    }
+    table
+}
+
+/// What chunk sizes cost, as a table in Markdown.
+pub fn chunk_table(sizes: &[ChunkSize]) -> String {
+    let mut table = String::from(
+        "| chunk, bytes | snapshots | MiB | save, s | load, s |\n|---:|---:|---:|---:|---:|\n",
+    );
+    for size in sizes {
+        let mib = size.stored as f64 / f64::from(1 << 20);
+        let _ = writeln!(
+            table,
+            "| {} | {} | {mib:.1} | {:.3} | {:.3} |",
+            size.chunk_bytes, size.snapshots, size.save, size.load
+        );
+    }
+    table
+}
+
 fn cell(row: &Row) -> String {
-    // Three significant digits tell all that five runs can.
-    let figure = |ms: f64| match ms {
-        ..10.0 => format!("{ms:.2}"),
-        10.0..100.0 => format!("{ms:.1}"),
-        _ => format!("{ms:.0}"),
-    };
     format!(
         "{} ({}–{})",
         figure(row.median),
         figure(row.min),
         figure(row.max)
     )
+}
+
+/// Three significant digits tell all that five runs can.
+fn figure(figure: f64) -> String {
+    match figure {
+        ..1.0 => format!("{figure:.3}"),
+        1.0..10.0 => format!("{figure:.2}"),
+        10.0..100.0 => format!("{figure:.1}"),
+        _ => format!("{figure:.0}"),
+    }
 }
 
 #[cfg(test)]
@@ -108,6 +191,24 @@ mod tests {
             table.lines().all(|line| line.split('|').count() == 5),
             "{table}"
         );
+    }
+
+    #[test]
+    fn a_store_is_held_against_the_best_of_the_others() {
+        let row = |bench, system, figure| Row::of(bench, system, 256, &[figure]).unwrap();
+        let rows = [
+            row(Bench::Size, System::Fermata, 200.0),
+            row(Bench::Size, System::Restic, 500.0),
+            row(Bench::Size, System::Borg, 300.0),
+            row(Bench::Save, System::Fermata, 2000.0),
+            row(Bench::Save, System::Restic, 400.0),
+            row(Bench::Save, System::Borg, 500.0),
+        ];
+        let table = store_table(&rows);
+        let line = |bench: &str| table.lines().find(|line| line.contains(bench)).unwrap();
+        assert_eq!(line("`size`"), "| `size`, MiB | 200 | 500 | 300 | 1.50 |");
+        assert_eq!(line("`save`"), "| `save`, MB/s | 2000 | 400 | 500 | 0.25 |");
+        assert!(line("`load-one`").ends_with("| – | – | – | – |"));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 /// What is measured; `docs/benchmarks.md` defines each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Bench {
     /// From the start of the VMM's process to the guest's user space.
     Boot,
@@ -18,6 +18,34 @@ pub enum Bench {
     Downtime,
     /// From the start of the VMM's process to the restored guest's first output.
     Restore,
+    /// What the images take in a store, in MiB.
+    Size,
+    /// Saving all images, in MB/s.
+    Save,
+    /// Saving them once more, unchanged, in MB/s.
+    SaveAgain,
+    /// Loading all images, checked, in MB/s.
+    Load,
+    /// Loading one image, in seconds.
+    LoadOne,
+    /// Reading a page anywhere in an image: the median, in microseconds.
+    ReadAt,
+    /// The 99th percentile of that.
+    ReadAtP99,
+    /// What the slowest primitive of a save allows, in MB/s.
+    SaveBound,
+    /// What the slowest primitive of a second save allows.
+    SaveAgainBound,
+    /// What the slowest primitive of a load allows.
+    LoadBound,
+    /// What four snapshots of a small guest take, in MiB.
+    FourSize,
+    /// Saving them, in seconds.
+    FourSave,
+    /// What 150 snapshots of a course take, in MiB.
+    CourseSize,
+    /// Saving them, in seconds.
+    CourseSave,
 }
 
 /// Whose time was taken.
@@ -28,6 +56,14 @@ pub enum System {
     Fermata,
     /// Debian's QEMU.
     Qemu,
+    /// restic.
+    Restic,
+    /// borg.
+    Borg,
+    /// casync.
+    Casync,
+    /// rustic.
+    Rustic,
 }
 
 /// One line of a result file. Every benchmark of the project writes this form.
@@ -39,7 +75,7 @@ pub struct Row {
     pub system: System,
     /// Guest memory in MiB.
     pub mem_mib: u64,
-    /// The unit of the three figures: milliseconds.
+    /// The unit of the three figures.
     pub unit: &'static str,
     /// How often it was measured.
     pub n: usize,
@@ -49,6 +85,64 @@ pub struct Row {
     pub median: f64,
     /// The most.
     pub max: f64,
+    /// How the system was set, where it was measured at several settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub setting: Option<String>,
+}
+
+impl Row {
+    /// The row of `figures`, in the unit of `bench`; `None` without any.
+    pub fn of(bench: Bench, system: System, mem_mib: u64, figures: &[f64]) -> Option<Self> {
+        let mut figures = figures.to_vec();
+        figures.sort_unstable_by(f64::total_cmp);
+        Some(Self {
+            bench,
+            system,
+            mem_mib,
+            unit: bench.unit(),
+            n: figures.len(),
+            min: *figures.first()?,
+            median: median(&figures)?,
+            max: *figures.last()?,
+            setting: None,
+        })
+    }
+
+    /// The same, measured at this setting.
+    #[must_use]
+    pub fn at(self, setting: &str) -> Self {
+        Self {
+            setting: Some(setting.to_owned()),
+            ..self
+        }
+    }
+
+    /// Whether its median is better than that of another row of the same benchmark.
+    pub fn is_better_than(&self, other: &Self) -> bool {
+        if self.unit == "MB/s" {
+            self.median > other.median
+        } else {
+            self.median < other.median
+        }
+    }
+}
+
+impl Bench {
+    /// The unit of its figures.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Boot | Self::Pause | Self::Snapshot | Self::Downtime | Self::Restore => "ms",
+            Self::Size | Self::FourSize | Self::CourseSize => "MiB",
+            Self::LoadOne | Self::FourSave | Self::CourseSave => "s",
+            Self::ReadAt | Self::ReadAtP99 => "µs",
+            Self::Save
+            | Self::SaveAgain
+            | Self::Load
+            | Self::SaveBound
+            | Self::SaveAgainBound
+            | Self::LoadBound => "MB/s",
+        }
+    }
 }
 
 impl fmt::Display for Bench {
@@ -59,6 +153,33 @@ impl fmt::Display for Bench {
             Self::Snapshot => "snapshot",
             Self::Downtime => "downtime",
             Self::Restore => "restore",
+            Self::Size => "size",
+            Self::Save => "save",
+            Self::SaveAgain => "save-again",
+            Self::Load => "load",
+            Self::LoadOne => "load-one",
+            Self::ReadAt => "read-at",
+            Self::ReadAtP99 => "read-at-p99",
+            Self::SaveBound => "save-bound",
+            Self::SaveAgainBound => "save-again-bound",
+            Self::LoadBound => "load-bound",
+            Self::FourSize => "four-size",
+            Self::FourSave => "four-save",
+            Self::CourseSize => "course-size",
+            Self::CourseSave => "course-save",
+        })
+    }
+}
+
+impl fmt::Display for System {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Fermata => "fermata",
+            Self::Qemu => "qemu",
+            Self::Restic => "restic",
+            Self::Borg => "borg",
+            Self::Casync => "casync",
+            Self::Rustic => "rustic",
         })
     }
 }
@@ -78,30 +199,16 @@ impl Samples {
     pub fn rows(&self) -> Vec<Row> {
         let rows = self.0.iter();
         rows.filter_map(|(&(mem_mib, bench, system), times)| {
-            let times = sorted_ms(times);
-            Some(Row {
-                bench,
-                system,
-                mem_mib,
-                unit: "ms",
-                n: times.len(),
-                min: *times.first()?,
-                median: median(&times)?,
-                max: *times.last()?,
-            })
+            Row::of(bench, system, mem_mib, &in_ms(times))
         })
         .collect()
     }
 }
 
 /// Milliseconds, to the microsecond: what is behind that is noise.
-fn sorted_ms(times: &[Duration]) -> Vec<f64> {
-    let mut micros: Vec<_> = times.iter().map(Duration::as_micros).collect();
-    micros.sort_unstable();
-    micros
-        .into_iter()
-        .map(|micros| micros as f64 / 1000.0)
-        .collect()
+fn in_ms(times: &[Duration]) -> Vec<f64> {
+    let micros = times.iter().map(Duration::as_micros);
+    micros.map(|micros| micros as f64 / 1000.0).collect()
 }
 
 fn median(sorted: &[f64]) -> Option<f64> {

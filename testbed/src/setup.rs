@@ -34,7 +34,15 @@ fn packages(level: Level) -> Vec<&'static str> {
 /// # Errors
 /// Names the command to run when the user is not root, and the log when apt fails.
 pub fn ensure(level: Level) -> Result<()> {
-    let missing = missing(&packages(level), &installed()?);
+    ensure_packages(&packages(level))
+}
+
+/// As [`ensure`], for the named packages.
+///
+/// # Errors
+/// As [`ensure`].
+pub fn ensure_packages(packages: &[&str]) -> Result<()> {
+    let missing = missing(packages, &installed()?);
     if missing.is_empty() {
         return Ok(());
     }

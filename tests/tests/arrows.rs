@@ -10,7 +10,7 @@ use serde_json::Value;
 const ARROWS: &[(&str, &[&str])] = &[
     ("api-server", &["api-types", "control"]),
     ("api-types", &[]),
-    ("benches", &["control", "system-tests", "testbed"]),
+    ("benches", &["control", "dedup", "system-tests", "testbed"]),
     (
         "cli",
         &[

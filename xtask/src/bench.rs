@@ -1,5 +1,10 @@
 //! `cargo xtask bench`.
 
+mod debian;
+mod images;
+mod rustic;
+mod store;
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,6 +14,8 @@ use testbed::job::Job;
 
 use crate::build;
 use crate::ground::Ground;
+
+pub(crate) use store::store;
 
 const TIMEOUT: Duration = Duration::from_secs(3600);
 

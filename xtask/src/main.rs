@@ -34,6 +34,9 @@ enum Command {
         /// File for the rows
         #[arg(long)]
         json: PathBuf,
+        /// Directory for drawings, of which `store` makes two
+        #[arg(long)]
+        figures: Option<PathBuf>,
     },
     /// Boot the emulated machine and run a command in it
     L1 {
@@ -51,6 +54,8 @@ enum Bench {
     Vm,
     /// Bare-metal guests on this machine's own /dev/kvm
     Native,
+    /// The store beside restic, borg, casync and rustic, on memories and disks of guests
+    Store,
 }
 
 fn main() -> ExitCode {
@@ -60,11 +65,18 @@ fn main() -> ExitCode {
         Command::Bench {
             what: Bench::Vm,
             json,
+            ..
         } => bench::vm(&json),
         Command::Bench {
             what: Bench::Native,
             json,
+            ..
         } => bench::native(&json),
+        Command::Bench {
+            what: Bench::Store,
+            json,
+            figures,
+        } => bench::store(&json, figures.as_deref()),
         Command::L1 { command } => tools::l1(&command),
         Command::Guest => tools::guest(),
     };
