@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use control::{DiskConfig, Registry};
+use control::{DiskConfig, Registry, StoreLocation};
 
 /// How to serve.
 #[derive(Clone, Debug)]
@@ -21,6 +21,9 @@ pub struct ServerConfig {
     pub vmm_binary: PathBuf,
     /// The directory of [`Registry`].
     pub run_dir: PathBuf,
+    /// Where the memory of snapshots goes, so that memory files are small references to it, and where
+    /// such references lead. Without a store, memory files are complete in themselves.
+    pub store: Option<StoreLocation>,
     /// What a machine gets when the request does not say.
     pub defaults: Defaults,
     /// What a request may ask for.
@@ -36,6 +39,7 @@ impl ServerConfig {
             root: root.into(),
             vmm_binary: vmm_binary.into(),
             run_dir: Registry::default_dir(),
+            store: None,
             defaults: Defaults::default(),
             limits: Limits::default(),
         }

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use api_types::{Disk, Vm, VmOrigin, VmState};
-use control::{Client, Console, MachineState, Origin, Record, Registry, Status};
+use control::{Client, Console, MachineState, Origin, Record, Registry, Source, Status};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -66,9 +66,13 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
                 })
                 .collect(),
         },
-        Origin::Restore { state, memory } => VmOrigin::Restore {
+        Origin::Restore(Source::Files { state, memory, .. }) => VmOrigin::Restore {
             cpu_snapshot_path: text(state),
             memory_snapshot_path: text(memory),
+        },
+        Origin::Restore(Source::Stored { store, name }) => VmOrigin::Stored {
+            snapshot: name.clone(),
+            store: text(&store.directory),
         },
     }
 }

@@ -135,8 +135,8 @@ impl Machines {
         request: api_types::SnapshotRequest,
     ) -> Result<(), ApiError> {
         let port = request.rpc_port;
-        let tree = self.tree.clone();
-        let plan = spawn_blocking(move || plan::snapshot(&tree, &request))
+        let (config, tree) = (self.config.clone(), self.tree.clone());
+        let plan = spawn_blocking(move || plan::snapshot(&config, &tree, &request))
             .await
             .map_err(broken)??;
         let record = self.registry.find_port(port)?.ok_or_else(|| {

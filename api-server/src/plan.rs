@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode};
-use control::{AfterSnapshot, DiskConfig, MachineConfig, Origin, SnapshotRequest};
+use control::{
+    AfterSnapshot, Destination, DiskConfig, MachineConfig, Origin, SnapshotRequest, Source,
+};
 
 use crate::{
     ServerConfig,
@@ -28,7 +30,7 @@ pub(crate) fn create(
     request: &CreateRequest,
 ) -> Result<Plan, ApiError> {
     let origin = if request.resume {
-        restore(tree, request)?
+        restore(config, tree, request)?
     } else {
         Origin::Boot(boot(config, tree, request)?)
     };
@@ -38,11 +40,19 @@ pub(crate) fn create(
     })
 }
 
-fn restore(tree: &Tree, request: &CreateRequest) -> Result<Origin, ApiError> {
+fn restore(
+    config: &ServerConfig,
+    tree: &Tree,
+    request: &CreateRequest,
+) -> Result<Origin, ApiError> {
     let state = input(tree, "cpu_snapshot_path", &request.cpu_snapshot_path)?;
     let memory = input(tree, "memory_snapshot_path", &request.memory_snapshot_path)?;
     different(&state, &memory)?;
-    Ok(Origin::Restore { state, memory })
+    Ok(Origin::Restore(Source::Files {
+        state,
+        memory,
+        store: config.store.clone(),
+    }))
 }
 
 fn boot(
@@ -116,15 +126,23 @@ fn notes(request: &CreateRequest) -> Vec<String> {
 }
 
 pub(crate) fn snapshot(
+    config: &ServerConfig,
     tree: &Tree,
     request: &api_types::SnapshotRequest,
 ) -> Result<SnapshotRequest, ApiError> {
     let state = tree.output("cpu_snapshot_path", &request.cpu_snapshot_path)?;
     let memory = tree.output("memory_snapshot_path", &request.memory_snapshot_path)?;
     different(&state, &memory)?;
+    let to = match config.store.clone() {
+        None => Destination::Files { state, memory },
+        Some(store) => Destination::Referenced {
+            store,
+            state,
+            memory,
+        },
+    };
     Ok(SnapshotRequest {
-        state,
-        memory,
+        to,
         then: if request.resume {
             AfterSnapshot::Resume
         } else {
@@ -160,6 +178,8 @@ fn within(field: &str, value: u64, least: u64, most: u64) -> Result<(), ApiError
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use control::StoreLocation;
 
     use super::*;
 
@@ -256,10 +276,7 @@ mod tests {
                     "kernel_path": "/no/such/kernel", "resume": true, "vcpus": 8}"#,
             )
             .unwrap();
-        let expected = Origin::Restore {
-            state: bench.path("state"),
-            memory: bench.path("memory"),
-        };
+        let expected = Origin::Restore(Source::files(bench.path("state"), bench.path("memory")));
         assert_eq!(plan.origin, expected);
         assert_eq!(plan.notes.len(), 1);
         assert!(
@@ -351,17 +368,50 @@ mod tests {
             rpc_port: 1,
             resume: true,
         };
-        let planned = snapshot(&bench.tree, &request).unwrap();
-        assert_eq!(planned.state.parent(), bench.path("kernel").parent());
+        let plan = |request: &_| snapshot(&bench.config, &bench.tree, request);
+        let planned = plan(&request).unwrap();
+        let Destination::Files { state, .. } = &planned.to else {
+            panic!("{:?}", planned.to);
+        };
+        assert_eq!(state.parent(), bench.path("kernel").parent());
         assert_eq!(planned.then, AfterSnapshot::Resume);
         request.resume = false;
-        let planned = snapshot(&bench.tree, &request).unwrap();
-        assert_eq!(planned.then, AfterSnapshot::Halt);
+        assert_eq!(plan(&request).unwrap().then, AfterSnapshot::Halt);
         request.memory_snapshot_path = "./new-state".to_owned();
-        let refused = snapshot(&bench.tree, &request).unwrap_err();
-        assert_eq!(refused.code, ErrorCode::BadRequest);
+        assert_eq!(plan(&request).unwrap_err().code, ErrorCode::BadRequest);
         request.memory_snapshot_path = "no/such/directory".to_owned();
-        let refused = snapshot(&bench.tree, &request).unwrap_err();
-        assert_eq!(refused.code, ErrorCode::NotFound);
+        assert_eq!(plan(&request).unwrap_err().code, ErrorCode::NotFound);
+    }
+
+    #[test]
+    fn a_server_with_a_store_has_memory_files_refer_to_it() {
+        let mut bench = Bench::new();
+        let location = StoreLocation {
+            directory: "/store".into(),
+            key_file: None,
+        };
+        bench.config.store = Some(location.clone());
+        let request = api_types::SnapshotRequest {
+            cpu_snapshot_path: "new-state".to_owned(),
+            memory_snapshot_path: "new-memory".to_owned(),
+            rpc_port: 1,
+            resume: true,
+        };
+        let planned = snapshot(&bench.config, &bench.tree, &request).unwrap();
+        assert!(
+            matches!(&planned.to, Destination::Referenced { store, .. } if *store == location),
+            "{:?}",
+            planned.to
+        );
+        let plan = bench
+            .create(
+                r#"{"cpu_snapshot_path": "state", "memory_snapshot_path": "memory", "resume": true}"#,
+            )
+            .unwrap();
+        assert!(
+            matches!(&plan.origin, Origin::Restore(Source::Files { store: Some(store), .. }) if *store == location),
+            "{:?}",
+            plan.origin
+        );
     }
 }

@@ -81,6 +81,13 @@ pub enum VmOrigin {
         /// The memory file.
         memory_snapshot_path: String,
     },
+    /// A snapshot in a store was restored, by its name.
+    Stored {
+        /// The snapshot's name, tag or id.
+        snapshot: String,
+        /// The store's directory.
+        store: String,
+    },
 }
 
 /// How a machine ended.

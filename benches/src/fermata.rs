@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use control::{
-    AfterSnapshot, Client, LaunchSpec, Log, MachineConfig, Origin, Secret, SnapshotRequest, Spawned,
+    AfterSnapshot, Client, Destination, LaunchSpec, Log, MachineConfig, Origin, Secret,
+    SnapshotRequest, Source, Spawned,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -106,7 +107,7 @@ impl Monitor for Fermata {
 
     fn restore(&self, _: &LinuxGuest, files: &Files, console: &Path) -> Result<FermataMachine> {
         let Files { state, memory } = files.clone();
-        self.start(Origin::Restore { state, memory }, console)
+        self.start(Origin::Restore(Source::files(state, memory)), console)
     }
 }
 
@@ -134,8 +135,7 @@ impl FermataMachine {
     /// When it is not taken.
     pub fn snapshot_then(&mut self, files: &Files, then: AfterSnapshot) -> Result<Saved> {
         let request = SnapshotRequest {
-            state: files.state.clone(),
-            memory: files.memory.clone(),
+            to: Destination::files(&files.state, &files.memory),
             then,
         };
         self.runtime.block_on(async {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use control::{MachineConfig, Origin};
+use control::{MachineConfig, Origin, Source};
 use testbed::kvm::{self, Level};
 
 use crate::{Bench, Console, Fermata, Files, Machine, Samples, System, filler::Filler};
@@ -63,7 +63,10 @@ pub fn measure(
     let mut console = Console::create(directory.path().join("restored.console"))?;
     let begun = std::time::Instant::now();
     let Files { state, memory } = files;
-    let machine = fermata.start(Origin::Restore { state, memory }, console.path())?;
+    let machine = fermata.start(
+        Origin::Restore(Source::files(state, memory)),
+        console.path(),
+    )?;
     console.wait_for_output()?;
     add(Bench::Restore, begun.elapsed());
     drop(machine);

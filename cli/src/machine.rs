@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use control::{Client, Console, DiskConfig, LaunchSpec, Origin, Record, Registry, Secret};
+use control::{Client, Console, DiskConfig, LaunchSpec, Origin, Record, Registry, Secret, Source};
 
 /// How long a VMM may take until its machine runs.
 pub(crate) const LAUNCH: Duration = Duration::from_secs(120);
@@ -82,6 +82,7 @@ pub(crate) fn origin(origin: &Origin) -> String {
     let name = |path: &Path| path.display().to_string();
     match origin {
         Origin::Boot(machine) => name(&machine.kernel),
-        Origin::Restore { state, .. } => format!("restored from {}", name(state)),
+        Origin::Restore(Source::Files { state, .. }) => format!("restored from {}", name(state)),
+        Origin::Restore(Source::Stored { name, .. }) => format!("restored from {name}"),
     }
 }

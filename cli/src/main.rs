@@ -8,6 +8,8 @@ mod foreground;
 mod machine;
 mod output;
 mod program;
+mod progress;
+mod store;
 mod terminal;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -16,7 +18,7 @@ use clap::{Parser, Subcommand};
 use control::{LOG_VARIABLE, Registry};
 use tracing_subscriber::EnvFilter;
 
-use commands::{inspect, ps, restore, run, serve, snapshot, stop};
+use commands::{inspect, ps, restore, run, serve, snapshot, stop, store as store_commands};
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
 #[derive(Parser)]
@@ -38,10 +40,12 @@ enum Command {
     Run(run::Args),
     /// Lists the machines that run.
     Ps(ps::Args),
-    /// Saves a machine into two files.
+    /// Saves a machine into a store, or into two files.
     Snapshot(snapshot::Args),
     /// Lets a saved machine go on.
     Restore(restore::Args),
+    /// Looks into a store of snapshots, and keeps it in order.
+    Store(store_commands::Args),
     /// Ends a machine without asking its guest.
     Stop(stop::Args),
     /// Shows what is in a state file.
@@ -70,6 +74,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Ps(args) => wait(ps::ps(&args, run_dir)),
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
+        Command::Store(args) => store_commands::run(&args),
         Command::Stop(args) => wait(stop::stop(&args, run_dir)),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Doctor(args) => doctor::doctor(&args, &run_dir),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, Secret};
+use crate::{Failure, Secret, Source};
 
 /// Everything a VMM process needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -46,12 +46,7 @@ pub enum Origin {
     /// A kernel is booted.
     Boot(MachineConfig),
     /// A snapshot goes on.
-    Restore {
-        /// The state file; absolute.
-        state: PathBuf,
-        /// The memory file; absolute.
-        memory: PathBuf,
-    },
+    Restore(Source),
 }
 
 /// A machine that is to be booted.

@@ -8,6 +8,7 @@
 mod client;
 mod exit;
 mod launch;
+mod place;
 mod process;
 mod registry;
 mod secret;
@@ -20,13 +21,14 @@ mod wire;
 pub use client::{Client, ClientError};
 pub use exit::Exit;
 pub use launch::{Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin};
+pub use place::{Destination, Source, StoreLocation};
 pub use process::{ProcessHandle, ProcessId};
 pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, Failure, FailureKind, MachineState, Metric, SnapshotReport, SnapshotRequest,
-    Status, Vmm, VmmClient,
+    AfterSnapshot, Failure, FailureKind, MachineState, Metric, SNAPSHOT_BYTES_DONE,
+    SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status, StoredReport, Vmm, VmmClient,
 };
 pub use spawn::{LOG_VARIABLE, Log, SpawnError, Spawned, spawn};
 pub use stop::{Stopped, stop};

@@ -287,16 +287,14 @@ mod tests {
     use std::{os::unix::fs::PermissionsExt, time::Duration};
 
     use super::*;
+    use crate::Source;
 
     fn record(port: u16) -> Record {
         Record {
             process: ProcessId::current().unwrap(),
             port,
             secret: Secret::random().unwrap(),
-            origin: Origin::Restore {
-                state: "/s".into(),
-                memory: "/m".into(),
-            },
+            origin: Origin::Restore(Source::files("/s", "/m")),
             console: Console::Terminal,
             vcpus: 2,
             memory_mib: 256,

@@ -1,8 +1,8 @@
 //! The one service that a VMM offers.
 
-use std::path::PathBuf;
-
 use serde::{Deserialize, Serialize};
+
+use crate::Destination;
 
 /// What a VMM does on request. The definition serves both sides.
 #[tarpc::service]
@@ -13,7 +13,7 @@ pub trait Vmm {
     async fn pause() -> Result<(), Failure>;
     /// Lets the guest go on; a machine that runs already goes on.
     async fn resume() -> Result<(), Failure>;
-    /// Saves the machine into two files. Answers when both are durable.
+    /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
     /// Ends the machine and its process, at once and without asking the guest.
     async fn stop() -> Result<(), Failure>;
@@ -65,10 +65,8 @@ pub enum AfterSnapshot {
 /// Argument of [`Vmm::snapshot`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotRequest {
-    /// Where the state file goes; absolute. A file that is there is replaced when the new one is whole.
-    pub state: PathBuf,
-    /// Where the memory file goes; absolute, and not the same.
-    pub memory: PathBuf,
+    /// Where the snapshot goes.
+    pub to: Destination,
     /// What happens next.
     pub then: AfterSnapshot,
 }
@@ -76,18 +74,31 @@ pub struct SnapshotRequest {
 /// Answer of [`Vmm::snapshot`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotReport {
-    /// The snapshot's id, in hexadecimal; both files carry it.
+    /// The snapshot's id, in hexadecimal; its state and its memory carry it.
     pub id: String,
-    /// Bytes of the state file.
+    /// Bytes of the machine's state.
     pub state_bytes: u64,
     /// Bytes of guest memory.
     pub memory_bytes: u64,
-    /// Bytes of guest memory that were not zero and so were written.
+    /// Bytes of guest memory that were not zero.
     pub written_bytes: u64,
     /// How long the guest stood still, in microseconds.
     pub downtime_us: u64,
-    /// From request to both files durable, in microseconds.
+    /// From the request until the snapshot was durable, in microseconds.
     pub total_us: u64,
+    /// What it took in a store, if it went into one.
+    pub stored: Option<StoredReport>,
+}
+
+/// What a snapshot took in a store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredReport {
+    /// Its name there.
+    pub name: String,
+    /// Its id there, in hexadecimal.
+    pub id: String,
+    /// Bytes by which the store has grown: of chunks that it did not hold, and of the snapshot itself.
+    pub new_bytes: u64,
 }
 
 /// A counter or a gauge, named as Prometheus would.
@@ -100,6 +111,11 @@ pub struct Metric {
     /// Its value, in the unit its name ends with.
     pub value: u64,
 }
+
+/// The gauge of how many bytes of memory the snapshot in work has saved.
+pub const SNAPSHOT_BYTES_DONE: &str = "fermata_snapshot_done_bytes";
+/// The gauge of how many there are to save.
+pub const SNAPSHOT_BYTES_TOTAL: &str = "fermata_snapshot_total_bytes";
 
 /// Whose fault a failure is and what may be done; a front end makes a status code of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -9,8 +9,9 @@
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use control::{
-    AfterSnapshot, Client, ClientError, Console, Failure, FailureKind, MachineState, Metric,
-    Origin, ProcessId, Record, Secret, SnapshotReport, SnapshotRequest, Status, Stopped, Vmm,
+    AfterSnapshot, Client, ClientError, Console, Destination, Failure, FailureKind, MachineState,
+    Metric, Origin, ProcessId, Record, Secret, SnapshotReport, SnapshotRequest, Source, Status,
+    Stopped, Vmm,
 };
 use tarpc::context::Context;
 use tokio::{
@@ -69,6 +70,7 @@ impl Vmm for Service {
             written_bytes: 0,
             downtime_us: 0,
             total_us: left.as_micros() as u64,
+            stored: None,
         })
     }
 
@@ -126,8 +128,7 @@ async fn a_snapshot_has_hours() {
     let vmm = serve().await;
     let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
     let request = SnapshotRequest {
-        state: "/s".into(),
-        memory: "/m".into(),
+        to: Destination::files("/s", "/m"),
         then: AfterSnapshot::Resume,
     };
     let given = client.snapshot(request).await.unwrap().total_us;
@@ -222,10 +223,7 @@ async fn a_vmm_that_does_not_stop_when_asked_is_killed() {
         process: ProcessId::alive(child.id().unwrap()).unwrap().unwrap(),
         port: vmm.port,
         secret: vmm.secret,
-        origin: Origin::Restore {
-            state: "/s".into(),
-            memory: "/m".into(),
-        },
+        origin: Origin::Restore(Source::files("/s", "/m")),
         console: Console::Terminal,
         vcpus: 2,
         memory_mib: 256,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use control::{
-    Console, FailureKind, LaunchSpec, Log, Origin, ProcessId, Registry, Secret, SpawnError,
+    Console, FailureKind, LaunchSpec, Log, Origin, ProcessId, Registry, Secret, Source, SpawnError,
     Spawned, spawn,
 };
 use tempfile::TempDir;
@@ -28,10 +28,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let spec = LaunchSpec {
             secret: Secret::random().unwrap(),
-            origin: Origin::Restore {
-                state: "/s".into(),
-                memory: "/m".into(),
-            },
+            origin: Origin::Restore(Source::files("/s", "/m")),
             console: Console::File(dir.path().join("console")),
             registry: dir.path().join("run"),
             paused: false,

@@ -17,11 +17,11 @@ mod stored;
 mod table;
 mod transfer;
 
-pub use dedup::{Saved, Store};
+pub use dedup::{Error as StoreError, Saved, Store};
 pub use error::Error;
 pub use files::Files;
 pub use open::{Snapshot, Source, read_state};
 pub use progress::Progress;
 pub use save::{Destination, StorePlace, Unpublished, write};
-pub use stored::{MEMORY_IMAGE, open_store};
+pub use stored::{MEMORY_IMAGE, StoreAt};
 pub use transfer::Written;

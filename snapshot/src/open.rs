@@ -17,7 +17,7 @@ use crate::{
     files::Files,
     image::{self, Image},
     reference::Reference,
-    stored::Stored,
+    stored::{StoreAt, Stored},
 };
 
 /// Where a saved machine is.
@@ -27,8 +27,8 @@ pub enum Source<'a> {
     Files {
         /// The two files.
         files: Files<'a>,
-        /// The store that a memory file may refer to.
-        store: Option<&'a Store>,
+        /// The store that a memory file may refer to; opened only if it does.
+        store: Option<StoreAt<'a>>,
     },
     /// In a store.
     Stored {
@@ -125,7 +125,7 @@ impl Snapshot {
     }
 }
 
-fn open_files(files: Files<'_>, store: Option<&Store>) -> Result<Snapshot, Error> {
+fn open_files(files: Files<'_>, store: Option<StoreAt<'_>>) -> Result<Snapshot, Error> {
     let state = read_state(files.state)?;
     let id = state.header.id;
     let path = memory_file(files, id)?;
@@ -173,7 +173,7 @@ fn not_together(files: Files<'_>, found: SnapshotId, wanted: SnapshotId) -> Erro
 }
 
 /// Opens what a reference refers to.
-fn follow(path: &Path, reference: &Reference, store: Option<&Store>) -> Result<Stored, Error> {
+fn follow(path: &Path, reference: &Reference, store: Option<StoreAt<'_>>) -> Result<Stored, Error> {
     let store = store.ok_or_else(|| Error::NeedsStore {
         path: path.to_owned(),
     })?;
@@ -181,12 +181,13 @@ fn follow(path: &Path, reference: &Reference, store: Option<&Store>) -> Result<S
         path: path.to_owned(),
         reason: reason.to_owned(),
     };
+    let store = store.open()?;
     if store.id() != reference.store {
         return Err(bad(
             "refers to another store than the one that was named; name that one",
         ));
     }
-    let (stored, state) = Stored::open(store, &hex::encode(reference.stored))?;
+    let (stored, state) = Stored::open(&store, &hex::encode(reference.stored))?;
     if state.header.id != reference.id {
         return Err(bad(
             "refers to another machine's snapshot; take another copy",

@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, thread};
 
-use dedup::{ImageReader, OpenOptions, Store, Writer, Zeros};
+use dedup::{ImageReader, Key, OpenOptions, Store, Writer, Zeros};
 use memory::{Layout, MachineMemory, PAGE_BYTES};
 use saved_state::Container;
 
@@ -103,13 +103,30 @@ fn copy_out(memory: &MachineMemory, at: u64, piece: &mut [u8]) -> Result<(), Err
     .map_err(Error::Read)
 }
 
-/// Opens the store in `directory`.
-///
-/// # Errors
-///
-/// [`Error::Store`] when there is none, or it cannot be opened like this.
-pub fn open_store(directory: &Path, options: OpenOptions) -> Result<Store, Error> {
-    Store::open_dir(directory, options).map_err(Error::store(directory.display().to_string()))
+/// Where a store is.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreAt<'a> {
+    /// Its directory.
+    pub directory: &'a Path,
+    /// The file with its key, if it is encrypted.
+    pub key_file: Option<&'a Path>,
+}
+
+impl StoreAt<'_> {
+    /// Opens it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Store`] when there is none, or it cannot be opened like this.
+    pub fn open(&self) -> Result<Store, Error> {
+        let failed = || Error::store(self.directory.display().to_string());
+        let key = self.key_file.map(Key::read_file).transpose();
+        let options = OpenOptions {
+            key: key.map_err(failed())?,
+            ..OpenOptions::default()
+        };
+        Store::open_dir(self.directory, options).map_err(failed())
+    }
 }
 
 /// A machine's snapshot in a store, whose state is checked.

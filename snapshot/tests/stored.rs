@@ -11,7 +11,7 @@ use dedup::{CreateOptions, OpenOptions, Store};
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use saved_state::{Container, CpuIdentity, Header, SnapshotId};
 use snapshot::{
-    Destination, Error, Files, Progress, Saved, Snapshot, Source, StorePlace, open_store, write,
+    Destination, Error, Files, Progress, Saved, Snapshot, Source, StoreAt, StorePlace, write,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -66,7 +66,12 @@ impl Place {
         Snapshot::open(Source::Stored { store, name })
     }
 
-    fn follow(&self, store: Option<&Store>) -> Result<Snapshot, Error> {
+    /// Follows the reference into its own store.
+    fn follow_home(&self) -> Result<Snapshot, Error> {
+        self.follow(Some(at(&self.path("store"))))
+    }
+
+    fn follow(&self, store: Option<StoreAt<'_>>) -> Result<Snapshot, Error> {
         let (state, memory) = (self.path("state"), self.path("memory"));
         let files = files(&state, &memory);
         Snapshot::open(Source::Files { files, store })
@@ -75,6 +80,13 @@ impl Place {
 
 fn files<'a>(state: &'a Path, memory: &'a Path) -> Files<'a> {
     Files { state, memory }
+}
+
+fn at(directory: &Path) -> StoreAt<'_> {
+    StoreAt {
+        directory,
+        key_file: None,
+    }
 }
 
 fn publish(to: Destination<'_>, id: u8, memory: &MachineMemory) -> Result<Saved, Error> {
@@ -172,7 +184,7 @@ fn a_reference_is_small_and_leads_to_the_memory() {
     let place = Place::new();
     place.refer(5, &memory_with(&[(0, 1), (LAST, 2)]));
     assert_eq!(fs::metadata(place.path("memory")).unwrap().len(), 128);
-    let memory = place.follow(Some(&place.store)).unwrap().load().unwrap();
+    let memory = place.follow_home().unwrap().load().unwrap();
     assert_eq!([0, LAST].map(|gpa| mark(&memory, gpa)), [1, 2]);
     // It is complete in the store, too.
     let name = format!("vm-{}", SnapshotId([5; 16]));
@@ -183,15 +195,15 @@ fn a_reference_is_small_and_leads_to_the_memory() {
 fn a_reference_that_leads_nowhere_says_why() {
     let (place, other) = (Place::new(), Place::new());
     place.refer(5, &memory_with(&[(0, 1)]));
-    let said = |store: Option<&Store>| place.follow(store).unwrap_err().to_string();
+    let said = |store: Option<StoreAt<'_>>| place.follow(store).unwrap_err().to_string();
     assert!(said(None).contains("--store"), "{}", said(None));
-    let foreign = said(Some(&other.store));
+    let foreign = said(Some(at(&other.path("store"))));
     assert!(foreign.contains("another store"), "{foreign}");
     place
         .store
         .rm(&format!("vm-{}", SnapshotId([5; 16])))
         .unwrap();
-    let gone = said(Some(&place.store));
+    let gone = said(Some(at(&place.path("store"))));
     assert!(gone.contains("no snapshot"), "{gone}");
 }
 
@@ -208,7 +220,7 @@ fn a_crash_between_the_two_renames_loses_no_reference() {
     fs::write(place.path("state"), old_state).unwrap();
     let kept = format!(".memory.{}.previous", SnapshotId([1; 16]));
     fs::write(place.path(&kept), old_memory).unwrap();
-    let memory = place.follow(Some(&place.store)).unwrap().load().unwrap();
+    let memory = place.follow_home().unwrap().load().unwrap();
     assert_eq!(mark(&memory, 0), 1);
 }
 
@@ -281,7 +293,7 @@ fn a_damaged_pack_is_not_loaded() {
     // In the first frame's payload, behind the pack's header and the frame's.
     bytes[145] ^= 1;
     fs::write(&pack, bytes).unwrap();
-    let store = open_store(&place.path("store"), OpenOptions::default()).unwrap();
+    let store = at(&place.path("store")).open().unwrap();
     let name = "one";
     let snapshot = Snapshot::open(Source::Stored {
         store: &store,
@@ -293,8 +305,6 @@ fn a_damaged_pack_is_not_loaded() {
 
 #[test]
 fn a_store_that_is_not_there_is_named() {
-    let error = open_store(Path::new("/no/store"), OpenOptions::default())
-        .map(drop)
-        .unwrap_err();
+    let error = at(Path::new("/no/store")).open().map(drop).unwrap_err();
     assert!(error.to_string().contains("/no/store"), "{error}");
 }

@@ -4,6 +4,7 @@
 //! `level3` with Linux guests where a stock kernel boots.
 
 pub mod bare_metal;
+pub mod cli;
 pub mod console;
 pub mod http;
 pub mod linux;

@@ -21,7 +21,16 @@ pub const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t";
 ///
 /// When the environment does not say where they are, or the server does not come up.
 pub fn server() -> Result<Server> {
-    let server = Server::start(&[])?;
+    server_with(&[])
+}
+
+/// As [`server`], started with more `arguments`.
+///
+/// # Errors
+///
+/// As [`server`].
+pub fn server_with(arguments: &[&str]) -> Result<Server> {
+    let server = Server::start(arguments)?;
     for (variable, name) in [
         (environment::GUEST_KERNEL, "vmlinuz"),
         (environment::GUEST_INITRD, "initrd"),

@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "api-server",
             "api-types",
             "control",
+            "dedup",
             "hypervisor",
             "saved-state",
             "snapshot",
@@ -28,7 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("hypervisor", &["memory", "saved-state"]),
     ("memory", &[]),
     ("saved-state", &[]),
-    ("snapshot", &["memory", "saved-state"]),
+    ("snapshot", &["dedup", "memory", "saved-state"]),
     (
         "system-tests",
         &["api-types", "control", "snapshot", "testbed"],

@@ -19,17 +19,24 @@ mod pause;
 mod python;
 #[path = "bare_metal/round_trip.rs"]
 mod round_trip;
+#[path = "bare_metal/store.rs"]
+mod store;
 
 use serde_json::json;
 use system_tests::{bare_metal, http::Machine, server::Server};
 
 /// A server, unless this machine has no KVM.
 fn server() -> Option<Server> {
+    server_with(&[])
+}
+
+/// As [`server`], with more arguments.
+fn server_with(arguments: &[&str]) -> Option<Server> {
     if std::fs::File::open("/dev/kvm").is_err() {
         eprintln!("there is no /dev/kvm here, so nothing was tested");
         return None;
     }
-    Some(Server::start(&[]).unwrap())
+    Some(Server::start(arguments).unwrap())
 }
 
 /// Boots `kernel` with one vCPU and 64 MiB.

@@ -16,3 +16,5 @@ mod full_disk;
 mod pause;
 #[path = "level3/same_again.rs"]
 mod same_again;
+#[path = "level3/stored.rs"]
+mod stored;

@@ -9,15 +9,16 @@ use std::{
     time::Instant,
 };
 
-use control::{AfterSnapshot, Exit, Failure, SnapshotReport, SnapshotRequest};
+use control::{AfterSnapshot, Exit, Failure, SnapshotReport, SnapshotRequest, StoredReport};
 use devices::GuestRequest;
-use snapshot::Targets;
+use snapshot::Saved;
 use tokio::sync::oneshot;
 
 use crate::{
     error::Error,
     lifecycle::{self, Lifecycle},
     machine::{Machine, sync_disks},
+    place,
     vcpu::VcpuEnd,
 };
 
@@ -115,7 +116,7 @@ impl Controller {
         error.into()
     }
 
-    #[tracing::instrument(skip_all, fields(state = %request.state.display()))]
+    #[tracing::instrument(skip_all, fields(to = ?request.to))]
     fn snapshot(&mut self, request: &SnapshotRequest, reply: Reply<SnapshotReport>) {
         let counts = Arc::clone(self.machine.counters());
         match take_snapshot(&mut self.machine, &self.ending, request) {
@@ -162,10 +163,10 @@ fn take_snapshot(
     request: &SnapshotRequest,
 ) -> Result<SnapshotReport, Error> {
     let begun = Instant::now();
-    let targets = Targets {
-        state: &request.state,
-        memory: &request.memory,
-    };
+    let counters = Arc::clone(machine.counters());
+    let parent = machine.stored_as.clone();
+    // Before the machine is held: a store that cannot be opened costs the guest nothing.
+    let destination = place::OpenDestination::new(&request.to)?;
     let mut held = machine.hold()?;
     // A guest that has switched itself off waits for its end, which is behind this in the queue.
     if ending.load(Ordering::SeqCst) {
@@ -174,24 +175,32 @@ fn take_snapshot(
     let disks = held.writable_disks();
     let state = held.save()?;
     let id = state.header.id.to_string();
-    let unpublished = snapshot::write(targets, &state, held.memory())?;
+    let unpublished = snapshot::write(
+        destination.with_parent(parent.as_deref()),
+        &state,
+        held.memory(),
+        &counters.saving,
+    )?;
     let written = unpublished.written;
     let state_bytes = unpublished.state_bytes;
     let publish = || sync_disks(&disks).and_then(|()| Ok(unpublished.publish()?));
-    let downtime = match request.then {
+    let (downtime, saved) = match request.then {
         AfterSnapshot::Resume => {
             let downtime = held.stood_still();
             held.let_go(true)?;
-            publish()?;
-            downtime
+            (downtime, publish()?)
         }
         AfterSnapshot::Halt => {
-            publish()?;
+            let saved = publish()?;
             let downtime = held.stood_still();
             held.keep();
-            downtime
+            (downtime, saved)
         }
     };
+    let stored = saved.map(stored_report);
+    if let Some(stored) = &stored {
+        machine.stored_as = Some(stored.id.clone());
+    }
     Ok(SnapshotReport {
         id,
         state_bytes,
@@ -199,7 +208,16 @@ fn take_snapshot(
         written_bytes: written.data_bytes,
         downtime_us: downtime.as_micros() as u64,
         total_us: begun.elapsed().as_micros() as u64,
+        stored,
     })
+}
+
+fn stored_report(saved: Saved) -> StoredReport {
+    StoredReport {
+        id: saved.id.to_string(),
+        new_bytes: saved.pack_bytes + saved.snapshot_bytes,
+        name: saved.name,
+    }
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, Failure>) {

@@ -113,7 +113,25 @@ fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
         Snapshot::NoSpace { .. } => FailureKind::NoSpace,
         Snapshot::NotFound { .. } => FailureKind::NotFound,
         Snapshot::Io { source, .. } => io_kind(source),
-        Snapshot::State { .. } | Snapshot::Memory { .. } => FailureKind::NotASnapshot,
+        Snapshot::State { .. }
+        | Snapshot::Memory { .. }
+        | Snapshot::StoredState { .. }
+        | Snapshot::NotAMachine { .. } => FailureKind::NotASnapshot,
+        Snapshot::NeedsStore { .. } => FailureKind::BadRequest,
+        Snapshot::GuestMemory(_) | Snapshot::Read(_) => FailureKind::Host,
+        Snapshot::Store { source, .. } => store_kind(source),
+    }
+}
+
+fn store_kind(error: &snapshot::StoreError) -> FailureKind {
+    use snapshot::StoreError as Store;
+    match error {
+        Store::NoStore | Store::NoSnapshot(_) => FailureKind::NotFound,
+        Store::NameTaken(_) | Store::Busy(_) => FailureKind::WrongState,
+        Store::Name(_) | Store::Ambiguous(_) | Store::Parameter(_) => FailureKind::BadRequest,
+        Store::Damaged { .. } | Store::NoImage(_) => FailureKind::NotASnapshot,
+        Store::NoSpace(_) => FailureKind::NoSpace,
+        _ => FailureKind::Host,
     }
 }
 

@@ -12,6 +12,7 @@ mod interrupt;
 mod lifecycle;
 mod machine;
 mod metrics;
+mod place;
 mod platform;
 mod process;
 mod service;

@@ -12,7 +12,7 @@ use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{ClockPlan, VcpuState, Vm, VmState, cpu_identity, missing_features};
 use memory::{Layout, MachineMemory};
 use saved_state::{Container, Header, SnapshotId};
-use snapshot::Pair;
+use snapshot::{Progress, Snapshot};
 
 use crate::{
     boot, console,
@@ -41,6 +41,8 @@ pub(crate) struct Counters {
     pub(crate) exits: Arc<ExitCounts>,
     pub(crate) machine: MachineCounts,
     pub(crate) devices: DeviceSet,
+    /// How far the snapshot in work is.
+    pub(crate) saving: Progress,
 }
 
 /// A machine. Fresh or restored it is held; [`Machine::run`] lets it go.
@@ -57,6 +59,8 @@ pub(crate) struct Machine {
     held_since: Instant,
     /// There until a restored machine runs for the first time.
     restored: Option<ClockPlan>,
+    /// What it was last in a store, by its id there: what its next snapshot builds on.
+    pub(crate) stored_as: Option<String>,
 }
 
 /// A machine that is held. Dropped, it lets the machine go on if it ran before.
@@ -76,6 +80,7 @@ struct Parts {
     buses: crate::vcpu::Buses,
     input: Option<File>,
     restored: Option<ClockPlan>,
+    stored_as: Option<String>,
 }
 
 impl Machine {
@@ -113,20 +118,21 @@ impl Machine {
                 buses,
                 input,
                 restored: None,
+                stored_as: None,
             },
             listeners,
         )
     }
 
-    /// Makes the machine that `pair` was saved from. Its memory is checked first.
+    /// Makes the machine that `saved` was. Its memory is checked first.
     pub(crate) fn restore(
-        mut pair: Pair,
+        mut saved: Snapshot,
         confinement: Option<&Confinement>,
         console: console::Ends,
         listeners: &Listeners,
     ) -> Result<Self, Error> {
-        layout_of(pair.state.header.memory_bytes)?;
-        let mut state = pair.take_state();
+        layout_of(saved.state.header.memory_bytes)?;
+        let mut state = saved.take_state();
         let MachineState { disks } = state.take(0)?;
         if let Some(confinement) = confinement {
             confined(confinement, &state.header, &disks)?;
@@ -140,8 +146,8 @@ impl Machine {
             }
         }
         let disks: Vec<_> = disks.iter().map(DiskState::config).collect();
-        pair.verify()?;
-        let memory = pair.map()?;
+        let memory = saved.load()?;
+        let stored_as = saved.stored_as().map(str::to_owned);
         let count = state.header.vcpus;
         let mut vm = Vm::new(&memory, count)?;
         let requests = &listeners.requests;
@@ -176,6 +182,7 @@ impl Machine {
                 buses,
                 input,
                 restored,
+                stored_as,
             },
             listeners,
         )
@@ -191,6 +198,7 @@ impl Machine {
             buses,
             input,
             restored,
+            stored_as,
         } = parts;
         let input = input.map(|source| SerialInput {
             source,
@@ -211,10 +219,12 @@ impl Machine {
                 exits,
                 machine: MachineCounts::default(),
                 devices,
+                saving: Progress::default(),
             }),
             quiesced: Some(quiesced),
             held_since: Instant::now(),
             restored,
+            stored_as,
         })
     }
 
@@ -327,6 +337,7 @@ impl Held<'_> {
             quiesced: _,
             held_since: _,
             restored: _,
+            stored_as: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(vm, memory, *vcpu_count)?);
         let disks: Result<_, _> = disks.iter().map(disk_state).collect();

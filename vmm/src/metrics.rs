@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use control::Metric;
 use devices::Counter;
+use snapshot::Progress;
 
 /// Exits of all vCPUs, by what they were for.
 #[derive(Debug, Default)]
@@ -40,6 +41,19 @@ impl Gauge {
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
+}
+
+/// How far the snapshot in work is, or the last one got.
+pub(crate) fn saving_metrics(saving: &Progress) -> [Metric; 2] {
+    [
+        (control::SNAPSHOT_BYTES_DONE, saving.done()),
+        (control::SNAPSHOT_BYTES_TOTAL, saving.total()),
+    ]
+    .map(|(name, value)| Metric {
+        name: name.to_owned(),
+        label: None,
+        value,
+    })
 }
 
 impl ExitCounts {

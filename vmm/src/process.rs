@@ -16,7 +16,6 @@ use control::{
     Exit, Failure, FailureKind, LaunchSpec, Launched, Origin, ProcessId, Record, Registry, Secret,
 };
 use hypervisor::install_kick_handler;
-use snapshot::Pair;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -25,6 +24,7 @@ use crate::{
     error::Error,
     lifecycle::{self, Lifecycle},
     machine::{Listeners, Machine},
+    place,
     service::Service,
 };
 
@@ -146,10 +146,10 @@ fn make(spec: &LaunchSpec, listeners: &Listeners) -> Result<Machine, Failure> {
     let console = console::open(&spec.console).map_err(Error::Console)?;
     match &spec.origin {
         Origin::Boot(config) => Ok(Machine::boot(config, console, listeners)?),
-        Origin::Restore { state, memory } => {
-            let pair = Pair::open(state, memory).map_err(Error::Snapshot)?;
+        Origin::Restore(source) => {
+            let saved = place::open(source)?;
             let confinement = spec.confinement.as_ref();
-            Ok(Machine::restore(pair, confinement, console, listeners)?)
+            Ok(Machine::restore(saved, confinement, console, listeners)?)
         }
     }
 }

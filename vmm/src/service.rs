@@ -13,6 +13,7 @@ use crate::{
     controller::{Event, Reply, Request},
     lifecycle::{self, Lifecycle, Refused},
     machine::Counters,
+    metrics::saving_metrics,
 };
 
 /// What every connection's requests are answered from.
@@ -71,7 +72,7 @@ impl Vmm for Service {
         _: Context,
         request: SnapshotRequest,
     ) -> Result<SnapshotReport, Failure> {
-        if !request.state.is_absolute() || !request.memory.is_absolute() {
+        if !request.to.is_absolute() {
             return Err(Failure {
                 kind: FailureKind::BadRequest,
                 message: "the paths of a snapshot must be absolute".to_owned(),
@@ -90,9 +91,11 @@ impl Vmm for Service {
             exits,
             machine,
             devices,
+            saving,
         } = &*self.counters;
         let mut metrics = exits.metrics();
         metrics.extend(machine.metrics());
+        metrics.extend(saving_metrics(saving));
         metrics.extend(devices.metrics());
         metrics
     }

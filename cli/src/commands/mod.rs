@@ -7,3 +7,4 @@ pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
+pub(crate) mod store;

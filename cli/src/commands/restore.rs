@@ -2,20 +2,20 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
+use anyhow::bail;
 use api_types::CreateAnswer;
-use control::{Console, Log, Origin, Registry, spawn};
+use control::{Console, Log, Origin, Registry, Source, spawn};
 
-use crate::{foreground, machine, output, program};
+use crate::{foreground, machine, output, program, store::StoreArgs};
 
 #[derive(clap::Args)]
 #[command(after_help = format!("With --foreground: {}", foreground::EXIT_CODES))]
 pub(crate) struct Args {
-    /// The state file.
-    #[arg(value_parser = machine::absolute())]
-    state: PathBuf,
-    /// The memory file.
-    #[arg(value_parser = machine::absolute())]
-    memory: PathBuf,
+    /// The snapshot in the store, by its name, tag or id; or the state file and the memory file.
+    #[arg(num_args = 1..=2, required = true, value_names = ["NAME or STATE", "MEMORY"])]
+    from: Vec<String>,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Has the machine's console on this terminal, and its exit code for one's own.
     #[arg(long)]
     foreground: bool,
@@ -26,10 +26,7 @@ pub(crate) struct Args {
 
 pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let registry = Registry::open(run_dir)?;
-    let origin = Origin::Restore {
-        state: args.state,
-        memory: args.memory,
-    };
+    let origin = Origin::Restore(source(&args.from, &args.store)?);
     if args.foreground {
         return foreground::run(&registry, origin).await;
     }
@@ -46,4 +43,27 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn source(from: &[String], store: &StoreArgs) -> anyhow::Result<Source> {
+    match from {
+        [name] if name.contains('/') => {
+            bail!(
+                "{name} is no name of a snapshot in the store; for two files, name the memory file too"
+            )
+        }
+        [name] => Ok(Source::Stored {
+            store: store.location()?,
+            name: name.clone(),
+        }),
+        [state, memory] => {
+            Ok(Source::Files {
+                state: std::path::absolute(state)?,
+                memory: std::path::absolute(memory)?,
+                // Only a reference needs it, and only then must it be there.
+                store: Some(store.location()?),
+            })
+        }
+        _ => bail!("name the snapshot, or two files"),
+    }
 }

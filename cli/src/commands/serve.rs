@@ -7,7 +7,7 @@ use api_server::{Defaults, ServerConfig};
 use control::DiskConfig;
 use rocket::fairing::AdHoc;
 
-use crate::{machine, output, program};
+use crate::{machine, output, program, store::StoreArgs};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -35,6 +35,9 @@ pub(crate) struct Args {
     /// A disk for requests that do not say; `,ro` after the path if guests may only read it.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
+    // Memory files are then small references to it; without one they are complete in themselves.
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
 pub(crate) async fn serve(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
@@ -42,6 +45,7 @@ pub(crate) async fn serve(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCo
         address: args.address,
         port: args.port,
         run_dir,
+        store: args.store.named()?,
         defaults: Defaults {
             vcpus: args.vcpus,
             memory_mib: args.memory,

@@ -1,21 +1,29 @@
 //! `fermata snapshot`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
-use control::{AfterSnapshot, Registry, SnapshotRequest};
+use anyhow::bail;
+use control::{
+    AfterSnapshot, Client, ClientError, Destination, Record, Registry, SNAPSHOT_BYTES_DONE,
+    SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest,
+};
 
-use crate::{machine, output};
+use crate::{machine, output, progress::Progress, store::StoreArgs};
+
+/// How often a machine is asked how far it is.
+const POLL: Duration = Duration::from_millis(200);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
     vm: machine::Name,
-    /// Where the state file goes. A file that is there is replaced when the new one is whole.
-    #[arg(value_parser = machine::absolute())]
-    state: PathBuf,
-    /// Where the memory file goes.
-    #[arg(value_parser = machine::absolute())]
-    memory: PathBuf,
+    /// The snapshot's name in the store; or two paths: where the state file goes and where the memory file
+    /// goes. Files that are there are replaced when the new ones are whole.
+    #[arg(num_args = 1..=2, required = true, value_names = ["NAME or STATE", "MEMORY"])]
+    to: Vec<String>,
+    // With two paths, the memory file is a reference if --store is given.
+    #[command(flatten)]
+    store: StoreArgs,
     /// Ends the machine once it is saved.
     #[arg(long)]
     halt: bool,
@@ -27,26 +35,93 @@ pub(crate) struct Args {
 pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let record = args.vm.find(&Registry::open(run_dir)?)?;
     let request = SnapshotRequest {
-        state: args.state,
-        memory: args.memory,
+        to: destination(&args.to, &args.store)?,
         then: if args.halt {
             AfterSnapshot::Halt
         } else {
             AfterSnapshot::Resume
         },
     };
-    let report = machine::connect(&record).await?.snapshot(request).await?;
+    let report = save(&record, request).await?;
     if args.json {
         output::print_json(&report)?;
     } else {
-        output::print(&format!(
-            "snapshot {}: {} of {} written in {:.1} ms; the guest stood still for {:.1} ms\n",
+        output::print(&said(&report))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn destination(to: &[String], store: &StoreArgs) -> anyhow::Result<Destination> {
+    match to {
+        [name] if name.contains('/') => bail!(
+            "{name} is no name for a snapshot in the store; for two files, name the memory file too"
+        ),
+        [name] => Ok(Destination::Stored {
+            store: store.location_to_fill()?,
+            name: name.clone(),
+        }),
+        [state, memory] => {
+            let (state, memory) = (std::path::absolute(state)?, std::path::absolute(memory)?);
+            Ok(match store.named()? {
+                None => Destination::Files { state, memory },
+                Some(store) => Destination::Referenced {
+                    store,
+                    state,
+                    memory,
+                },
+            })
+        }
+        _ => bail!("name the snapshot, or two files"),
+    }
+}
+
+/// Has the machine saved, and shows how far that is.
+async fn save(record: &Record, request: SnapshotRequest) -> anyhow::Result<SnapshotReport> {
+    let client = machine::connect(record).await?;
+    let watching = async {
+        let mut progress = Progress::new("saving");
+        loop {
+            tokio::time::sleep(POLL).await;
+            // A machine that does not answer this will not answer the request either, and that says why.
+            if let Ok((done, total)) = saved_so_far(&client).await {
+                progress.show(done, total);
+            }
+        }
+    };
+    tokio::select! {
+        report = client.snapshot(request) => Ok(report?),
+        never = watching => never,
+    }
+}
+
+async fn saved_so_far(client: &Client) -> Result<(u64, u64), ClientError> {
+    let metrics = client.metrics().await?;
+    let gauge = |name: &str| {
+        let metric = metrics.iter().find(|metric| metric.name == name);
+        metric.map_or(0, |metric| metric.value)
+    };
+    Ok((gauge(SNAPSHOT_BYTES_DONE), gauge(SNAPSHOT_BYTES_TOTAL)))
+}
+
+fn said(report: &SnapshotReport) -> String {
+    let what = match &report.stored {
+        None => format!(
+            "snapshot {}: {} of {} written",
             report.id,
             output::bytes(report.written_bytes),
             output::bytes(report.memory_bytes),
-            report.total_us as f64 / 1000.0,
-            report.downtime_us as f64 / 1000.0,
-        ))?;
-    }
-    Ok(ExitCode::SUCCESS)
+        ),
+        Some(stored) => format!(
+            "snapshot {}: {} in use of {}, {} new in the store",
+            stored.name,
+            output::bytes(report.written_bytes),
+            output::bytes(report.memory_bytes),
+            output::bytes(stored.new_bytes),
+        ),
+    };
+    format!(
+        "{what} in {:.1} ms; the guest stood still for {:.1} ms\n",
+        report.total_us as f64 / 1000.0,
+        report.downtime_us as f64 / 1000.0,
+    )
 }

@@ -6,7 +6,10 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use system_tests::{console::count, http::Machine, linux, server::Server, wait};
+use system_tests::{cli::Cli, console::count, http::Machine, linux, server::Server, wait};
+
+/// Snapshots that go into the store.
+const SNAPSHOTS: u32 = 10;
 
 fn main() -> Result<()> {
     let server = linux::server()?;
@@ -73,6 +76,60 @@ fn main() -> Result<()> {
     );
     linux::nothing_lost(&before, &after)?;
     println!("\nThe same process, the same files, both CPUs: the guest has noticed nothing.\n");
+    in_a_store(&server, restored)
+}
+
+/// Ten snapshots by name, what they cost, and the last of them gone on with.
+fn in_a_store(server: &Server, machine: Machine) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let cli = Cli::new(directory.path(), &server.run_directory());
+    cli.run(&["store", "init"])?;
+    let pid = machine.pid.to_string();
+    say("fermata snapshot <vm> <name>, ten times while it counts. Nothing is stored twice.");
+    for number in 1..=SNAPSHOTS {
+        let name = format!("demo-{number}");
+        let mut arguments = vec!["snapshot", &pid, &name, "--json"];
+        if number == SNAPSHOTS {
+            arguments.push("--halt");
+        }
+        let report = cli.json(&arguments)?;
+        println!(
+            "    {name}: {} MiB in use, {} KiB new in the store, {:.0} ms",
+            report["written_bytes"].as_u64().unwrap_or(0) >> 20,
+            report["stored"]["new_bytes"].as_u64().unwrap_or(0) >> 10,
+            report["total_us"].as_f64().unwrap_or(0.0) / 1000.0
+        );
+        if number < SNAPSHOTS {
+            show_count(server, machine, 1)?;
+        }
+    }
+    for line in cli.run(&["store", "stat"])?.lines() {
+        println!("    {line}");
+    }
+    let console = server.console(machine)?;
+    let cut = console.last(count).unwrap_or(0);
+
+    let name = format!("demo-{SNAPSHOTS}");
+    say(&format!("fermata restore {name}."));
+    let begun = Instant::now();
+    let restored = cli.json(&["restore", &name, "--json"])?;
+    let restored = Machine {
+        pid: u32::try_from(restored["pid"].as_u64().unwrap_or(0))?,
+        port: u16::try_from(restored["port"].as_u64().unwrap_or(0))?,
+    };
+    let console = server.console(restored)?;
+    let first = linux::counts_past(&console, 0)?;
+    took(
+        &format!(
+            "It was cut at {cut}, and process {} counts {first}",
+            restored.pid
+        ),
+        begun.elapsed(),
+    );
+    ensure!(
+        (cut + 1..=cut + 2).contains(&first),
+        "the count went from {cut} to {first}"
+    );
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use rustix::{
     termios::{LocalModes, tcgetattr},
 };
 use serde_json::Value;
-use system_tests::{bare_metal, programs, wait};
+use system_tests::{bare_metal, cli::Cli, wait};
 use tempfile::TempDir;
 
 /// A directory with a kernel, whose machines are ended when it is dropped.
@@ -46,30 +46,21 @@ impl Desk {
         Registry::open(self.path().join("run")).unwrap()
     }
 
+    fn cli(&self) -> Cli {
+        Cli::new(self.path(), &self.path().join("run"))
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(programs::fermata());
-        command
-            .args(arguments)
-            .current_dir(self.path())
-            .env("FERMATA_RUN_DIR", self.path().join("run"))
-            .env("FERMATA_VMM_BIN", programs::vmm());
-        command
+        self.cli().command(arguments)
     }
 
     /// Runs a command that succeeds, and returns what it prints.
     fn run(&self, arguments: &[&str]) -> String {
-        let Output {
-            status,
-            stdout,
-            stderr,
-        } = self.command(arguments).output().unwrap();
-        let said = String::from_utf8(stderr).unwrap();
-        assert!(status.success(), "{arguments:?}: {said}");
-        String::from_utf8(stdout).unwrap()
+        self.cli().run(arguments).unwrap()
     }
 
     fn json(&self, arguments: &[&str]) -> Value {
-        serde_json::from_str(&self.run(arguments)).unwrap()
+        self.cli().json(arguments).unwrap()
     }
 }
 

@@ -3,7 +3,8 @@
 use std::fs;
 
 use control::{
-    AfterSnapshot, Client, Console, LaunchSpec, Log, Origin, Registry, Secret, SnapshotRequest,
+    AfterSnapshot, Client, Console, Destination, LaunchSpec, Log, Origin, Registry, Secret,
+    SnapshotRequest, Source,
 };
 use system_tests::{linux, programs};
 
@@ -28,10 +29,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
         let secret = Secret::random().unwrap();
         let spec = LaunchSpec {
             secret: secret.clone(),
-            origin: Origin::Restore {
-                state: path("state"),
-                memory: path("memory"),
-            },
+            origin: Origin::Restore(Source::files(path("state"), path("memory"))),
             console: Console::File(registry.new_console().unwrap()),
             registry: server.run_directory(),
             paused: true,
@@ -43,17 +41,15 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             .unwrap();
         let client = Client::connect(spawned.port, &secret).await.unwrap();
         let request = SnapshotRequest {
-            state: path("state-again"),
-            memory: path("memory-again"),
+            to: Destination::files(path("state-again"), path("memory-again")),
             then: AfterSnapshot::Halt,
         };
         client.snapshot(request).await.unwrap();
     });
 
-    let open =
-        |state: &str, memory: &str| snapshot::Pair::open(&path(state), &path(memory)).unwrap();
-    let (first, again) = (open("state", "memory"), open("state-again", "memory-again"));
-    let sections = |pair: &snapshot::Pair| pair.state.sections().cloned().collect::<Vec<_>>();
+    let state = |name: &str| snapshot::read_state(&path(name)).unwrap();
+    let (first, again) = (state("state"), state("state-again"));
+    let sections = |state: &Container| state.sections().cloned().collect::<Vec<_>>();
     for (one, two) in sections(&first).iter().zip(sections(&again)) {
         assert_eq!(*one, two, "section {} {}", one.kind, one.instance);
     }

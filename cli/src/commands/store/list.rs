@@ -1,0 +1,185 @@
+//! What is in a store: `ls`, `log`, `diff`.
+
+use std::process::ExitCode;
+
+use dedup::{ImageDiff, LogEntry, Store};
+use saved_state::Header;
+use serde::Serialize;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use crate::output;
+
+pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
+    let log = store.log()?;
+    if json {
+        output::print_json(&log)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let chunk = u64::from(store.chunk_size());
+    let rows: Vec<_> = log
+        .iter()
+        .map(|entry| {
+            let images = &entry.facts.images;
+            let new: u64 = images.iter().map(|image| image.new_chunks * chunk).sum();
+            [
+                entry.name.clone(),
+                short(entry),
+                date(entry.facts.created_ms),
+                output::bytes(images.iter().map(|image| image.size).sum()),
+                output::bytes(new),
+                entry.tags.join(" "),
+            ]
+        })
+        .collect();
+    let heading = ["NAME", "ID", "CREATED", "SIZE", "NEW", "TAGS"];
+    output::print(&output::table(heading, &rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A snapshot in a log, with what its state says of the machine.
+#[derive(Serialize)]
+struct Told {
+    #[serde(flatten)]
+    entry: LogEntry,
+    /// Missing when the snapshot is not that of a machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine: Option<Machine>,
+}
+
+#[derive(Serialize)]
+struct Machine {
+    snapshot: String,
+    release: String,
+    vcpus: u32,
+    memory_bytes: u64,
+    cpu: String,
+}
+
+pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Result<ExitCode> {
+    let all = store.log()?;
+    let entries = match from {
+        None => all,
+        Some(from) => lineage(store.show(from)?, &all),
+    };
+    let told = entries.into_iter().map(|entry| tell(store, entry));
+    let told = told.collect::<anyhow::Result<Vec<_>>>()?;
+    if json {
+        output::print_json(&told)?;
+    } else {
+        let chunk = u64::from(store.chunk_size());
+        let texts: Vec<_> = told.iter().map(|told| text(told, chunk)).collect();
+        output::print(&texts.join("\n"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A snapshot, its parent, and so on, as far as they are there.
+fn lineage(from: LogEntry, all: &[LogEntry]) -> Vec<LogEntry> {
+    let mut line = vec![from];
+    while let Some(parent) = line
+        .last()
+        .and_then(|last| last.facts.parent)
+        .and_then(|id| all.iter().find(|entry| entry.id == id))
+    {
+        // An id is a digest of what holds its parent's, so that no snapshot is its own ancestor; but a file may lie.
+        if line.iter().any(|entry| entry.id == parent.id) {
+            break;
+        }
+        line.push(parent.clone());
+    }
+    line
+}
+
+fn tell(store: &Store, entry: LogEntry) -> anyhow::Result<Told> {
+    let state = store.manifest(&entry.id.to_string())?;
+    let machine = Header::read(&state).ok().map(|header| Machine {
+        snapshot: header.id.to_string(),
+        release: header.release,
+        vcpus: header.vcpus,
+        memory_bytes: header.memory_bytes,
+        cpu: header.host_cpu.brand,
+    });
+    Ok(Told { entry, machine })
+}
+
+fn text(told: &Told, chunk: u64) -> String {
+    let Told { entry, machine } = told;
+    let facts = &entry.facts;
+    let mut text = format!("snapshot {}", entry.name);
+    if !entry.tags.is_empty() {
+        text += &format!(" ({})", entry.tags.join(", "));
+    }
+    text += &format!("\n  id       {}", entry.id);
+    if let Some(parent) = facts.parent {
+        text += &format!("\n  parent   {parent}");
+    }
+    text += &format!("\n  created  {} on {}", date(facts.created_ms), facts.host);
+    if let Some(machine) = machine {
+        text += &format!(
+            "\n  machine  {} vCPUs, {}, fermata {}, {}",
+            machine.vcpus,
+            output::bytes(machine.memory_bytes),
+            machine.release,
+            machine.cpu
+        );
+    }
+    for image in &facts.images {
+        text += &format!(
+            "\n  {:<8} {}, {} zero, {} new",
+            image.name,
+            output::bytes(image.size),
+            output::bytes((image.zero_chunks * chunk).min(image.size)),
+            output::bytes((image.new_chunks * chunk).min(image.size)),
+        );
+    }
+    text + "\n"
+}
+
+pub(super) fn diff(
+    store: &Store,
+    old: &str,
+    new: &str,
+    ranges: bool,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    let diffs = store.diff(old, new)?;
+    if json {
+        output::print_json(&diffs)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = String::new();
+    for diff in &diffs {
+        text += &difference(diff);
+        if ranges {
+            for range in &diff.changed {
+                text += &format!("  {:#014x} {:#014x}\n", range.start, range.end);
+            }
+        }
+    }
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn difference(diff: &ImageDiff) -> String {
+    let name = &diff.name;
+    match (diff.old_size, diff.new_size) {
+        (Some(_), Some(size)) => format!(
+            "{name}: {} of {} changed\n",
+            output::bytes(diff.changed_bytes()),
+            output::bytes(size)
+        ),
+        (Some(size), None) => format!("{name}: removed, {}\n", output::bytes(size)),
+        (None, size) => format!("{name}: added, {}\n", output::bytes(size.unwrap_or(0))),
+    }
+}
+
+fn short(entry: &LogEntry) -> String {
+    entry.id.to_string().chars().take(12).collect()
+}
+
+fn date(unix_ms: u64) -> String {
+    OffsetDateTime::from_unix_timestamp_nanos(i128::from(unix_ms) * 1_000_000)
+        .ok()
+        .and_then(|date| date.replace_nanosecond(0).ok()?.format(&Rfc3339).ok())
+        .unwrap_or_else(|| format!("{unix_ms} ms after 1970"))
+}

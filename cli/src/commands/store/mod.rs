@@ -1,0 +1,127 @@
+//! `fermata store`: one function per command, in the words of git.
+
+mod copy;
+mod list;
+mod order;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Subcommand;
+
+use crate::{machine, store::StoreArgs};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+    /// Prints JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes a store; with --key-file, an encrypted one. A key file that is not there is made.
+    Init,
+    /// Counts what is in the store.
+    Stat,
+    /// Lists the snapshots, newest first.
+    Ls,
+    /// Tells of a snapshot, of what it came from, and so on; of all snapshots if none is named.
+    Log {
+        /// The snapshot's name, tag or id.
+        snapshot: Option<String>,
+    },
+    /// Shows how much of the memory differs between two snapshots.
+    Diff {
+        /// The one snapshot's name, tag or id.
+        old: String,
+        /// The other's.
+        new: String,
+        /// Lists where they differ, too.
+        #[arg(long)]
+        ranges: bool,
+    },
+    /// Gives a snapshot a further name.
+    Tag {
+        /// The snapshot's name, tag or id.
+        snapshot: String,
+        /// The new name; a tag of this name moves.
+        tag: String,
+    },
+    /// Removes a tag, or a snapshot with its tags. `gc` frees what only it needed.
+    Rm {
+        /// Its name.
+        name: String,
+    },
+    /// Frees what no snapshot needs. Machines may be saved and restored meanwhile.
+    Gc {
+        /// Seconds until other hosts see a new file: on NFS, more than its attribute cache's time.
+        #[arg(long, default_value_t = 0)]
+        grace: u64,
+    },
+    /// Reads and checks every byte. The exit code is 2 when something is wrong.
+    Fsck {
+        /// Repairs what can be, and moves what cannot be read into damaged/.
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Writes a snapshot into a state file and a memory file.
+    Export {
+        /// The snapshot's name, tag or id.
+        snapshot: String,
+        /// Where the state file goes.
+        #[arg(value_parser = machine::absolute())]
+        state: PathBuf,
+        /// Where the memory file goes.
+        #[arg(value_parser = machine::absolute())]
+        memory: PathBuf,
+    },
+    /// Takes a state file and a memory file into the store.
+    Import {
+        /// The snapshot's name.
+        name: String,
+        /// The state file.
+        #[arg(value_parser = machine::absolute())]
+        state: PathBuf,
+        /// The memory file.
+        #[arg(value_parser = machine::absolute())]
+        memory: PathBuf,
+    },
+    /// Writes a snapshot's memory, or its state, to standard output.
+    Cat {
+        /// The snapshot's name, tag or id.
+        snapshot: String,
+        /// What of it.
+        #[arg(value_enum, default_value_t = copy::Part::Memory)]
+        part: copy::Part,
+    },
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let (store, json) = (&args.store, args.json);
+    match &args.command {
+        Command::Init => order::init(store, json),
+        Command::Stat => order::stat(&store.open()?, json),
+        Command::Ls => list::ls(&store.open()?, json),
+        Command::Log { snapshot } => list::log(&store.open()?, snapshot.as_deref(), json),
+        Command::Diff { old, new, ranges } => list::diff(&store.open()?, old, new, *ranges, json),
+        Command::Tag { snapshot, tag } => order::tag(&store.open()?, snapshot, tag, json),
+        Command::Rm { name } => order::rm(&store.open()?, name, json),
+        Command::Gc { grace } => order::gc(&store.open()?, *grace, json),
+        Command::Fsck { repair } => order::fsck(store, *repair, json),
+        Command::Export {
+            snapshot,
+            state,
+            memory,
+        } => copy::export(&store.open()?, snapshot, state, memory, json),
+        Command::Import {
+            name,
+            state,
+            memory,
+        } => copy::import(store, name, state, memory, json),
+        Command::Cat { snapshot, part } => copy::cat(&store.open()?, snapshot, *part),
+    }
+}

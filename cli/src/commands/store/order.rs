@@ -1,0 +1,158 @@
+//! A store in order: `init`, `stat`, `tag`, `rm`, `gc`, `fsck`.
+
+use std::{process::ExitCode, time::Duration};
+
+use dedup::{GcOptions, Key, Problem, Store, backend::LocalDir, repair_config};
+use serde_json::json;
+
+use crate::{
+    output,
+    store::{StoreArgs, create},
+};
+
+/// The exit code of a check that found something.
+const DAMAGED: u8 = 2;
+
+pub(super) fn init(args: &StoreArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let location = args.location()?;
+    if let Some(key_file) = location.key_file.as_deref().filter(|file| !file.exists()) {
+        Key::create_file(key_file)?;
+        eprintln!(
+            "made the key file {}: keep a copy elsewhere, for without it the store is lost",
+            key_file.display()
+        );
+    }
+    create(&location)?;
+    let directory = location.directory.display().to_string();
+    let encrypted = location.key_file.is_some();
+    if json {
+        output::print_json(&json!({ "store": directory, "encrypted": encrypted }))?;
+    } else {
+        let kind = if encrypted {
+            "encrypted store"
+        } else {
+            "store"
+        };
+        output::print(&format!("made the {kind} {directory}\n"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn stat(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
+    let stat = store.stat()?;
+    if json {
+        output::print_json(&stat)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let images = stat.image_bytes;
+    let stored = stat.stored_bytes();
+    let mut text = format!(
+        "{} snapshots of {}, {} of it zeros\n{} stored: {} in {} packs, {} of snapshots, {} of index\n",
+        stat.snapshots,
+        output::bytes(images),
+        output::bytes(stat.zero_bytes),
+        output::bytes(stored),
+        output::bytes(stat.pack_bytes),
+        stat.packs,
+        output::bytes(stat.snapshot_bytes),
+        output::bytes(stat.index_bytes),
+    );
+    if stored > 0 && images > 0 {
+        text += &format!("1 to {:.1}\n", images as f64 / stored as f64);
+    }
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn tag(
+    store: &Store,
+    snapshot: &str,
+    tag: &str,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    store.tag(snapshot, tag)?;
+    let entry = store.show(tag)?;
+    if json {
+        output::print_json(&entry)?;
+    } else {
+        output::print(&format!("{tag} is {}\n", entry.name))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn rm(store: &Store, name: &str, json: bool) -> anyhow::Result<ExitCode> {
+    store.rm(name)?;
+    if json {
+        output::print_json(&json!({ "removed": name }))?;
+    } else {
+        output::print(&format!(
+            "removed {name}; `fermata store gc` frees its space\n"
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn gc(store: &Store, grace: u64, json: bool) -> anyhow::Result<ExitCode> {
+    let grace = Duration::from_secs(grace);
+    let done = store.gc(&GcOptions { grace })?;
+    if json {
+        output::print_json(&done)?;
+    } else {
+        output::print(&format!(
+            "freed {}: of {} packs {} removed and {} shrunk\n",
+            output::bytes(done.bytes_freed),
+            done.packs,
+            done.packs_removed,
+            done.packs_shrunk
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn fsck(args: &StoreArgs, repair: bool, json: bool) -> anyhow::Result<ExitCode> {
+    // Without its config a store cannot even be opened.
+    if repair && repair_config(&LocalDir::new(&args.location()?.directory))? {
+        eprintln!("restored the store's config from a pack");
+    }
+    let store = args.open()?;
+    let report = if repair {
+        store.repair()?
+    } else {
+        store.fsck()?
+    };
+    if json {
+        output::print_json(&report)?;
+    } else {
+        let mut text = format!(
+            "{} packs with {} chunks, {} snapshots: {} problems\n",
+            report.packs,
+            report.chunks,
+            report.snapshots,
+            report.problems.len()
+        );
+        for problem in &report.problems {
+            text += &told(problem);
+        }
+        for repaired in &report.repaired {
+            text += &format!("{repaired}\n");
+        }
+        if !report.problems.is_empty() && !repair {
+            text += "`fermata store fsck --repair` keeps what is whole\n";
+        }
+        output::print(&text)?;
+    }
+    Ok(if report.problems.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(DAMAGED)
+    })
+}
+
+fn told(problem: &Problem) -> String {
+    let hit = if problem.snapshots.is_empty() {
+        "hits no snapshot".to_owned()
+    } else {
+        format!("hits {}", problem.snapshots.join(", "))
+    };
+    format!("{}: {} ({hit})\n", problem.file, problem.what)
+}
