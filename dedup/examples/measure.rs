@@ -1,13 +1,14 @@
 //! Saves and loads made-up guest memories and says how fast it was and what they cost.
 //!
-//! `cargo run --release --example measure [DIRECTORY [MIB]]`: twelve images of 256 MiB in a store in DIRECTORY (by
-//! default `/dev/shm`): one guest at four times, four boots with different work, four forks of one snapshot. Real
-//! images are measured by the product's own bench; these only show the order of magnitude.
+//! `cargo run --release --example measure [DIRECTORY [MIB | FILE...]]`: a store in DIRECTORY (by default `/dev/shm`),
+//! and in it FILEs, or twelve images of 256 MiB that are made up: one guest at four times, four boots with different
+//! work, four forks of one snapshot. Real images are measured by the product's own bench; made-up ones only show the
+//! order of magnitude. With `MEASURE_KEY` in the environment the store is encrypted.
 
 use std::path::PathBuf;
 use std::time::Instant;
 
-use dedup::{CreateOptions, OpenOptions, Result, Store, Zeros};
+use dedup::{CreateOptions, Key, OpenOptions, Result, Store, Zeros};
 
 const PAGE: usize = 4096;
 
@@ -122,14 +123,15 @@ fn timed<T>(what: &str, bytes: u64, work: impl FnOnce() -> Result<T>) -> Result<
     Ok(result)
 }
 
+fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> dedup::Error {
+    move |source| dedup::Error::Io {
+        what: what.into(),
+        source,
+    }
+}
+
 /// What the primitives take of one image: the least that a save or load of new pages can cost.
 fn bounds(image: &[u8]) -> Result<()> {
-    let io = |what: &'static str| {
-        move |source| dedup::Error::Io {
-            what: what.into(),
-            source,
-        }
-    };
     let bytes = image.len() as u64;
     let mut zstd = zstd::bulk::Compressor::new(1).map_err(io("set up zstd"))?;
     let frames = timed("zstd -1 alone", bytes, || {
@@ -155,17 +157,36 @@ fn bounds(image: &[u8]) -> Result<()> {
     })
 }
 
+/// The key of the store, where it is to be encrypted.
+fn key() -> Option<Key> {
+    std::env::var_os("MEASURE_KEY").map(|_| Key::from([7; 32]))
+}
+
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let root =
         PathBuf::from(args.next().unwrap_or_else(|| "/dev/shm".into())).join("dedup-measure");
-    let mib: usize = args.next().and_then(|mib| mib.parse().ok()).unwrap_or(256);
-    let images = images((mib << 20) / PAGE);
+    let args: Vec<String> = args.collect();
+    let made_up = match args.as_slice() {
+        [] => Some(256),
+        [first, ..] => first.parse::<usize>().ok(),
+    };
+    let images = match made_up {
+        Some(mib) => images((mib << 20) / PAGE),
+        None => {
+            let read = |path| std::fs::read(path).map_err(io("read an image"));
+            args.iter().map(read).collect::<Result<_>>()?
+        }
+    };
     let total: u64 = images.iter().map(|image| image.len() as u64).sum();
     let _ = std::fs::remove_dir_all(&root);
-    let store = Store::create_dir(&root, &CreateOptions::default(), OpenOptions::default())?;
-    let save = |name: String, image: &[u8]| -> Result<()> {
-        let mut writer = store.writer(&name, None)?;
+    let create = CreateOptions {
+        key: key(),
+        ..CreateOptions::default()
+    };
+    let store = Store::create_dir(&root, &create, OpenOptions::default())?;
+    let save = |name: String, image: &[u8], parent: Option<&str>| -> Result<()> {
+        let mut writer = store.writer(&name, parent)?;
         let mut memory = writer.image("memory")?;
         memory.write(image)?;
         memory.finish()?;
@@ -179,22 +200,53 @@ fn main() -> Result<()> {
     let numbered = || images.iter().enumerate();
 
     timed("save", total, || {
-        numbered().try_for_each(|(number, image)| save(format!("image{number}"), image))
+        numbered().try_for_each(|(number, image)| save(format!("image{number}"), image, None))
     })?;
     timed("save again", total, || {
-        numbered().try_for_each(|(number, image)| save(format!("again{number}"), image))
+        numbered().try_for_each(|(number, image)| save(format!("again{number}"), image, None))
     })?;
-    let mut memory = vec![0; images[0].len()];
+    timed("of a parent", total, || {
+        numbered().try_for_each(|(number, image)| {
+            let parent = format!("image{number}");
+            save(format!("child{number}"), image, Some(&parent))
+        })
+    })?;
+    if made_up.is_none() {
+        timed("files again", total, || {
+            let mut files = args.iter().enumerate();
+            files.try_for_each(|(number, path)| {
+                store.save_file(&format!("file{number}"), path).map(drop)
+            })
+        })?;
+        let other = root.join("of-files");
+        let store = Store::create_dir(&other, &create, OpenOptions::default())?;
+        timed("save files", total, || {
+            let mut files = args.iter().enumerate();
+            files.try_for_each(|(number, path)| {
+                store.save_file(&format!("file{number}"), path).map(drop)
+            })
+        })?;
+        let _ = std::fs::remove_dir_all(other);
+    }
+    let longest = images.iter().map(Vec::len).max().unwrap_or(0);
+    let mut memory = vec![1; longest];
     timed("load", total, || {
-        (0..images.len()).try_for_each(|number| load(number, &mut memory))
+        numbered().try_for_each(|(number, image)| load(number, &mut memory[..image.len()]))
     })?;
-    timed("load one", memory.len() as u64, || load(0, &mut memory))?;
+    for (number, image) in numbered().take(3) {
+        let memory = &mut memory[..image.len()];
+        timed("load one", image.len() as u64, || load(number, memory))?;
+    }
     for (number, image) in numbered() {
-        load(number, &mut memory)?;
-        assert!(memory == *image, "image {number} did not come back");
+        load(number, &mut memory[..image.len()])?;
+        assert!(
+            memory[..image.len()] == *image,
+            "image {number} did not come back"
+        );
     }
     bounds(&images[0])?;
-    read_pages(&root, mib as u64 * 256)?;
+    let middle = images.len() / 4;
+    read_pages(&root, middle, (images[middle].len() / PAGE) as u64)?;
 
     println!("{} MiB of images are stored in", total >> 20);
     for area in ["packs", "snapshots", "index"] {
@@ -216,15 +268,16 @@ fn main() -> Result<()> {
 }
 
 /// Reads single pages anywhere, without a cache of decoded frames.
-fn read_pages(root: &std::path::Path, pages: u64) -> Result<()> {
+fn read_pages(root: &std::path::Path, number: usize, pages: u64) -> Result<()> {
     let store = Store::open_dir(
         root,
         OpenOptions {
+            key: key(),
             frame_memory: 0,
             ..OpenOptions::default()
         },
     )?;
-    let image = store.image("image3", "memory")?;
+    let image = store.image(&format!("image{number}"), "memory")?;
     let mut random = Random(7);
     let mut page = [0; PAGE];
     let mut times = Vec::new();

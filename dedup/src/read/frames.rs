@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::frame::Decoder;
 use crate::name::FileId;
 use crate::pack::Pack;
+use crate::recipe::BlockCoder;
 use crate::store::Shared;
 
 /// Packs that are kept open; each takes a file descriptor and 16 KiB.
@@ -19,6 +20,8 @@ pub(crate) struct Frames {
     packs: Cache<FileId, Arc<Pack>>,
     frames: Cache<(FileId, u32), Arc<Vec<u8>>, ByBytes>,
     decoders: Mutex<Vec<FrameReader>>,
+    /// To set one up takes as long as to decode many blocks.
+    coders: Mutex<Vec<BlockCoder>>,
 }
 
 #[derive(Clone)]
@@ -53,6 +56,7 @@ impl Frames {
             packs: Cache::new(OPEN_PACKS),
             frames: Cache::with_weighter(estimated_frames, memory, ByBytes),
             decoders: Mutex::default(),
+            coders: Mutex::default(),
         }
     }
 
@@ -61,6 +65,21 @@ impl Frames {
     pub(crate) fn pack(&self, shared: &Shared, id: FileId) -> Result<Arc<Pack>> {
         self.packs
             .get_or_insert_with(&id, || Pack::open(shared, id).map(Arc::new))
+    }
+
+    /// Something to decode blocks with, to be returned.
+    pub(super) fn take_coder(&self) -> Result<BlockCoder> {
+        let mut idle = self.coders.lock().unwrap_or_else(PoisonError::into_inner);
+        let coder = idle.pop();
+        drop(idle);
+        coder.map_or_else(BlockCoder::new, Ok)
+    }
+
+    pub(super) fn return_coder(&self, coder: BlockCoder) {
+        self.coders
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(coder);
     }
 
     /// Forgets what was read, because files were repaired.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::frames::FrameReader;
 use super::{ImageReader, not_there};
@@ -21,11 +21,12 @@ pub enum Zeros {
     AlreadyThere,
 }
 
-/// A window is loaded by one thread, which decodes each frame once for all of the window.
-const MAX_WINDOW_BYTES: usize = 64 << 20;
+/// Windows are loaded one after the other, each by all threads, which decode each frame once for all of the window. The
+/// list of a window's chunks takes 6 MiB for each GiB.
+const WINDOW_BYTES: usize = 1 << 30;
 
-/// Windows for each thread, so that no thread waits long for the last.
-const WINDOWS_PER_THREAD: usize = 4;
+/// Frames that a thread takes at a time.
+const FRAMES: usize = 8;
 
 impl ImageReader {
     /// Loads the whole image into memory, `memory.len()` being its size. Each byte is verified on the way.
@@ -43,44 +44,33 @@ impl ImageReader {
             });
         }
         let chunk_size = self.shared.config.chunk_size as usize;
-        let window_blocks = self.window_blocks();
-        let windows = Mutex::new(
-            memory
-                .chunks_mut(window_blocks * BLOCK_CHUNKS * chunk_size)
-                .enumerate(),
-        );
-        let put = |_: usize, chunk: &mut &mut [u8], plain: &[u8]| {
-            chunk.copy_from_slice(&plain[..chunk.len()]);
-            Ok(())
-        };
-        threads::on(self.shared.threads, || {
-            let mut loader = Loader::new(self)?;
-            let mut chunks = Vec::new();
-            loop {
-                let next = windows
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .next();
-                let Some((window, memory)) = next else {
-                    return Ok(());
-                };
-                for (block, memory) in memory.chunks_mut(BLOCK_CHUNKS * chunk_size).enumerate() {
-                    let places = self
-                        .recipe
-                        .places(window * window_blocks + block, &mut loader.coder)?;
-                    for (place, chunk) in places.into_iter().zip(memory.chunks_mut(chunk_size)) {
-                        if !place.is_zero() {
-                            chunks.push((place, chunk));
-                        } else if zeros == Zeros::Write {
-                            chunk.fill(0);
-                        }
+        let block_bytes = BLOCK_CHUNKS * chunk_size;
+        for (window, memory) in memory
+            .chunks_mut(self.window_blocks() * block_bytes)
+            .enumerate()
+        {
+            let first = window * self.window_blocks();
+            let blocks = (first..).zip(memory.chunks_mut(block_bytes));
+            let mut chunks = self.list(blocks, |places, memory, chunks| {
+                for (place, chunk) in places.into_iter().zip(memory.chunks_mut(chunk_size)) {
+                    if !place.is_zero() {
+                        chunks.push((place, chunk));
+                    } else if zeros == Zeros::Write {
+                        chunk.fill(0);
                     }
                 }
-                // One chunk at a time: neighbours in memory are separate slices here.
-                loader.load(&mut chunks, |_, _| false, put)?;
-                chunks.clear();
-            }
-        })
+            })?;
+            // One chunk at a time: neighbours in memory are separate slices here.
+            self.load(
+                &mut chunks,
+                |_, _| false,
+                |_, chunk: &mut &mut [u8], plain| {
+                    chunk.copy_from_slice(&plain[..chunk.len()]);
+                    Ok(())
+                },
+            )?;
+        }
+        Ok(())
     }
 
     /// Writes the whole image to a file, with holes for zeros. An existing file is replaced, in one step and only
@@ -106,7 +96,6 @@ impl ImageReader {
     fn write_to(&self, file: &File, path: &Path) -> Result<()> {
         let chunk_size = u64::from(self.shared.config.chunk_size);
         let blocks = self.recipe.directory.blocks().len();
-        let windows = Mutex::new((0..blocks).step_by(self.window_blocks()));
         let follows = |chunk: &u64, next: &u64| chunk + 1 == *next;
         let put = |count: usize, chunk: &mut u64, plain: &[u8]| {
             let at = *chunk * chunk_size;
@@ -114,38 +103,90 @@ impl ImageReader {
             file.write_all_at(&plain[..len], at)
                 .map_err(Error::io(format!("write {}", path.display())))
         };
-        threads::on(self.shared.threads, || {
-            let mut loader = Loader::new(self)?;
-            let mut chunks = Vec::new();
-            loop {
-                let next = windows
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .next();
-                let Some(first) = next else { return Ok(()) };
-                for block in first..(first + self.window_blocks()).min(blocks) {
-                    let places = self.recipe.places(block, &mut loader.coder)?;
-                    let numbered = places.into_iter().zip(block as u64 * BLOCK_CHUNKS as u64..);
-                    chunks.extend(numbered.filter(|(place, _)| !place.is_zero()));
-                }
-                loader.load(&mut chunks, follows, put)?;
-                chunks.clear();
-            }
-        })
+        for first in (0..blocks).step_by(self.window_blocks()) {
+            let window = first..(first + self.window_blocks()).min(blocks);
+            let numbered = window.map(|block| (block, block as u64 * BLOCK_CHUNKS as u64));
+            let mut chunks = self.list(numbered, |places, first, chunks| {
+                let numbered = places.into_iter().zip(first..);
+                chunks.extend(numbered.filter(|(place, _)| !place.is_zero()));
+            })?;
+            self.load(&mut chunks, follows, put)?;
+        }
+        Ok(())
     }
 
     fn window_blocks(&self) -> usize {
         let block_bytes = BLOCK_CHUNKS * self.shared.config.chunk_size as usize;
-        let windows = self.shared.threads * WINDOWS_PER_THREAD;
-        (self.recipe.directory.blocks().len() / windows)
-            .clamp(1, (MAX_WINDOW_BYTES / block_bytes).max(1))
+        (WINDOW_BYTES / block_bytes).max(1)
     }
+
+    /// Decodes the blocks of a window, on all threads. `list` gets a block's places and what belongs to it, and adds
+    /// what is to be loaded. Gives all of that, by place.
+    fn list<T: Send, D: Send>(
+        &self,
+        blocks: impl Iterator<Item = (usize, T)> + Send,
+        list: impl Fn(Vec<Place>, T, &mut Vec<(Place, D)>) + Sync,
+    ) -> Result<Vec<(Place, D)>> {
+        let blocks = Mutex::new(blocks);
+        let all = Mutex::new(Vec::new());
+        threads::on(self.shared.threads, || {
+            let mut coder = BlockCoder::new()?;
+            let mut mine = Vec::new();
+            while let Some((block, of_block)) = lock(&blocks).next() {
+                let places = self.recipe.places(block, &mut coder)?;
+                list(places, of_block, &mut mine);
+            }
+            lock(&all).append(&mut mine);
+            Ok(())
+        })?;
+        let mut all = all.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Mostly sorted already, which the sort makes use of.
+        all.sort_by_key(|(place, _)| *place);
+        Ok(all)
+    }
+
+    /// Decodes each frame once, on all threads, and puts its chunks where they go. `chunks` are in the order of their
+    /// places. `put` gets a number of chunks that follow each other in the frame as well as, by `follows`, at their
+    /// destinations, the first destination, and the chunks' bytes.
+    fn load<D: Send>(
+        &self,
+        chunks: &mut [(Place, D)],
+        follows: impl Fn(&D, &D) -> bool + Sync,
+        put: impl Fn(usize, &mut D, &[u8]) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let config = &self.shared.config;
+        let (pack_slots, frame_chunks) = (config.pack_slots(), config.frame_chunks());
+        let frame_of = |place: Place| {
+            place
+                .get(pack_slots)
+                .map(|(pack, slot)| (pack, slot / frame_chunks))
+        };
+        let frames = chunks.chunk_by_mut(|(a, _), (b, _)| frame_of(*a) == frame_of(*b));
+        let frames = Mutex::new(frames);
+        threads::on(self.shared.threads, || {
+            let mut loader = Loader::new(self)?;
+            loop {
+                let some: Vec<&mut [(Place, D)]> = lock(&frames).by_ref().take(FRAMES).collect();
+                if some.is_empty() {
+                    return Ok(());
+                }
+                for chunks in some {
+                    if let Some((pack, frame)) = frame_of(chunks[0].0) {
+                        loader.load(pack, frame, chunks, &follows, &put)?;
+                    }
+                }
+            }
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One thread's share of a load.
 struct Loader<'r> {
     image: &'r ImageReader,
-    coder: BlockCoder,
     frame: FrameReader,
     plain: Vec<u8>,
     pack: Option<(u32, Arc<Pack>)>,
@@ -156,52 +197,37 @@ impl<'r> Loader<'r> {
         let config = &image.shared.config;
         Ok(Loader {
             image,
-            coder: BlockCoder::new()?,
             frame: FrameReader::new()?,
             plain: vec![0; (config.frame_chunks() * config.chunk_size) as usize],
             pack: None,
         })
     }
 
-    /// Decodes each frame once and puts its chunks where they go. `put` gets a number of chunks that follow each other
-    /// in the frame as well as, by `follows`, at their destinations, the first destination, and the frame's bytes
-    /// from the first chunk on, which are enough for all.
+    /// Decodes a frame and puts chunks of it where they go.
     fn load<D>(
         &mut self,
+        pack: u32,
+        frame: u32,
         chunks: &mut [(Place, D)],
         follows: impl Fn(&D, &D) -> bool,
         put: impl Fn(usize, &mut D, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let config = &self.image.shared.config;
-        let (pack_slots, frame_chunks) = (config.pack_slots(), config.frame_chunks());
-        let frame_of = |place: &Place| {
-            place
-                .get(pack_slots)
-                .map(|(pack, slot)| (pack, slot / frame_chunks))
-        };
-        // Mostly sorted already, which the sort makes use of.
-        chunks.sort_by_key(|(place, _)| *place);
-        for same_frame in chunks.chunk_by_mut(|(a, _), (b, _)| frame_of(a) == frame_of(b)) {
-            let Some((pack, frame)) = frame_of(&same_frame[0].0) else {
-                continue;
-            };
-            let len = self.decode(pack, frame)?;
-            let runs =
-                same_frame.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
-            for run in runs {
-                let place = run[0].0;
-                let first = place
-                    .get(pack_slots)
-                    .map_or(0, |(_, slot)| slot % frame_chunks)
-                    as usize;
-                let from = first * config.chunk_size as usize;
-                let to = (first + run.len()) * config.chunk_size as usize;
-                if to > len {
-                    return Err(not_there(self.image.recipe.directory.packs[pack as usize]));
-                }
-                let count = run.len();
-                put(count, &mut run[0].1, &self.plain[from..to])?;
+        let len = self.decode(pack, frame)?;
+        let runs = chunks.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
+        for run in runs {
+            let slot = run[0]
+                .0
+                .get(config.pack_slots())
+                .map_or(0, |(_, slot)| slot);
+            let first = (slot % config.frame_chunks()) as usize;
+            let from = first * config.chunk_size as usize;
+            let to = (first + run.len()) * config.chunk_size as usize;
+            if to > len {
+                return Err(not_there(self.image.recipe.directory.packs[pack as usize]));
             }
+            let count = run.len();
+            put(count, &mut run[0].1, &self.plain[from..to])?;
         }
         Ok(())
     }

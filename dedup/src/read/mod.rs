@@ -13,7 +13,7 @@ pub use load::Zeros;
 use crate::error::{Error, Result};
 use crate::name::FileId;
 use crate::protect::Claim;
-use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
+use crate::recipe::{BLOCK_CHUNKS, Place};
 use crate::snapshot::{Recipe, Snapshot};
 use crate::store::Shared;
 
@@ -116,8 +116,10 @@ impl ImageReader {
     /// The places of a block's chunks.
     fn places(&self, block: usize) -> Result<Arc<Vec<Place>>> {
         self.blocks.get_or_insert_with(&block, || {
-            let mut coder = BlockCoder::new()?;
-            self.recipe.places(block, &mut coder).map(Arc::new)
+            let mut coder = self.shared.frames.take_coder()?;
+            let places = self.recipe.places(block, &mut coder).map(Arc::new);
+            self.shared.frames.return_coder(coder);
+            places
         })
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,7 +10,7 @@ use super::Writer;
 use super::file::data_extents;
 use super::parent::Parent;
 use super::session::{BlockAt, Session};
-use super::worker::{Block, EncodedBlock, Worker, packs_of};
+use super::worker::{Block, EncodedBlock, Source, Worker, packs_of};
 use crate::error::{Error, Result};
 use crate::recipe::{BLOCK_CHUNKS, Place};
 use crate::snapshot::ImageDraft;
@@ -37,15 +36,9 @@ struct Pending {
 
 /// What there is to do for a block.
 enum Work<'a> {
-    Bytes {
-        bytes: &'a [u8],
+    Encode {
+        source: Source<'a>,
         kept: Option<&'a [bool]>,
-    },
-    File {
-        file: &'a File,
-        path: &'a Path,
-        at: u64,
-        len: usize,
     },
     Zeros {
         chunks: u64,
@@ -132,7 +125,10 @@ impl<'w> ImageWriter<'w> {
             self.encode_pending()?;
             let works: Vec<Work<'_>> = batches
                 .chunks(self.block_bytes())
-                .map(|bytes| Work::Bytes { bytes, kept: None })
+                .map(|bytes| Work::Encode {
+                    source: Source::Bytes(bytes),
+                    kept: None,
+                })
                 .collect();
             self.image.size += batches.len() as u64;
             self.encode(&works)?;
@@ -210,27 +206,18 @@ impl<'w> ImageWriter<'w> {
         let failed = || Error::io(format!("read {}", path.display()));
         let file = File::open(path).map_err(failed())?;
         let (size, extents) = data_extents(&file).map_err(failed())?;
-        let mut extents = extents.into_iter().peekable();
         let block_bytes = self.block_bytes() as u64;
         let works: Vec<Work<'_>> = (0..size)
             .step_by(self.block_bytes())
-            .map(|at| {
-                let end = (at + block_bytes).min(size);
-                while extents.next_if(|extent| extent.end <= at).is_some() {}
-                let has_data = extents.peek().is_some_and(|extent| extent.start < end);
-                let len = (end - at) as usize;
-                if has_data {
-                    Work::File {
-                        file: &file,
-                        path,
-                        at,
-                        len,
-                    }
-                } else {
-                    Work::Zeros {
-                        chunks: (end - at).div_ceil(self.chunk_size as u64),
-                    }
-                }
+            .map(|at| Work::Encode {
+                source: Source::File {
+                    file: &file,
+                    path,
+                    extents: &extents,
+                    at,
+                    len: block_bytes.min(size - at) as usize,
+                },
+                kept: None,
             })
             .collect();
         self.image.size = size;
@@ -296,8 +283,8 @@ impl<'w> ImageWriter<'w> {
         let pending = std::mem::take(&mut self.pending);
         let works: Vec<Work<'_>> = pending
             .iter()
-            .map(|block| Work::Bytes {
-                bytes: &block.bytes,
+            .map(|block| Work::Encode {
+                source: Source::Bytes(&block.bytes),
                 kept: Some(&block.kept),
             })
             .collect();
@@ -367,23 +354,9 @@ fn encode_one(
             zero_chunks: chunks,
             new_chunks: 0,
         }),
-        Work::File {
-            file,
-            path,
-            at,
-            len,
-        } => {
-            let mut buffer = std::mem::take(&mut worker.buffer);
-            buffer.resize(len, 0);
-            file.read_exact_at(&mut buffer, at)
-                .map_err(Error::io(format!("read {}", path.display())))?;
-            let encoded = encode_bytes(worker, session, parent, at_block, &buffer, None);
-            worker.buffer = buffer;
-            encoded
-        }
-        Work::Bytes { bytes, kept } => {
+        Work::Encode { source, kept } => {
             let kept = kept.filter(|kept| kept.contains(&true));
-            encode_bytes(worker, session, parent, at_block, bytes, kept)
+            encode_source(worker, session, parent, at_block, source, kept)
         }
         Work::Keep => {
             let kept = [true; BLOCK_CHUNKS];
@@ -404,7 +377,8 @@ fn encode_one(
                 }
                 None => {
                     let zeros = vec![0; BLOCK_CHUNKS * session.shared.config.chunk_size as usize];
-                    encode_bytes(worker, session, Some(parent), at_block, &zeros, Some(&kept))
+                    let source = Source::Bytes(&zeros);
+                    encode_source(worker, session, Some(parent), at_block, source, Some(&kept))
                 }
             }
         }
@@ -412,22 +386,23 @@ fn encode_one(
 }
 
 /// Encodes a block of which some chunks may be kept.
-fn encode_bytes(
+fn encode_source(
     worker: &mut Worker,
     session: &Session,
     parent: Option<&Parent>,
     at: BlockAt,
-    bytes: &[u8],
+    source: Source<'_>,
     kept: Option<&[bool]>,
 ) -> Result<EncodedBlock> {
     let Some(parent) = parent else {
+        let (kept, parent) = (None, None);
         return worker.encode(
             session,
             &Block {
                 at,
-                bytes,
-                kept: None,
-                parent: None,
+                source,
+                kept,
+                parent,
             },
         );
     };
@@ -436,23 +411,23 @@ fn encode_bytes(
         .iter()
         .map(|place| place.unwrap_or(Place::ZERO))
         .collect();
-    let Some(kept) = kept else {
+    let guesses = Some(guesses.as_slice());
+    let (Some(kept), Source::Bytes(bytes)) = (kept, source) else {
+        let (kept, parent) = (None, guesses);
         return worker.encode(
             session,
             &Block {
                 at,
-                bytes,
-                kept: None,
-                parent: Some(&guesses),
+                source,
+                kept,
+                parent,
             },
         );
     };
     let is_kept = |at: usize| kept.get(at) == Some(&true);
-    let kept_places: Vec<Place> = guesses
-        .iter()
-        .enumerate()
+    let kept_places: Vec<Place> = (places.iter().enumerate())
         .filter(|(at, _)| is_kept(*at))
-        .map(|(_, place)| *place)
+        .filter_map(|(_, place)| *place)
         .collect();
     check_there(session, &kept_places)?;
     // Chunks that a collection is about to take are still there to be read: store them again.
@@ -469,15 +444,13 @@ fn encode_bytes(
         parent.reader().read_at(offset, chunk)?;
         kept[number] = false;
     }
-    worker.encode(
-        session,
-        &Block {
-            at,
-            bytes: &bytes,
-            kept: Some(&kept),
-            parent: Some(&guesses),
-        },
-    )
+    let block = Block {
+        at,
+        source: Source::Bytes(&bytes),
+        kept: Some(&kept),
+        parent: guesses,
+    };
+    worker.encode(session, &block)
 }
 
 /// Checks that chunks which are to be referred to unseen are there.

@@ -1,18 +1,22 @@
 //! What one thread of a save does: blocks in, recipes out, new chunks into frames.
 
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::session::{BlockAt, Run, Session};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::frame::Encoder;
 use crate::hash::{ChunkId, is_zero};
 use crate::index::{BucketBuffer, EMPTY_BUCKET, Hint, View};
 use crate::pack::ChunkIds;
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
 
-/// Chunks that are looked at together: enough to fill BLAKE3's lanes, few enough to stay in the cache.
-const GROUP: usize = 64;
+/// Bytes that are read, hashed and looked up together: enough to fill BLAKE3's lanes, few enough to stay in the
+/// core's own cache from the one to the other.
+const GROUP_BYTES: usize = 256 << 10;
 
 /// One thread's share of a save. Outlives the calls, because its last frame is filled by later ones.
 pub(super) struct Worker {
@@ -26,8 +30,8 @@ pub(super) struct Worker {
     expected: Option<(u32, u32)>,
     bucket: Box<BucketBuffer>,
     hints: Vec<Hint>,
-    /// Room for a block that is read from a file.
-    pub(super) buffer: Vec<u8>,
+    /// Room for what is read from a file.
+    buffer: Vec<u8>,
 }
 
 /// A frame that is being filled.
@@ -47,11 +51,67 @@ pub(super) struct EncodedBlock {
     pub(super) new_chunks: u64,
 }
 
+/// Where a block's bytes come from.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    Bytes(&'a [u8]),
+    File {
+        file: &'a File,
+        path: &'a Path,
+        /// The parts of the file that are not holes, ascending.
+        extents: &'a [Range<u64>],
+        at: u64,
+        len: usize,
+    },
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Source::Bytes(bytes) => bytes.len(),
+            Source::File { len, .. } => *len,
+        }
+    }
+
+    /// Some of the bytes, in `buffer` if they have to be read; `None` in a hole.
+    fn read<'b>(&self, at: usize, len: usize, buffer: &'b mut Vec<u8>) -> Result<Option<&'b [u8]>>
+    where
+        'a: 'b,
+    {
+        match *self {
+            Source::Bytes(bytes) => Ok(Some(&bytes[at..at + len])),
+            Source::File {
+                file,
+                path,
+                extents,
+                at: start,
+                ..
+            } => {
+                let (from, to) = (start + at as u64, start + (at + len) as u64);
+                let next = extents.partition_point(|extent| extent.end <= from);
+                if extents.get(next).is_none_or(|extent| extent.start >= to) {
+                    return Ok(None);
+                }
+                buffer.resize(len, 0);
+                file.read_exact_at(buffer, from)
+                    .map_err(Error::io(format!("read {}", path.display())))?;
+                Ok(Some(buffer))
+            }
+        }
+    }
+}
+
+/// What is known so far of a block that is being encoded.
+struct BlockWork {
+    places: Vec<Place>,
+    new_chunks: u64,
+}
+
 /// A block to encode.
 pub(super) struct Block<'a> {
     pub(super) at: BlockAt,
     /// At most [`BLOCK_CHUNKS`] chunks; the last may be short.
-    pub(super) bytes: &'a [u8],
+    pub(super) source: Source<'a>,
     /// Chunks that are as in the parent, if any are.
     pub(super) kept: Option<&'a [bool]>,
     /// Where the parent has its chunks: a guess for those that are not kept.
@@ -76,53 +136,68 @@ impl Worker {
     /// Finds or stores the chunks of a block.
     pub(super) fn encode(&mut self, session: &Session, block: &Block<'_>) -> Result<EncodedBlock> {
         let chunk_size = session.shared.config.chunk_size as usize;
-        let count = block.bytes.len().div_ceil(chunk_size);
+        let group_bytes = GROUP_BYTES.max(chunk_size);
+        let count = block.source.len().div_ceil(chunk_size);
         debug_assert!(count <= BLOCK_CHUNKS);
-        // The last chunk of an image is filled up with zeros.
-        let (whole, short) = block
-            .bytes
-            .split_at(block.bytes.len() / chunk_size * chunk_size);
-        let mut filled_up = short.to_vec();
-        filled_up.resize(if short.is_empty() { 0 } else { chunk_size }, 0);
-        let chunk = |number: usize| {
-            whole
-                .chunks_exact(chunk_size)
-                .nth(number)
-                .unwrap_or(&filled_up)
+        let mut work = BlockWork {
+            places: vec![Place::ZERO; count],
+            new_chunks: 0,
         };
-        let kept = |number: usize| block.kept.is_some_and(|kept| kept[number]);
-
-        let mut places = vec![Place::ZERO; count];
-        let (mut positions, mut chunks, mut ids) = (Vec::new(), Vec::new(), Vec::new());
-        let mut new_chunks = 0;
-        let view = session.shared.index.view();
-        let identifier = session.shared.identifier()?;
-        for group in (0..count).step_by(GROUP) {
-            positions.clear();
-            chunks.clear();
-            ids.clear();
-            for number in group..(group + GROUP).min(count) {
-                if kept(number) {
-                    places[number] = block.parent.map_or(Place::ZERO, |parent| parent[number]);
-                } else if !is_zero(chunk(number)) {
-                    positions.push(number);
-                    chunks.push(chunk(number));
-                }
-            }
-            identifier.identify_all(&chunks, &mut ids);
-            for ((&number, &chunk), &id) in positions.iter().zip(&chunks).zip(&ids) {
-                let guess = block.parent.and_then(|parent| parent.get(number).copied());
-                let (place, new) = self.place(session, &view, id, chunk, guess)?;
-                places[number] = place;
-                new_chunks += u64::from(new);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        for at in (0..block.source.len()).step_by(group_bytes) {
+            let len = group_bytes.min(block.source.len() - at);
+            let Some(bytes) = block.source.read(at, len, &mut buffer)? else {
+                continue;
+            };
+            let (whole, short) = bytes.split_at(len / chunk_size * chunk_size);
+            let first = at / chunk_size;
+            self.encode_group(session, block, first, whole, &mut work)?;
+            if !short.is_empty() {
+                // The last chunk of an image is filled up with zeros.
+                let mut filled_up = short.to_vec();
+                filled_up.resize(chunk_size, 0);
+                let last = first + whole.len() / chunk_size;
+                self.encode_group(session, block, last, &filled_up, &mut work)?;
             }
         }
+        self.buffer = buffer;
+        let BlockWork { places, new_chunks } = work;
         Ok(EncodedBlock {
             packs: packs_of(&places, session.shared.config.pack_slots()),
             zero_chunks: places.iter().filter(|place| place.is_zero()).count() as u64,
             new_chunks,
             stored: session.seal_block(block.at, self.coder.encode(&places)?)?,
         })
+    }
+
+    /// Finds or stores some chunks of a block, the first of which is the block's chunk `first`.
+    fn encode_group(
+        &mut self,
+        session: &Session,
+        block: &Block<'_>,
+        first: usize,
+        bytes: &[u8],
+        work: &mut BlockWork,
+    ) -> Result<()> {
+        let chunk_size = session.shared.config.chunk_size as usize;
+        let (mut numbers, mut chunks, mut ids) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, chunk) in (first..).zip(bytes.chunks_exact(chunk_size)) {
+            if block.kept.is_some_and(|kept| kept[number]) {
+                work.places[number] = block.parent.map_or(Place::ZERO, |parent| parent[number]);
+            } else if !is_zero(chunk) {
+                numbers.push(number);
+                chunks.push(chunk);
+            }
+        }
+        session.shared.identifier()?.identify_all(&chunks, &mut ids);
+        let view = session.shared.index.view();
+        for ((&number, &chunk), &id) in numbers.iter().zip(&chunks).zip(&ids) {
+            let guess = block.parent.and_then(|parent| parent.get(number).copied());
+            let (place, new) = self.place(session, &view, id, chunk, guess)?;
+            work.places[number] = place;
+            work.new_chunks += u64::from(new);
+        }
+        Ok(())
     }
 
     /// Where a chunk is: where it is expected, or known to be, or where it is put now; and whether it was that.
