@@ -2,6 +2,7 @@
 
 use crate::bytes::Cursor;
 use crate::error::{Error, Malformed, Result};
+use crate::hash::long_digest;
 use crate::key::Key;
 use crate::name::FileId;
 use crate::seal::{self, Access, Keys};
@@ -141,10 +142,10 @@ impl Config {
         }
         bytes.extend_from_slice(&self.store_id.0);
         bytes.extend_from_slice(&self.key_check.unwrap_or_default());
-        let hash = blake3::hash(&bytes);
+        let digest = long_digest(&bytes);
         let mut encoded = [0; Self::BYTES];
         encoded[..64].copy_from_slice(&bytes);
-        encoded[64..].copy_from_slice(hash.as_bytes());
+        encoded[64..].copy_from_slice(&digest);
         encoded
     }
 
@@ -163,8 +164,7 @@ impl Config {
                 supported: VERSION,
             });
         }
-        let whole =
-            bytes.len() == Self::BYTES && blake3::hash(&bytes[..64]).as_bytes() == &bytes[64..];
+        let whole = bytes.len() == Self::BYTES && long_digest(&bytes[..64]) == bytes[64..];
         if !whole {
             return Err(Malformed("digest does not match").in_file(file));
         }

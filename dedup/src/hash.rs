@@ -55,6 +55,11 @@ pub(crate) fn digest(parts: &[&[u8]]) -> [u8; 16] {
     truncated(parts)
 }
 
+/// A digest of full length, for the one file that everything else depends on.
+pub(crate) fn long_digest(bytes: &[u8]) -> [u8; 32] {
+    truncated(&[bytes])
+}
+
 /// A digest that guards a single frame or block against accidents.
 pub(crate) fn short_digest(parts: &[&[u8]]) -> u64 {
     u64::from_le_bytes(truncated(parts))

@@ -3,4 +3,4 @@
 use dedup::backend::Area;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|input: &[u8]| dedup_fuzz::run(Area::Tags, input));
+fuzz_target!(init: dedup_fuzz::write_seeds(Area::Tags), |input: &[u8]| dedup_fuzz::run(Area::Tags, input));
