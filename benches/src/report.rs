@@ -61,40 +61,61 @@ pub fn table(rows: &[Row]) -> String {
     table
 }
 
-/// The rows of stores as a table in Markdown: medians, and how far fermata is from the best of the others.
+/// The rows of stores as a table in Markdown: medians; how many times better fermata is than the best of the others;
+/// and what part it reaches of what the slowest primitive allows.
 pub fn store_table(rows: &[Row]) -> String {
     let mut systems: Vec<_> = rows.iter().map(|row| row.system).collect();
     systems.sort_unstable();
     systems.dedup();
-    let mut table = String::from("| bench |");
+    let mut table = String::from("| row |");
     for system in &systems {
         let _ = write!(table, " {system} |");
     }
-    table.push_str(" best peer to fermata |\n|---|");
-    table.push_str(&"---:|".repeat(systems.len() + 1));
+    table.push_str(" times better | of the bound |\n|---|");
+    table.push_str(&"---:|".repeat(systems.len() + 2));
     table.push('\n');
     for bench in COMPARED {
-        let find = |system| {
+        let of = |system| {
             rows.iter()
                 .find(|row| (row.bench, row.system) == (bench, system))
         };
         let _ = write!(table, "| `{bench}`, {} |", bench.unit());
         for system in &systems {
-            let cell = find(*system).map_or("–".into(), |row| figure(row.median));
+            let cell = of(*system).map_or("–".into(), |row| figure(row.median));
             let _ = write!(table, " {cell} |");
         }
-        let peers = rows.iter().filter(|row| row.bench == bench);
-        let best = peers
-            .filter(|row| row.system != System::Fermata)
-            .reduce(|best, row| if row.is_better_than(best) { row } else { best });
-        let ratio = best
-            .zip(find(System::Fermata))
-            .map_or("–".into(), |(best, ours)| {
-                format!("{:.2}", best.median / ours.median)
-            });
-        let _ = writeln!(table, " {ratio} |");
+        let ours = of(System::Fermata);
+        let times = ours.zip(best_peer(rows, bench)).map(|(ours, peer)| {
+            if bench.unit() == "MB/s" {
+                ours.median / peer.median
+            } else {
+                peer.median / ours.median
+            }
+        });
+        let times = times.map_or("–".into(), |times| format!("{times:.2}"));
+        let bound = bound_of(bench).and_then(|bound| rows.iter().find(|row| row.bench == bound));
+        let part = ours.zip(bound).map_or("–".into(), |(ours, bound)| {
+            format!("{:.0} %", ours.median / bound.median * 100.0)
+        });
+        let _ = writeln!(table, " {times} | {part} |");
     }
     table
+}
+
+fn best_peer(rows: &[Row], bench: Bench) -> Option<&Row> {
+    rows.iter()
+        .filter(|row| row.bench == bench && row.system != System::Fermata)
+        .reduce(|best, row| if row.is_better_than(best) { row } else { best })
+}
+
+/// The row that bounds another. Where a bound has two rows, that of the slowest primitive is the first.
+fn bound_of(bench: Bench) -> Option<Bench> {
+    match bench {
+        Bench::Save => Some(Bench::SaveBound),
+        Bench::SaveAgain => Some(Bench::SaveAgainBound),
+        Bench::Load => Some(Bench::LoadBound),
+        _ => None,
+    }
 }
 
 /// The rows one by one, as a table in Markdown: the median and in brackets the least and the most.
@@ -203,12 +224,20 @@ mod tests {
             row(Bench::Save, System::Fermata, 2000.0),
             row(Bench::Save, System::Restic, 400.0),
             row(Bench::Save, System::Borg, 500.0),
+            row(Bench::SaveBound, System::Fermata, 2500.0),
+            row(Bench::SaveBound, System::Fermata, 2200.0),
         ];
         let table = store_table(&rows);
         let line = |bench: &str| table.lines().find(|line| line.contains(bench)).unwrap();
-        assert_eq!(line("`size`"), "| `size`, MiB | 200 | 500 | 300 | 1.50 |");
-        assert_eq!(line("`save`"), "| `save`, MB/s | 2000 | 400 | 500 | 0.25 |");
-        assert!(line("`load-one`").ends_with("| – | – | – | – |"));
+        assert_eq!(
+            line("`size`"),
+            "| `size`, MiB | 200 | 500 | 300 | 1.50 | – |"
+        );
+        assert_eq!(
+            line("`save`"),
+            "| `save`, MB/s | 2000 | 400 | 500 | 4.00 | 80 % |"
+        );
+        assert!(line("`load-one`").ends_with("| – | – | – | – | – |"));
     }
 
     #[test]

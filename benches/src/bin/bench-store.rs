@@ -20,6 +20,9 @@ const CHUNK_BYTES: [u32; 12] = [
     512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131_072, 262_144, 524_288, 1_048_576,
 ];
 
+/// Those that a course is saved with: there the steps between tell nothing more.
+const COURSE_CHUNK_BYTES: [u32; 7] = [512, 1024, 4096, 16384, 65536, 262_144, 1_048_576];
+
 /// The size that the store has by itself.
 const DEFAULT: &[u32] = &[4096];
 
@@ -104,7 +107,7 @@ impl Run {
         println!("fermata alone:\n{}", report::list(&alone(&rows)));
         if let Some(directory) = &self.figures {
             let four = self.four(scratch.path(), &CHUNK_BYTES)?;
-            let course = self.course(scratch.path(), &CHUNK_BYTES)?;
+            let course = self.course(scratch.path(), &COURSE_CHUNK_BYTES)?;
             store::draw(&four, &course, directory)?;
             println!("{}", report::chunk_table(&four));
             println!("{}", report::chunk_table(&course));

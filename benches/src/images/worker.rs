@@ -86,7 +86,10 @@ impl Bench {
             copy_with_time(&aside(disk), disk)?;
         }
         let Files { state, memory } = frozen.files.clone();
-        self.start(Origin::Restore(control::Source::files(state, memory)), frozen.done)
+        self.start(
+            Origin::Restore(control::Source::files(state, memory)),
+            frozen.done,
+        )
     }
 
     fn start(&self, origin: Origin, done: u32) -> Result<Worker<'_>> {
