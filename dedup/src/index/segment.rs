@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::bucket::{BUCKET_BYTES, Bucket, MEAN_FILL, VALUE_LIMIT, bucket_of, encode};
+use super::bucket::{BUCKET_BYTES, Bucket, CAPACITY, MEAN_FILL, VALUE_LIMIT, bucket_of, encode};
 use super::{BucketBuffer, EMPTY_BUCKET, Hint};
 use crate::backend::{Area, Backend, Draft, Publish, ReadAt};
 use crate::bytes::Cursor;
@@ -183,6 +183,10 @@ fn parse_trailer(
         .and_then(|len| len.checked_add(u64::from(packs) * 16));
     if len != Some(trailer_at) || buckets == 0 || zero != 0 {
         return Err(Malformed("the parts do not fill the file"));
+    }
+    // A merge makes room for this many, whatever the buckets hold.
+    if entries > buckets.saturating_mul(CAPACITY as u64) {
+        return Err(Malformed("more entries than fit"));
     }
     Ok((buckets, entries, packs))
 }

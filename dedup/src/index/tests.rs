@@ -195,3 +195,29 @@ fn a_hundred_million_chunks_fit_in_bounded_memory() {
     assert!(hit * 1000 >= looked_up * 999);
     assert!(bytes < chunks * 14 + (1 << 20));
 }
+
+/// A merge makes room for as many entries as its segments say that they have.
+#[test]
+fn more_entries_than_fit_are_refused() {
+    let (backend, config) = (Memory::new(), config());
+    Index::new(0)
+        .add(&backend, &config, (0..1000).map(entry).collect())
+        .unwrap();
+    let mut files = backend.files();
+    let ((_, name), file) = files.iter_mut().next().unwrap();
+    let name = name.clone();
+    let file = Arc::make_mut(file);
+    let trailer = file.len() - 72;
+    let entries_at = trailer + 8 + 4 + 4 + 16 + 8;
+    let opened = |file: &[u8]| {
+        let mut file = file.to_vec();
+        let ids = u64::from_le_bytes(file[trailer + 32..trailer + 40].try_into().unwrap());
+        let digest = crate::hash::digest(&[&file[ids as usize * BUCKET_BYTES..trailer + 56]]);
+        file[trailer + 56..].copy_from_slice(&digest);
+        let files = [((Area::Index, name.clone()), Arc::new(file))].into();
+        Segment::open(&Memory::with_files(files), &config, &name, false).is_ok()
+    };
+    assert!(opened(file));
+    file[entries_at..entries_at + 8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    assert!(!opened(file));
+}
