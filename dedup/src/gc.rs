@@ -137,7 +137,14 @@ fn sweep(
     collected: &mut Collected,
 ) -> Result<HashMap<FileId, Fate>> {
     let mut fates = HashMap::new();
-    for &(id, size) in candidates.iter().filter(|(id, _)| !marks.is_whole(*id)) {
+    shared
+        .progress
+        .begin(candidates.iter().map(|(_, size)| size).sum());
+    for &(id, size) in candidates {
+        shared.progress.advance(size);
+        if marks.is_whole(id) {
+            continue;
+        }
         match marks.slots(id) {
             None => {
                 remove(&*shared.backend, Area::Packs, &id.to_string())?;

@@ -53,7 +53,15 @@ pub(crate) fn resolve(shared: &Shared, reference: &str) -> Result<Snapshot> {
         return Err(missing());
     }
     let mut found = None;
-    for snapshot in all_snapshots(shared)? {
+    for entry in shared
+        .backend
+        .list(Area::Snapshots)
+        .map_err(Error::io("list the snapshots"))?
+    {
+        // One that cannot be read is not the one that is meant: it must not hide those that can.
+        let Ok(snapshot) = Snapshot::open(shared, &entry.name) else {
+            continue;
+        };
         if snapshot.id.to_string().starts_with(&prefix) && found.replace(snapshot).is_some() {
             return Err(Error::Ambiguous(reference.to_owned()));
         }
@@ -147,13 +155,16 @@ pub(crate) fn set_tag(backend: &dyn Backend, tag: &str, id: SnapshotId) -> Resul
     backend.sync(Area::Tags).map_err(failed())
 }
 
-/// Removes a tag or a snapshot, durably.
+/// Removes a tag or a snapshot, durably. The beginning of an id is not enough to lose a snapshot by.
 pub(crate) fn remove(shared: &Shared, name: &str) -> Result<()> {
     let backend = &*shared.backend;
     if check_name(name).is_ok() && remove_file(backend, Area::Tags, name)? {
         return sync(backend, Area::Tags);
     }
     let snapshot = resolve(shared, name)?;
+    if snapshot.name != name && snapshot.id.to_string() != name {
+        return Err(Error::NoSnapshot(name.to_owned()));
+    }
     let mut untagged = false;
     for (tag, id) in tags_by_snapshot(backend)? {
         untagged |= id == snapshot.id && remove_file(backend, Area::Tags, &tag)?;

@@ -27,6 +27,9 @@ const AUTHENTICATOR_BYTES: usize = 32;
 /// No machine has facts of this size; a larger number is damage.
 const MAX_FACTS_BYTES: u32 = 16 << 20;
 
+/// No directory and no manifest is longer: a directory of this size is that of an image of 80 TiB.
+pub(crate) const MAX_SPAN_BYTES: u64 = 256 << 20;
+
 /// What a snapshot is, whatever its name: the digest of all it holds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SnapshotId(pub(crate) [u8; 16]);
@@ -378,7 +381,10 @@ impl Snapshot {
     }
 
     fn read_span(&self, span: &Span, otherwise: &'static str) -> Result<Vec<u8>> {
-        // `check_layout` saw to it that the span lies in the file.
+        // `check_layout` saw to it that the span lies in the file, but a file can be sparse.
+        if span.len > MAX_SPAN_BYTES {
+            return Err(self.damaged(Malformed("a part is longer than any that is written")));
+        }
         let mut bytes = vec![0; span.len as usize];
         self.file
             .read_exact_at(&mut bytes, span.at)
@@ -459,12 +465,13 @@ fn parse_ends(
     let mut cursor = Cursor::new(header);
     cursor.expect(MAGIC, "not a snapshot")?;
     let version = cursor.u32()?;
-    if version > VERSION {
-        return Err(Refused::Newer(version));
-    }
     let mut cursor = Cursor::new(trailer);
     let (facts_at, facts_len, same_version, id) =
         (cursor.u64()?, cursor.u32()?, cursor.u32()?, cursor.array()?);
+    // A newer release says so at both ends, a flipped bit at one.
+    if version > VERSION && same_version == version {
+        return Err(Refused::Newer(version));
+    }
     cursor.expect(END_MAGIC, "the end is missing")?;
     cursor.expect(&[0; 8], "the end is missing")?;
     if same_version != version || facts_len > MAX_FACTS_BYTES {

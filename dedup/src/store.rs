@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::hash::Identifier;
 use crate::index::Index;
 use crate::key::Key;
+use crate::progress::Progress;
 use crate::read::{Frames, ImageReader};
 use crate::refs;
 use crate::seal::{Access, Keys};
@@ -61,6 +62,7 @@ pub(crate) struct Shared {
     pub(crate) index: Index,
     pub(crate) frames: Frames,
     pub(crate) threads: usize,
+    pub(crate) progress: Progress,
 }
 
 impl Shared {
@@ -214,6 +216,7 @@ impl Store {
                 index: Index::new(options.index_memory),
                 frames: Frames::new(options.frame_memory),
                 threads: options.threads.max(1),
+                progress: Progress::default(),
                 config,
             }),
         }
@@ -228,6 +231,12 @@ impl Store {
     #[must_use]
     pub fn id(&self) -> [u8; 16] {
         self.shared.config.store_id.0
+    }
+
+    /// How far the collection, check or repair is that runs on this open store, in bytes of packs.
+    #[must_use]
+    pub fn progress(&self) -> &Progress {
+        &self.shared.progress
     }
 
     /// Bytes of a chunk.
@@ -286,6 +295,18 @@ impl Store {
         self.resolve(snapshot)?.manifest()
     }
 
+    /// Looks a snapshot up (by name, tag or id) once, for all that is wanted of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; [`Error::Damaged`].
+    pub fn snapshot(&self, reference: &str) -> Result<SnapshotReader> {
+        Ok(SnapshotReader {
+            shared: self.shared.clone(),
+            snapshot: self.resolve(reference)?,
+        })
+    }
+
     /// What one snapshot says about itself.
     ///
     /// # Errors
@@ -334,6 +355,44 @@ impl Store {
     /// The snapshot with this name, tag or id.
     pub(crate) fn resolve(&self, reference: &str) -> Result<Snapshot> {
         refs::resolve(&self.shared, reference)
+    }
+}
+
+/// A snapshot that was looked up. Whatever becomes of its names, this stays the one.
+pub struct SnapshotReader {
+    shared: Arc<Shared>,
+    snapshot: Snapshot,
+}
+
+impl SnapshotReader {
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> SnapshotId {
+        self.snapshot.id
+    }
+
+    /// Its name, of which it may have been found by a tag or by its id.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.snapshot.name
+    }
+
+    /// The opaque bytes that it was saved with.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Damaged`].
+    pub fn manifest(&self) -> Result<Vec<u8>> {
+        self.snapshot.manifest()
+    }
+
+    /// Opens one of its images for reading.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoImage`]; [`Error::Damaged`]; the snapshot was removed meanwhile.
+    pub fn image(&self, image: &str) -> Result<ImageReader> {
+        ImageReader::open(self.shared.clone(), &self.snapshot, image)
     }
 }
 

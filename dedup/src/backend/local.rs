@@ -1,8 +1,8 @@
 //! A directory on a local file system.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,6 +12,10 @@ use crate::name::FileId;
 const DRAFTS: &str = "tmp";
 const LEASES: &str = "leases";
 const LOCKS: &str = "locks";
+
+/// What machines remember is their owner's: nobody else may look at it.
+const OWNER_DIR: u32 = 0o700;
+const OWNER_FILE: u32 = 0o600;
 
 /// A store in a directory, shared by all processes of this host.
 ///
@@ -34,17 +38,13 @@ impl LocalDir {
     /// A directory cannot be made.
     pub fn create(root: impl Into<PathBuf>) -> io::Result<Self> {
         let root = root.into();
-        fs::create_dir_all(&root)?;
+        make_dir(&root)?;
         let areas = Area::ALL
             .iter()
             .map(|area| area.dir())
             .filter(|dir| !dir.is_empty());
         for dir in areas.chain([DRAFTS, LEASES, LOCKS]) {
-            fs::create_dir_all(root.join(dir))?;
-        }
-        sync_dir(&root)?;
-        if let Some(parent) = root.canonicalize()?.parent() {
-            sync_dir(parent)?;
+            make_dir(&root.join(dir))?;
         }
         Ok(LocalDir { root })
     }
@@ -62,6 +62,7 @@ impl LocalDir {
                 .read(true)
                 .append(true)
                 .create_new(true)
+                .mode(OWNER_FILE)
                 .open(&path)?;
             file.lock()?;
             // `clear_dead` of another process may have come between the two calls and removed it.
@@ -70,6 +71,26 @@ impl LocalDir {
             }
         }
     }
+}
+
+/// Makes a directory, with those above it, durably. Those that are there stay as they are.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(OWNER_DIR).create(dir) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            make_dir(parent_of(dir))?;
+            DirBuilder::new().mode(OWNER_DIR).create(dir)?;
+        }
+        made => made?,
+    }
+    sync_dir(dir)?;
+    sync_dir(parent_of(dir))
+}
+
+fn parent_of(dir: &Path) -> &Path {
+    dir.parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
 }
 
 fn sync_dir(dir: &Path) -> io::Result<()> {
@@ -189,6 +210,7 @@ impl Backend for LocalDir {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(OWNER_FILE)
             .open(path)?;
         Ok(if try_lock(&file)? {
             Some(Box::new(file))

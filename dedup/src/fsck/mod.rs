@@ -62,6 +62,8 @@ struct Check<'a> {
     /// Problems with files that are no packs.
     problems: BTreeSet<Problem>,
     snapshots: u64,
+    /// Snapshots that cannot be read, but are not damaged: of a newer release, or on a failing disk.
+    unreadable: BTreeSet<String>,
 }
 
 impl Store {
@@ -119,6 +121,7 @@ impl<'a> Check<'a> {
             hit: BTreeMap::new(),
             problems: BTreeSet::new(),
             snapshots: 0,
+            unreadable: BTreeSet::new(),
         };
         check.packs = packs::check(shared, &mut check.problems)?;
         for entry in snapshots {

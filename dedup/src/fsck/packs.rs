@@ -17,13 +17,17 @@ use crate::threads;
 /// Checks all packs, on all threads.
 pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result<Packs> {
     let mut ids = Vec::new();
+    let mut bytes = 0;
     for entry in shared
         .backend
         .list(Area::Packs)
         .map_err(Error::io("list the packs"))?
     {
         match FileId::parse(&entry.name) {
-            Some(id) => ids.push(id),
+            Some(id) => {
+                bytes += entry.size;
+                ids.push((id, entry.size));
+            }
             None => {
                 let file = Area::Packs.path(&entry.name);
                 problems.insert(Problem {
@@ -34,19 +38,23 @@ pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result
             }
         }
     }
+    shared.progress.begin(bytes);
     let queue = Mutex::new(ids.into_iter());
     let packs = Mutex::new(Packs::default());
     threads::on(shared.threads, || {
         let mut decoder = Decoder::new()?;
         loop {
             let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(id) = next else { return Ok(()) };
+            let Some((id, size)) = next else {
+                return Ok(());
+            };
             let mut whole = Slots::default();
             let checked = if shared.keys.is_locked() {
                 check_digests(shared, id, &mut whole)
             } else {
                 check_pack(shared, id, &mut decoder, &mut whole)
             };
+            shared.progress.advance(size);
             let mut packs = packs.lock().unwrap_or_else(PoisonError::into_inner);
             packs.chunks += u64::from(whole.len());
             packs.whole.insert(id, whole);

@@ -55,6 +55,10 @@ pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
         done.push(repair_pack(check, pack)?);
     }
     for problem in &check.problems {
+        if check.unreadable.contains(&problem.file) {
+            done.push(format!("left {} as it is: {}", problem.file, problem.what));
+            continue;
+        }
         let Some((area, name)) = Area::ALL.iter().find_map(|&area| {
             let name = problem.file.strip_prefix(area.dir())?.strip_prefix('/')?;
             (area != Area::Root).then_some((area, name))

@@ -2,7 +2,7 @@
 
 use super::Check;
 use crate::backend::Area;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::name::{FileId, check_name};
 use crate::recipe::BlockCoder;
 use crate::snapshot::Snapshot;
@@ -14,12 +14,17 @@ impl Check<'_> {
         match self.check_snapshot(name) {
             // Removed since the listing.
             Err(gone) if gone.is_not_found() => self.snapshots -= 1,
-            Err(error) => self.problem(
-                Area::Snapshots,
-                name,
-                error.to_string(),
-                vec![name.to_owned()],
-            ),
+            Err(error) => {
+                if !matches!(error, Error::Damaged { .. } | Error::Name(_)) {
+                    self.unreadable.insert(Area::Snapshots.path(name));
+                }
+                self.problem(
+                    Area::Snapshots,
+                    name,
+                    error.to_string(),
+                    vec![name.to_owned()],
+                );
+            }
             Ok(()) => {}
         }
     }

@@ -21,7 +21,7 @@ use worker::Worker;
 use crate::backend::Area;
 use crate::error::{Error, Result};
 use crate::name::check_name;
-use crate::snapshot::{self, ImageDraft, Snapshot, SnapshotDraft, SnapshotId};
+use crate::snapshot::{self, ImageDraft, MAX_SPAN_BYTES, Snapshot, SnapshotDraft, SnapshotId};
 use crate::store::Shared;
 use parent::Parent;
 
@@ -105,6 +105,12 @@ impl Writer {
     ///
     /// [`Error::NameTaken`] when another was faster; the store cannot be written. The snapshot does not exist then.
     pub fn commit(self) -> Result<Saved> {
+        if self.manifest.len() as u64 > MAX_SPAN_BYTES {
+            return Err(Error::Parameter(format!(
+                "a manifest of {} bytes is too long: at most {MAX_SPAN_BYTES} are kept",
+                self.manifest.len()
+            )));
+        }
         let shared = self.session.shared.clone();
         for worker in self
             .workers
