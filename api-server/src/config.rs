@@ -83,8 +83,10 @@ pub struct Limits {
     pub vcpus: u32,
     /// How much memory one may have, in MiB.
     pub memory_mib: u64,
-    /// How long a VMM may take until its machine runs.
+    /// How long a VMM may take until a kernel boots.
     pub launch: Duration,
+    /// How long a VMM may take until a saved machine runs again: it reads all of its memory first.
+    pub restore: Duration,
     /// How long a VMM may take to stop before it is killed.
     pub stop: Duration,
 }
@@ -96,6 +98,7 @@ impl Default for Limits {
             vcpus: 32,
             memory_mib: 1 << 20,
             launch: Duration::from_secs(120),
+            restore: Duration::from_secs(6 * 3600),
             stop: Duration::from_secs(10),
         }
     }

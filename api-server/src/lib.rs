@@ -23,7 +23,7 @@ pub use openapi::document;
 
 use std::io;
 
-use control::RegistryError;
+use control::{RegistryError, StoreLocation};
 use rocket::{
     Build, Rocket,
     config::{Ident, LogLevel},
@@ -46,6 +46,17 @@ pub enum SetupError {
         /// What the kernel said.
         #[source]
         source: io::Error,
+    },
+    /// The store or its key lies in the tree, or the tree in the store.
+    #[error(
+        "{} and the tree {} lie in each other, so that clients could reach into the store; keep them apart",
+        path.display(), root.display()
+    )]
+    StoreInTree {
+        /// The store's directory, or its key file.
+        path: std::path::PathBuf,
+        /// The tree.
+        root: std::path::PathBuf,
     },
     /// The run directory cannot be used.
     #[error(transparent)]
@@ -72,9 +83,57 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
         root: config.root.clone(),
         source,
     })?;
+    if let Some(store) = &config.store {
+        keep_apart(&tree, store)?;
+    }
     let machines = Machines::new(config, tree)?;
     Ok(rocket::custom(listen)
         .manage(machines)
         .mount("/", routes::all())
         .register("/", catchers::all()))
+}
+
+/// Clients name files in the tree to be read, written and attached: none of the store may be among them.
+fn keep_apart(tree: &Tree, store: &StoreLocation) -> Result<(), SetupError> {
+    let root = tree.resolved();
+    for path in [Some(&store.directory), store.key_file.as_ref()]
+        .into_iter()
+        .flatten()
+    {
+        // One that is not there is refused when it is opened.
+        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+        if real.starts_with(root) || root.starts_with(&real) {
+            return Err(SetupError::StoreInTree {
+                path: path.clone(),
+                root: root.to_owned(),
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_clients_could_reach_into_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["tree", "tree/store", "store", "store/tree"] {
+            std::fs::create_dir(path(name)).unwrap();
+        }
+        std::fs::write(path("tree/key"), "").unwrap();
+        let apart = |root: &str, store: &str, key: Option<&str>| {
+            let location = StoreLocation {
+                directory: path(store),
+                key_file: key.map(path),
+            };
+            keep_apart(&Tree::open(&path(root)).unwrap(), &location).is_ok()
+        };
+        assert!(apart("tree", "store", None));
+        assert!(!apart("tree", "tree/store", None));
+        assert!(!apart("store/tree", "store", None));
+        assert!(!apart("tree", "store", Some("tree/key")));
+    }
 }

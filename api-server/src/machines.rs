@@ -9,8 +9,8 @@ use api_types::{
     CreateAnswer, CreateRequest, DeleteAnswer, ErrorCode, Health, Metric, Vm, VmState,
 };
 use control::{
-    Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Record, Registry,
-    Secret, Stopped, spawn,
+    Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
+    Registry, Secret, Stopped, spawn,
 };
 use futures::future::join_all;
 use tokio::task::{JoinError, spawn_blocking};
@@ -102,7 +102,12 @@ impl Machines {
             confinement: Some(self.confinement()),
         };
         let program = &self.config.vmm_binary;
-        let vmm = spawn(program, &spec, Log::File, self.config.limits.launch).await?;
+        let limits = &self.config.limits;
+        let bound = match spec.origin {
+            Origin::Boot(_) => limits.launch,
+            Origin::Restore(_) => limits.restore,
+        };
+        let vmm = spawn(program, &spec, Log::File, bound).await?;
         let (pid, port) = (vmm.pid, vmm.port);
         Span::current().record("pid", pid);
         for note in &plan.notes {

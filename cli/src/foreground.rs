@@ -32,7 +32,13 @@ pub(crate) async fn run(registry: &Registry, origin: Origin) -> anyhow::Result<E
     }
     // The guest may write before its VMM has said that it runs.
     let shown = show(ours.try_clone()?);
-    let mut vmm = spawn(&program, &spec, Log::Terminal(theirs), machine::LAUNCH).await?;
+    let mut vmm = spawn(
+        &program,
+        &spec,
+        Log::Terminal(theirs),
+        machine::launch_bound(&spec.origin),
+    )
+    .await?;
     let raw = RawMode::enter()?;
     let quit = type_into(ours);
     let status = tokio::select! {

@@ -9,8 +9,13 @@ use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{Client, Console, DiskConfig, LaunchSpec, Origin, Record, Registry, Secret, Source};
 
-/// How long a VMM may take until its machine runs.
-pub(crate) const LAUNCH: Duration = Duration::from_secs(120);
+/// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
+pub(crate) fn launch_bound(origin: &Origin) -> Duration {
+    match origin {
+        Origin::Boot(_) => Duration::from_secs(120),
+        Origin::Restore(_) => Duration::from_secs(6 * 3600),
+    }
+}
 
 /// How long a VMM may take to stop before it is killed.
 pub(crate) const STOP: Duration = Duration::from_secs(10);

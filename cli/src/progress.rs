@@ -2,6 +2,8 @@
 
 use std::{
     io::IsTerminal,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -13,6 +15,29 @@ use crate::output;
 const SILENCE: Duration = Duration::from_secs(1);
 /// How often a line is printed where there is no terminal.
 const LINES: Duration = Duration::from_secs(10);
+
+/// How often work is looked at.
+const POLL: Duration = Duration::from_millis(100);
+
+/// Does `work` and shows how far it is, by what it tells `progress`.
+pub(crate) fn shown<T>(
+    what: &'static str,
+    progress: &snapshot::Progress,
+    work: impl FnOnce() -> T,
+) -> T {
+    let (done, ended) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut shown = Progress::new(what);
+            while ended.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
+                shown.show(progress.done(), progress.total());
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}
 
 /// Shows the progress of one piece of work until it is dropped.
 pub(crate) struct Progress {

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use control::StoreLocation;
 use dedup::{CreateOptions, Key, OpenOptions, Store};
 
@@ -34,6 +34,10 @@ impl StoreArgs {
     /// The store that the command line names, if it names one, which is there.
     pub(crate) fn named(&self) -> anyhow::Result<Option<StoreLocation>> {
         let Some(directory) = self.store.clone() else {
+            ensure!(
+                self.key_file.is_none(),
+                "--key-file is the key of a store, and none is named; name it by --store"
+            );
             return Ok(None);
         };
         let location = StoreLocation {
@@ -63,10 +67,26 @@ impl StoreArgs {
     pub(crate) fn location_to_fill(&self) -> anyhow::Result<StoreLocation> {
         let location = self.location()?;
         let nobody_named_it = self.store.is_none() && variable(VARIABLE)?.is_none();
-        if nobody_named_it && location.key_file.is_none() && !location.directory.exists() {
-            create(&location)?;
+        if nobody_named_it && location.key_file.is_none() {
+            match at(&location).open() {
+                Err(snapshot::Error::Store {
+                    cause: dedup::Error::NoStore,
+                    ..
+                }) => make_or_find(&location)?,
+                opened => drop(opened?),
+            }
         }
         Ok(location)
+    }
+
+    /// Opens it for what needs no key, unless one is named.
+    pub(crate) fn open_for_order(&self) -> anyhow::Result<Store> {
+        let location = self.location()?;
+        if location.key_file.is_some() {
+            return open(&location);
+        }
+        Store::open_dir_without_key(&location.directory, OpenOptions::default())
+            .with_context(|| shown(&location))
     }
 
     /// Opens it.
@@ -79,6 +99,14 @@ impl StoreArgs {
             Some(named) => Ok(Some(named)),
             None => variable(KEY_VARIABLE),
         }
+    }
+}
+
+/// Makes a store, unless somebody else was faster.
+fn make_or_find(location: &StoreLocation) -> anyhow::Result<()> {
+    match create(location) {
+        Err(e) if matches!(e.downcast_ref(), Some(dedup::Error::StoreExists)) => Ok(()),
+        made => made.map(drop),
     }
 }
 

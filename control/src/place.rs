@@ -101,7 +101,11 @@ impl Destination {
                 memory,
             } => (Some(store), Some((state, memory))),
         };
-        store.is_none_or(|store| store.directory.is_absolute())
+        let absolute = |store: &StoreLocation| {
+            let key_file = store.key_file.as_ref();
+            store.directory.is_absolute() && key_file.is_none_or(|file| file.is_absolute())
+        };
+        store.is_none_or(absolute)
             && files.is_none_or(|(state, memory)| state.is_absolute() && memory.is_absolute())
     }
 }

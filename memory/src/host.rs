@@ -61,13 +61,15 @@ impl MachineMemory {
     /// # Errors
     ///
     /// [`Error::Map`] when the host has no room for it; what `fill` fails with.
+    #[allow(unsafe_code)]
     pub fn filled<E: From<Error>>(
         layout: Layout,
         fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<Self, E> {
         let bytes = layout.bytes();
         let host = map_anonymous(bytes)?;
-        fill(fresh(host, bytes))?;
+        // SAFETY: the memory was mapped just now, and nobody is told of it before `fill` has returned.
+        fill(unsafe { fresh(host, bytes) })?;
         Ok(Self::at(host, layout, Vec::new())?)
     }
 
@@ -171,11 +173,14 @@ fn map_anonymous(bytes: u64) -> Result<*mut u8, Error> {
     Ok(host)
 }
 
-/// The memory that `map_anonymous` has just mapped at `host`, for as long as nobody else knows it.
+/// The memory at `host`.
+///
+/// # Safety
+///
+/// `map_anonymous` has mapped `bytes` there, and nobody else uses them while the slice lives.
 #[allow(unsafe_code)]
-fn fresh<'a>(host: *mut u8, bytes: u64) -> &'a mut [u8] {
-    // SAFETY: `bytes` are mapped there for reading and writing and never unmapped, and the one caller hands the
-    // address to nobody else before it has given the slice up.
+unsafe fn fresh<'a>(host: *mut u8, bytes: u64) -> &'a mut [u8] {
+    // SAFETY: mapped for reading and writing and never unmapped; the rest is the caller's promise.
     unsafe { std::slice::from_raw_parts_mut(host, bytes as usize) }
 }
 

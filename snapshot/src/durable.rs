@@ -165,9 +165,20 @@ pub(crate) fn sweep(path: &Path) {
                 .and_then(|pid| pid.parse::<u32>().ok());
             pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
         };
-        if rest.ends_with(b".previous") || rest.strip_suffix(b".partial").is_some_and(orphan) {
+        if rest.strip_suffix(b".previous").is_some_and(is_id)
+            || rest.strip_suffix(b".partial").is_some_and(orphan)
+        {
             discard(&entry.path());
         }
+    }
+}
+
+/// Whether this is what a second name has between the file's own and its ending: the id of a snapshot, or the mark of a
+/// foreign file. A longer one is the second name of another file, whose name begins like this one's.
+fn is_id(middle: &[u8]) -> bool {
+    match middle.strip_prefix(b"foreign-") {
+        Some(inode) => !inode.is_empty() && inode.iter().all(u8::is_ascii_digit),
+        None => middle.len() == 32 && middle.iter().all(u8::is_ascii_hexdigit),
     }
 }
 
@@ -176,6 +187,14 @@ pub(crate) fn discard(path: &Path) {
     if let Err(e) = std::fs::remove_file(path) {
         tracing::warn!(path = %path.display(), "a file is left behind: {e}");
     }
+}
+
+/// Opens what is at `path`, which need not be a file: a pipe without a writer is opened, too, and at once.
+pub(crate) fn open_for_reading(path: &Path) -> Result<File, Error> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+        .map(File::from)
+        .map_err(Error::errno("open", path))
 }
 
 /// Makes the names in `directory` durable.
@@ -221,6 +240,28 @@ mod tests {
             assert_eq!(std::fs::read(&target).unwrap(), b"new");
             assert_eq!(names(directory.path()), ["file"]);
         }
+    }
+
+    #[test]
+    fn a_sweep_leaves_what_belongs_to_another_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let id = "0123456789abcdef0123456789abcdef";
+        for name in [
+            format!(".vm.{id}.previous"),
+            ".vm.foreign-7.previous".to_owned(),
+            format!(".vm.1.{id}.previous"),
+            ".vm.1.foreign-7.previous".to_owned(),
+        ] {
+            std::fs::write(directory.path().join(name), "").unwrap();
+        }
+        sweep(&directory.path().join("vm"));
+        let left = [
+            ".vm.1.foreign-7.previous".to_owned(),
+            format!(".vm.1.{id}.previous"),
+        ];
+        let mut left = left.map(OsString::from);
+        left.sort();
+        assert_eq!(names(directory.path()), left);
     }
 
     #[test]

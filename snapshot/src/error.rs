@@ -52,12 +52,12 @@ pub enum Error {
         reason: String,
     },
     /// The store refused, or what is in it cannot be believed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", in_full(cause))]
     Store {
         /// The store, or the snapshot in it.
         what: String,
         /// What the store said.
-        source: dedup::Error,
+        cause: dedup::Error,
     },
     /// A state in the store cannot be believed.
     #[error("the state of snapshot {name}: {source}")]
@@ -91,6 +91,17 @@ pub enum Error {
     Read(#[source] io::Error),
 }
 
+/// An error with what it came from: a client gets nothing but the text.
+fn in_full(error: &dedup::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        text += &format!(": {source}");
+        cause = source.source();
+    }
+    text
+}
+
 impl Error {
     /// Names the file and what was tried with it.
     pub(crate) fn io(
@@ -108,7 +119,7 @@ impl Error {
     /// Names the store, or the snapshot in it.
     pub(crate) fn store(what: impl Into<String>) -> impl FnOnce(dedup::Error) -> Self {
         let what = what.into();
-        move |source| Self::Store { what, source }
+        move |cause| Self::Store { what, cause }
     }
 
     /// As [`Error::io`], for errors of rustix.

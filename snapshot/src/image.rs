@@ -11,7 +11,7 @@ use saved_state::SnapshotId;
 
 use crate::{
     Error, Progress, Written,
-    durable::Pending,
+    durable::{Pending, open_for_reading},
     table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
     transfer,
 };
@@ -46,7 +46,7 @@ pub(crate) fn id_of(path: &Path) -> Result<SnapshotId, Error> {
 /// Opens a memory file and checks its footer, and with it its length: what the footer says can be
 /// allocated for.
 fn open_footer(path: &Path) -> Result<(File, Footer), Error> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
+    let file = open_for_reading(path)?;
     let metadata = file.metadata().map_err(Error::io("read", path))?;
     let bad = |reason: &str| Error::Memory {
         path: path.to_owned(),

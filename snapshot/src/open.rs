@@ -187,7 +187,8 @@ fn follow(path: &Path, reference: &Reference, store: Option<StoreAt<'_>>) -> Res
             "refers to another store than the one that was named; name that one",
         ));
     }
-    let (stored, state) = Stored::open(&store, &hex::encode(reference.stored))?;
+    let wanted = hex::encode(reference.stored);
+    let (stored, state) = Stored::open(&store, &wanted)?;
     if state.header.id != reference.id {
         return Err(bad(
             "refers to another machine's snapshot; take another copy",

@@ -3,11 +3,11 @@
 //! `docs/memory-format.md` specifies the bytes. A reference names a store by its id and never by its path:
 //! it may come from anybody, and must not lead to files of its writer's choice.
 
-use std::{fs::File, os::unix::fs::FileExt, path::Path};
+use std::{os::unix::fs::FileExt, path::Path};
 
 use saved_state::SnapshotId;
 
-use crate::Error;
+use crate::{Error, durable::open_for_reading};
 
 pub(crate) const REFERENCE_BYTES: usize = 128;
 
@@ -43,7 +43,7 @@ impl Reference {
 
     /// Reads the file at `path` if it is a reference; `None` if it is something else.
     pub(crate) fn read(path: &Path) -> Result<Option<Self>, Error> {
-        let file = File::open(path).map_err(Error::io("open", path))?;
+        let file = open_for_reading(path)?;
         let metadata = file.metadata().map_err(Error::io("read", path))?;
         // A memory file is never as short.
         if !metadata.is_file() || metadata.len() != REFERENCE_BYTES as u64 {

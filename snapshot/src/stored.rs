@@ -3,7 +3,7 @@
 use std::{io, path::Path, thread};
 
 use dedup::{ImageReader, Key, OpenOptions, Store, Writer, Zeros};
-use memory::{Layout, MachineMemory, PAGE_BYTES};
+use memory::{Layout, MachineMemory};
 use saved_state::Container;
 
 use crate::{Error, Progress, StorePlace, Written, transfer};
@@ -14,6 +14,9 @@ pub const MEMORY_IMAGE: &str = "memory";
 /// Bytes of guest memory that are copied at a time and then hashed and compressed by all cores: several
 /// blocks of the store for each of them.
 const COPIED: u64 = 32 << 20;
+
+/// Less is not worth a thread.
+const LEAST_PART: usize = 2 << 20;
 
 /// Saves `state` and `memory` as the snapshot `name`. Nothing is visible or durable before the writer's commit,
 /// which does not look at the memory any more.
@@ -30,11 +33,11 @@ pub(crate) fn write(
     Ok((writer, written))
 }
 
-/// A snapshot is complete without its parent, which only makes it faster: one that is gone or damaged is no
+/// A snapshot is complete without its parent, which only makes it faster: one that cannot be built on is no
 /// reason not to save.
 fn begin(store: &Store, name: &str, parent: Option<&str>) -> Result<Writer, dedup::Error> {
     match store.writer(name, parent) {
-        Err(e @ (dedup::Error::NoSnapshot(_) | dedup::Error::Damaged { .. })) => {
+        Err(e) if parent.is_some() => {
             tracing::warn!(
                 parent,
                 "the machine's last snapshot cannot be built on: {e}"
@@ -79,25 +82,24 @@ fn write_memory(
     })
 }
 
-/// Copies guest memory from image offset `at` on, by all cores.
+/// Copies guest memory from image offset `at` on; what is long, by all cores.
 fn copy_out(memory: &MachineMemory, at: u64, piece: &mut [u8]) -> Result<(), Error> {
     let threads = thread::available_parallelism().map_or(1, |threads| threads.get());
-    let part = piece
-        .len()
-        .div_ceil(threads)
-        .next_multiple_of(PAGE_BYTES as usize);
-    let copy = |(number, part_of_piece): (usize, &mut [u8])| {
-        transfer::read_memory(memory, at + (number * part) as u64, part_of_piece)
+    let part = (piece.len().div_ceil(threads)).max(LEAST_PART);
+    let mut parts = piece.chunks_mut(part).zip((at..).step_by(part));
+    let Some((ours, at)) = parts.next() else {
+        return Ok(());
     };
     thread::scope(|scope| {
-        let parts: Vec<_> = piece
-            .chunks_mut(part)
-            .enumerate()
-            .map(|part| scope.spawn(move || copy(part)))
-            .collect();
-        parts.into_iter().try_for_each(|part| {
-            part.join()
-                .unwrap_or_else(|_| Err(io::Error::other("a copying thread panicked")))
+        let mut others = Vec::new();
+        for (part, at) in parts {
+            let copy = move || transfer::read_memory(memory, at, part);
+            others.push(thread::Builder::new().spawn_scoped(scope, copy)?);
+        }
+        let ours = transfer::read_memory(memory, at, ours);
+        others.into_iter().fold(ours, |first, other| {
+            let panicked = |_| Err(io::Error::other("a copying thread panicked"));
+            first.and(other.join().unwrap_or_else(panicked))
         })
     })
     .map_err(Error::Read)
@@ -140,9 +142,8 @@ impl Stored {
     /// Opens the snapshot of this name, tag or id.
     pub(crate) fn open(store: &Store, name: &str) -> Result<(Self, Container), Error> {
         let failed = || Error::store(name);
-        // By its id from here on: a tag can move meanwhile.
-        let id = store.show(name).map_err(failed())?.id.to_string();
-        let manifest = store.manifest(&id).map_err(failed())?;
+        let snapshot = store.snapshot(name).map_err(failed())?;
+        let manifest = snapshot.manifest().map_err(failed())?;
         if manifest.is_empty() {
             return Err(Error::NotAMachine {
                 name: name.to_owned(),
@@ -153,7 +154,8 @@ impl Stored {
             name: name.to_owned(),
             source,
         })?;
-        let memory = store.image(&id, MEMORY_IMAGE).map_err(failed())?;
+        let memory = snapshot.image(MEMORY_IMAGE).map_err(failed())?;
+        let id = snapshot.id().to_string();
         let name = name.to_owned();
         Ok((Self { name, id, memory }, state))
     }

@@ -217,8 +217,9 @@ fn on_all_cores(
         }
     };
     thread::scope(|scope| {
+        // Those that the host does not give, the others do the work of.
         let threads: Vec<_> = (1..threads.min(granules.len().div_ceil(BATCH)))
-            .map(|_| scope.spawn(one_thread))
+            .map_while(|_| thread::Builder::new().spawn_scoped(scope, one_thread).ok())
             .collect();
         let ours = one_thread();
         let theirs = threads.into_iter().map(|thread| {

@@ -119,6 +119,7 @@ impl Controller {
     #[tracing::instrument(skip_all, fields(to = ?request.to))]
     fn snapshot(&mut self, request: &SnapshotRequest, reply: Reply<SnapshotReport>) {
         let counts = Arc::clone(self.machine.counters());
+        let ran = self.machine.is_running();
         match take_snapshot(&mut self.machine, &self.ending, request) {
             Ok(report) => {
                 counts.machine.snapshots.add(1);
@@ -137,6 +138,10 @@ impl Controller {
                 counts.machine.failed_snapshots.add(1);
                 tracing::warn!("the snapshot failed: {error}");
                 let running = self.machine.is_running();
+                if ran && !running {
+                    answer(reply, Err(self.lost(error)));
+                    return;
+                }
                 self.apply(lifecycle::Event::SaveFailed { running });
                 answer(reply, Err(error.into()));
             }
@@ -165,6 +170,7 @@ fn take_snapshot(
     let begun = Instant::now();
     let counters = Arc::clone(machine.counters());
     let parent = machine.stored_as.clone();
+    counters.saving.begin(0);
     // Before the machine is held: a store that cannot be opened costs the guest nothing.
     let destination = place::OpenDestination::new(&request.to)?;
     let mut held = machine.hold()?;
@@ -187,8 +193,11 @@ fn take_snapshot(
     let (downtime, saved) = match request.then {
         AfterSnapshot::Resume => {
             let downtime = held.stood_still();
-            held.let_go(true)?;
-            (downtime, publish()?)
+            let gone_on = held.let_go(true);
+            // Also of a machine that cannot go on: then this is all that is left of it.
+            let saved = publish()?;
+            gone_on?;
+            (downtime, saved)
         }
         AfterSnapshot::Halt => {
             let saved = publish()?;

@@ -119,7 +119,7 @@ fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
         | Snapshot::NotAMachine { .. } => FailureKind::NotASnapshot,
         Snapshot::NeedsStore { .. } => FailureKind::BadRequest,
         Snapshot::GuestMemory(_) | Snapshot::Read(_) => FailureKind::Host,
-        Snapshot::Store { source, .. } => store_kind(source),
+        Snapshot::Store { cause, .. } => store_kind(cause),
     }
 }
 

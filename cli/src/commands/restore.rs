@@ -32,7 +32,8 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
     }
     let console = registry.new_console()?;
     let spec = machine::launch_spec(&registry, origin, Console::File(console.clone()))?;
-    let vmm = spawn(&program::find()?, &spec, Log::File, machine::LAUNCH).await?;
+    let bound = machine::launch_bound(&spec.origin);
+    let vmm = spawn(&program::find()?, &spec, Log::File, bound).await?;
     let (pid, port) = (vmm.pid, vmm.port);
     if args.json {
         output::print_json(&CreateAnswer { pid, port })?;
@@ -61,7 +62,7 @@ fn source(from: &[String], store: &StoreArgs) -> anyhow::Result<Source> {
                 state: std::path::absolute(state)?,
                 memory: std::path::absolute(memory)?,
                 // Only a reference needs it, and only then must it be there.
-                store: Some(store.location()?),
+                store: store.location().ok(),
             })
         }
         _ => bail!("name the snapshot, or two files"),

@@ -47,13 +47,15 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
         client.snapshot(request).await.unwrap();
     });
 
-    let state = |name: &str| snapshot::read_state(&path(name)).unwrap();
-    let (first, again) = (state("state"), state("state-again"));
-    let sections = |state: &Container| state.sections().cloned().collect::<Vec<_>>();
-    for (one, two) in sections(&first).iter().zip(sections(&again)) {
-        assert_eq!(*one, two, "section {} {}", one.kind, one.instance);
+    let sections = |name: &str| {
+        let state = snapshot::read_state(&path(name)).unwrap();
+        state.sections().cloned().collect::<Vec<_>>()
+    };
+    let (first, again) = (sections("state"), sections("state-again"));
+    for (one, two) in first.iter().zip(&again) {
+        assert_eq!(one, two, "section {} {}", one.kind, one.instance);
     }
-    assert_eq!(sections(&first).len(), sections(&again).len());
+    assert_eq!(first.len(), again.len());
     let image = |name: &str| fs::read(path(name)).unwrap()[..256 << 20].to_vec();
     assert!(
         image("memory") == image("memory-again"),

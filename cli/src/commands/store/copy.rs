@@ -4,9 +4,6 @@ use std::{
     io::{self, Write},
     path::Path,
     process::ExitCode,
-    sync::mpsc::{self, RecvTimeoutError},
-    thread,
-    time::Duration,
 };
 
 use dedup::Store;
@@ -15,14 +12,12 @@ use snapshot::{Destination, Files, MEMORY_IMAGE, Snapshot, Source, StorePlace};
 
 use crate::{
     output,
-    progress::Progress,
+    progress::shown,
     store::{StoreArgs, at},
 };
 
 /// Bytes of an image that are read at a time.
 const PIECE: u64 = 4 << 20;
-/// How often progress is looked at.
-const POLL: Duration = Duration::from_millis(100);
 
 /// A part of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -99,8 +94,9 @@ struct Copied {
 /// Saves a machine again, as it is, elsewhere.
 fn copy(saved: &Snapshot, to: Destination<'_>, what: &'static str) -> anyhow::Result<Copied> {
     let memory = saved.load()?;
-    let unpublished = shown(what, |progress| {
-        snapshot::write(to, &saved.state, &memory, progress)
+    let progress = snapshot::Progress::default();
+    let unpublished = shown(what, &progress, || {
+        snapshot::write(to, &saved.state, &memory, &progress)
     })?;
     let written = unpublished.written;
     let stored = unpublished.publish()?;
@@ -109,24 +105,6 @@ fn copy(saved: &Snapshot, to: Destination<'_>, what: &'static str) -> anyhow::Re
         memory_bytes: written.memory_bytes,
         written_bytes: written.data_bytes,
         new_bytes: stored.map(|stored| stored.pack_bytes + stored.snapshot_bytes),
-    })
-}
-
-/// Does `work` and shows how far it is.
-fn shown<T>(what: &'static str, work: impl FnOnce(&snapshot::Progress) -> T) -> T {
-    let progress = snapshot::Progress::default();
-    let (done, ended) = mpsc::channel::<()>();
-    thread::scope(|scope| {
-        let progress = &progress;
-        scope.spawn(move || {
-            let mut shown = Progress::new(what);
-            while ended.recv_timeout(POLL) == Err(RecvTimeoutError::Timeout) {
-                shown.show(progress.done(), progress.total());
-            }
-        });
-        let result = work(progress);
-        drop(done);
-        result
     })
 }
 

@@ -20,13 +20,13 @@ pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
         .iter()
         .map(|entry| {
             let images = &entry.facts.images;
-            let new: u64 = images.iter().map(|image| image.new_chunks * chunk).sum();
+            let new = images.iter().map(|image| image.new_chunks);
             [
                 entry.name.clone(),
                 short(entry),
                 date(entry.facts.created_ms),
-                output::bytes(images.iter().map(|image| image.size).sum()),
-                output::bytes(new),
+                output::bytes(total(images.iter().map(|image| image.size))),
+                output::bytes(total(new).saturating_mul(chunk)),
                 entry.tags.join(" "),
             ]
         })
@@ -34,6 +34,11 @@ pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
     let heading = ["NAME", "ID", "CREATED", "SIZE", "NEW", "TAGS"];
     output::print(&output::table(heading, &rows))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A sum of what files say, which may be anything.
+fn total(numbers: impl Iterator<Item = u64>) -> u64 {
+    numbers.fold(0, u64::saturating_add)
 }
 
 /// A snapshot in a log, with what its state says of the machine.
@@ -128,8 +133,8 @@ fn text(told: &Told, chunk: u64) -> String {
             "\n  {:<8} {}, {} zero, {} new",
             image.name,
             output::bytes(image.size),
-            output::bytes((image.zero_chunks * chunk).min(image.size)),
-            output::bytes((image.new_chunks * chunk).min(image.size)),
+            output::bytes(image.zero_chunks.saturating_mul(chunk).min(image.size)),
+            output::bytes(image.new_chunks.saturating_mul(chunk).min(image.size)),
         );
     }
     text + "\n"

@@ -104,13 +104,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (store, json) = (&args.store, args.json);
     match &args.command {
         Command::Init => order::init(store, json),
-        Command::Stat => order::stat(&store.open()?, json),
-        Command::Ls => list::ls(&store.open()?, json),
+        Command::Stat => order::stat(&store.open_for_order()?, json),
+        Command::Ls => list::ls(&store.open_for_order()?, json),
         Command::Log { snapshot } => list::log(&store.open()?, snapshot.as_deref(), json),
         Command::Diff { old, new, ranges } => list::diff(&store.open()?, old, new, *ranges, json),
-        Command::Tag { snapshot, tag } => order::tag(&store.open()?, snapshot, tag, json),
-        Command::Rm { name } => order::rm(&store.open()?, name, json),
-        Command::Gc { grace } => order::gc(&store.open()?, *grace, json),
+        Command::Tag { snapshot, tag } => order::tag(&store.open_for_order()?, snapshot, tag, json),
+        Command::Rm { name } => order::rm(&store.open_for_order()?, name, json),
+        Command::Gc { grace } => order::gc(&store.open_for_order()?, *grace, json),
         Command::Fsck { repair } => order::fsck(store, *repair, json),
         Command::Export {
             snapshot,

@@ -2,12 +2,14 @@
 
 use std::{process::ExitCode, time::Duration};
 
+use anyhow::bail;
 use dedup::{GcOptions, Key, Problem, Store, backend::LocalDir, repair_config};
 use serde_json::json;
 
 use crate::{
     output,
-    store::{StoreArgs, create},
+    progress::shown,
+    store::{StoreArgs, at, create},
 };
 
 /// The exit code of a check that found something.
@@ -15,6 +17,12 @@ const DAMAGED: u8 = 2;
 
 pub(super) fn init(args: &StoreArgs, json: bool) -> anyhow::Result<ExitCode> {
     let location = args.location()?;
+    if at(&location).open().is_ok() {
+        bail!(
+            "there is a store in {} already",
+            location.directory.display()
+        );
+    }
     if let Some(key_file) = location.key_file.as_deref().filter(|file| !file.exists()) {
         Key::create_file(key_file)?;
         eprintln!(
@@ -94,7 +102,9 @@ pub(super) fn rm(store: &Store, name: &str, json: bool) -> anyhow::Result<ExitCo
 
 pub(super) fn gc(store: &Store, grace: u64, json: bool) -> anyhow::Result<ExitCode> {
     let grace = Duration::from_secs(grace);
-    let done = store.gc(&GcOptions { grace })?;
+    let done = shown("collecting", store.progress(), || {
+        store.gc(&GcOptions { grace })
+    })?;
     if json {
         output::print_json(&done)?;
     } else {
@@ -114,12 +124,10 @@ pub(super) fn fsck(args: &StoreArgs, repair: bool, json: bool) -> anyhow::Result
     if repair && repair_config(&LocalDir::new(&args.location()?.directory))? {
         eprintln!("restored the store's config from a pack");
     }
-    let store = args.open()?;
-    let report = if repair {
-        store.repair()?
-    } else {
-        store.fsck()?
-    };
+    let store = args.open_for_order()?;
+    let report = shown("checking", store.progress(), || {
+        if repair { store.repair() } else { store.fsck() }
+    })?;
     if json {
         output::print_json(&report)?;
     } else {
@@ -135,6 +143,9 @@ pub(super) fn fsck(args: &StoreArgs, repair: bool, json: bool) -> anyhow::Result
         }
         for repaired in &report.repaired {
             text += &format!("{repaired}\n");
+        }
+        if report.digests_only {
+            text += "only digests were checked: for the content, name the key file\n";
         }
         if !report.problems.is_empty() && !repair {
             text += "`fermata store fsck --repair` keeps what is whole\n";
