@@ -8,10 +8,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
-use saved_state::{Container, CpuIdentity, Header, SnapshotId};
+use memory::{MIN_MEMORY_BYTES, MachineMemory};
+use saved_state::SnapshotId;
 use snapshot::{Destination, Error, Files, Progress, Snapshot, Source, Unpublished, write};
 use vm_memory::{Bytes, GuestAddress};
+
+#[path = "support/mod.rs"]
+mod support;
+use support::{LAST, container, mark, memory_with};
 
 struct Place {
     directory: tempfile::TempDir,
@@ -74,34 +78,6 @@ fn open(state: &Path, memory: &Path) -> Result<Snapshot, Error> {
     let files = Files { state, memory };
     Snapshot::open(Source::Files { files, store: None })
 }
-
-fn container(id: u8) -> Container {
-    Container::new(Header {
-        id: SnapshotId([id; 16]),
-        release: "0.1.0".to_owned(),
-        created_unix_ns: 0,
-        host_cpu: CpuIdentity::default(),
-        vcpus: 1,
-        memory_bytes: MIN_MEMORY_BYTES,
-    })
-}
-
-fn memory_with(marks: &[(u64, u8)]) -> MachineMemory {
-    let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
-    for (gpa, mark) in marks {
-        memory
-            .guest()
-            .write_slice(&[*mark; 64], GuestAddress(*gpa))
-            .unwrap();
-    }
-    memory
-}
-
-fn mark(memory: &MachineMemory, gpa: u64) -> u8 {
-    memory.guest().read_obj(GuestAddress(gpa)).unwrap()
-}
-
-const LAST: u64 = MIN_MEMORY_BYTES - PAGE_BYTES;
 
 #[test]
 fn memory_comes_back_and_its_zeros_are_holes() {

@@ -8,14 +8,16 @@ use std::{
 };
 
 use dedup::{CreateOptions, OpenOptions, Store};
-use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
-use saved_state::{Container, CpuIdentity, Header, SnapshotId};
+use memory::{MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
+use saved_state::SnapshotId;
 use snapshot::{
     Destination, Error, Files, Progress, Saved, Snapshot, Source, StoreAt, StorePlace, write,
 };
 use vm_memory::{Bytes, GuestAddress};
 
-const LAST: u64 = MIN_MEMORY_BYTES - PAGE_BYTES;
+#[path = "support/mod.rs"]
+mod support;
+use support::{LAST, container, mark, memory_with};
 
 struct Place {
     directory: tempfile::TempDir,
@@ -92,33 +94,6 @@ fn at(directory: &Path) -> StoreAt<'_> {
 fn publish(to: Destination<'_>, id: u8, memory: &MachineMemory) -> Result<Saved, Error> {
     let saved = write(to, &container(id), memory, &Progress::default())?.publish()?;
     Ok(saved.unwrap())
-}
-
-fn container(id: u8) -> Container {
-    Container::new(Header {
-        id: SnapshotId([id; 16]),
-        release: "0.1.0".to_owned(),
-        created_unix_ns: 0,
-        host_cpu: CpuIdentity::default(),
-        vcpus: 1,
-        memory_bytes: MIN_MEMORY_BYTES,
-    })
-}
-
-fn memory_with(marks: &[(u64, u8)]) -> MachineMemory {
-    let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
-    for (gpa, mark) in marks {
-        let mark = [*mark; 64];
-        memory
-            .guest()
-            .write_slice(&mark, GuestAddress(*gpa))
-            .unwrap();
-    }
-    memory
-}
-
-fn mark(memory: &MachineMemory, gpa: u64) -> u8 {
-    memory.guest().read_obj(GuestAddress(gpa)).unwrap()
 }
 
 #[test]
