@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 use crate::hash::Identifier;
 use crate::index::Index;
 use crate::key::Key;
+use crate::name::FileId;
+use crate::pack::{ChunkIds, IdsCache, Pack, ids_cache};
 use crate::progress::Progress;
 use crate::read::{Frames, ImageReader};
 use crate::refs;
@@ -61,6 +63,8 @@ pub(crate) struct Shared {
     identifier: Option<Identifier>,
     pub(crate) index: Index,
     pub(crate) frames: Frames,
+    /// By the pack and its version: a collection may replace a pack between two saves.
+    ids: IdsCache<(FileId, [u8; 16])>,
     pub(crate) threads: usize,
     pub(crate) progress: Progress,
 }
@@ -75,6 +79,12 @@ impl Shared {
         self.identifier
             .as_ref()
             .ok_or(Error::Key("no key was given"))
+    }
+
+    /// The identities of a pack's chunks, read once for all saves.
+    pub(crate) fn ids_of(&self, pack: &Pack) -> Result<Arc<ChunkIds>> {
+        self.ids
+            .get_or_insert_with(&(pack.id(), pack.version()), || pack.ids().map(Arc::new))
     }
 
     /// Fails when a snapshot or tag has this name. Somebody may still take it: what counts is the publishing.
@@ -215,6 +225,7 @@ impl Store {
                 identifier,
                 index: Index::new(options.index_memory),
                 frames: Frames::new(options.frame_memory),
+                ids: ids_cache(),
                 threads: options.threads.max(1),
                 progress: Progress::default(),
                 config,

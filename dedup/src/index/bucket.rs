@@ -19,9 +19,18 @@ const VALUES_AT: usize = KEYS_AT + CAPACITY * KEY_BYTES;
 /// The first value that does not fit.
 pub(super) const VALUE_LIMIT: u64 = 1 << (8 * VALUE_BYTES);
 
+/// Bits of a key.
+const KEY_BITS: u32 = 8 * KEY_BYTES as u32;
+
 /// The bucket for a key of 48 bits. Ascending keys have ascending buckets.
 pub(super) fn bucket_of(key: u64, buckets: u64) -> u64 {
-    ((u128::from(key) * u128::from(buckets)) >> 48) as u64
+    ((u128::from(key) * u128::from(buckets)) >> KEY_BITS) as u64
+}
+
+/// How far into its bucket a key should be, as keys are spread evenly: a fraction of 2³².
+pub(super) fn depth_of(key: u64, buckets: u64) -> u64 {
+    let in_bucket = (u128::from(key) * u128::from(buckets)) & ((1 << KEY_BITS) - 1);
+    (in_bucket >> (KEY_BITS - 32)) as u64
 }
 
 /// The bytes of a bucket.
@@ -47,18 +56,18 @@ impl<'a> Bucket<'a> {
         u64::from_le_bytes(bytes)
     }
 
-    /// The values under a key.
-    pub(super) fn find(self, key: u64) -> impl Iterator<Item = u64> + 'a {
-        let (mut low, mut high) = (0, self.count());
-        while low < high {
-            let middle = (low + high) / 2;
-            if self.key(middle) < key {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
+    /// The values under a key. `depth` is its [`depth_of`]: from there the key is a few steps away, in one or two of
+    /// the processor's cache lines where halving would touch four.
+    pub(super) fn find(self, key: u64, depth: u64) -> impl Iterator<Item = u64> + 'a {
+        let count = self.count();
+        let mut at = ((depth * count as u64) >> 32) as usize;
+        while at < count && self.key(at) < key {
+            at += 1;
         }
-        let from = (low..self.count()).take_while(move |&position| self.key(position) == key);
+        while at > 0 && self.key(at - 1) >= key {
+            at -= 1;
+        }
+        let from = (at..count).take_while(move |&position| self.key(position) == key);
         from.map(move |position| self.value(position))
     }
 

@@ -97,8 +97,7 @@ impl Index {
     }
 
     fn merge_like_sizes(&self, backend: &dyn Backend, config: &Config) -> Result<()> {
-        let few = self.view().group_of_like_size().len() < 2;
-        let lock = if few {
+        let lock = if self.view().group_of_like_size().is_empty() {
             None
         } else {
             backend
@@ -110,9 +109,10 @@ impl Index {
             return Ok(());
         }
         self.refresh(backend, config)?;
-        let group = self.view().group_of_like_size();
-        if group.len() >= 2 {
-            merge::merge(backend, config, &group, |_, _| true)?;
+        let view = self.view();
+        let group = view.group_of_like_size();
+        if !group.is_empty() {
+            merge::merge(backend, config, group, |_, _| true)?;
         }
         self.refresh(backend, config)
     }
@@ -151,18 +151,18 @@ impl View {
         }
     }
 
-    /// The smallest segments, as far as each is not much larger than all before it together.
-    fn group_of_like_size(&self) -> Vec<Arc<Segment>> {
-        let mut group: Vec<Arc<Segment>> = Vec::new();
+    /// The smallest segments, up to the largest that is not much larger than all before it together. Without those,
+    /// each segment is: there are as many as the index's size has digits.
+    fn group_of_like_size(&self) -> &[Arc<Segment>] {
         let mut total = 0;
-        for segment in self.segments.iter() {
-            if !group.is_empty() && segment.size() >= LIKE_SIZE * total {
-                break;
+        let mut group = 0;
+        for (number, segment) in self.segments.iter().enumerate() {
+            if segment.size() < LIKE_SIZE * total {
+                group = number + 1;
             }
             total += segment.size();
-            group.push(segment.clone());
         }
-        group
+        &self.segments[..group]
     }
 }
 

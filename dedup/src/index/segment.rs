@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::bucket::{BUCKET_BYTES, Bucket, CAPACITY, MEAN_FILL, VALUE_LIMIT, bucket_of, encode};
+use super::bucket::{
+    BUCKET_BYTES, Bucket, CAPACITY, MEAN_FILL, VALUE_LIMIT, bucket_of, depth_of, encode,
+};
 use super::{BucketBuffer, EMPTY_BUCKET, Hint};
 use crate::backend::{Area, Backend, Draft, Publish, ReadAt};
 use crate::bytes::Cursor;
@@ -131,7 +133,8 @@ impl Segment {
     /// Adds to `hints` what is known under a key. The digest is not checked: a wrong hint is found out anyway.
     pub(super) fn find(&self, key: u64, buffer: &mut BucketBuffer, hints: &mut Vec<Hint>) {
         if let Ok(bucket) = self.bucket(bucket_of(key, self.buckets), buffer) {
-            hints.extend(bucket.find(key).filter_map(|value| self.hint(value)));
+            let found = bucket.find(key, depth_of(key, self.buckets));
+            hints.extend(found.filter_map(|value| self.hint(value)));
         }
     }
 

@@ -103,6 +103,21 @@ fn a_held_lock_delays_merging_but_not_adding() {
     assert_eq!(found(&index.view(), 0..3000), 3000);
 }
 
+/// One that is much smaller than all others does not keep those from each other.
+#[test]
+fn segments_of_like_size_are_merged_beside_a_small_one() {
+    let (backend, config, index) = (Memory::new(), config(), Index::new(0));
+    let mut first = 0;
+    for size in [100, 4000, 4500, 5000, 5500] {
+        let entries = (first..first + size).map(entry).collect();
+        index.add(&backend, &config, entries).unwrap();
+        first += size;
+        assert_eq!(found(&index.view(), 0..first) as u64, first);
+    }
+    let segments = backend.list(Area::Index).unwrap().len();
+    assert!(segments <= 2, "{segments} segments");
+}
+
 #[test]
 fn damage_is_a_miss_and_never_a_panic() {
     let (backend, config) = (Memory::new(), config());

@@ -1,11 +1,13 @@
 //! Packs: files of frames, with a table of where they are and the identities of their chunks.
 
 mod build;
+mod ids;
 mod open;
 mod salvage;
 mod table;
 
 pub(crate) use build::PackBuilder;
+pub(crate) use ids::{IdsCache, ids_cache};
 pub(crate) use open::Pack;
 pub(crate) use salvage::salvage;
 pub(crate) use table::{ChunkIds, Table};

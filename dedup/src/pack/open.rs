@@ -25,6 +25,7 @@ pub(crate) struct Pack {
     ids_at: u64,
     trailer_at: u64,
     ids_digest: [u8; 16],
+    version: [u8; 16],
     chunk_size: u32,
     frame_chunks: u32,
     sealing: Access<Sealing>,
@@ -63,7 +64,9 @@ impl Pack {
             return Err(damaged(Malformed("the header is of another store or pack")));
         }
         let (covered, expected) = trailer.split_at(TRAILER_COVERED);
-        if digest(&[&found_header, &table, covered]) != expected {
+        let mut version = [0; 16];
+        version.copy_from_slice(expected);
+        if digest(&[&found_header, &table, covered]) != version {
             return Err(damaged(Malformed("the table's digest does not match")));
         }
         let sealing = shared.keys.map(|keys| Sealing {
@@ -89,6 +92,7 @@ impl Pack {
             ids_at: layout.ids_at,
             trailer_at,
             ids_digest: layout.ids_digest,
+            version,
             chunk_size: config.chunk_size,
             frame_chunks: config.frame_chunks(),
             sealing,
@@ -97,6 +101,15 @@ impl Pack {
 
     pub(crate) fn table(&self) -> &Table {
         &self.table
+    }
+
+    pub(crate) fn id(&self) -> FileId {
+        self.id
+    }
+
+    /// What tells this content from others that the pack has had: a digest of all but the frames.
+    pub(crate) fn version(&self) -> [u8; 16] {
+        self.version
     }
 
     /// Reads the identities of the live slots.

@@ -4,15 +4,12 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use quick_cache::Weighter;
-use quick_cache::sync::Cache;
-
 use super::known::Known;
 use super::publisher::{Publisher, Written};
 use crate::error::Result;
 use crate::hash::ChunkId;
 use crate::name::FileId;
-use crate::pack::{ChunkIds, Pack, PackBuilder};
+use crate::pack::{ChunkIds, IdsCache, Pack, PackBuilder, ids_cache};
 use crate::protect::{Claim, condemned};
 use crate::recipe::Place;
 use crate::seal::{Sealer, SnapshotKeys};
@@ -21,16 +18,13 @@ use crate::store::Shared;
 /// Frames that a thread reserves at a time, so that what it stores one after the other lies together.
 pub(super) const RUN_FRAMES: u64 = 16;
 
-/// Memory for identities of packs that are looked at.
-const IDS_MEMORY: u64 = 64 << 20;
-
 /// One save: its lease, its packs, what it knows.
 pub(super) struct Session {
     pub(super) shared: Arc<Shared>,
     claim: Claim,
     pub(super) known: Arc<Known>,
     packs: Mutex<Packs>,
-    ids: Cache<u32, Arc<ChunkIds>, ByMemory>,
+    ids: IdsCache<u32>,
     next_frame: AtomicU64,
     open: Mutex<HashMap<u64, OpenPack>>,
     publisher: Publisher,
@@ -52,15 +46,6 @@ enum Standing {
     Usable(u32),
     /// Condemned, gone, or damaged: a hit there is a miss.
     Refused,
-}
-
-#[derive(Clone)]
-struct ByMemory;
-
-impl Weighter<u32, Arc<ChunkIds>> for ByMemory {
-    fn weight(&self, _pack: &u32, ids: &Arc<ChunkIds>) -> u64 {
-        ids.memory().max(1)
-    }
 }
 
 /// A pack that frames are still being written to.
@@ -113,7 +98,7 @@ impl Session {
         Ok(Session {
             claim: Claim::new(&*shared.backend)?,
             packs: Mutex::default(),
-            ids: Cache::with_weighter(256, IDS_MEMORY, ByMemory),
+            ids: ids_cache(),
             next_frame: AtomicU64::new(0),
             open: Mutex::default(),
             publisher: Publisher::start(shared.clone(), known.clone())?,
@@ -192,7 +177,7 @@ impl Session {
 
     fn load_ids(&self, id: FileId) -> Option<Arc<ChunkIds>> {
         let pack = Pack::open(&self.shared, id).ok()?;
-        pack.ids().ok().map(Arc::new)
+        self.shared.ids_of(&pack).ok()
     }
 
     /// The pack with this number, if it may be referred to.
