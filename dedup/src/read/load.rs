@@ -132,12 +132,16 @@ impl ImageReader {
         threads::on(self.shared.threads, || {
             let mut coder = BlockCoder::new()?;
             let mut mine = Vec::new();
-            while let Some((block, of_block)) = lock(&blocks).next() {
+            loop {
+                // A statement of its own: in a loop's condition the lock would be held while the block is decoded.
+                let next = lock(&blocks).next();
+                let Some((block, of_block)) = next else {
+                    lock(&all).append(&mut mine);
+                    return Ok(());
+                };
                 let places = self.recipe.places(block, &mut coder)?;
                 list(places, of_block, &mut mine);
             }
-            lock(&all).append(&mut mine);
-            Ok(())
         })?;
         let mut all = all.into_inner().unwrap_or_else(PoisonError::into_inner);
         // Mostly sorted already, which the sort makes use of.
