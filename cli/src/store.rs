@@ -104,22 +104,24 @@ impl StoreArgs {
 
 /// Makes a store, unless somebody else was faster.
 fn make_or_find(location: &StoreLocation) -> anyhow::Result<()> {
-    match create(location) {
+    match create(location, None) {
         Err(e) if matches!(e.downcast_ref(), Some(dedup::Error::StoreExists)) => Ok(()),
         made => made.map(drop),
     }
 }
 
-/// Makes a store, encrypted if a key file is named, and opens it.
-pub(crate) fn create(location: &StoreLocation) -> anyhow::Result<Store> {
+/// Makes a store, encrypted if a key file is named, which compresses at this level or the usual one, and opens it.
+pub(crate) fn create(location: &StoreLocation, level: Option<i32>) -> anyhow::Result<Store> {
     let key = key(location)?;
     let options = OpenOptions {
         key: key.clone(),
         ..OpenOptions::default()
     };
+    let usual = CreateOptions::default();
     let create = CreateOptions {
         key,
-        ..CreateOptions::default()
+        level: level.unwrap_or(usual.level),
+        ..usual
     };
     Store::create_dir(&location.directory, &create, options).with_context(|| shown(location))
 }

@@ -15,9 +15,6 @@ const CONTEXT: std::ops::Range<usize> = 0..8;
 
 const MAGIC: u8 = 0xF5;
 
-/// Larger than level 1 is 1 to 7 % of size for half the speed.
-const LEVEL: i32 = 1;
-
 /// What the payload is, under its seal where it has one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Codec {
@@ -79,8 +76,9 @@ pub(crate) struct Encoder {
 }
 
 impl Encoder {
-    pub(crate) fn new() -> Result<Self> {
-        let compressor = Compressor::new(LEVEL).map_err(Error::io("set up zstd"))?;
+    /// One that compresses at this level of zstd.
+    pub(crate) fn new(level: i32) -> Result<Self> {
+        let compressor = Compressor::new(level).map_err(Error::io("set up zstd"))?;
         Ok(Encoder {
             compressor,
             decoder: Decoder::new()?,
@@ -254,7 +252,7 @@ mod tests {
             let plain = plain(slots, seed, noise);
             let sealer = sealed.then(|| sealer(3));
             let (sealer, overhead) = (sealer.as_ref(), if sealed { OVERHEAD } else { 0 });
-            let stored = Encoder::new().unwrap().encode(number, slots, &plain, sealer).unwrap().to_vec();
+            let stored = Encoder::new(1).unwrap().encode(number, slots, &plain, sealer).unwrap().to_vec();
             prop_assert!(stored.len() <= HEADER_BYTES + overhead + plain.len());
             let mut decoded = vec![0; plain.len()];
             let header = Decoder::new().unwrap().decode(&stored, CHUNK, sealer, &mut decoded).unwrap();
@@ -267,7 +265,7 @@ mod tests {
             let plain = plain(slots, 3, noise);
             let sealer = sealed.then(|| sealer(3));
             let sealer = sealer.as_ref();
-            let mut stored = Encoder::new().unwrap().encode(5, slots, &plain, sealer).unwrap().to_vec();
+            let mut stored = Encoder::new(1).unwrap().encode(5, slots, &plain, sealer).unwrap().to_vec();
             let bit = position.index(stored.len() * 8);
             stored[bit / 8] ^= 1 << (bit % 8);
             let mut decoded = vec![0; plain.len()];
@@ -285,7 +283,7 @@ mod tests {
     #[test]
     fn a_sealed_frame_is_of_one_pack_and_number() {
         let (plain, mine) = (plain(4, 1, false), sealer(3));
-        let mut encoder = Encoder::new().unwrap();
+        let mut encoder = Encoder::new(1).unwrap();
         let stored = encoder.encode(5, 4, &plain, Some(&mine)).unwrap().to_vec();
         let decode = |stored: &[u8], sealer: Option<&Sealer>| {
             let mut decoded = vec![0; plain.len()];

@@ -40,6 +40,9 @@ enum Command {
         /// Bytes in a chunk.
         #[arg(long, default_value_t = DEFAULT_CHUNK_SIZE)]
         chunk_size: u32,
+        /// How hard to compress: from -50, the fastest, to 19, the smallest [default: 1].
+        #[arg(long, allow_negative_numbers = true)]
+        level: Option<i32>,
     },
     /// Save a file as a snapshot.
     Save {
@@ -127,9 +130,11 @@ fn run(args: &Args) -> Result<ExitCode> {
         }
     };
     match &args.command {
-        Command::Init { chunk_size } => {
+        Command::Init { chunk_size, level } => {
+            let usual = CreateOptions::default();
             let create = CreateOptions {
                 chunk_size: *chunk_size,
+                level: level.unwrap_or(usual.level),
                 key: options.key.clone(),
             };
             let store = Store::create_dir(&args.store, &create, options.clone())?;

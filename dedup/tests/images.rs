@@ -80,6 +80,7 @@ fn every_chunk_size_works() {
         let create = CreateOptions {
             chunk_size,
             key: support::key(),
+            ..CreateOptions::default()
         };
         let store = Store::create(Memory::new(), &create, options()).unwrap();
         let image = image(2500, 6);
@@ -95,6 +96,7 @@ fn every_chunk_size_works() {
         let create = CreateOptions {
             chunk_size,
             key: None,
+            ..CreateOptions::default()
         };
         assert!(matches!(
             Store::create(Memory::new(), &create, options()),

@@ -119,9 +119,9 @@ pub(super) struct Block<'a> {
 }
 
 impl Worker {
-    pub(super) fn new() -> Result<Self> {
+    pub(super) fn new(level: i32) -> Result<Self> {
         Ok(Worker {
-            encoder: Encoder::new()?,
+            encoder: Encoder::new(level)?,
             coder: BlockCoder::new()?,
             run: None,
             frame: Frame::default(),

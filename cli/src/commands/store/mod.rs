@@ -24,7 +24,11 @@ pub(crate) struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Makes a store; with --key-file, an encrypted one. A key file that is not there is made.
-    Init,
+    Init {
+        /// How hard the store compresses: from -50, the fastest, to 19, the smallest [default: 1].
+        #[arg(long, allow_negative_numbers = true)]
+        level: Option<i32>,
+    },
     /// Counts what is in the store.
     Stat,
     /// Lists the snapshots, newest first.
@@ -103,7 +107,7 @@ enum Command {
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let (store, json) = (&args.store, args.json);
     match &args.command {
-        Command::Init => order::init(store, json),
+        Command::Init { level } => order::init(store, *level, json),
         Command::Stat => order::stat(&store.open_for_order()?, json),
         Command::Ls => list::ls(&store.open_for_order()?, json),
         Command::Log { snapshot } => list::log(&store.open()?, snapshot.as_deref(), json),

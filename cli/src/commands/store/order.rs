@@ -15,7 +15,7 @@ use crate::{
 /// The exit code of a check that found something.
 const DAMAGED: u8 = 2;
 
-pub(super) fn init(args: &StoreArgs, json: bool) -> anyhow::Result<ExitCode> {
+pub(super) fn init(args: &StoreArgs, level: Option<i32>, json: bool) -> anyhow::Result<ExitCode> {
     let location = args.location()?;
     if at(&location).open().is_ok() {
         bail!(
@@ -30,7 +30,7 @@ pub(super) fn init(args: &StoreArgs, json: bool) -> anyhow::Result<ExitCode> {
             key_file.display()
         );
     }
-    create(&location)?;
+    create(&location, level)?;
     let directory = location.directory.display().to_string();
     let encrypted = location.key_file.is_some();
     if json {
