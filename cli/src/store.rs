@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use control::StoreLocation;
-use dedup::{CreateOptions, Key, OpenOptions, Store};
+use dedup::{CreateOptions, DEFAULT_LEVEL, Key, OpenOptions, Store};
 
 use snapshot::StoreAt;
 
@@ -104,24 +104,23 @@ impl StoreArgs {
 
 /// Makes a store, unless somebody else was faster.
 fn make_or_find(location: &StoreLocation) -> anyhow::Result<()> {
-    match create(location, None) {
+    match create(location, DEFAULT_LEVEL) {
         Err(e) if matches!(e.downcast_ref(), Some(dedup::Error::StoreExists)) => Ok(()),
         made => made.map(drop),
     }
 }
 
-/// Makes a store, encrypted if a key file is named, which compresses at this level or the usual one, and opens it.
-pub(crate) fn create(location: &StoreLocation, level: Option<i32>) -> anyhow::Result<Store> {
+/// Makes a store, encrypted if a key file is named, which compresses at this level, and opens it.
+pub(crate) fn create(location: &StoreLocation, level: i32) -> anyhow::Result<Store> {
     let key = key(location)?;
     let options = OpenOptions {
         key: key.clone(),
         ..OpenOptions::default()
     };
-    let usual = CreateOptions::default();
     let create = CreateOptions {
         key,
-        level: level.unwrap_or(usual.level),
-        ..usual
+        level,
+        ..CreateOptions::default()
     };
     Store::create_dir(&location.directory, &create, options).with_context(|| shown(location))
 }

@@ -28,16 +28,16 @@ pub const DEFAULT_CHUNK_SIZE: u32 = 4096;
 /// Levels of zstd that a store can have. Above, a level takes more than it gives; below, none is faster.
 const LEVELS: RangeInclusive<i32> = -50..=19;
 
-/// The level of a store that does not name one: higher ones are 1 to 7 % smaller for half the speed or less.
-const USUAL_LEVEL: i32 = 1;
+/// Higher levels are 1 to 7 % smaller for half the speed or less.
+pub const DEFAULT_LEVEL: i32 = 1;
 
 /// How to create a store.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
     /// Bytes in a chunk: a power of two from 512 to 1 MiB.
     pub chunk_size: u32,
-    /// How hard to compress new frames, as zstd counts it: from −50, the fastest, to 19, the smallest. 0 is the
-    /// release's choice, which is 1.
+    /// How hard to compress new frames, as zstd counts it: from −50, the fastest, to 19, the smallest. 0 is not to
+    /// compress.
     pub level: i32,
     /// Encrypts the store with this key; its content can then be read and added to only with it.
     pub key: Option<Key>,
@@ -47,7 +47,7 @@ impl Default for CreateOptions {
     fn default() -> Self {
         CreateOptions {
             chunk_size: DEFAULT_CHUNK_SIZE,
-            level: 0,
+            level: DEFAULT_LEVEL,
             key: None,
         }
     }
@@ -57,8 +57,8 @@ impl Default for CreateOptions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
     pub(crate) chunk_size: u32,
-    /// As it is stored: see [`Config::level`].
-    level: i32,
+    /// zstd's for new frames, or 0: they are not compressed.
+    pub(crate) level: i32,
     pub(crate) store_id: FileId,
     /// Proves the key without telling it.
     key_check: Option<[u8; 16]>,
@@ -95,15 +95,6 @@ impl Config {
             config.key_check = Some(config.expected_key_check(key));
         }
         Ok(config)
-    }
-
-    /// zstd's level for new frames.
-    pub(crate) fn level(&self) -> i32 {
-        if self.level == 0 {
-            USUAL_LEVEL
-        } else {
-            self.level
-        }
     }
 
     /// Chunks in a full frame.
@@ -269,8 +260,6 @@ mod tests {
             let parsed = Config::parse(&config.encode(), "config");
             assert!(matches!(parsed, Err(Error::Damaged { .. })), "{level}");
         }
-        assert_eq!(Config::new(&CreateOptions::default()).unwrap().level(), 1);
-        assert_eq!(some_config(None).level(), -7);
     }
 
     #[test]

@@ -69,16 +69,20 @@ impl Header {
 
 /// Encodes frames; keeps its buffers between them.
 pub(crate) struct Encoder {
-    compressor: Compressor<'static>,
+    /// None where frames are not compressed.
+    compressor: Option<Compressor<'static>>,
     decoder: Decoder,
     stored: Vec<u8>,
     check: Vec<u8>,
 }
 
 impl Encoder {
-    /// One that compresses at this level of zstd.
+    /// One that compresses at this level of zstd, or not at all at 0.
     pub(crate) fn new(level: i32) -> Result<Self> {
-        let compressor = Compressor::new(level).map_err(Error::io("set up zstd"))?;
+        let compressor = match level {
+            0 => None,
+            level => Some(Compressor::new(level).map_err(Error::io("set up zstd"))?),
+        };
         Ok(Encoder {
             compressor,
             decoder: Decoder::new()?,
@@ -103,15 +107,20 @@ impl Encoder {
         if self.stored.len() < bound {
             self.stored.resize(bound, 0);
         }
-        let compressed = self
-            .compressor
-            .compress_to_buffer(plain, &mut self.stored[body_at..])
-            .map_err(Error::io("compress a frame"))?;
-        let (codec, body_len) = if compressed < plain.len() {
-            (Codec::Zstd, compressed)
-        } else {
-            self.stored[body_at..][..plain.len()].copy_from_slice(plain);
-            (Codec::Raw, plain.len())
+        let compressed = match &mut self.compressor {
+            None => None,
+            Some(compressor) => Some(
+                compressor
+                    .compress_to_buffer(plain, &mut self.stored[body_at..])
+                    .map_err(Error::io("compress a frame"))?,
+            ),
+        };
+        let (codec, body_len) = match compressed.filter(|&len| len < plain.len()) {
+            Some(len) => (Codec::Zstd, len),
+            None => {
+                self.stored[body_at..][..plain.len()].copy_from_slice(plain);
+                (Codec::Raw, plain.len())
+            }
         };
         let payload_len = body_len + overhead;
         let (head, payload) = self.stored[..HEADER_BYTES + payload_len].split_at_mut(HEADER_BYTES);
@@ -126,11 +135,18 @@ impl Encoder {
         let digest = short_digest(&[&head[..12], payload]);
         head[12..].copy_from_slice(&digest.to_le_bytes());
 
-        self.check.resize(plain.len(), 0);
-        let decoded = self
-            .decoder
-            .decode_payload(codec, head, payload, sealer, &mut self.check);
-        if decoded.is_err() || self.check != plain {
+        let is_right = match (codec, sealer) {
+            // Nothing to decode.
+            (Codec::Raw, None) => payload == plain,
+            _ => {
+                self.check.resize(plain.len(), 0);
+                let decoded =
+                    self.decoder
+                        .decode_payload(codec, head, payload, sealer, &mut self.check);
+                decoded.is_ok() && self.check == plain
+            }
+        };
+        if !is_right {
             return Err(Error::EncodeCheck);
         }
         Ok(&self.stored[..HEADER_BYTES + payload_len])

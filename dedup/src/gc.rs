@@ -174,7 +174,7 @@ fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
     let old_ids = pack.ids()?;
     let mut shrunk = PackBuilder::new(shared, id)?;
     let sealer = shrunk.sealer();
-    let (mut encoder, mut decoder) = (Encoder::new(config.level())?, Decoder::new()?);
+    let (mut encoder, mut decoder) = (Encoder::new(config.level)?, Decoder::new()?);
     let mut plain = vec![0; pack.frame_bytes()];
     let mut stored = Vec::new();
     for (number, entry) in pack.table().frames.iter().enumerate() {

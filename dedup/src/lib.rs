@@ -48,7 +48,7 @@ mod store;
 mod threads;
 mod write;
 
-pub use config::{CreateOptions, DEFAULT_CHUNK_SIZE};
+pub use config::{CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL};
 pub use diff::ImageDiff;
 pub use error::{Error, Result};
 pub use fsck::{Problem, Report, repair_config};

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use dedup::backend::LocalDir;
-use dedup::{CreateOptions, DEFAULT_CHUNK_SIZE, GcOptions, Key, OpenOptions, Store};
+use dedup::{CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, GcOptions, Key, OpenOptions, Store};
 use serde::Serialize;
 
 /// Keeps files in a store in which nothing is stored twice.
@@ -40,9 +40,9 @@ enum Command {
         /// Bytes in a chunk.
         #[arg(long, default_value_t = DEFAULT_CHUNK_SIZE)]
         chunk_size: u32,
-        /// How hard to compress: from -50, the fastest, to 19, the smallest [default: 1].
-        #[arg(long, allow_negative_numbers = true)]
-        level: Option<i32>,
+        /// How hard to compress: from -50, the fastest, to 19, the smallest; 0 is not to.
+        #[arg(long, default_value_t = DEFAULT_LEVEL, allow_negative_numbers = true)]
+        level: i32,
     },
     /// Save a file as a snapshot.
     Save {
@@ -131,10 +131,9 @@ fn run(args: &Args) -> Result<ExitCode> {
     };
     match &args.command {
         Command::Init { chunk_size, level } => {
-            let usual = CreateOptions::default();
             let create = CreateOptions {
                 chunk_size: *chunk_size,
-                level: level.unwrap_or(usual.level),
+                level: *level,
                 key: options.key.clone(),
             };
             let store = Store::create_dir(&args.store, &create, options.clone())?;

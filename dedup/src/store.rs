@@ -397,6 +397,15 @@ impl SnapshotReader {
         self.snapshot.manifest()
     }
 
+    /// The names of its images, in the order in which they were saved.
+    pub fn images(&self) -> impl Iterator<Item = &str> {
+        self.snapshot
+            .facts
+            .images
+            .iter()
+            .map(|image| image.name.as_str())
+    }
+
     /// Opens one of its images for reading.
     ///
     /// # Errors

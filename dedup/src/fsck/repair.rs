@@ -135,7 +135,7 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     }
     let mut repaired = PackBuilder::new(shared, id)?;
     let sealer = repaired.sealer();
-    let mut encoder = Encoder::new(config.level())?;
+    let mut encoder = Encoder::new(config.level)?;
     for (&number, slots) in frames
         .iter()
         .filter(|(_, slots)| slots.iter().any(Option::is_some))

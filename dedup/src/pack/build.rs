@@ -68,20 +68,36 @@ impl PackBuilder {
         stored: &[u8],
         ids: &[Option<ChunkId>],
     ) -> Result<()> {
-        self.draft
-            .append(stored)
-            .map_err(Error::io("write a pack"))?;
+        self.write(stored)?;
+        self.note(number, stored.len(), ids);
+        Ok(())
+    }
+
+    /// Appends frames that were gathered, in one piece.
+    pub(crate) fn append_batch(&mut self, batch: &Batch) -> Result<()> {
+        self.write(&batch.bytes)?;
+        for frame in &batch.frames {
+            self.note(frame.number, frame.len, &frame.ids);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.draft.append(bytes).map_err(Error::io("write a pack"))
+    }
+
+    /// Notes a frame that was written behind those noted before.
+    fn note(&mut self, number: u32, len: usize, ids: &[Option<ChunkId>]) {
         // A pack holds 64 MiB of chunks, and no frame is stored larger than raw: 32 bits are plenty.
         self.table.set(
             number as usize,
             self.len as u32,
-            stored.len() as u32,
+            len as u32,
             ids.iter().map(Option::is_some),
         );
         self.ids[number as usize * self.frame_chunks..][..ids.len()].copy_from_slice(ids);
-        self.len += stored.len() as u64;
+        self.len += len as u64;
         self.frames_written += 1;
-        Ok(())
     }
 
     /// Completes the file, makes its bytes durable and gives it its name (which is durable only after
@@ -122,6 +138,43 @@ impl PackBuilder {
             size,
             slots,
         })
+    }
+}
+
+/// Encoded frames that go into the same pack one behind the other.
+#[derive(Default)]
+pub(crate) struct Batch {
+    bytes: Vec<u8>,
+    frames: Vec<BatchFrame>,
+}
+
+struct BatchFrame {
+    number: u32,
+    /// Bytes as stored.
+    len: usize,
+    /// The identity of each slot.
+    ids: Vec<Option<ChunkId>>,
+}
+
+impl Batch {
+    /// Adds a frame.
+    pub(crate) fn push(&mut self, number: u32, stored: &[u8], ids: Vec<Option<ChunkId>>) {
+        self.bytes.extend_from_slice(stored);
+        self.frames.push(BatchFrame {
+            number,
+            len: stored.len(),
+            ids,
+        });
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// Takes all frames out, and keeps the room.
+    pub(crate) fn clear(&mut self) {
+        self.bytes.clear();
+        self.frames.clear();
     }
 }
 

@@ -6,7 +6,7 @@ mod open;
 mod salvage;
 mod table;
 
-pub(crate) use build::PackBuilder;
+pub(crate) use build::{Batch, PackBuilder};
 pub(crate) use ids::{IdsCache, ids_cache};
 pub(crate) use open::Pack;
 pub(crate) use salvage::salvage;

@@ -13,11 +13,12 @@ use rustix::io::Errno;
 /// The size of a file or block device, and its parts that are not holes, ascending.
 pub(super) fn data_extents(mut file: &File) -> io::Result<(u64, Vec<Range<u64>>)> {
     let size = file.seek(SeekFrom::End(0))?;
+    let mut extents = Vec::new();
     // To look for holes takes the kernel as long as to read a good part of the file: not where there are none.
     if file.metadata()?.blocks().saturating_mul(BLOCK_BYTES) >= size {
-        return Ok((size, vec![0..size]));
+        extents.push(0..size);
+        return Ok((size, extents));
     }
-    let mut extents = Vec::new();
     let mut at = 0;
     while at < size {
         let start = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {

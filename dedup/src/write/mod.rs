@@ -170,7 +170,7 @@ impl Writer {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
-        idle.map_or_else(|| Worker::new(self.session.shared.config.level()), Ok)
+        idle.map_or_else(|| Worker::new(self.session.shared.config.level), Ok)
     }
 
     fn return_worker(&self, worker: Worker) {

@@ -7,9 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::known::Known;
 use super::publisher::{Publisher, Written};
 use crate::error::Result;
-use crate::hash::ChunkId;
 use crate::name::FileId;
-use crate::pack::{ChunkIds, IdsCache, Pack, PackBuilder, ids_cache};
+use crate::pack::{Batch, ChunkIds, IdsCache, Pack, PackBuilder, ids_cache};
 use crate::protect::{Claim, condemned};
 use crate::recipe::Place;
 use crate::seal::{Sealer, SnapshotKeys};
@@ -233,14 +232,8 @@ impl Session {
         Ok(pack)
     }
 
-    /// Stores an encoded frame of a reserved run.
-    pub(super) fn append(
-        &self,
-        run: &Run,
-        frame: u32,
-        stored: &[u8],
-        ids: &[Option<ChunkId>],
-    ) -> Result<()> {
+    /// Stores encoded frames of a reserved run.
+    pub(super) fn append(&self, run: &Run, batch: &Batch) -> Result<()> {
         let mut builder = run
             .pack
             .builder
@@ -249,7 +242,7 @@ impl Session {
         let Some(pack) = builder.as_mut() else {
             unreachable!("a pack is complete only with its last frame, and this one is reserved")
         };
-        pack.append(frame, stored, ids)?;
+        pack.append_batch(batch)?;
         if pack.frames_written() == self.shared.config.pack_frames() {
             let complete = builder.take();
             drop(builder);

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::frame::Encoder;
 use crate::hash::{ChunkId, is_zero};
 use crate::index::{BucketBuffer, EMPTY_BUCKET, Hint, View};
-use crate::pack::ChunkIds;
+use crate::pack::{Batch, ChunkIds};
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
 
 /// Bytes that are read, hashed and looked up together: enough to fill BLAKE3's lanes, few enough to stay in the
@@ -24,6 +24,8 @@ pub(super) struct Worker {
     pub(super) coder: BlockCoder,
     run: Option<Run>,
     frame: Frame,
+    /// Frames of the run, which are written together: threads wait for each other once for all of them.
+    batch: Batch,
     /// The last pack that was looked at.
     looked_at: Option<(u32, Arc<ChunkIds>)>,
     /// The slot after the last hit: images repeat in the order in which they were stored.
@@ -125,6 +127,7 @@ impl Worker {
             coder: BlockCoder::new()?,
             run: None,
             frame: Frame::default(),
+            batch: Batch::default(),
             looked_at: None,
             expected: None,
             bucket: Box::new(EMPTY_BUCKET),
@@ -261,7 +264,7 @@ impl Worker {
             self.frame.ids.push(Some(id));
             self.frame.plain.extend_from_slice(chunk);
             if self.frame.ids.len() == frame_chunks as usize {
-                self.flush(session)?;
+                self.close_frame(session)?;
             }
         }
         Ok((place, new))
@@ -281,22 +284,40 @@ impl Worker {
         Ok(run.pack())
     }
 
-    /// Stores the frame, full or not.
+    /// Stores what there is, full or not.
     pub(super) fn flush(&mut self, session: &Session) -> Result<()> {
+        self.close_frame(session)?;
+        self.write_batch(session)
+    }
+
+    /// Encodes the frame, full or not. The last of a run has all of the run written.
+    fn close_frame(&mut self, session: &Session) -> Result<()> {
         if let Some(run) = &mut self.run
             && !self.frame.ids.is_empty()
         {
-            let Frame { number, ids, plain } = &self.frame;
+            let Frame { number, ids, plain } = &mut self.frame;
             let stored = self
                 .encoder
                 .encode(*number, ids.len() as u16, plain, run.sealer())?;
-            session.append(run, *number, stored, ids)?;
+            self.batch.push(*number, stored, std::mem::take(ids));
+            plain.clear();
             run.frames = Range {
-                start: number + 1,
+                start: *number + 1,
                 end: run.frames.end,
             };
-            self.frame.ids.clear();
-            self.frame.plain.clear();
+            if run.frames.is_empty() {
+                self.write_batch(session)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_batch(&mut self, session: &Session) -> Result<()> {
+        if let Some(run) = &self.run
+            && !self.batch.is_empty()
+        {
+            session.append(run, &self.batch)?;
+            self.batch.clear();
         }
         Ok(())
     }

@@ -35,8 +35,8 @@ fn frames(pack: &[u8]) -> Vec<std::ops::Range<usize>> {
 /// Gives a frame another number, with a digest that is right.
 fn renumber(frame: &mut [u8], number: u32) {
     frame[4..8].copy_from_slice(&number.to_le_bytes());
-    let digest = digest(&[&frame[..12], &frame[20..]]);
-    frame[12..20].copy_from_slice(&digest[..8]);
+    let digest = xxhash_rust::xxh64::xxh64(&[&frame[..12], &frame[20..]].concat(), 0);
+    frame[12..20].copy_from_slice(&digest.to_le_bytes());
 }
 
 /// Two packs whose frames all have the same size, and the images in them.

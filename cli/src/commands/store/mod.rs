@@ -25,9 +25,9 @@ pub(crate) struct Args {
 enum Command {
     /// Makes a store; with --key-file, an encrypted one. A key file that is not there is made.
     Init {
-        /// How hard the store compresses: from -50, the fastest, to 19, the smallest [default: 1].
-        #[arg(long, allow_negative_numbers = true)]
-        level: Option<i32>,
+        /// How hard the store compresses: from -50, the fastest, to 19, the smallest; 0 is not at all.
+        #[arg(long, default_value_t = dedup::DEFAULT_LEVEL, allow_negative_numbers = true)]
+        level: i32,
     },
     /// Counts what is in the store.
     Stat,

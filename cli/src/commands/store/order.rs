@@ -15,7 +15,7 @@ use crate::{
 /// The exit code of a check that found something.
 const DAMAGED: u8 = 2;
 
-pub(super) fn init(args: &StoreArgs, level: Option<i32>, json: bool) -> anyhow::Result<ExitCode> {
+pub(super) fn init(args: &StoreArgs, level: i32, json: bool) -> anyhow::Result<ExitCode> {
     let location = args.location()?;
     if at(&location).open().is_ok() {
         bail!(
