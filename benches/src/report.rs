@@ -93,7 +93,10 @@ pub fn store_table(rows: &[Row]) -> String {
             }
         });
         let times = times.map_or("–".into(), |times| format!("{times:.2}"));
-        let bound = bound_of(bench).and_then(|bound| rows.iter().find(|row| row.bench == bound));
+        let bound = bound_of(bench).zip(ours).and_then(|(bound, ours)| {
+            rows.iter()
+                .find(|row| row.bench == bound && row.setting == ours.setting)
+        });
         let part = ours.zip(bound).map_or("–".into(), |(ours, bound)| {
             format!("{:.0} %", ours.median / bound.median * 100.0)
         });
@@ -108,7 +111,7 @@ fn best_peer(rows: &[Row], bench: Bench) -> Option<&Row> {
         .reduce(|best, row| if row.is_better_than(best) { row } else { best })
 }
 
-/// The row that bounds another. Where a bound has two rows, that of the slowest primitive is the first.
+/// The row that bounds another, at the same setting.
 fn bound_of(bench: Bench) -> Option<Bench> {
     match bench {
         Bench::Save => Some(Bench::SaveBound),
@@ -225,7 +228,7 @@ mod tests {
             row(Bench::Save, System::Restic, 400.0),
             row(Bench::Save, System::Borg, 500.0),
             row(Bench::SaveBound, System::Fermata, 2500.0),
-            row(Bench::SaveBound, System::Fermata, 2200.0),
+            row(Bench::SaveBound, System::Fermata, 2200.0).at("another"),
         ];
         let table = store_table(&rows);
         let line = |bench: &str| table.lines().find(|line| line.contains(bench)).unwrap();

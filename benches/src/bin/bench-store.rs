@@ -8,9 +8,13 @@ use std::{
 use anyhow::{Context, Result};
 use benches::{
     Bench, Row, System, images, report,
-    store::{self, Borg, Bounds, Casync, ChunkSize, Fermata, Race, Restic, Rustic, Subject, Task},
+    store::{
+        self, Borg, Bounds, Casync, ChunkSize, Fermata, Race, Restic, Rustic, SETTINGS, Subject,
+        Task,
+    },
 };
 use clap::{Parser, Subcommand};
+use dedup::CreateOptions;
 
 /// Memory that behaves like a file system: no disk is measured.
 const SCRATCH: &str = "/dev/shm";
@@ -23,8 +27,8 @@ const CHUNK_BYTES: [u32; 12] = [
 /// Those that a course is saved with: there the steps between tell nothing more.
 const COURSE_CHUNK_BYTES: [u32; 7] = [512, 1024, 4096, 16384, 65536, 262_144, 1_048_576];
 
-/// The size that the store has by itself.
-const DEFAULT: &[u32] = &[4096];
+/// A level at which a few snapshots of a small guest still take little, in less time.
+const QUICK: (i32, &str) = (-3, "zstd -3, 4 KiB");
 
 #[derive(Parser)]
 #[command(about = "Saves and loads images of guests, with fermata's store and with others")]
@@ -82,21 +86,29 @@ impl Run {
             tempfile::tempdir_in(&self.scratch).context("cannot make a scratch directory")?;
         let images = images::measured(&self.images);
         let mut race = Race::new(self.subjects()?, &images, &scratch.path().join("race"))?;
+        let kinds = [SETTINGS[0], QUICK];
         let mut bounds = Vec::new();
         let (mut four, mut course) = (Vec::new(), Vec::new());
         for round in 0..self.rounds {
             println!("\nround {} of {}", round + 1, self.rounds);
             race.run(round)?;
-            let bound = Bounds::measure(race.images(), scratch.path())?;
-            println!("{bound:.2?}");
-            bounds.push(bound);
-            four.extend(self.four(scratch.path(), DEFAULT)?);
-            course.extend(self.course(scratch.path(), DEFAULT)?);
+            four.push(self.four(scratch.path(), &kinds.map(|(level, _)| at_level(level)))?);
+            course.extend(self.course(scratch.path(), &[CreateOptions::default()])?);
+        }
+        // Once: they are for orientation, and take as long as half of the others.
+        for (level, setting) in SETTINGS {
+            let bound = Bounds::measure(race.images(), scratch.path(), level)?;
+            println!("{setting}: {bound:.2?}");
+            bounds.extend(bound_rows(&bound, setting));
         }
         let (mut rows, others) = race.rows();
         drop(race);
-        rows.extend(bound_rows(&bounds));
-        rows.extend(chunk_rows(Bench::FourSize, Bench::FourSave, &four));
+        rows.extend(bounds);
+        for (number, (_, setting)) in kinds.iter().enumerate() {
+            let of_kind: Vec<_> = four.iter().map(|run| run[number]).collect();
+            let of_kind = chunk_rows(Bench::FourSize, Bench::FourSave, &of_kind);
+            rows.extend(of_kind.into_iter().map(|row| row.at(setting)));
+        }
         rows.extend(chunk_rows(Bench::CourseSize, Bench::CourseSave, &course));
         report::write_json(&rows, &self.json)?;
         println!("\n{}", report::store_table(&rows));
@@ -106,8 +118,8 @@ impl Run {
         );
         println!("fermata alone:\n{}", report::list(&alone(&rows)));
         if let Some(directory) = &self.figures {
-            let four = self.four(scratch.path(), &CHUNK_BYTES)?;
-            let course = self.course(scratch.path(), &COURSE_CHUNK_BYTES)?;
+            let four = self.four(scratch.path(), &CHUNK_BYTES.map(of_size))?;
+            let course = self.course(scratch.path(), &COURSE_CHUNK_BYTES.map(of_size))?;
             store::draw(&four, &course, directory)?;
             println!("{}", report::chunk_table(&four));
             println!("{}", report::chunk_table(&course));
@@ -116,11 +128,16 @@ impl Run {
     }
 
     fn subjects(&self) -> Result<Vec<Box<dyn Subject>>> {
-        let mut subjects: Vec<Box<dyn Subject>> = vec![Box::new(Fermata::new()?)];
+        let mut subjects: Vec<Box<dyn Subject>> = Vec::new();
+        for fermata in Fermata::all()? {
+            subjects.push(Box::new(fermata));
+        }
         if self.alone {
             return Ok(subjects);
         }
-        subjects.push(Box::new(Restic));
+        for restic in Restic::ALL {
+            subjects.push(Box::new(restic));
+        }
         for borg in Borg::ALL {
             subjects.push(Box::new(borg));
         }
@@ -133,41 +150,50 @@ impl Run {
     }
 
     /// What four snapshots of a small guest take.
-    fn four(&self, scratch: &Path, sizes: &[u32]) -> Result<Vec<ChunkSize>> {
+    fn four(&self, scratch: &Path, kinds: &[CreateOptions]) -> Result<Vec<ChunkSize>> {
         let directory = scratch.join("four");
         std::fs::create_dir_all(&directory).context("cannot make a directory")?;
         for file in images::Set::Small.files() {
             std::fs::copy(self.images.join(&file), directory.join(&file))
                 .with_context(|| format!("cannot copy {file}"))?;
         }
-        store::sweep(&directory, scratch, sizes)
+        store::sweep(&directory, scratch, kinds)
     }
 
     /// What 150 snapshots of a course take.
-    fn course(&self, scratch: &Path, sizes: &[u32]) -> Result<Vec<ChunkSize>> {
-        store::sweep(&self.images.join(images::COURSE), scratch, sizes)
+    fn course(&self, scratch: &Path, kinds: &[CreateOptions]) -> Result<Vec<ChunkSize>> {
+        store::sweep(&self.images.join(images::COURSE), scratch, kinds)
     }
 }
 
-fn bound_rows(bounds: &[Bounds]) -> Vec<Row> {
-    let rates = |time: fn(&Bounds) -> Duration| -> Vec<f64> {
-        let bounds = bounds.iter();
-        bounds
-            .map(|bound| bound.bytes as f64 / 1e6 / time(bound).as_secs_f64())
-            .collect()
+fn at_level(level: i32) -> CreateOptions {
+    CreateOptions {
+        level,
+        ..CreateOptions::default()
+    }
+}
+
+fn of_size(chunk_size: u32) -> CreateOptions {
+    CreateOptions {
+        chunk_size,
+        ..CreateOptions::default()
+    }
+}
+
+/// What the slowest primitive allows, under the setting's name, and what all in sum do.
+fn bound_rows(bounds: &Bounds, setting: &str) -> Vec<Row> {
+    let row = |bench, time: Duration, setting: &str| {
+        let rate = bounds.bytes as f64 / 1e6 / time.as_secs_f64();
+        Row::of(bench, System::Fermata, images::MEMORY_MIB, &[rate]).map(|row| row.at(setting))
     };
-    let row = |bench, time: fn(&Bounds) -> Duration, setting| {
-        Row::of(bench, System::Fermata, images::MEMORY_MIB, &rates(time)).map(|row| row.at(setting))
-    };
-    let slowest = "slowest primitive";
-    let sum = "primitives in sum";
+    let sum = format!("{setting}, all in sum");
     [
-        row(Bench::SaveBound, Bounds::save, slowest),
-        row(Bench::SaveBound, Bounds::save_in_sum, sum),
-        row(Bench::SaveAgainBound, Bounds::save_again, slowest),
-        row(Bench::SaveAgainBound, Bounds::save_again_in_sum, sum),
-        row(Bench::LoadBound, Bounds::load, slowest),
-        row(Bench::LoadBound, Bounds::load_in_sum, sum),
+        row(Bench::SaveBound, bounds.save(), setting),
+        row(Bench::SaveBound, bounds.save_in_sum(), &sum),
+        row(Bench::SaveAgainBound, bounds.save_again(), setting),
+        row(Bench::SaveAgainBound, bounds.save_again_in_sum(), &sum),
+        row(Bench::LoadBound, bounds.load(), setting),
+        row(Bench::LoadBound, bounds.load_in_sum(), &sum),
     ]
     .into_iter()
     .flatten()

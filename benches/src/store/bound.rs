@@ -14,7 +14,6 @@ use anyhow::{Context, Result};
 use super::pages::{FRAME_PAGES, PAGE, files, is_zero, on_all_cpus};
 
 const FRAME: usize = FRAME_PAGES * PAGE;
-const LEVEL: i32 = 1;
 
 /// Times of the primitives on all CPUs, over all images, with everything in memory.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,9 +26,9 @@ pub struct Bounds {
     pub zero_test: Duration,
     /// BLAKE3 over what is not zero, at its full width.
     pub hash: Duration,
-    /// Compressing what is new, in frames of 64 KiB.
+    /// Compressing what is new, in frames of 64 KiB; nothing where a store does not compress.
     pub compress: Duration,
-    /// Decoding each frame that an image needs, once for each image.
+    /// Decoding each frame that an image needs, once for each image; nothing there too.
     pub decode: Duration,
     /// Writing what is not zero to files.
     pub write: Duration,
@@ -46,19 +45,20 @@ struct Stored {
 }
 
 impl Bounds {
-    /// Measures with the files in `images`; writes to `scratch`, which is removed again.
+    /// Measures with the files in `images`, as a store at this `level` would have them; writes to `scratch`, where
+    /// nothing is left.
     ///
     /// # Errors
     ///
     /// When a file cannot be read or written.
-    pub fn measure(images: &Path, scratch: &Path) -> Result<Self> {
+    pub fn measure(images: &Path, scratch: &Path, level: i32) -> Result<Self> {
         let mut bounds = Self::default();
         let mut stored = Stored::default();
         let mut image = Vec::new();
         for path in files(images)? {
             bounds.read += read(&path, &mut image)?;
             bounds.bytes += image.len() as u64;
-            bounds.add(&mut stored, &image, scratch)?;
+            bounds.add(&mut stored, &image, scratch, level)?;
         }
         Ok(bounds)
     }
@@ -90,7 +90,7 @@ impl Bounds {
     /// The slowest primitive of a load.
     #[must_use]
     pub fn load(&self) -> Duration {
-        self.decode
+        self.decode.max(self.write)
     }
 
     /// All primitives of a load.
@@ -99,7 +99,8 @@ impl Bounds {
         self.decode + self.write
     }
 
-    fn add(&mut self, stored: &mut Stored, image: &[u8], scratch: &Path) -> Result<()> {
+    fn add(&mut self, stored: &mut Stored, image: &[u8], scratch: &Path, level: i32) -> Result<()> {
+        self.write += write(image, scratch)?;
         let pages: Vec<&[u8]> = image.chunks(PAGE).collect();
         let used: Vec<&[u8]> = timed(&mut self.zero_test, || {
             on_all_cpus(&pages, |pages| {
@@ -120,6 +121,9 @@ impl Bounds {
             })
         });
 
+        if level == 0 {
+            return Ok(());
+        }
         let ids = on_all_cpus(&used, |pages| {
             let ids = pages.iter().map(|page| *blake3::hash(page).as_bytes());
             ids.collect::<Vec<_>>()
@@ -129,7 +133,7 @@ impl Bounds {
         let new = stored.take_full_frames();
         let compressed = timed(&mut self.compress, || {
             on_all_cpus(&new, |frames| -> std::io::Result<Vec<Vec<u8>>> {
-                let mut zstd = zstd::bulk::Compressor::new(LEVEL)?;
+                let mut zstd = zstd::bulk::Compressor::new(level)?;
                 frames.iter().map(|frame| zstd.compress(frame)).collect()
             })
         });
@@ -154,7 +158,6 @@ impl Bounds {
         for share in decoded {
             share.context("cannot decompress")?;
         }
-        self.write += write(image, &scratch.join("bound"))?;
         Ok(())
     }
 }
@@ -203,11 +206,13 @@ fn read(path: &Path, image: &mut Vec<u8>) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-fn write(image: &[u8], path: &Path) -> Result<Duration> {
+fn write(image: &[u8], scratch: &Path) -> Result<Duration> {
+    let path = scratch.join("bound");
     let context = || format!("cannot write {}", path.display());
-    let file = File::create(path).with_context(context)?;
+    let file = File::create(&path).with_context(context)?;
     file.set_len(image.len() as u64).with_context(context)?;
     let frames: Vec<(usize, &[u8])> = image.chunks(FRAME).enumerate().collect();
+    super::pages::warm(scratch, image.len() as u64)?;
     let begun = Instant::now();
     let shares = on_all_cpus(&frames, |frames| -> std::io::Result<()> {
         for (number, frame) in frames {
@@ -221,7 +226,7 @@ fn write(image: &[u8], path: &Path) -> Result<Duration> {
     for share in shares {
         share.with_context(context)?;
     }
-    std::fs::remove_file(path).with_context(context)?;
+    std::fs::remove_file(&path).with_context(context)?;
     Ok(took)
 }
 
@@ -254,11 +259,13 @@ mod tests {
             *byte = ((at * at) >> 12) as u8;
         }
         std::fs::write(images.join("one"), &image).unwrap();
-        let bounds = Bounds::measure(&images, directory.path()).unwrap();
+        let bounds = Bounds::measure(&images, directory.path(), 1).unwrap();
         assert_eq!(bounds.bytes, 8 << 20);
         for time in [bounds.zero_test, bounds.hash, bounds.compress, bounds.write] {
             assert!(time > Duration::ZERO, "{bounds:?}");
         }
         assert!(bounds.save_in_sum() > bounds.save());
+        let raw = Bounds::measure(&images, directory.path(), 0).unwrap();
+        assert_eq!((raw.compress, raw.decode), Default::default());
     }
 }

@@ -60,6 +60,10 @@ impl Subject for Casync {
         self.setting
     }
 
+    fn once(&self) -> bool {
+        true
+    }
+
     fn create(&self, _: &Place) -> Vec<Command> {
         Vec::new()
     }

@@ -23,28 +23,28 @@ pub struct ChunkSize {
     pub load: f64,
 }
 
-/// Saves the files `snapshots`, or all of a course, at every size of chunks that the store has.
+/// Saves the files in the directory `source`, or all of a course, into a store of each kind.
 ///
 /// # Errors
 ///
 /// When the store or a file says no.
-pub fn sweep(source: &Path, scratch: &Path, sizes: &[u32]) -> Result<Vec<ChunkSize>> {
-    sizes
+pub fn sweep(source: &Path, scratch: &Path, kinds: &[CreateOptions]) -> Result<Vec<ChunkSize>> {
+    kinds
         .iter()
-        .map(|&chunk_bytes| measure(source, scratch, chunk_bytes))
+        .map(|kind| measure(source, scratch, kind))
         .collect()
 }
 
+/// More memory than a store here takes.
+const WARM_BYTES: u64 = 2 << 30;
+
 /// Saves memories, one after the other, and loads them, into memory both. `source` is a course, or a directory with
 /// a file for each.
-fn measure(source: &Path, scratch: &Path, chunk_bytes: u32) -> Result<ChunkSize> {
+fn measure(source: &Path, scratch: &Path, kind: &CreateOptions) -> Result<ChunkSize> {
     let directory = tempfile::tempdir_in(scratch).context("cannot make a store's directory")?;
+    super::pages::warm(directory.path(), WARM_BYTES)?;
     let path = directory.path().join("store");
-    let create = CreateOptions {
-        chunk_size: chunk_bytes,
-        ..CreateOptions::default()
-    };
-    let store = Store::create_dir(&path, &create, OpenOptions::default())?;
+    let store = Store::create_dir(&path, kind, OpenOptions::default())?;
     let (mut save, mut snapshots) = (0.0, 0);
     let mut bytes = 0;
     for_each(source, |memory| {
@@ -70,7 +70,7 @@ fn measure(source: &Path, scratch: &Path, chunk_bytes: u32) -> Result<ChunkSize>
         image.load_into(&mut memory, Zeros::Write)?;
     }
     Ok(ChunkSize {
-        chunk_bytes,
+        chunk_bytes: kind.chunk_size,
         snapshots,
         stored,
         save,

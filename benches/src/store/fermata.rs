@@ -5,16 +5,25 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
-use dedup::{CreateOptions, OpenOptions, Store};
+use dedup::{CreateOptions, DEFAULT_LEVEL, OpenOptions, Store};
 
 use super::{Place, Subject};
 use crate::System;
 
-/// The store at its defaults.
+/// The store at one of its settings.
 #[derive(Debug)]
 pub struct Fermata {
     program: PathBuf,
+    level: i32,
+    setting: &'static str,
 }
+
+/// The store's levels, as zstd counts them, and what a table calls them.
+pub const SETTINGS: [(i32, &str); 3] = [
+    (DEFAULT_LEVEL, "zstd 1, 4 KiB"),
+    (-10, "zstd -10, 4 KiB"),
+    (0, "raw, 4 KiB"),
+];
 
 /// What the program that has the library in it is asked for.
 #[derive(Debug, Subcommand)]
@@ -23,45 +32,55 @@ pub enum Task {
     Create {
         /// Its directory
         store: PathBuf,
+        /// How hard it compresses
+        #[arg(long, allow_negative_numbers = true)]
+        level: i32,
     },
-    /// Save each file of a directory as a snapshot
+    /// Save the files of a directory as images of one snapshot
     Save {
         /// The store's directory
         store: PathBuf,
-        /// The snapshots' names begin with this
+        /// The snapshot's name
         name: String,
         /// Files
         images: PathBuf,
     },
-    /// Load each snapshot whose name begins so
+    /// Load all images of a snapshot
     Load {
-        /// The store's directory
-        store: PathBuf,
-        /// What the names begin with
-        name: String,
-        /// Directory for the files
-        loaded: PathBuf,
-    },
-    /// Load one snapshot
-    LoadOne {
         /// The store's directory
         store: PathBuf,
         /// Its name
         name: String,
+        /// Directory for the files
+        loaded: PathBuf,
+    },
+    /// Load one image of a snapshot
+    LoadOne {
+        /// The store's directory
+        store: PathBuf,
+        /// The snapshot's name
+        name: String,
+        /// The image's
+        image: String,
         /// The file
         file: PathBuf,
     },
 }
 
 impl Fermata {
-    /// The store, run by this program, which must do a [`Task`] when called with `task`.
+    /// The store at its settings, run by this program, which must do a [`Task`] when called with `task`.
     ///
     /// # Errors
     ///
     /// When this program's path is not known.
-    pub fn new() -> Result<Self> {
+    pub fn all() -> Result<Vec<Self>> {
         let program = std::env::current_exe().context("cannot tell this program's path")?;
-        Ok(Self { program })
+        let at = |(level, setting)| Self {
+            program: program.clone(),
+            level,
+            setting,
+        };
+        Ok(SETTINGS.map(at).into())
     }
 
     fn command(&self, place: &Place, task: &str) -> Command {
@@ -77,11 +96,13 @@ impl Subject for Fermata {
     }
 
     fn setting(&self) -> &'static str {
-        "zstd-1, 4 KiB"
+        self.setting
     }
 
     fn create(&self, place: &Place) -> Vec<Command> {
-        vec![self.command(place, "create")]
+        let mut create = self.command(place, "create");
+        create.args(["--level", &self.level.to_string()]);
+        vec![create]
     }
 
     fn save(&self, place: &Place, name: &str) -> Vec<Command> {
@@ -98,8 +119,7 @@ impl Subject for Fermata {
 
     fn load_one(&self, place: &Place, name: &str, image: &str) -> Vec<Command> {
         let mut load = self.command(place, "load-one");
-        load.arg(snapshot(name, image))
-            .arg(place.loaded.join(image));
+        load.args([name, image]).arg(place.loaded.join(image));
         vec![load]
     }
 }
@@ -113,19 +133,24 @@ impl Task {
     pub fn run(&self) -> Result<()> {
         let open = |store: &Path| Store::open_dir(store, OpenOptions::default());
         match self {
-            Self::Create { store } => {
-                Store::create_dir(store, &CreateOptions::default(), OpenOptions::default())?;
+            Self::Create { store, level } => {
+                let create = CreateOptions {
+                    level: *level,
+                    ..CreateOptions::default()
+                };
+                Store::create_dir(store, &create, OpenOptions::default())?;
             }
             Self::Save {
                 store,
                 name,
                 images,
             } => {
-                let store = open(store)?;
-                for image in super::pages::files(images)? {
-                    let file = image.file_name().unwrap_or_default().to_string_lossy();
-                    store.save_file(&snapshot(name, &file), &image)?;
+                let mut writer = open(store)?.writer(name, None)?;
+                for path in super::pages::files(images)? {
+                    let image = path.file_name().unwrap_or_default().to_string_lossy();
+                    writer.image_from_file(&image, &path)?;
                 }
+                writer.commit()?;
             }
             Self::Load {
                 store,
@@ -133,19 +158,18 @@ impl Task {
                 loaded,
             } => {
                 let store = open(store)?;
-                for entry in store.log()? {
-                    if let Some(image) = entry.name.strip_prefix(&format!("{name}-")) {
-                        store.load_file(&entry.name, loaded.join(image))?;
-                    }
+                let snapshot = store.snapshot(name)?;
+                for image in snapshot.images() {
+                    snapshot.image(image)?.load_file(&loaded.join(image))?;
                 }
             }
-            Self::LoadOne { store, name, file } => open(store)?.load_file(name, file)?,
+            Self::LoadOne {
+                store,
+                name,
+                image,
+                file,
+            } => open(store)?.image(name, image)?.load_file(file)?,
         }
         Ok(())
     }
-}
-
-/// The name of an image's snapshot.
-pub(super) fn snapshot(name: &str, image: &str) -> String {
-    format!("{name}-{image}")
 }

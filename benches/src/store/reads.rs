@@ -3,7 +3,7 @@
 use std::{path::Path, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use dedup::{FILE_IMAGE, OpenOptions, Store};
+use dedup::{OpenOptions, Store};
 
 use super::pages::PAGE;
 
@@ -21,14 +21,15 @@ impl Chance {
     }
 }
 
-/// Reads pages of the snapshot `name` at random places, with no cache of decoded frames: the 50th and the 99th
+/// Reads pages of one of the snapshot's images at random places, with no cache of decoded frames: the 50th and the 99th
 /// percentile, in microseconds.
-pub(super) fn measure(store: &Path, name: &str) -> Result<(f64, f64)> {
+pub(super) fn measure(store: &Path, snapshot: &str, image: &str) -> Result<(f64, f64)> {
     let options = OpenOptions {
         frame_memory: 0,
         ..OpenOptions::default()
     };
-    let image = Store::open_dir(store, options)?.image(name, FILE_IMAGE)?;
+    let name = image;
+    let image = Store::open_dir(store, options)?.image(snapshot, name)?;
     let pages = image.size() / PAGE as u64;
     ensure!(pages > 0, "{name} is empty");
     let mut chance = Chance(7);

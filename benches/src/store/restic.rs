@@ -5,11 +5,26 @@ use std::process::Command;
 use super::{Place, Subject};
 use crate::System;
 
-/// restic at its defaults, which are the fastest that it has.
+/// restic, which cuts in one way, and compresses or does not.
 #[derive(Debug)]
-pub struct Restic;
+pub struct Restic {
+    setting: &'static str,
+    compression: &'static str,
+}
 
 impl Restic {
+    /// Its default, and without compression.
+    pub const ALL: [Self; 2] = [
+        Self {
+            setting: "zstd auto, CDC 1 MiB",
+            compression: "auto",
+        },
+        Self {
+            setting: "raw, CDC 1 MiB",
+            compression: "off",
+        },
+    ];
+
     fn command(place: &Place, arguments: &[&str]) -> Command {
         let mut restic = place.command("restic");
         restic
@@ -26,8 +41,12 @@ impl Subject for Restic {
         System::Restic
     }
 
-    fn setting(&self) -> &'static str {
-        "zstd auto, CDC 1 MiB"
+    fn setting(&self) -> &str {
+        self.setting
+    }
+
+    fn once(&self) -> bool {
+        true
     }
 
     fn create(&self, place: &Place) -> Vec<Command> {
@@ -36,8 +55,9 @@ impl Subject for Restic {
 
     fn save(&self, place: &Place, name: &str) -> Vec<Command> {
         // Without --force it does not read files whose times are known.
-        let arguments = ["backup", "--force", "--tag", name, "."];
-        vec![Self::command(place, &arguments)]
+        let mut save = Self::command(place, &["backup", "--force", "--tag", name, "."]);
+        save.args(["--compression", self.compression]);
+        vec![save]
     }
 
     fn load(&self, place: &Place, name: &str) -> Vec<Command> {

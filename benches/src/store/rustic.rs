@@ -6,38 +6,35 @@ use std::process::Command;
 use super::{Place, Subject};
 use crate::System;
 
-/// rustic at one of its ways of cutting.
+const FIXED: &str = "--set-chunker=fixed_size";
+const SIZE: &str = "--set-chunk-size";
+
+/// rustic at one of its ways of cutting and compressing.
 #[derive(Debug)]
 pub struct Rustic {
     program: PathBuf,
     setting: &'static str,
-    chunker: &'static [&'static str],
+    /// How a repository is made with it.
+    create: &'static [&'static str],
+    once: bool,
 }
 
-/// Each setting, and how a repository is made with it.
-const SETTINGS: [(&str, &[&str]); 3] = [
-    ("zstd-1, CDC 1 MiB", &[]),
-    (
-        "zstd-1, fixed 64 KiB",
-        &["--set-chunker", "fixed_size", "--set-chunk-size", "64kiB"],
-    ),
-    (
-        "zstd-1, fixed 4 KiB",
-        &["--set-chunker", "fixed_size", "--set-chunk-size", "4kiB"],
-    ),
-];
-
 impl Rustic {
-    /// `program` at each of its settings.
+    /// `program` at each of its settings: by size, and by speed.
     pub fn all(program: &Path) -> Vec<Self> {
-        let settings = SETTINGS.into_iter();
-        settings
-            .map(|(setting, chunker)| Self {
-                program: program.to_owned(),
-                setting,
-                chunker,
-            })
-            .collect()
+        let at = |setting, once, create| Self {
+            program: program.to_owned(),
+            setting,
+            create,
+            once,
+        };
+        vec![
+            at("zstd-1, fixed 4 KiB", true, &["1", FIXED, SIZE, "4kiB"]),
+            at("zstd-1, fixed 64 KiB", false, &["1", FIXED, SIZE, "64kiB"]),
+            at("zstd-1, CDC 1 MiB", false, &["1"]),
+            at("raw, CDC 1 MiB", false, &["0"]),
+            at("raw, fixed 1 MiB", false, &["0", FIXED, SIZE, "1MiB"]),
+        ]
     }
 
     fn command(&self, place: &Place, arguments: &[&str]) -> Command {
@@ -61,9 +58,13 @@ impl Subject for Rustic {
         self.setting
     }
 
+    fn once(&self) -> bool {
+        self.once
+    }
+
     fn create(&self, place: &Place) -> Vec<Command> {
-        let mut init = self.command(place, &["init", "--set-compression", "1"]);
-        init.args(self.chunker);
+        let mut init = self.command(place, &["init", "--set-compression"]);
+        init.args(self.create);
         vec![init]
     }
 

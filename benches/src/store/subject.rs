@@ -28,6 +28,11 @@ pub trait Subject {
     /// How it is set, in a few words.
     fn setting(&self) -> &str;
 
+    /// Whether once is enough: it is far from the fastest, and there for its size or to be complete.
+    fn once(&self) -> bool {
+        false
+    }
+
     /// Makes an empty store.
     fn create(&self, place: &Place) -> Vec<Command>;
 
