@@ -93,19 +93,18 @@ impl Encoder {
 
     /// The stored form of a frame, decoded again and compared before it is given out. In an encrypted store, `sealer`
     /// is the pack's.
-    pub(crate) fn encode(
-        &mut self,
+    pub(crate) fn encode<'e>(
+        &'e mut self,
         number: u32,
         slots: u16,
-        plain: &[u8],
+        plain: &'e [u8],
         sealer: Option<&Sealer>,
-    ) -> Result<&[u8]> {
-        let overhead = sealer.map_or(0, |_| OVERHEAD);
+    ) -> Result<Encoded<'e>> {
         // Nonce and tag are on both sides.
-        let body_at = HEADER_BYTES + sealer.map_or(0, |_| NONCE_BYTES);
-        let bound = HEADER_BYTES + overhead + zstd::zstd_safe::compress_bound(plain.len());
-        if self.stored.len() < bound {
-            self.stored.resize(bound, 0);
+        let (overhead, body_at) = sealer.map_or((0, 0), |_| (OVERHEAD, NONCE_BYTES));
+        let room = overhead + zstd::zstd_safe::compress_bound(plain.len());
+        if self.stored.len() < room {
+            self.stored.resize(room, 0);
         }
         let compressed = match &mut self.compressor {
             None => None,
@@ -117,39 +116,62 @@ impl Encoder {
         };
         let (codec, body_len) = match compressed.filter(|&len| len < plain.len()) {
             Some(len) => (Codec::Zstd, len),
-            None => {
-                self.stored[body_at..][..plain.len()].copy_from_slice(plain);
-                (Codec::Raw, plain.len())
-            }
+            None => (Codec::Raw, plain.len()),
         };
         let payload_len = body_len + overhead;
-        let (head, payload) = self.stored[..HEADER_BYTES + payload_len].split_at_mut(HEADER_BYTES);
         let sealed = if sealer.is_some() { SEALED } else { 0 };
+        let mut head = [0; HEADER_BYTES];
         head[..2].copy_from_slice(&[MAGIC, codec as u8 | sealed]);
         head[2..4].copy_from_slice(&slots.to_le_bytes());
         head[4..8].copy_from_slice(&number.to_le_bytes());
         head[8..12].copy_from_slice(&(payload_len as u32).to_le_bytes());
-        if let Some(sealer) = sealer {
-            sealer.seal_in_place(&head[CONTEXT], payload)?;
-        }
+        // What is neither compressed nor sealed is not copied either, and there is nothing to decode.
+        let is_plain = codec == Codec::Raw && sealer.is_none();
+        let payload = if is_plain {
+            plain
+        } else {
+            if codec == Codec::Raw {
+                self.stored[body_at..][..plain.len()].copy_from_slice(plain);
+            }
+            if let Some(sealer) = sealer {
+                sealer.seal_in_place(&head[CONTEXT], &mut self.stored[..payload_len])?;
+            }
+            &self.stored[..payload_len]
+        };
         let digest = short_digest(&[&head[..12], payload]);
         head[12..].copy_from_slice(&digest.to_le_bytes());
-
-        let is_right = match (codec, sealer) {
-            // Nothing to decode.
-            (Codec::Raw, None) => payload == plain,
-            _ => {
-                self.check.resize(plain.len(), 0);
-                let decoded =
-                    self.decoder
-                        .decode_payload(codec, head, payload, sealer, &mut self.check);
-                decoded.is_ok() && self.check == plain
+        if !is_plain {
+            self.check.resize(plain.len(), 0);
+            let decoded =
+                self.decoder
+                    .decode_payload(codec, &head, payload, sealer, &mut self.check);
+            if decoded.is_err() || self.check != plain {
+                return Err(Error::EncodeCheck);
             }
-        };
-        if !is_right {
-            return Err(Error::EncodeCheck);
         }
-        Ok(&self.stored[..HEADER_BYTES + payload_len])
+        Ok(Encoded { head, payload })
+    }
+}
+
+/// The stored form of a frame.
+pub(crate) struct Encoded<'e> {
+    head: [u8; HEADER_BYTES],
+    payload: &'e [u8],
+}
+
+impl Encoded<'_> {
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        HEADER_BYTES + self.payload.len()
+    }
+
+    pub(crate) fn append_to(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.head);
+        out.extend_from_slice(self.payload);
+    }
+
+    pub(crate) fn to_vec(&self) -> Vec<u8> {
+        [&self.head, self.payload].concat()
     }
 }
 
@@ -264,11 +286,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_come_back(slots in 0u16..=128, number: u32, seed: u64, noise: bool, sealed: bool) {
+        fn frames_come_back(
+            slots in 0u16..=128, number: u32, seed: u64, noise: bool, sealed: bool,
+            level in prop::sample::select(vec![1, 0, -10]),
+        ) {
             let plain = plain(slots, seed, noise);
             let sealer = sealed.then(|| sealer(3));
             let (sealer, overhead) = (sealer.as_ref(), if sealed { OVERHEAD } else { 0 });
-            let stored = Encoder::new(1).unwrap().encode(number, slots, &plain, sealer).unwrap().to_vec();
+            let stored = Encoder::new(level).unwrap().encode(number, slots, &plain, sealer).unwrap().to_vec();
             prop_assert!(stored.len() <= HEADER_BYTES + overhead + plain.len());
             let mut decoded = vec![0; plain.len()];
             let header = Decoder::new().unwrap().decode(&stored, CHUNK, sealer, &mut decoded).unwrap();
@@ -277,11 +302,14 @@ mod tests {
         }
 
         #[test]
-        fn a_flipped_bit_is_found(slots in 1u16..=8, noise: bool, sealed: bool, position: prop::sample::Index) {
+        fn a_flipped_bit_is_found(
+            slots in 1u16..=8, noise: bool, sealed: bool, position: prop::sample::Index,
+            level in prop::sample::select(vec![1, 0]),
+        ) {
             let plain = plain(slots, 3, noise);
             let sealer = sealed.then(|| sealer(3));
             let sealer = sealer.as_ref();
-            let mut stored = Encoder::new(1).unwrap().encode(5, slots, &plain, sealer).unwrap().to_vec();
+            let mut stored = Encoder::new(level).unwrap().encode(5, slots, &plain, sealer).unwrap().to_vec();
             let bit = position.index(stored.len() * 8);
             stored[bit / 8] ^= 1 << (bit % 8);
             let mut decoded = vec![0; plain.len()];

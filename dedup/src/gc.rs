@@ -198,11 +198,8 @@ fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
             .zip(&after)
             .filter(|(_, id)| id.is_none())
             .for_each(|(chunk, _)| chunk.fill(0));
-        shrunk.append(
-            number,
-            encoder.encode(number, entry.slots, &plain[..len], sealer.as_deref())?,
-            &after,
-        )?;
+        let encoded = encoder.encode(number, entry.slots, &plain[..len], sealer.as_deref())?;
+        shrunk.append(number, &encoded.to_vec(), &after)?;
     }
     Ok(shrunk.publish(Publish::Replace)?.size)
 }

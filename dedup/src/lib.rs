@@ -58,5 +58,5 @@ pub use progress::Progress;
 pub use read::{ImageReader, Zeros};
 pub use snapshot::{Facts, ImageFacts, SnapshotId};
 pub use stat::Stat;
-pub use store::{FILE_IMAGE, LogEntry, OpenOptions, SnapshotReader, Store};
+pub use store::{FILE_IMAGE, Listing, LogEntry, OpenOptions, SnapshotReader, Store, Unreadable};
 pub use write::{ImageStats, ImageWriter, Saved, Writer};

@@ -162,9 +162,15 @@ fn run(args: &Args) -> Result<ExitCode> {
             );
         }
         Command::Ls => {
-            let log = open()?.log()?;
-            let lines: Vec<String> = log.iter().map(line).collect();
-            say(&log, lines.join("\n"));
+            let listing = open()?.list()?;
+            let lines: Vec<String> = listing.snapshots.iter().map(line).collect();
+            say(&listing.snapshots, lines.join("\n"));
+            for unreadable in &listing.unreadable {
+                eprintln!("{} cannot be read: {}", unreadable.name, unreadable.error);
+            }
+            if !listing.unreadable.is_empty() {
+                return Ok(ExitCode::from(DAMAGED));
+            }
         }
         Command::Tag { snapshot, tag } => {
             let store = open()?;

@@ -22,6 +22,12 @@ const MIN_PREFIX: usize = 4;
 ///
 /// The list cannot be made, or a snapshot cannot be read.
 pub(crate) fn all_snapshots(shared: &Shared) -> Result<Vec<Snapshot>> {
+    let all = open_all(shared)?;
+    all.into_iter().map(|(_, opened)| opened).collect()
+}
+
+/// Opens everything that is called a snapshot; gives names and what came of it.
+pub(crate) fn open_all(shared: &Shared) -> Result<Vec<(String, Result<Snapshot>)>> {
     let mut snapshots = Vec::new();
     for entry in shared
         .backend
@@ -31,7 +37,7 @@ pub(crate) fn all_snapshots(shared: &Shared) -> Result<Vec<Snapshot>> {
         match Snapshot::open(shared, &entry.name) {
             // Removed since the listing.
             Err(gone) if gone.is_not_found() => {}
-            other => snapshots.push(other?),
+            opened => snapshots.push((entry.name, opened)),
         }
     }
     Ok(snapshots)

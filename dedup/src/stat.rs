@@ -9,6 +9,8 @@ use crate::store::Store;
 pub struct Stat {
     /// Bytes in a chunk.
     pub chunk_size: u64,
+    /// zstd's level for new chunks; 0 where they are not compressed.
+    pub level: i32,
     /// Snapshots.
     pub snapshots: u64,
     /// Images in all snapshots.
@@ -37,17 +39,18 @@ impl Stat {
 }
 
 impl Store {
-    /// Counts what is there.
+    /// Counts what is there, but for snapshots that cannot be read.
     ///
     /// # Errors
     ///
-    /// A list cannot be made, or a snapshot cannot be read.
+    /// A list cannot be made.
     pub fn stat(&self) -> Result<Stat> {
         let mut stat = Stat {
             chunk_size: u64::from(self.shared.config.chunk_size),
+            level: self.shared.config.level,
             ..Stat::default()
         };
-        for entry in self.log()? {
+        for entry in self.list()?.snapshots {
             stat.snapshots += 1;
             stat.snapshot_bytes += entry.file_bytes;
             stat.images += entry.facts.images.len() as u64;

@@ -117,6 +117,24 @@ pub struct LogEntry {
     pub facts: Facts,
 }
 
+/// What [`Store::list`] found.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Snapshots, newest first.
+    pub snapshots: Vec<LogEntry>,
+    /// What should be snapshots.
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// A snapshot that cannot be read.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub error: Error,
+}
+
 impl Store {
     /// Creates a store in a directory, which is made if need be, and opens it.
     ///
@@ -333,15 +351,33 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// A snapshot cannot be read.
+    /// A snapshot cannot be read; see [`Store::list`].
     pub fn log(&self) -> Result<Vec<LogEntry>> {
-        let tags = refs::tags_by_snapshot(&*self.shared.backend)?;
-        let mut entries = Vec::new();
-        for snapshot in refs::all_snapshots(&self.shared)? {
-            entries.push(log_entry(snapshot, &tags));
+        let listing = self.list()?;
+        match listing.unreadable.into_iter().next() {
+            Some(unreadable) => Err(unreadable.error),
+            None => Ok(listing.snapshots),
         }
-        entries.sort_by(|a, b| (b.facts.created_ms, &b.name).cmp(&(a.facts.created_ms, &a.name)));
-        Ok(entries)
+    }
+
+    /// All snapshots that can be read, newest first, and those that cannot.
+    ///
+    /// # Errors
+    ///
+    /// The lists of snapshots or tags cannot be made.
+    pub fn list(&self) -> Result<Listing> {
+        let tags = refs::tags_by_snapshot(&*self.shared.backend)?;
+        let mut listing = Listing::default();
+        for (name, opened) in refs::open_all(&self.shared)? {
+            match opened {
+                Ok(snapshot) => listing.snapshots.push(log_entry(snapshot, &tags)),
+                Err(error) => listing.unreadable.push(Unreadable { name, error }),
+            }
+        }
+        listing
+            .snapshots
+            .sort_by(|a, b| (b.facts.created_ms, &b.name).cmp(&(a.facts.created_ms, &a.name)));
+        Ok(listing)
     }
 
     /// Gives a snapshot a further name. A tag of this name is moved to it.

@@ -49,6 +49,56 @@ fn unreadable(store: &Store, images: &[(String, Vec<u8>)]) -> Vec<String> {
     lost.map(|(name, _)| name.clone()).collect()
 }
 
+/// Flips a bit of a snapshot's file.
+fn flip(files: &mut Files, name: &str, at: usize) {
+    let file = files.get_mut(&(Area::Snapshots, name.to_owned())).unwrap();
+    let mut damaged = file.to_vec();
+    damaged[at] ^= 4;
+    *file = Arc::new(damaged);
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_read_does_not_hide_the_others() {
+    let (mut files, _) = some_store();
+    let last = files[&(Area::Snapshots, "a".to_owned())].len() - 1;
+    flip(&mut files, "a", last);
+    let store = open(files).unwrap();
+    let listing = store.list().unwrap();
+    let [readable] = listing.snapshots.as_slice() else {
+        panic!("{listing:?}")
+    };
+    assert_eq!(readable.name, "b");
+    let [unreadable] = listing.unreadable.as_slice() else {
+        panic!("{listing:?}")
+    };
+    assert_eq!(unreadable.name, "a");
+    assert!(matches!(unreadable.error, Error::Damaged { .. }));
+    assert!(store.log().is_err());
+    assert_eq!(store.stat().unwrap().snapshots, 1);
+}
+
+/// A parent is to make a save faster: where its recipe cannot be read, chunks are looked for elsewhere.
+#[test]
+fn a_parent_with_a_damaged_recipe_is_no_reason_not_to_save() {
+    let (mut files, images) = some_store();
+    // The first byte of the first block, behind the header.
+    flip(&mut files, "a", 16);
+    let store = open(files).unwrap();
+    assert!(load(&store, "a").is_err());
+    let mut writer = store.writer("c", Some("a")).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    memory.write(&images[0].1).unwrap();
+    let stats = memory.finish().unwrap();
+    assert_eq!(stats.new_chunks, 0);
+    writer.commit().unwrap();
+    assert!(load(&store, "c").unwrap() == images[0].1);
+    // What is kept unseen is only there.
+    let mut writer = store.writer("d", Some("a")).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    let kept = memory.keep(4096).and_then(|()| memory.finish());
+    assert!(matches!(kept, Err(Error::Damaged { .. })));
+}
+
 fn named(report: &Report) -> Vec<String> {
     let mut names: Vec<String> = report
         .problems

@@ -209,6 +209,52 @@ fn a_child_keeps_what_it_did_not_change() {
     assert_eq!((log.len(), parents.len()), (5, 4));
 }
 
+/// By pieces of all sizes, from wherever the image is.
+#[test]
+fn what_is_read_is_saved_as_what_is_given() {
+    let image = image(9001, 12);
+    let image = &image[..image.len() - 100];
+    for (number, first) in [0, 1, 4096, 5000, 4 << 20, 30 << 20]
+        .into_iter()
+        .enumerate()
+    {
+        let store = create(Memory::new());
+        let mut writer = store.writer("read", None).unwrap();
+        let mut memory = writer.image("memory").unwrap();
+        memory.write(&image[..first]).unwrap();
+        let rest = &image[first..];
+        let (middle, end) = rest.split_at(rest.len() / (number + 1));
+        for part in [middle, end] {
+            let read = |at: u64, buf: &mut [u8]| {
+                buf.copy_from_slice(&part[at as usize..][..buf.len()]);
+                Ok(())
+            };
+            memory.write_with(part.len() as u64, read).unwrap();
+        }
+        memory.finish().unwrap();
+        let read = writer.commit().unwrap();
+        let given = save(&store, "given", image).unwrap();
+        assert_eq!(given.images[0].new_chunks, 0, "{first}");
+        assert_eq!(given.images[0].zero_chunks, read.images[0].zero_chunks);
+        assert!(load(&store, "read").unwrap() == image, "{first}");
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_not_saved() {
+    let store = create(Memory::new());
+    let mut writer = store.writer("lost", None).unwrap();
+    let mut memory = writer.image("memory").unwrap();
+    let fails = |at: u64, _: &mut [u8]| match at {
+        0..10_000_000 => Ok(()),
+        _ => Err(std::io::Error::other("gone")),
+    };
+    let error = memory.write_with(64 << 20, fails).unwrap_err();
+    assert!(error.to_string().contains("what is to be saved"), "{error}");
+    drop(writer);
+    assert!(store.log().unwrap().is_empty());
+}
+
 #[test]
 fn what_cannot_be_kept_is_refused() {
     let store = create(Memory::new());

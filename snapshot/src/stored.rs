@@ -1,6 +1,6 @@
 //! A saved machine in a store: its memory as an image, its state as the manifest.
 
-use std::{io, path::Path, thread};
+use std::path::Path;
 
 use dedup::{ImageReader, Key, OpenOptions, Store, Writer, Zeros};
 use memory::{Layout, MachineMemory};
@@ -10,13 +10,6 @@ use crate::{Error, Progress, StorePlace, Written, transfer};
 
 /// The name of the image that is a machine's memory.
 pub const MEMORY_IMAGE: &str = "memory";
-
-/// Bytes of guest memory that are copied at a time and then hashed and compressed by all cores: several
-/// blocks of the store for each of them.
-const COPIED: u64 = 32 << 20;
-
-/// Less is not worth a thread.
-const LEAST_PART: usize = 2 << 20;
 
 /// Saves `state` and `memory` as the snapshot `name`. Nothing is visible or durable before the writer's commit,
 /// which does not look at the memory any more.
@@ -60,18 +53,17 @@ fn write_memory(
     let populated = memory.populated().map_err(Error::Read)?;
     progress.begin(populated.iter().map(|range| range.end - range.start).sum());
     let mut image = writer.image(MEMORY_IMAGE).map_err(failed())?;
-    let mut copy = vec![0; COPIED.min(memory_bytes) as usize];
     let mut at = 0;
     for range in populated {
         image.skip_zeros(range.start - at).map_err(failed())?;
-        at = range.start;
-        while at < range.end {
-            let piece = &mut copy[..(range.end - at).min(COPIED) as usize];
-            copy_out(memory, at, piece)?;
-            image.write(piece).map_err(failed())?;
-            at += piece.len() as u64;
+        let read = |offset, piece: &mut [u8]| {
+            transfer::read_memory(memory, range.start + offset, piece)?;
             progress.advance(piece.len() as u64);
-        }
+            Ok(())
+        };
+        let len = range.end - range.start;
+        image.write_with(len, read).map_err(failed())?;
+        at = range.end;
     }
     image.skip_zeros(memory_bytes - at).map_err(failed())?;
     let stats = image.finish().map_err(failed())?;
@@ -80,29 +72,6 @@ fn write_memory(
         memory_bytes,
         data_bytes: (data_chunks * u64::from(store.chunk_size())).min(memory_bytes),
     })
-}
-
-/// Copies guest memory from image offset `at` on; what is long, by all cores.
-fn copy_out(memory: &MachineMemory, at: u64, piece: &mut [u8]) -> Result<(), Error> {
-    let threads = thread::available_parallelism().map_or(1, |threads| threads.get());
-    let part = (piece.len().div_ceil(threads)).max(LEAST_PART);
-    let mut parts = piece.chunks_mut(part).zip((at..).step_by(part));
-    let Some((ours, at)) = parts.next() else {
-        return Ok(());
-    };
-    thread::scope(|scope| {
-        let mut others = Vec::new();
-        for (part, at) in parts {
-            let copy = move || transfer::read_memory(memory, at, part);
-            others.push(thread::Builder::new().spawn_scoped(scope, copy)?);
-        }
-        let ours = transfer::read_memory(memory, at, ours);
-        others.into_iter().fold(ours, |first, other| {
-            let panicked = |_| Err(io::Error::other("a copying thread panicked"));
-            first.and(other.join().unwrap_or_else(panicked))
-        })
-    })
-    .map_err(Error::Read)
 }
 
 /// Where a store is.

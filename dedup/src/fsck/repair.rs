@@ -150,11 +150,8 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
             .iter()
             .map(|slot| slot.as_ref().map(|(id, _)| *id))
             .collect();
-        repaired.append(
-            number,
-            encoder.encode(number, slots.len() as u16, &plain, sealer.as_deref())?,
-            &ids,
-        )?;
+        let encoded = encoder.encode(number, slots.len() as u16, &plain, sealer.as_deref())?;
+        repaired.append(number, &encoded.to_vec(), &ids)?;
     }
     repaired.publish(Publish::Replace)?;
     backend.sync(Area::Packs).map_err(Error::io("sync packs"))?;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{END_MAGIC, TRAILER_COVERED, Table, header, ids_context};
 use crate::backend::{Area, Draft, Publish};
 use crate::error::{Error, Result};
+use crate::frame::Encoded;
 use crate::hash::{ChunkId, digest};
 use crate::name::FileId;
 use crate::seal::Sealer;
@@ -158,11 +159,11 @@ struct BatchFrame {
 
 impl Batch {
     /// Adds a frame.
-    pub(crate) fn push(&mut self, number: u32, stored: &[u8], ids: Vec<Option<ChunkId>>) {
-        self.bytes.extend_from_slice(stored);
+    pub(crate) fn push(&mut self, number: u32, encoded: &Encoded<'_>, ids: Vec<Option<ChunkId>>) {
+        encoded.append_to(&mut self.bytes);
         self.frames.push(BatchFrame {
             number,
-            len: stored.len(),
+            len: encoded.len(),
             ids,
         });
     }

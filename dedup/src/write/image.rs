@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +13,7 @@ use super::Writer;
 use super::file::data_extents;
 use super::parent::Parent;
 use super::session::{BlockAt, Session};
-use super::worker::{Block, EncodedBlock, Source, Worker, packs_of};
+use super::worker::{Block, EncodedBlock, Read, Source, Worker, packs_of};
 use crate::error::{Error, Result};
 use crate::recipe::{BLOCK_CHUNKS, Place};
 use crate::snapshot::ImageDraft;
@@ -206,21 +209,60 @@ impl<'w> ImageWriter<'w> {
         let failed = || Error::io(format!("read {}", path.display()));
         let file = File::open(path).map_err(failed())?;
         let (size, extents) = data_extents(&file).map_err(failed())?;
+        let read = |at, buf: &mut [u8]| file.read_exact_at(buf, at).map_err(failed());
+        self.encode_read(0..size, &extents, &read)
+    }
+
+    /// Appends `len` bytes that `read` gives: it is called with an offset from the first of them on and with a buffer
+    /// to fill, by all threads, each for what it is about to hash.
+    ///
+    /// # Errors
+    ///
+    /// As [`ImageWriter::write`]; `read` fails.
+    pub fn write_with(
+        &mut self,
+        len: u64,
+        read: impl Fn(u64, &mut [u8]) -> io::Result<()> + Sync,
+    ) -> Result<()> {
+        let read =
+            |at, buf: &mut [u8]| read(at, buf).map_err(Error::io("read what is to be saved"));
+        let head = (self.to_next_block() as u64).min(len);
+        self.fill_with(0, head as usize, &read)?;
+        let batches = head..len - (len - head) % self.batch_bytes() as u64;
+        if !batches.is_empty() {
+            self.encode_pending()?;
+            self.encode_read(batches.clone(), std::slice::from_ref(&batches), &read)?;
+        }
+        (batches.end..len)
+            .step_by(self.block_bytes())
+            .try_for_each(|at| {
+                let len = (len - at).min(self.block_bytes() as u64);
+                self.fill_with(at, len as usize, &read)
+            })
+    }
+
+    /// Encodes whole blocks, the last of which may be the image's short one, of what `read` gives.
+    fn encode_read(
+        &mut self,
+        part: Range<u64>,
+        extents: &[Range<u64>],
+        read: &Read<'_>,
+    ) -> Result<()> {
         let block_bytes = self.block_bytes() as u64;
-        let works: Vec<Work<'_>> = (0..size)
+        let works: Vec<Work<'_>> = part
+            .clone()
             .step_by(self.block_bytes())
             .map(|at| Work::Encode {
-                source: Source::File {
-                    file: &file,
-                    path,
-                    extents: &extents,
+                source: Source::Read {
+                    read,
+                    extents,
                     at,
-                    len: block_bytes.min(size - at) as usize,
+                    len: block_bytes.min(part.end - at) as usize,
                 },
                 kept: None,
             })
             .collect();
-        self.image.size = size;
+        self.image.size += part.end - part.start;
         self.encode(&works)
     }
 
@@ -253,6 +295,13 @@ impl<'w> ImageWriter<'w> {
         }
         self.image.size += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Appends bytes that have to be read and lie in one block.
+    fn fill_with(&mut self, at: u64, len: usize, read: &Read<'_>) -> Result<()> {
+        let mut bytes = vec![0; len];
+        read(at, &mut bytes)?;
+        self.fill(&bytes)
     }
 
     /// Appends zeros, or chunks to keep, that lie in one block.
@@ -406,7 +455,13 @@ fn encode_source(
             },
         );
     };
-    let (_, places) = parent.block(session, at.block as usize, &mut worker.coder)?;
+    let (_, places) = match parent.block(session, at.block as usize, &mut worker.coder) {
+        // What cannot be read was to be a guess alone.
+        Err(Error::Damaged { .. }) if kept.is_none() => {
+            return encode_source(worker, session, None, at, source, None);
+        }
+        other => other?,
+    };
     let guesses: Vec<Place> = places
         .iter()
         .map(|place| place.unwrap_or(Place::ZERO))

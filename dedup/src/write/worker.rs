@@ -1,13 +1,10 @@
 //! What one thread of a save does: blocks in, recipes out, new chunks into frames.
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 
 use super::session::{BlockAt, Run, Session};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::frame::Encoder;
 use crate::hash::{ChunkId, is_zero};
 use crate::index::{BucketBuffer, EMPTY_BUCKET, Hint, View};
@@ -53,14 +50,17 @@ pub(super) struct EncodedBlock {
     pub(super) new_chunks: u64,
 }
 
+/// Reads bytes from an offset on, for any thread.
+pub(super) type Read<'a> = dyn Fn(u64, &mut [u8]) -> Result<()> + Sync + 'a;
+
 /// Where a block's bytes come from.
 #[derive(Clone, Copy)]
 pub(super) enum Source<'a> {
     Bytes(&'a [u8]),
-    File {
-        file: &'a File,
-        path: &'a Path,
-        /// The parts of the file that are not holes, ascending.
+    /// Bytes that are read by the thread that is about to hash them.
+    Read {
+        read: &'a Read<'a>,
+        /// The parts that are not holes, ascending.
         extents: &'a [Range<u64>],
         at: u64,
         len: usize,
@@ -71,7 +71,7 @@ impl<'a> Source<'a> {
     pub(super) fn len(&self) -> usize {
         match self {
             Source::Bytes(bytes) => bytes.len(),
-            Source::File { len, .. } => *len,
+            Source::Read { len, .. } => *len,
         }
     }
 
@@ -82,9 +82,8 @@ impl<'a> Source<'a> {
     {
         match *self {
             Source::Bytes(bytes) => Ok(Some(&bytes[at..at + len])),
-            Source::File {
-                file,
-                path,
+            Source::Read {
+                read,
                 extents,
                 at: start,
                 ..
@@ -95,8 +94,7 @@ impl<'a> Source<'a> {
                     return Ok(None);
                 }
                 buffer.resize(len, 0);
-                file.read_exact_at(buffer, from)
-                    .map_err(Error::io(format!("read {}", path.display())))?;
+                read(from, buffer)?;
                 Ok(Some(buffer))
             }
         }
@@ -296,10 +294,10 @@ impl Worker {
             && !self.frame.ids.is_empty()
         {
             let Frame { number, ids, plain } = &mut self.frame;
-            let stored = self
+            let encoded = self
                 .encoder
                 .encode(*number, ids.len() as u16, plain, run.sealer())?;
-            self.batch.push(*number, stored, std::mem::take(ids));
+            self.batch.push(*number, &encoded, std::mem::take(ids));
             plain.clear();
             run.frames = Range {
                 start: *number + 1,
