@@ -25,7 +25,7 @@ pub(crate) struct StoreArgs {
     /// this user's].
     #[arg(long, global = true, value_name = "DIR", value_parser = machine::absolute())]
     store: Option<PathBuf>,
-    /// The file with the key of an encrypted store [default: $FERMATA_KEY_FILE].
+    /// The file with the key of an encrypted store [default, where the store is one: $FERMATA_KEY_FILE].
     #[arg(long, global = true, value_name = "FILE", value_parser = machine::absolute())]
     key_file: Option<PathBuf>,
 }
@@ -40,9 +40,10 @@ impl StoreArgs {
             );
             return Ok(None);
         };
+        let key_file = self.key_file(&directory)?;
         let location = StoreLocation {
             directory,
-            key_file: self.key_file()?,
+            key_file,
         };
         open(&location)?;
         Ok(Some(location))
@@ -57,9 +58,10 @@ impl StoreArgs {
                 None => own_store()?,
             },
         };
+        let key_file = self.key_file(&directory)?;
         Ok(StoreLocation {
             directory,
-            key_file: self.key_file()?,
+            key_file,
         })
     }
 
@@ -94,11 +96,14 @@ impl StoreArgs {
         open(&self.location()?)
     }
 
-    fn key_file(&self) -> anyhow::Result<Option<PathBuf>> {
-        match self.key_file.clone() {
-            Some(named) => Ok(Some(named)),
-            None => variable(KEY_VARIABLE),
+    /// The key file for the store in `directory`. The environment's is not meant for stores that have no key.
+    fn key_file(&self, directory: &Path) -> anyhow::Result<Option<PathBuf>> {
+        if let Some(named) = self.key_file.clone() {
+            return Ok(Some(named));
         }
+        let is_plain = Store::open_dir_without_key(directory, OpenOptions::default())
+            .is_ok_and(|store| !store.is_encrypted());
+        Ok(variable(KEY_VARIABLE)?.filter(|_| !is_plain))
     }
 }
 

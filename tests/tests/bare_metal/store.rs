@@ -96,7 +96,7 @@ fn a_machine_is_saved_by_name_and_goes_on_by_name() {
 fn a_store_is_kept_in_order() {
     let Some(server) = server() else { return };
     let beside = Beside::new(&server);
-    beside.run(&["store", "init"]);
+    beside.run(&["store", "init", "--level", "-10"]);
     let machine = counting(&server, 3);
     let console = server.console(machine).unwrap();
     let pid = machine.pid.to_string();
@@ -112,7 +112,11 @@ fn a_store_is_kept_in_order() {
     assert!(beside.run(&["store", "ls"]).contains("best"));
     let diff = beside.json(&["store", "diff", "one", "best", "--json"]);
     assert_eq!(diff[0]["name"], "memory");
-    assert_eq!(beside.json(&["store", "stat", "--json"])["snapshots"], 2);
+    let stat = beside.json(&["store", "stat", "--json"]);
+    assert_eq!(
+        (&stat["snapshots"], &stat["level"]),
+        (&2.into(), &(-10).into())
+    );
 
     // Out of the store and into it again.
     beside.run(&["store", "export", "best", "state", "memory"]);
@@ -229,4 +233,11 @@ fn an_encrypted_store_wants_its_key() {
     let refused = beside.cli.refused(&["restore", "one"]).unwrap();
     assert!(refused.contains("key"), "{refused}");
     beside.first_count(&["one", "--key-file", &key]);
+
+    // The environment's key is for stores that have one.
+    let plain = beside.directory.path().join("plain").display().to_string();
+    beside.run(&["store", "init", "--store", &plain]);
+    let mut log = beside.cli.command(&["store", "log", "--store", &plain]);
+    let logged = log.env("FERMATA_KEY_FILE", &key).output().unwrap();
+    assert!(logged.status.success(), "{logged:?}");
 }

@@ -2,18 +2,22 @@
 
 use std::process::ExitCode;
 
-use dedup::{ImageDiff, LogEntry, Store};
+use dedup::{ImageDiff, Listing, LogEntry, Store, Unreadable};
 use saved_state::Header;
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+use super::order::DAMAGED;
 use crate::output;
 
 pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
-    let log = store.log()?;
+    let Listing {
+        snapshots: log,
+        unreadable,
+    } = store.list()?;
     if json {
         output::print_json(&log)?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(complain(&unreadable));
     }
     let chunk = u64::from(store.chunk_size());
     let rows: Vec<_> = log
@@ -33,7 +37,19 @@ pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
         .collect();
     let heading = ["NAME", "ID", "CREATED", "SIZE", "NEW", "TAGS"];
     output::print(&output::table(heading, &rows))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(complain(&unreadable))
+}
+
+/// Tells of snapshots that cannot be read, which is no reason not to show the others; gives the exit code.
+fn complain(unreadable: &[Unreadable]) -> ExitCode {
+    for Unreadable { name, error } in unreadable {
+        eprintln!("{name} cannot be read: {error}");
+    }
+    if unreadable.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(DAMAGED)
+    }
 }
 
 /// A sum of what files say, which may be anything.
@@ -61,13 +77,22 @@ struct Machine {
 }
 
 pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Result<ExitCode> {
-    let all = store.log()?;
+    let Listing {
+        snapshots: all,
+        mut unreadable,
+    } = store.list()?;
     let entries = match from {
         None => all,
         Some(from) => lineage(store.show(from)?, &all),
     };
-    let told = entries.into_iter().map(|entry| tell(store, entry));
-    let told = told.collect::<anyhow::Result<Vec<_>>>()?;
+    let mut told = Vec::new();
+    for entry in entries {
+        let name = entry.name.clone();
+        match tell(store, entry) {
+            Ok(tale) => told.push(tale),
+            Err(error) => unreadable.push(Unreadable { name, error }),
+        }
+    }
     if json {
         output::print_json(&told)?;
     } else {
@@ -75,7 +100,7 @@ pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Resu
         let texts: Vec<_> = told.iter().map(|told| text(told, chunk)).collect();
         output::print(&texts.join("\n"))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(complain(&unreadable))
 }
 
 /// A snapshot, its parent, and so on, as far as they are there.
@@ -95,7 +120,7 @@ fn lineage(from: LogEntry, all: &[LogEntry]) -> Vec<LogEntry> {
     line
 }
 
-fn tell(store: &Store, entry: LogEntry) -> anyhow::Result<Told> {
+fn tell(store: &Store, entry: LogEntry) -> dedup::Result<Told> {
     let state = store.manifest(&entry.id.to_string())?;
     let machine = Header::read(&state).ok().map(|header| Machine {
         snapshot: header.id.to_string(),

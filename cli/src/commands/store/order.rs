@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The exit code of a check that found something.
-const DAMAGED: u8 = 2;
+pub(super) const DAMAGED: u8 = 2;
 
 pub(super) fn init(args: &StoreArgs, level: i32, json: bool) -> anyhow::Result<ExitCode> {
     let location = args.location()?;
