@@ -6,6 +6,7 @@ mod commands;
 mod doctor;
 mod foreground;
 mod machine;
+mod machine_file;
 mod output;
 mod program;
 mod progress;

@@ -2,42 +2,120 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
+use anyhow::Context;
 use api_server::Defaults;
 use control::{DiskConfig, MachineConfig, Origin, Registry};
 
-use crate::{foreground, machine};
+use crate::{foreground, machine, machine_file::MachineFile};
+
+/// The console is the serial line; a panic or a reboot ends the machine.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 #[derive(clap::Args)]
 #[command(after_help = foreground::EXIT_CODES)]
 pub(crate) struct Args {
     /// The kernel: a bzImage or an ELF vmlinux.
-    #[arg(value_parser = machine::absolute())]
-    kernel: PathBuf,
+    #[arg(value_parser = machine::absolute(), required_unless_present = "config")]
+    kernel: Option<PathBuf>,
+    /// A file in TOML, or JSON if its name ends so, that describes the machine (docs/machine.schema.json). What is
+    /// said here takes the place of what it says.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// The initial RAM disk.
     #[arg(long, value_name = "FILE", value_parser = machine::absolute())]
     initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    #[arg(long, default_value = "console=ttyS0 reboot=k panic=-1")]
-    cmdline: String,
-    /// The number of vCPUs.
-    #[arg(long, default_value_t = Defaults::default().vcpus)]
-    vcpus: u32,
-    /// The memory in MiB.
-    #[arg(long, default_value_t = Defaults::default().memory_mib)]
-    memory: u64,
+    /// The kernel's command line [default: console=ttyS0 reboot=k panic=-1].
+    #[arg(long)]
+    cmdline: Option<String>,
+    /// The number of vCPUs [default: 2].
+    #[arg(long)]
+    vcpus: Option<u32>,
+    /// The memory in MiB [default: 256].
+    #[arg(long)]
+    memory: Option<u64>,
     /// A disk; `,ro` after the path if the guest may only read it.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
 }
 
+impl Args {
+    /// The machine that the flags and the file describe together.
+    fn machine(self) -> anyhow::Result<MachineConfig> {
+        let mut file = match &self.config {
+            Some(path) => MachineFile::read(path)?,
+            None => MachineFile::default(),
+        };
+        let defaults = Defaults::default();
+        let kernel = self.kernel.or(file.kernel.take());
+        Ok(MachineConfig {
+            vcpus: self.vcpus.or(file.vcpus).unwrap_or(defaults.vcpus),
+            memory_mib: (self.memory.or(file.memory_mib)).unwrap_or(defaults.memory_mib),
+            kernel: kernel.context("there is no kernel: name one in the file or as an argument")?,
+            initrd: self.initrd.or(file.initrd.take()),
+            cmdline: (self.cmdline.or(file.cmdline.take())).unwrap_or_else(|| CMDLINE.to_owned()),
+            disks: if self.disks.is_empty() {
+                file.disks()
+            } else {
+                self.disks
+            },
+        })
+    }
+}
+
 pub(crate) async fn run(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
-    let origin = Origin::Boot(MachineConfig {
-        vcpus: args.vcpus,
-        memory_mib: args.memory,
-        kernel: args.kernel,
-        initrd: args.initrd,
-        cmdline: args.cmdline,
-        disks: args.disks,
-    });
+    let origin = Origin::Boot(args.machine()?);
     foreground::run(&Registry::open(run_dir)?, origin).await
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may")]
+
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn machine(words: &[&str]) -> anyhow::Result<MachineConfig> {
+        Line::try_parse_from([&["run"], words].concat())?
+            .args
+            .machine()
+    }
+
+    #[test]
+    fn flags_mean_the_same_as_the_file_and_come_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.toml");
+        let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n";
+        std::fs::write(&path, text).unwrap();
+        let config = path.to_str().unwrap();
+        let by_file = machine(&["--config", config]).unwrap();
+        let by_flags = machine(&["/k", "--memory", "512", "--vcpus", "4", "--disk", "/d"]).unwrap();
+        assert_eq!(by_file, by_flags);
+        let both = machine(&["/other", "--config", config, "--vcpus", "3"]).unwrap();
+        assert_eq!((both.kernel, both.vcpus), ("/other".into(), 3));
+        assert_eq!((both.memory_mib, both.disks.len()), (512, 1));
+    }
+
+    #[test]
+    fn help_tells_the_defaults() {
+        let defaults = Defaults::default();
+        assert_eq!((defaults.vcpus, defaults.memory_mib), (2, 256));
+        assert_eq!(machine(&["/k"]).unwrap().cmdline, CMDLINE);
+    }
+
+    #[test]
+    fn without_a_kernel_there_is_no_machine() {
+        assert!(machine(&[]).is_err());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.toml");
+        std::fs::write(&path, "").unwrap();
+        let error = machine(&["--config", path.to_str().unwrap()]).unwrap_err();
+        assert!(error.to_string().contains("kernel"), "{error}");
+    }
 }
