@@ -77,6 +77,52 @@ fn a_snapshot_that_cannot_be_read_does_not_hide_the_others() {
     assert_eq!(store.stat().unwrap().snapshots, 1);
 }
 
+/// What a guest has in its memory may look like a frame: it must not become one when the frame around it is damaged.
+#[test]
+fn a_frame_within_a_damaged_frame_is_not_taken_for_the_packs_own() {
+    if support::key().is_some() {
+        return; // Sealed frames are of one pack.
+    }
+    let backend = Memory::new();
+    let create = dedup::CreateOptions {
+        level: 0,
+        ..support::create_options()
+    };
+    let store = Store::create(backend.clone(), &create, options()).unwrap();
+    // Two frames of sixteen pages. In the second is one that says that it is the first.
+    let mut image = vec![0; 32 * 4096];
+    for (page, seed) in image.chunks_mut(4096).zip(1..) {
+        fill_page(page, seed);
+    }
+    let mut forged = vec![0xF5, 0, 1, 0, 0, 0, 0, 0, 0, 16, 0, 0];
+    let content = [0xEE; 4096];
+    let digest = xxhash_rust::xxh64::xxh64(&[forged.as_slice(), &content].concat(), 0);
+    forged.extend(digest.to_le_bytes());
+    forged.extend(content);
+    image[20 * 4096 + 100..][..forged.len()].copy_from_slice(&forged);
+    save(&store, "a", &image).unwrap();
+
+    let mut files = backend.files();
+    let pack = files.iter_mut().find(|((area, _), _)| *area == Area::Packs);
+    let bytes = pack.unwrap().1;
+    let mut damaged = bytes.to_vec();
+    let page = &image[30 * 4096..31 * 4096];
+    let at = damaged
+        .windows(4096)
+        .position(|bytes| bytes == page)
+        .unwrap();
+    damaged[at] ^= 1;
+    *bytes = Arc::new(damaged);
+
+    let store = open(files).unwrap();
+    assert!(!store.repair().unwrap().repaired.is_empty());
+    let reader = store.image("a", "memory").unwrap();
+    let mut first = vec![0; 16 * 4096];
+    reader.read_at(0, &mut first).unwrap();
+    assert!(first == image[..16 * 4096]);
+    assert!(load(&store, "a").is_err());
+}
+
 /// A parent is to make a save faster: where its recipe cannot be read, chunks are looked for elsewhere.
 #[test]
 fn a_parent_with_a_damaged_recipe_is_no_reason_not_to_save() {

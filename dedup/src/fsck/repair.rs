@@ -1,6 +1,7 @@
 //! Repairing: what is whole is kept, what is not is moved away.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Check;
 use crate::backend::{Area, Backend, Publish, ReadAt};
@@ -100,6 +101,35 @@ fn move_away(backend: &dyn Backend, area: Area, name: &str) -> Result<String> {
     Ok(format!("moved {path} into damaged/"))
 }
 
+/// What a scan found. Within a frame that is damaged it may come upon what a guest, or an image of another store, has
+/// for a frame: where there are two of a number, nobody knows which is the pack's own, unless the column of identities
+/// has let only one of them through.
+#[derive(Default)]
+struct Salvaged {
+    frames: Frames,
+    ambiguous: BTreeSet<u32>,
+}
+
+impl Salvaged {
+    fn add(&mut self, number: u32, slots: Vec<Option<(ChunkId, Vec<u8>)>>) {
+        if slots.iter().all(Option::is_none) {
+            return;
+        }
+        match self.frames.entry(number) {
+            Entry::Vacant(entry) => drop(entry.insert(slots)),
+            Entry::Occupied(entry) if *entry.get() == slots => {}
+            Entry::Occupied(_) => drop(self.ambiguous.insert(number)),
+        }
+    }
+
+    fn into_frames(mut self) -> Frames {
+        for number in &self.ambiguous {
+            self.frames.remove(number);
+        }
+        self.frames
+    }
+}
+
 /// Writes a pack anew from what is whole in it, and from other packs that hold the same chunks.
 fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     let shared = check.shared;
@@ -110,20 +140,29 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     keep_copy(backend, &*file, &format!("packs-{id}"))?;
 
     let identifier = shared.identifier()?;
-    let mut frames = Frames::new();
+    let column = Pack::open(shared, id).and_then(|pack| pack.ids()).ok();
+    let mut salvaged = Salvaged::default();
     salvage(shared, &*file, id, |number, chunks, live| {
+        let first = number * config.frame_chunks();
         let chunks = chunks.chunks(config.chunk_size as usize).zip(live);
-        let slots =
-            chunks.map(|(chunk, live)| live.then(|| (identifier.identify(chunk), chunk.to_vec())));
-        frames.insert(number, slots.collect());
+        let slots = (first..).zip(chunks).map(|(slot, (chunk, live))| {
+            let found = live.then(|| (identifier.identify(chunk), chunk.to_vec()));
+            found.filter(|(id, _)| {
+                column
+                    .as_ref()
+                    .is_none_or(|column| column.get(slot).as_ref() == Some(id))
+            })
+        });
+        salvaged.add(number, slots.collect());
         Ok(())
     })?;
+    let mut frames = salvaged.into_frames();
     let whole: usize = frames.values().flatten().flatten().count();
     // Where the column of identities is whole, it tells what is missing.
     let mut elsewhere = Elsewhere::new(check)?;
     let mut healed = 0;
-    if let Ok(ids) = Pack::open(shared, id).and_then(|pack| pack.ids()) {
-        for (slot, chunk) in missing(&ids, &frames, config.frame_chunks()) {
+    if let Some(ids) = &column {
+        for (slot, chunk) in missing(ids, &frames, config.frame_chunks()) {
             if let Some(bytes) = elsewhere.find(&chunk, id)? {
                 let slots = frames.entry(slot / config.frame_chunks()).or_default();
                 let at = (slot % config.frame_chunks()) as usize;
