@@ -5,7 +5,7 @@
 mod support;
 
 use dedup::backend::Memory;
-use dedup::{CreateOptions, Error, Store, Zeros};
+use dedup::{CreateOptions, Error, GcOptions, Store, Zeros};
 use proptest::prelude::*;
 use support::{Random, create, create_options, fill_page, image, load, options, save, touch};
 
@@ -102,6 +102,27 @@ fn every_chunk_size_works() {
             Store::create(Memory::new(), &create, options()),
             Err(Error::Parameter(_))
         ));
+    }
+}
+
+#[test]
+fn every_level_works() {
+    for level in [-50, -10, 0, 19] {
+        let create = CreateOptions {
+            level,
+            ..create_options()
+        };
+        let store = Store::create(Memory::new(), &create, options()).unwrap();
+        let (one, other) = (image(1500, 21), image(1500, 22));
+        save(&store, "one", &one).unwrap();
+        save(&store, "other", &other).unwrap();
+        let again = save(&store, "again", &one).unwrap();
+        assert_eq!(again.images[0].new_chunks, 0, "{level}");
+        store.rm("other").unwrap();
+        assert!(store.gc(&GcOptions::default()).unwrap().bytes_freed > 0);
+        assert!(load(&store, "one").unwrap() == one, "{level}");
+        let report = store.fsck().unwrap();
+        assert!(report.problems.is_empty(), "{level}: {report:?}");
     }
 }
 
@@ -251,7 +272,9 @@ fn what_cannot_be_read_is_not_saved() {
     };
     let error = memory.write_with(64 << 20, fails).unwrap_err();
     assert!(error.to_string().contains("what is to be saved"), "{error}");
-    drop(writer);
+    drop(memory);
+    assert!(matches!(writer.image("other"), Err(Error::Parameter(_))));
+    assert!(matches!(writer.commit(), Err(Error::Parameter(_))));
     assert!(store.log().unwrap().is_empty());
 }
 

@@ -228,12 +228,14 @@ impl<'w> ImageWriter<'w> {
             |at, buf: &mut [u8]| read(at, buf).map_err(Error::io("read what is to be saved"));
         let head = (self.to_next_block() as u64).min(len);
         self.fill_with(0, head as usize, &read)?;
-        let batches = head..len - (len - head) % self.batch_bytes() as u64;
-        if !batches.is_empty() {
+        // One block alone would keep one thread busy: it waits for others.
+        let blocks = (len - head) / self.block_bytes() as u64;
+        let whole = head..head + if blocks > 1 { blocks } else { 0 } * self.block_bytes() as u64;
+        if !whole.is_empty() {
             self.encode_pending()?;
-            self.encode_read(batches.clone(), std::slice::from_ref(&batches), &read)?;
+            self.encode_read(whole.clone(), std::slice::from_ref(&whole), &read)?;
         }
-        (batches.end..len)
+        (whole.end..len)
             .step_by(self.block_bytes())
             .try_for_each(|at| {
                 let len = (len - at).min(self.block_bytes() as u64);
@@ -299,8 +301,11 @@ impl<'w> ImageWriter<'w> {
 
     /// Appends bytes that have to be read and lie in one block.
     fn fill_with(&mut self, at: u64, len: usize, read: &Read<'_>) -> Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
         let mut bytes = vec![0; len];
-        read(at, &mut bytes)?;
+        read(at, &mut bytes).inspect_err(|_| self.writer.failed = true)?;
         self.fill(&bytes)
     }
 
@@ -374,7 +379,10 @@ impl<'w> ImageWriter<'w> {
             Ok(())
         };
         let threads = self.writer.session.shared.threads.min(works.len());
-        crate::threads::on(threads, work_on)?;
+        if let Err(error) = crate::threads::on(threads, work_on) {
+            self.writer.failed = true;
+            return Err(error);
+        }
         let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
         done.sort_unstable_by_key(|(at, _)| *at);
         for (_, block) in done {
@@ -457,7 +465,7 @@ fn encode_source(
     };
     let (_, places) = match parent.block(session, at.block as usize, &mut worker.coder) {
         // What cannot be read was to be a guess alone.
-        Err(Error::Damaged { .. }) if kept.is_none() => {
+        Err(_) if kept.is_none() => {
             return encode_source(worker, session, None, at, source, None);
         }
         other => other?,

@@ -33,6 +33,8 @@ pub struct Writer {
     parent: Option<Snapshot>,
     images: Vec<ImageDraft>,
     manifest: Vec<u8>,
+    /// Whether an image failed: with the thread that was at it went chunks of earlier images, too.
+    failed: bool,
     /// One for each thread, when they are not at work.
     workers: Mutex<Vec<Worker>>,
 }
@@ -66,6 +68,7 @@ impl Writer {
             parent,
             images: Vec::new(),
             manifest: Vec::new(),
+            failed: false,
             workers: Mutex::default(),
         })
     }
@@ -76,6 +79,7 @@ impl Writer {
     ///
     /// The name is impossible, or the snapshot has an image of this name; the parent's image cannot be read.
     pub fn image(&mut self, name: &str) -> Result<ImageWriter<'_>> {
+        self.check_whole()?;
         check_name(name)?;
         if self.images.iter().any(|image| image.name == name) {
             return Err(Error::NameTaken(name.to_owned()));
@@ -87,7 +91,7 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// As [`Writer::image`]; the file cannot be read.
+    /// As [`Writer::image`]; the file cannot be read. The snapshot in work is then useless.
     pub fn image_from_file(&mut self, name: &str, path: &Path) -> Result<ImageStats> {
         let mut image = self.image(name)?;
         image.write_file(path)?;
@@ -103,8 +107,10 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// [`Error::NameTaken`] when another was faster; the store cannot be written. The snapshot does not exist then.
+    /// [`Error::NameTaken`] when another was faster; the store cannot be written; an image has failed before. The snapshot
+    /// does not exist then.
     pub fn commit(self) -> Result<Saved> {
+        self.check_whole()?;
         if self.manifest.len() as u64 > MAX_SPAN_BYTES {
             return Err(Error::Parameter(format!(
                 "a manifest of {} bytes is too long: at most {MAX_SPAN_BYTES} are kept",
@@ -161,6 +167,15 @@ impl Writer {
             pack_bytes: written.bytes,
             snapshot_bytes: bytes.len() as u64,
         })
+    }
+
+    fn check_whole(&self) -> Result<()> {
+        if self.failed {
+            return Err(Error::Parameter(
+                "an image of this snapshot could not be saved: begin the snapshot anew".into(),
+            ));
+        }
+        Ok(())
     }
 
     /// A worker that has nothing to do, or a new one.
