@@ -25,7 +25,7 @@ pub(crate) struct StoreArgs {
     /// this user's].
     #[arg(long, global = true, value_name = "DIR", value_parser = machine::absolute())]
     store: Option<PathBuf>,
-    /// The file with the key of an encrypted store [default, where the store is one: $FERMATA_KEY_FILE].
+    /// The file with the key of an encrypted store [default: $FERMATA_KEY_FILE].
     #[arg(long, global = true, value_name = "FILE", value_parser = machine::absolute())]
     key_file: Option<PathBuf>,
 }
@@ -40,10 +40,9 @@ impl StoreArgs {
             );
             return Ok(None);
         };
-        let key_file = self.key_file(&directory)?;
         let location = StoreLocation {
             directory,
-            key_file,
+            key_file: self.key_file()?,
         };
         open(&location)?;
         Ok(Some(location))
@@ -58,10 +57,9 @@ impl StoreArgs {
                 None => own_store()?,
             },
         };
-        let key_file = self.key_file(&directory)?;
         Ok(StoreLocation {
             directory,
-            key_file,
+            key_file: self.key_file()?,
         })
     }
 
@@ -84,11 +82,15 @@ impl StoreArgs {
     /// Opens it for what needs no key, unless one is named.
     pub(crate) fn open_for_order(&self) -> anyhow::Result<Store> {
         let location = self.location()?;
-        if location.key_file.is_some() {
-            return open(&location);
+        let keyless = Store::open_dir_without_key(&location.directory, OpenOptions::default())
+            .with_context(|| shown(&location))?;
+        // The environment's key may be another store's. What reads or writes content insists on it: else somebody who
+        // puts a plain store in the place of an encrypted one would be believed, and told.
+        let is_for_another = self.key_file.is_none() && !keyless.is_encrypted();
+        if location.key_file.is_none() || is_for_another {
+            return Ok(keyless);
         }
-        Store::open_dir_without_key(&location.directory, OpenOptions::default())
-            .with_context(|| shown(&location))
+        open(&location)
     }
 
     /// Opens it.
@@ -96,14 +98,11 @@ impl StoreArgs {
         open(&self.location()?)
     }
 
-    /// The key file for the store in `directory`. The environment's is not meant for stores that have no key.
-    fn key_file(&self, directory: &Path) -> anyhow::Result<Option<PathBuf>> {
-        if let Some(named) = self.key_file.clone() {
-            return Ok(Some(named));
+    fn key_file(&self) -> anyhow::Result<Option<PathBuf>> {
+        match self.key_file.clone() {
+            Some(named) => Ok(Some(named)),
+            None => variable(KEY_VARIABLE),
         }
-        let is_plain = Store::open_dir_without_key(directory, OpenOptions::default())
-            .is_ok_and(|store| !store.is_encrypted());
-        Ok(variable(KEY_VARIABLE)?.filter(|_| !is_plain))
     }
 }
 

@@ -11,8 +11,10 @@ pub struct Stat {
     pub chunk_size: u64,
     /// zstd's level for new chunks; 0 where they are not compressed.
     pub level: i32,
-    /// Snapshots.
+    /// Snapshots that can be read; the other numbers about snapshots are of these.
     pub snapshots: u64,
+    /// Snapshots that cannot.
+    pub unreadable: u64,
     /// Images in all snapshots.
     pub images: u64,
     /// Bytes of all images.
@@ -50,7 +52,9 @@ impl Store {
             level: self.shared.config.level,
             ..Stat::default()
         };
-        for entry in self.list()?.snapshots {
+        let listing = self.list()?;
+        stat.unreadable = listing.unreadable.len() as u64;
+        for entry in listing.snapshots {
             stat.snapshots += 1;
             stat.snapshot_bytes += entry.file_bytes;
             stat.images += entry.facts.images.len() as u64;

@@ -230,6 +230,7 @@ impl ChunkIds {
 
     /// Bytes of memory it takes.
     pub(crate) fn memory(&self) -> u64 {
-        (self.ids.len() * ChunkId::BYTES) as u64
+        let table = size_of_val(&*self.table.frames) + self.table.live.len();
+        (self.ids.len() * ChunkId::BYTES + table) as u64
     }
 }

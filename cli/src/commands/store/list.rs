@@ -83,7 +83,10 @@ pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Resu
     } = store.list()?;
     let entries = match from {
         None => all,
-        Some(from) => lineage(store.show(from)?, &all),
+        Some(from) => {
+            unreadable.clear();
+            lineage(store.show(from)?, &all)
+        }
     };
     let mut told = Vec::new();
     for entry in entries {

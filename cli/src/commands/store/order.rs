@@ -68,6 +68,12 @@ pub(super) fn stat(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
     if stored > 0 && images > 0 {
         text += &format!("1 to {:.1}\n", images as f64 / stored as f64);
     }
+    if stat.unreadable > 0 {
+        text += &format!(
+            "{} snapshots cannot be read: run `fermata store fsck`\n",
+            stat.unreadable
+        );
+    }
     output::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
