@@ -3,7 +3,8 @@
 //! The schema is published as `docs/machine.schema.json`.
 
 use std::{
-    fs,
+    fs::File,
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -52,13 +53,14 @@ impl MachineFile {
     /// Reads a file; what ends in `.json` is JSON, anything else TOML. All paths become absolute.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
         let failed = || format!("cannot read {}", path.display());
-        let bytes = fs::metadata(path).with_context(failed)?.len();
+        let mut text = String::new();
+        let mut file = File::open(path).with_context(failed)?.take(MAX_BYTES + 1);
+        file.read_to_string(&mut text).with_context(failed)?;
         ensure!(
-            bytes <= MAX_BYTES,
-            "{} has {bytes} bytes, which is too long for a machine's file",
+            text.len() as u64 <= MAX_BYTES,
+            "{} is longer than {MAX_BYTES} bytes, too long for a machine's file",
             path.display()
         );
-        let text = fs::read_to_string(path).with_context(failed)?;
         let parsed = if path.extension().is_some_and(|ending| ending == "json") {
             from_json(&text)
         } else {
@@ -103,8 +105,10 @@ fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
             .sum();
         // The message ends with the place, which is told in another way.
         let message = wrong.to_string();
-        let message = message.split(" at line ").next().unwrap_or_default();
-        point_at(text, before + wrong.column().saturating_sub(1), message)
+        let bare = message
+            .rsplit_once(" at line ")
+            .map_or(&*message, |parts| parts.0);
+        point_at(text, before + wrong.column().saturating_sub(1), bare)
     })
 }
 
@@ -122,7 +126,7 @@ fn point_at(text: &str, at: usize, message: &str) -> String {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may")]
 
-    use std::env;
+    use std::{env, fs};
 
     use super::*;
 
@@ -183,6 +187,12 @@ mod tests {
         assert!(wrong.ends_with("\n    \"vcpus\": \"four\""), "{wrong}");
         let wrong = refused("m.json", "{\"kernel\": ");
         assert!(wrong.starts_with(":1:"), "{wrong}");
+    }
+
+    #[test]
+    fn a_file_without_end_is_refused() {
+        let error = MachineFile::read(Path::new("/dev/zero")).unwrap_err();
+        assert!(error.to_string().contains("too long"), "{error}");
     }
 
     #[test]

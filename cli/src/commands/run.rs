@@ -104,9 +104,18 @@ mod tests {
 
     #[test]
     fn help_tells_the_defaults() {
-        let defaults = Defaults::default();
-        assert_eq!((defaults.vcpus, defaults.memory_mib), (2, 256));
-        assert_eq!(machine(&["/k"]).unwrap().cmdline, CMDLINE);
+        use clap::CommandFactory;
+        let help = Line::command().render_long_help().to_string();
+        let Defaults {
+            vcpus, memory_mib, ..
+        } = Defaults::default();
+        for default in [
+            vcpus.to_string(),
+            memory_mib.to_string(),
+            CMDLINE.to_owned(),
+        ] {
+            assert!(help.contains(&format!("[default: {default}]")), "{help}");
+        }
     }
 
     #[test]
