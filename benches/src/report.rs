@@ -227,8 +227,8 @@ mod tests {
             row(Bench::Save, System::Fermata, 2000.0),
             row(Bench::Save, System::Restic, 400.0),
             row(Bench::Save, System::Borg, 500.0),
-            row(Bench::SaveBound, System::Fermata, 2500.0),
             row(Bench::SaveBound, System::Fermata, 2200.0).at("another"),
+            row(Bench::SaveBound, System::Fermata, 2500.0),
         ];
         let table = store_table(&rows);
         let line = |bench: &str| table.lines().find(|line| line.contains(bench)).unwrap();

@@ -25,10 +25,10 @@ const PACK_BYTES: u32 = 64 << 20;
 /// The chunk size that measured best for memory and disks alike.
 pub const DEFAULT_CHUNK_SIZE: u32 = 4096;
 
-/// Levels of zstd that a store can have. Above, a level takes more than it gives; below, none is faster.
+/// Levels of zstd that a store can have; zstd has more at both ends.
 const LEVELS: RangeInclusive<i32> = -50..=19;
 
-/// Higher levels are 1 to 7 % smaller for half the speed or less.
+/// Why this one: docs/decisions/store-compression-level.md.
 pub const DEFAULT_LEVEL: i32 = 1;
 
 /// How to create a store.

@@ -91,8 +91,8 @@ impl Encoder {
         })
     }
 
-    /// The stored form of a frame, decoded again and compared before it is given out. In an encrypted store, `sealer`
-    /// is the pack's.
+    /// The stored form of a frame; if it is compressed or sealed, decoded again and compared before it is given out. In
+    /// an encrypted store, `sealer` is the pack's.
     pub(crate) fn encode<'e>(
         &'e mut self,
         number: u32,

@@ -5,10 +5,10 @@ use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
+use rustix::io::Errno;
+
 /// What `st_blocks` counts in, on Linux whatever the file system's own blocks are.
 const BLOCK_BYTES: u64 = 512;
-
-use rustix::io::Errno;
 
 /// The size of a file or block device, and its parts that are not holes, ascending.
 pub(super) fn data_extents(mut file: &File) -> io::Result<(u64, Vec<Range<u64>>)> {

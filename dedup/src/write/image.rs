@@ -228,9 +228,12 @@ impl<'w> ImageWriter<'w> {
             |at, buf: &mut [u8]| read(at, buf).map_err(Error::io("read what is to be saved"));
         let head = (self.to_next_block() as u64).min(len);
         self.fill_with(0, head as usize, &read)?;
-        // One block alone would keep one thread busy: it waits for others.
-        let blocks = (len - head) / self.block_bytes() as u64;
-        let whole = head..head + if blocks > 1 { blocks } else { 0 } * self.block_bytes() as u64;
+        let blocks = match (len - head) / self.block_bytes() as u64 {
+            // It would keep one thread busy, and so waits for others.
+            1 => 0,
+            blocks => blocks,
+        };
+        let whole = head..head + blocks * self.block_bytes() as u64;
         if !whole.is_empty() {
             self.encode_pending()?;
             self.encode_read(whole.clone(), std::slice::from_ref(&whole), &read)?;
