@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode};
 use control::{
-    AfterSnapshot, Destination, DiskConfig, MachineConfig, Origin, SnapshotRequest, Source,
+    AfterSnapshot, Destination, DiskConfig, GuestClock, MachineConfig, Origin, SnapshotRequest,
+    Source,
 };
 
 use crate::{
@@ -20,6 +21,7 @@ const MIN_MEMORY_MIB: u64 = 64;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) origin: Origin,
+    pub(crate) clock: GuestClock,
     /// What was asked for and is not done.
     pub(crate) notes: Vec<String>,
 }
@@ -36,6 +38,7 @@ pub(crate) fn create(
     };
     Ok(Plan {
         origin,
+        clock: guest_clock(request.clock),
         notes: notes(request),
     })
 }
@@ -144,11 +147,18 @@ pub(crate) fn snapshot(
     Ok(SnapshotRequest {
         to,
         then: if request.resume {
-            AfterSnapshot::Resume
+            AfterSnapshot::Resume(guest_clock(request.clock))
         } else {
             AfterSnapshot::Halt
         },
     })
+}
+
+pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
+    match clock {
+        api_types::GuestClock::StandStill => GuestClock::StandStill,
+        api_types::GuestClock::Follow => GuestClock::Follow,
+    }
 }
 
 fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {
@@ -367,6 +377,7 @@ mod tests {
             memory_snapshot_path: "new-memory".to_owned(),
             rpc_port: 1,
             resume: true,
+            clock: api_types::GuestClock::Follow,
         };
         let plan = |request: &_| snapshot(&bench.config, &bench.tree, request);
         let planned = plan(&request).unwrap();
@@ -374,7 +385,7 @@ mod tests {
             panic!("{:?}", planned.to);
         };
         assert_eq!(state.parent(), bench.path("kernel").parent());
-        assert_eq!(planned.then, AfterSnapshot::Resume);
+        assert_eq!(planned.then, AfterSnapshot::Resume(GuestClock::Follow));
         request.resume = false;
         assert_eq!(plan(&request).unwrap().then, AfterSnapshot::Halt);
         request.memory_snapshot_path = "./new-state".to_owned();
@@ -396,6 +407,7 @@ mod tests {
             memory_snapshot_path: "new-memory".to_owned(),
             rpc_port: 1,
             resume: true,
+            clock: api_types::GuestClock::Follow,
         };
         let planned = snapshot(&bench.config, &bench.tree, &request).unwrap();
         assert!(

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use crate::GuestClock;
+
 /// Asks for a machine: booted afresh, or restored.
 ///
 /// Paths are absolute or relative to the server's tree, and lie in it. Which of them matter depends on
@@ -37,6 +39,9 @@ pub struct CreateRequest {
     pub cmdline: Option<String>,
     /// Disks, in the order of their names in the guest; the server has a default.
     pub disks: Option<Vec<Disk>>,
+    /// What the clocks of a restored machine have done since it was saved.
+    #[serde(default)]
+    pub clock: GuestClock,
 }
 
 /// A raw disk image.

@@ -5,11 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod clock;
 mod create;
 mod error;
 mod snapshot;
 mod vm;
 
+pub use clock::GuestClock;
 pub use create::{CreateAnswer, CreateRequest, Disk, GuestConfig};
 pub use error::{ErrorBody, ErrorCode};
 pub use snapshot::{SNAPSHOT_TAKEN, SnapshotRequest};

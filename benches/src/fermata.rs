@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use control::{
-    AfterSnapshot, Client, Destination, LaunchSpec, Log, MachineConfig, Origin, Secret,
+    AfterSnapshot, Client, Destination, GuestClock, LaunchSpec, Log, MachineConfig, Origin, Secret,
     SnapshotRequest, Source, Spawned,
 };
 use testbed::environment;
@@ -78,6 +78,7 @@ impl Fermata {
             console: control::Console::File(console.to_owned()),
             registry: self.registry.clone(),
             paused: false,
+            clock: GuestClock::StandStill,
             confinement: None,
         };
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
@@ -123,7 +124,7 @@ impl FermataMachine {
             let begun = Instant::now();
             client.pause().await?;
             let took = begun.elapsed();
-            client.resume().await?;
+            client.resume(GuestClock::StandStill).await?;
             Ok(took)
         })
     }
@@ -156,7 +157,7 @@ impl FermataMachine {
 
 impl Machine for FermataMachine {
     fn snapshot(&mut self, files: &Files) -> Result<Saved> {
-        self.snapshot_then(files, AfterSnapshot::Resume)
+        self.snapshot_then(files, AfterSnapshot::Resume(GuestClock::StandStill))
     }
 }
 

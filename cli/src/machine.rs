@@ -7,7 +7,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use control::{Client, Console, DiskConfig, LaunchSpec, Origin, Record, Registry, Secret, Source};
+use control::{
+    Client, Console, DiskConfig, GuestClock, LaunchSpec, Origin, Record, Registry, Secret, Source,
+};
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
 pub(crate) fn launch_bound(origin: &Origin) -> Duration {
@@ -46,6 +48,31 @@ impl Name {
     }
 }
 
+/// What the guest's clocks have done while it stood still.
+#[derive(Clone, Copy, clap::Args)]
+pub(crate) struct Clock {
+    /// What the guest's clocks have done meanwhile.
+    #[arg(long, value_enum, default_value_t = ClockWord::StandStill, hide_default_value = true)]
+    clock: ClockWord,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ClockWord {
+    /// They stood still: the guest sees no time pass [default].
+    StandStill,
+    /// They followed the host's: the guest sees the time pass all at once.
+    Follow,
+}
+
+impl Clock {
+    pub(crate) fn chosen(self) -> GuestClock {
+        match self.clock {
+            ClockWord::StandStill => GuestClock::StandStill,
+            ClockWord::Follow => GuestClock::Follow,
+        }
+    }
+}
+
 /// Speaks to a machine.
 pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
     Ok(Client::connect(record.port, &record.secret).await?)
@@ -55,6 +82,7 @@ pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
 pub(crate) fn launch_spec(
     registry: &Registry,
     origin: Origin,
+    clock: GuestClock,
     console: Console,
 ) -> anyhow::Result<LaunchSpec> {
     Ok(LaunchSpec {
@@ -63,6 +91,7 @@ pub(crate) fn launch_spec(
         console,
         registry: registry.dir().to_owned(),
         paused: false,
+        clock,
         confinement: None,
     })
 }

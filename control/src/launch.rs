@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, Secret, Source};
+use crate::{Failure, GuestClock, Secret, Source};
 
 /// Everything a VMM process needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -22,6 +22,9 @@ pub struct LaunchSpec {
     /// Whether it stays held until a client lets it go.
     #[serde(default)]
     pub paused: bool,
+    /// What the clocks of a restored machine have done since it was saved.
+    #[serde(default)]
+    pub clock: GuestClock,
     /// What a restored machine may have, if not everything that its state file asks for.
     #[serde(default)]
     pub confinement: Option<Confinement>,

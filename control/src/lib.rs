@@ -27,7 +27,7 @@ pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryErr
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, Failure, FailureKind, MachineState, Metric, SNAPSHOT_BYTES_DONE,
+    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, Metric, SNAPSHOT_BYTES_DONE,
     SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status, StoredReport, Vmm, VmmClient,
 };
 pub use spawn::{LOG_VARIABLE, Log, SpawnError, Spawned, spawn};

@@ -21,7 +21,7 @@ mod vcpu_state;
 mod vm;
 mod vm_state;
 
-pub use clock::{ClockPlan, MachineClock, TscDelta, VcpuClock};
+pub use clock::{ClockPlan, ClockStart, HostTsc, MachineClock, VcpuClock};
 pub use compat::missing_features;
 pub use cpuid::GuestCpuid;
 pub use error::Error;

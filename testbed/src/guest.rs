@@ -26,6 +26,8 @@ const DISK_MIB: u64 = 64;
 pub enum Role {
     /// Counts on the console and tells what it has kept, for ever.
     Counter,
+    /// Tells its clocks, for ever.
+    Clocks,
     /// Powers off through ACPI.
     PowerOff,
     /// Reboots through the keyboard controller.
@@ -40,6 +42,7 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Counter => "counter",
+            Self::Clocks => "clocks",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
             Self::Panic => "panic",
@@ -54,7 +57,7 @@ pub fn command_line(role: Role) -> String {
     let reboot = match role {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
-        Role::Counter | Role::PowerOff | Role::Shell => "",
+        Role::Counter | Role::Clocks | Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -143,6 +146,7 @@ mod tests {
     fn init_plays_every_role() {
         for role in [
             Role::Counter,
+            Role::Clocks,
             Role::PowerOff,
             Role::Reboot,
             Role::Panic,

@@ -16,6 +16,8 @@ pub(crate) struct Args {
     from: Vec<String>,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    clock: machine::Clock,
     /// Has the machine's console on this terminal, and its exit code for one's own.
     #[arg(long)]
     foreground: bool,
@@ -27,11 +29,12 @@ pub(crate) struct Args {
 pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let registry = Registry::open(run_dir)?;
     let origin = Origin::Restore(source(&args.from, &args.store)?);
+    let clock = args.clock.chosen();
     if args.foreground {
-        return foreground::run(&registry, origin).await;
+        return foreground::run(&registry, origin, clock).await;
     }
     let console = registry.new_console()?;
-    let spec = machine::launch_spec(&registry, origin, Console::File(console.clone()))?;
+    let spec = machine::launch_spec(&registry, origin, clock, Console::File(console.clone()))?;
     let bound = machine::launch_bound(&spec.origin);
     let vmm = spawn(&program::find()?, &spec, Log::File, bound).await?;
     let (pid, port) = (vmm.pid, vmm.port);

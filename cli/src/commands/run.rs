@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use api_server::Defaults;
-use control::{DiskConfig, MachineConfig, Origin, Registry};
+use control::{DiskConfig, GuestClock, MachineConfig, Origin, Registry};
 
 use crate::{foreground, machine, machine_file::MachineFile};
 
@@ -64,7 +64,9 @@ impl Args {
 
 pub(crate) async fn run(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let origin = Origin::Boot(args.machine()?);
-    foreground::run(&Registry::open(run_dir)?, origin).await
+    // Its clocks have not begun to go.
+    let clock = GuestClock::default();
+    foreground::run(&Registry::open(run_dir)?, origin, clock).await
 }
 
 #[cfg(test)]
