@@ -105,6 +105,39 @@ global_asm!(
     "out dx, al",
     "jmp 80b",
     "guest_clock_end:",
+    // Prints the first eight digits of the machine's generation again and again.
+    ".globl guest_generation, guest_generation_end",
+    "guest_generation:",
+    "90:",
+    "mov ebx, [0xdf000]",
+    "mov ecx, 28",
+    "91:",
+    "mov eax, ebx",
+    "shr eax, cl",
+    "and al, 15",
+    "add al, 48",
+    "cmp al, 57",
+    "jbe 92f",
+    "add al, 39",
+    "92:",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "sub ecx, 4",
+    "jns 91b",
+    "mov al, 10",
+    "out dx, al",
+    "rdtsc",
+    "shl rdx, 32",
+    "lea rdi, [rax + rdx]",
+    "93:",
+    "rdtsc",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "sub rax, rdi",
+    "cmp rax, 0x800000",
+    "jb 93b",
+    "jmp 90b",
+    "guest_generation_end:",
     // A port that nobody answers, and an address that nobody answers.
     ".globl guest_io, guest_io_end",
     "guest_io:",
@@ -161,6 +194,8 @@ guests! {
     counter: guest_counter..guest_counter_end;
     /// Prints the largest step that its TSC makes between two readings: see [`clock_step`].
     clock: guest_clock..guest_clock_end;
+    /// Prints the first part of the machine's generation, which [`count`] reads, again and again.
+    generation: guest_generation..guest_generation_end;
     /// Never leaves the guest.
     spinner: guest_spinner..guest_spinner_end;
     /// Halts with interrupts off.

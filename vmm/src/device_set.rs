@@ -19,10 +19,11 @@ use saved_state::{Container, Kind};
 use crate::{
     boot::MmioDevice,
     error::Error,
+    generation::Generation,
     interrupt::Irqfd,
     platform::{
-        COM1_IRQ, COM1_PORT, COM1_PORTS, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT, RTC_PORTS,
-        SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
+        COM1_IRQ, COM1_PORT, COM1_PORTS, EVENT_GSI, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT,
+        RTC_PORTS, SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
     },
     vcpu::Buses,
 };
@@ -38,6 +39,8 @@ pub(crate) struct DeviceSet {
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// For input.
     pub(crate) serial: Arc<Mutex<Serial>>,
+    /// Says that the machine is another one than it was.
+    pub(crate) generation: Generation,
 }
 
 /// The devices while they are being made.
@@ -73,6 +76,7 @@ impl DeviceSet {
             transports: Vec::new(),
         };
         let serial = builder.legacy(console, requests)?;
+        let generation = Generation::new(builder.line(EVENT_GSI)?);
         builder.virtio(Box::new(Entropy::new()))?;
         for disk in disks {
             let id = disk_id(&disk.path);
@@ -90,6 +94,7 @@ impl DeviceSet {
             all,
             transports,
             serial,
+            generation,
         };
         Ok((set, buses))
     }

@@ -130,6 +130,7 @@ impl Machine {
         let (devices, buses) =
             DeviceSet::new(&vm, memory.guest(), &config.disks, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
+        devices.generation.begin(memory.guest())?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
             let mut vcpu = vm.create_vcpu(id)?;
@@ -332,7 +333,10 @@ impl Machine {
             return Ok(());
         }
         if self.restored {
-            self.counters.devices.resume();
+            let devices = &self.counters.devices;
+            devices.resume();
+            // Not before it runs: one that is only saved again is the same.
+            devices.generation.renew(self.memory.guest())?;
         }
         let passed = match clock {
             GuestClock::StandStill => Duration::ZERO,

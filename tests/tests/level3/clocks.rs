@@ -91,16 +91,29 @@ fn a_guest_that_does_nothing_but_look_at_the_time_sees_no_hold() {
     );
 }
 
-/// What a line of a guest in the role `clocks` says: hundredths of seconds since it booted, seconds of the wall clock, and how often its
-/// kernel complained.
-fn told(line: &str) -> Option<(u64, u64, u64)> {
+/// What a guest in the role `clocks` says.
+#[derive(Clone, Copy)]
+struct Told {
+    /// Hundredths of a second since it booted.
+    booted: u64,
+    /// Seconds of the wall clock.
+    wall: u64,
+    /// How often its kernel complained of time.
+    complaints: u64,
+    /// How often it noticed that the machine is a copy.
+    copies: u64,
+}
+
+fn told(line: &str) -> Option<Told> {
     let mut words = line.strip_prefix("fermata-guest: clock ")?.split(' ');
-    let hundredths = words.next()?.replace('.', "").parse().ok()?;
-    Some((
-        hundredths,
-        words.next()?.parse().ok()?,
-        words.next()?.parse().ok()?,
-    ))
+    let booted = words.next()?.replace('.', "").parse().ok()?;
+    let mut number = || words.next()?.parse().ok();
+    Some(Told {
+        booted,
+        wall: number()?,
+        complaints: number()?,
+        copies: number()?,
+    })
 }
 
 #[test]
@@ -108,36 +121,58 @@ fn a_linux_guest_stands_still_or_follows_as_it_is_told() {
     let server = linux::server().unwrap();
     let machine = linux::boot(&server, "clocks").unwrap();
     let held = Held::new(&server, machine);
-    let across = |held: &Held<'_>, clock| {
-        let console = held.console();
-        console.first("the guest to tell its clocks", told).unwrap();
-        let before = held.hold(clock, || console.last(told).unwrap());
-        let after = console
-            .first("its clocks to go on", |line| {
-                told(line).filter(|now| now.0 > before.0)
-            })
-            .unwrap();
-        (after.0 - before.0, after.1 - before.1, after.2)
-    };
-    let hold = HOLD.as_millis() as u64 / 10;
+    let console = held.console();
+    console.first("the guest to tell its clocks", told).unwrap();
     for clock in [
         GuestClock::StandStill,
         GuestClock::Follow,
         GuestClock::StandStill,
     ] {
-        let (booted, wall, complaints) = across(&held, clock);
-        println!("{clock:?}: {booted} hundredths of a second since boot, {wall} s of wall clock");
-        let seen = booted >= hold;
-        assert_eq!(
-            seen,
-            clock == GuestClock::Follow,
-            "{booted} hundredths, {clock:?}"
-        );
-        assert_eq!(
-            wall >= HOLD.as_secs(),
-            clock == GuestClock::Follow,
-            "{wall} s, {clock:?}"
-        );
-        assert_eq!(complaints, 0, "{}", held.console().text());
+        let before = held.hold(clock, || console.last(told).unwrap());
+        let after = next_told(&console, before);
+        check(before, after, clock);
+        assert_eq!(after.copies, 0, "a guest that was held is no copy");
     }
+
+    let (state, memory) = (server.path("state"), server.path("memory"));
+    server
+        .client
+        .snapshot(machine, &state, &memory, false)
+        .unwrap();
+    let before = console.last(told).unwrap();
+    sleep(HOLD);
+    for (word, clock) in [
+        ("stand-still", GuestClock::StandStill),
+        ("follow", GuestClock::Follow),
+    ] {
+        let restored = server
+            .client
+            .restore_clocked(&state, &memory, word)
+            .unwrap();
+        let console = server.console(restored).unwrap();
+        check(before, next_told(&console, before), clock);
+        let knows = |line: &str| told(line).filter(|now| now.copies == 1);
+        console
+            .first("the guest to know it is a copy", knows)
+            .unwrap();
+        let path = format!("/vms/{}", restored.pid);
+        assert_eq!(server.client.delete(&path).unwrap().status, 200);
+    }
+}
+
+/// What the guest says next.
+fn next_told(console: &Console, before: Told) -> Told {
+    let later = |line: &str| told(line).filter(|now| now.booted > before.booted);
+    console.first("the guest's clocks to go on", later).unwrap()
+}
+
+/// Whether the clocks have done what they were told, across a hold that took at least [`HOLD`].
+fn check(before: Told, after: Told, clock: GuestClock) {
+    let (booted, wall) = (after.booted - before.booted, after.wall - before.wall);
+    println!("{clock:?}: {booted} hundredths of a second since boot, {wall} s of wall clock");
+    let follows = clock == GuestClock::Follow;
+    let hold = HOLD.as_millis() as u64 / 10;
+    assert_eq!(booted >= hold, follows, "{booted} hundredths, {clock:?}");
+    assert_eq!(wall >= HOLD.as_secs(), follows, "{wall} s, {clock:?}");
+    assert_eq!(after.complaints, 0, "{clock:?}");
 }
