@@ -100,6 +100,7 @@ impl Machines {
             registry: self.registry.dir().to_owned(),
             paused: false,
             confinement: Some(self.confinement()),
+            net_changes: plan.net_changes,
         };
         let program = &self.config.vmm_binary;
         let limits = &self.config.limits;

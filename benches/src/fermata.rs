@@ -79,6 +79,7 @@ impl Fermata {
             registry: self.registry.clone(),
             paused: false,
             confinement: None,
+            net_changes: Vec::new(),
         };
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
         Ok(FermataMachine {
@@ -101,6 +102,7 @@ impl Monitor for Fermata {
             initrd: Some(guest.initrd.clone()),
             cmdline: guest.cmdline.clone(),
             disks: Vec::new(),
+            nets: Vec::new(),
         };
         self.start(Origin::Boot(config), console)
     }

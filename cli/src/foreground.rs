@@ -6,7 +6,7 @@ use std::{
     process::{ExitCode, ExitStatus},
 };
 
-use control::{Console, Exit, Log, Origin, Registry, Spawned, spawn};
+use control::{Console, Exit, Log, NetChange, Origin, Registry, Spawned, spawn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
@@ -22,9 +22,13 @@ Exit codes: 0 the guest powered off, 1 something failed, 10 the guest asked for 
 11 it had a triple fault, 12 it was saved and was not to go on, 13 it was stopped.";
 
 /// Runs a machine until it ends, or until the user or a signal ends it.
-pub(crate) async fn run(registry: &Registry, origin: Origin) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(
+    registry: &Registry,
+    origin: Origin,
+    net_changes: Vec<NetChange>,
+) -> anyhow::Result<ExitCode> {
     let program = program::find()?;
-    let spec = machine::launch_spec(registry, origin, Console::Terminal)?;
+    let spec = machine::launch_spec(registry, origin, net_changes, Console::Terminal)?;
     let mut signals = Signals::catch()?;
     let Pty { ours, theirs } = Pty::open()?;
     if io::stdin().is_terminal() {

@@ -7,7 +7,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use control::{Client, Console, DiskConfig, LaunchSpec, Origin, Record, Registry, Secret, Source};
+use control::{
+    Client, Console, DiskConfig, LaunchSpec, NetChange, Origin, Record, Registry, Secret, Source,
+};
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
 pub(crate) fn launch_bound(origin: &Origin) -> Duration {
@@ -55,6 +57,7 @@ pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
 pub(crate) fn launch_spec(
     registry: &Registry,
     origin: Origin,
+    net_changes: Vec<NetChange>,
     console: Console,
 ) -> anyhow::Result<LaunchSpec> {
     Ok(LaunchSpec {
@@ -64,6 +67,7 @@ pub(crate) fn launch_spec(
         registry: registry.dir().to_owned(),
         paused: false,
         confinement: None,
+        net_changes,
     })
 }
 

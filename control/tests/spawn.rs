@@ -33,6 +33,7 @@ impl Bench {
             registry: dir.path().join("run"),
             paused: false,
             confinement: None,
+            net_changes: Vec::new(),
         };
         Self { dir, spec }
     }

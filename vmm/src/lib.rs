@@ -12,6 +12,7 @@ mod interrupt;
 mod lifecycle;
 mod machine;
 mod metrics;
+mod nets;
 mod place;
 mod platform;
 mod process;

@@ -4,9 +4,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
 use api_types::CreateAnswer;
-use control::{Console, Log, Origin, Registry, Source, spawn};
+use control::{Console, Log, NetChange, Origin, Registry, Source, spawn};
 
-use crate::{foreground, machine, output, program, store::StoreArgs};
+use crate::{foreground, machine, net, output, program, store::StoreArgs};
 
 #[derive(clap::Args)]
 #[command(after_help = format!("With --foreground: {}", foreground::EXIT_CODES))]
@@ -16,6 +16,10 @@ pub(crate) struct Args {
     from: Vec<String>,
     #[command(flatten)]
     store: StoreArgs,
+    /// What the next network device has instead of what it was saved with: `tap=NAME` or `socket=PATH`, and
+    /// `mac=ADDRESS`; or `saved`.
+    #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::change)]
+    nets: Vec<NetChange>,
     /// Has the machine's console on this terminal, and its exit code for one's own.
     #[arg(long)]
     foreground: bool,
@@ -28,10 +32,11 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
     let registry = Registry::open(run_dir)?;
     let origin = Origin::Restore(source(&args.from, &args.store)?);
     if args.foreground {
-        return foreground::run(&registry, origin).await;
+        return foreground::run(&registry, origin, args.nets).await;
     }
     let console = registry.new_console()?;
-    let spec = machine::launch_spec(&registry, origin, Console::File(console.clone()))?;
+    let terminal = Console::File(console.clone());
+    let spec = machine::launch_spec(&registry, origin, args.nets, terminal)?;
     let bound = machine::launch_bound(&spec.origin);
     let vmm = spawn(&program::find()?, &spec, Log::File, bound).await?;
     let (pid, port) = (vmm.pid, vmm.port);
