@@ -17,7 +17,13 @@ pub const READY: &str = "fermata-guest: ready";
 const INIT: &str = include_str!("../../resources/guest/init");
 
 /// fermata's bus is virtio-mmio; QEMU's machines offer PCI.
-const MODULES: [&str; 4] = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_rng"];
+const MODULES: [&str; 5] = [
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+];
 
 const DISK_MIB: u64 = 64;
 
@@ -26,6 +32,8 @@ const DISK_MIB: u64 = 64;
 pub enum Role {
     /// Counts on the console and tells what it has kept, for ever.
     Counter,
+    /// Carries bytes over its network device in both directions.
+    Net,
     /// Powers off through ACPI.
     PowerOff,
     /// Reboots through the keyboard controller.
@@ -40,6 +48,7 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Counter => "counter",
+            Self::Net => "net",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
             Self::Panic => "panic",
@@ -54,7 +63,7 @@ pub fn command_line(role: Role) -> String {
     let reboot = match role {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
-        Role::Counter | Role::PowerOff | Role::Shell => "",
+        Role::Counter | Role::Net | Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -143,6 +152,7 @@ mod tests {
     fn init_plays_every_role() {
         for role in [
             Role::Counter,
+            Role::Net,
             Role::PowerOff,
             Role::Reboot,
             Role::Panic,
