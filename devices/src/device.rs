@@ -6,7 +6,7 @@ use saved_state::{Kind, Section};
 
 use crate::{
     BusDevice,
-    virtio::{block::DiskError, net::NetError},
+    virtio::{block::DiskError, net::NetError, vsock::VsockError},
 };
 
 /// An edge-triggered interrupt line; implemented above this crate.
@@ -82,6 +82,9 @@ pub enum Error {
     /// The network device cannot be attached, or not there.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The vsock device cannot listen.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The host has no eventfd left.
     #[error("no eventfd for a virtqueue; raise the limit of open files (ulimit -n)")]
     EventFd(#[source] io::Error),

@@ -16,6 +16,7 @@ pub mod net;
 mod serve;
 mod shared;
 mod used;
+pub mod vsock;
 mod worker;
 
 use std::{os::fd::BorrowedFd, sync::Arc};
@@ -121,12 +122,14 @@ pub struct EventSource<'a> {
 }
 
 /// What one round over a queue has come to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// The driver wants to hear of buffers that were used.
     pub interrupt: bool,
     /// The round ended at its bound and there may be more to do.
     pub more: bool,
+    /// It has made another queue worth a look.
+    pub also: Option<usize>,
 }
 
 /// How a driver breaks the rules. The device answers with `DEVICE_NEEDS_RESET`.

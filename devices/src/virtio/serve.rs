@@ -64,7 +64,11 @@ pub(crate) fn serve_until_later<'m>(
     // Asked in every round, so that what the queue counts for it never spans two rounds: that count
     // is not saved.
     let interrupt = used > 0 && queue.needs_notification(memory)?;
-    Ok(Progress { interrupt, more })
+    Ok(Progress {
+        interrupt,
+        more,
+        also: None,
+    })
 }
 
 #[cfg(test)]

@@ -47,6 +47,9 @@ impl Worker {
                 if progress.more {
                     shared.signal(index);
                 }
+                if let Some(also) = progress.also {
+                    shared.signal(also);
+                }
                 progress.more
             }
             Err(error) => {

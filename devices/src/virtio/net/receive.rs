@@ -96,7 +96,11 @@ impl Net {
             }
         }
         let interrupt = used::wants_interrupt(queue, memory, used_before)?;
-        Ok(Progress { interrupt, more })
+        Ok(Progress {
+            interrupt,
+            more,
+            also: None,
+        })
     }
 
     fn receive_frame(
