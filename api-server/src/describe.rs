@@ -2,8 +2,11 @@
 
 use std::{path::Path, time::Duration};
 
-use api_types::{Disk, Vm, VmOrigin, VmState};
-use control::{Client, Console, MachineState, Origin, Record, Registry, Source, Status};
+use api_types::{AttachedNet, Disk, Vm, VmOrigin, VmState};
+use control::{
+    Client, Console, MachineState, NetAttachment, NetConfig, Origin, Record, Registry, Source,
+    Status,
+};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -65,6 +68,7 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
                     read_only: disk.read_only,
                 })
                 .collect(),
+            nets: machine.nets.iter().map(net).collect(),
         },
         Origin::Restore(Source::Files { state, memory, .. }) => VmOrigin::Restore {
             cpu_snapshot_path: text(state),
@@ -74,6 +78,18 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
             snapshot: name.clone(),
             store: text(&store.directory),
         },
+    }
+}
+
+fn net(net: &NetConfig) -> AttachedNet {
+    let (tap_device, socket_path) = match &net.attachment {
+        NetAttachment::Tap(name) => (Some(name.clone()), None),
+        NetAttachment::Socket(path) => (None, Some(text(path))),
+    };
+    AttachedNet {
+        tap_device,
+        socket_path,
+        mac: net.mac.map(|mac| mac.to_string()),
     }
 }
 

@@ -101,6 +101,7 @@ impl Machines {
             paused: false,
             clock: plan.clock,
             confinement: Some(self.confinement()),
+            net_changes: plan.net_changes,
         };
         let program = &self.config.vmm_binary;
         let limits = &self.config.limits;

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use api_types::{CreateRequest, ErrorCode};
+use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    AfterSnapshot, Destination, DiskConfig, GuestClock, MachineConfig, Origin, SnapshotRequest,
-    Source,
+    AfterSnapshot, Destination, DiskConfig, GuestClock, MacAddress, MachineConfig, NetAttachment,
+    NetChange, NetConfig, NotAMac, Origin, RateLimit, SnapshotRequest, Source,
 };
 
 use crate::{
@@ -22,6 +22,8 @@ const MIN_MEMORY_MIB: u64 = 64;
 pub(crate) struct Plan {
     pub(crate) origin: Origin,
     pub(crate) clock: GuestClock,
+    /// What the network devices of a restored machine are attached to.
+    pub(crate) net_changes: Vec<NetChange>,
     /// What was asked for and is not done.
     pub(crate) notes: Vec<String>,
 }
@@ -31,14 +33,27 @@ pub(crate) fn create(
     tree: &Tree,
     request: &CreateRequest,
 ) -> Result<Plan, ApiError> {
-    let origin = if request.resume {
-        restore(config, tree, request)?
+    let nets = nets(request)?;
+    let (origin, net_changes) = if request.resume {
+        let changes = nets.into_iter().map(|(attachment, mac)| NetChange {
+            attachment: Some(attachment),
+            mac,
+        });
+        (restore(config, tree, request)?, changes.collect())
     } else {
-        Origin::Boot(boot(config, tree, request)?)
+        let nets = nets.into_iter().map(|(attachment, mac)| NetConfig {
+            attachment,
+            mac,
+            receive_limit: RateLimit::default(),
+            send_limit: RateLimit::default(),
+        });
+        let machine = boot(config, tree, request, nets.collect())?;
+        (Origin::Boot(machine), Vec::new())
     };
     Ok(Plan {
         origin,
         clock: guest_clock(request.clock),
+        net_changes,
         notes: notes(request),
     })
 }
@@ -58,10 +73,33 @@ fn restore(
     }))
 }
 
+/// The network devices that a request names, in either way.
+fn nets(request: &CreateRequest) -> Result<Vec<(NetAttachment, Option<MacAddress>)>, ApiError> {
+    let wrong = |message: String| ApiError::new(ErrorCode::BadRequest, message);
+    // A client may send every field, and leave empty what it does not mean.
+    let tap_device = request.tap_device.as_ref().filter(|tap| !tap.is_empty());
+    match (tap_device, &request.nets) {
+        (Some(_), Some(_)) => Err(wrong(
+            "tap_device and nets both say what the network is; leave one out".to_owned(),
+        )),
+        (Some(tap), None) => Ok(vec![(NetAttachment::Tap(tap.clone()), None)]),
+        (None, nets) => nets
+            .iter()
+            .flatten()
+            .map(|Net { tap_device, mac }| {
+                let mac = mac.as_deref().map(str::parse).transpose();
+                let mac = mac.map_err(|not: NotAMac| wrong(format!("nets: {not}")))?;
+                Ok((NetAttachment::Tap(tap_device.clone()), mac))
+            })
+            .collect(),
+    }
+}
+
 fn boot(
     config: &ServerConfig,
     tree: &Tree,
     request: &CreateRequest,
+    nets: Vec<NetConfig>,
 ) -> Result<MachineConfig, ApiError> {
     let kernel = input(tree, "kernel_path", &request.kernel_path)?;
     let initrd = match request.initrd_path.as_deref() {
@@ -98,16 +136,12 @@ fn boot(
         initrd,
         cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
         disks,
+        nets,
     })
 }
 
 fn notes(request: &CreateRequest) -> Vec<String> {
     let mut notes = Vec::new();
-    if let Some(tap) = &request.tap_device {
-        notes.push(format!(
-            "tap_device {tap:?} is not used: this release has no network device"
-        ));
-    }
     if request.config.is_some() {
         notes.push("config is not used: this release does not configure guests".to_owned());
     }
@@ -269,6 +303,7 @@ mod tests {
                 path: bench.path("disk"),
                 read_only: false,
             }],
+            nets: Vec::new(),
         };
         assert_eq!(plan.origin, Origin::Boot(expected));
         let plan = bench
@@ -305,9 +340,48 @@ mod tests {
                     "config": {"username": "u", "password": "hunter2", "id": 10}}"#,
             )
             .unwrap();
-        assert_eq!(plan.notes.len(), 2);
-        assert!(plan.notes[0].contains("vmtap100"));
+        assert_eq!(plan.notes.len(), 1);
+        assert!(plan.notes[0].starts_with("config is not used"));
         assert!(!format!("{:?}", plan.notes).contains("hunter2"));
+    }
+
+    #[test]
+    fn a_tap_device_is_attached_at_boot_and_at_restore() {
+        let bench = Bench::new();
+        let tap = |name: &str| NetAttachment::Tap(name.to_owned());
+        let mac = "02:00:5e:10:00:01";
+        let boot = |more: &str| {
+            let json = format!(r#"{{"kernel_path": "kernel", "resume": false, {more}}}"#);
+            match bench.create(&json).unwrap().origin {
+                Origin::Boot(machine) => machine.nets,
+                origin => panic!("{origin:?}"),
+            }
+        };
+        let config = |name: &str, mac: Option<&str>| NetConfig {
+            attachment: tap(name),
+            mac: mac.map(|mac| mac.parse().unwrap()),
+            receive_limit: RateLimit::default(),
+            send_limit: RateLimit::default(),
+        };
+        assert_eq!(boot(r#""tap_device": "a""#), [config("a", None)]);
+        assert_eq!(boot(r#""tap_device": """#), []);
+        let nets =
+            format!(r#""nets": [{{"tap_device": "a", "mac": "{mac}"}}, {{"tap_device": "b"}}]"#);
+        assert_eq!(boot(&nets), [config("a", Some(mac)), config("b", None)]);
+
+        let restore = |more: &str| {
+            let json = format!(
+                r#"{{"cpu_snapshot_path": "state", "memory_snapshot_path": "memory",
+                    "kernel_path": "", "resume": true, {more}}}"#
+            );
+            bench.create(&json).unwrap().net_changes
+        };
+        let change = |name: &str, mac: Option<&str>| NetChange {
+            attachment: Some(tap(name)),
+            mac: mac.map(|mac| mac.parse().unwrap()),
+        };
+        assert_eq!(restore(r#""tap_device": "a""#), [change("a", None)]);
+        assert_eq!(restore(&nets), [change("a", Some(mac)), change("b", None)]);
     }
 
     #[test]
@@ -355,6 +429,16 @@ mod tests {
                 r#"{"resume": false, "kernel_path": "kernel", "memory_mib": 63}"#,
                 400,
                 "memory_mib is 63",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "kernel", "tap_device": "a", "nets": []}"#,
+                400,
+                "leave one out",
+            ),
+            (
+                r#"{"resume": false, "kernel_path": "kernel", "nets": [{"tap_device": "a", "mac": "x"}]}"#,
+                400,
+                "MAC address",
             ),
             (
                 r#"{"resume": false, "kernel_path": "kernel", "disks": [{"path": "../x"}]}"#,

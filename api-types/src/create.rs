@@ -25,7 +25,9 @@ pub struct CreateRequest {
     pub kernel_path: Option<String>,
     /// Whether to restore a snapshot rather than boot a kernel.
     pub resume: bool,
-    /// Accepted, but this release has no network device: the machine's `notes` say so.
+    /// The TAP device that the machine's network device is attached to; it is there, and no other machine's.
+    /// Without one, a machine is booted without a network device. A restored machine that has one needs one
+    /// here: what its state file names is not believed.
     pub tap_device: Option<String>,
     /// Accepted, but not used by this release: the machine's `notes` say so.
     pub config: Option<GuestConfig>,
@@ -39,6 +41,9 @@ pub struct CreateRequest {
     pub cmdline: Option<String>,
     /// Disks, in the order of their names in the guest; the server has a default.
     pub disks: Option<Vec<Disk>>,
+    /// Network devices, in the order of their names in the guest; instead of `tap_device`. Of a restored machine
+    /// these are the ones that it has, and what they have now.
+    pub nets: Option<Vec<Net>>,
     /// What the clocks of a restored machine have done since it was saved.
     #[serde(default)]
     pub clock: GuestClock,
@@ -52,6 +57,17 @@ pub struct Disk {
     /// Whether the guest may only read it.
     #[serde(default)]
     pub read_only: bool,
+}
+
+/// A network device on a TAP device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Net {
+    /// The TAP device.
+    pub tap_device: String,
+    /// Its MAC address, like `02:00:5e:10:00:01`. Without one, a booted machine has one that follows from the host
+    /// and the TAP device, and a restored one has what it was saved with. The guest of a restored machine
+    /// learns of another when its driver is bound anew.
+    pub mac: Option<String>,
 }
 
 /// Settings for the guest, as clients in the field send them: `username`, `password`, `id`.

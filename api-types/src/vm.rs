@@ -73,6 +73,9 @@ pub enum VmOrigin {
         cmdline: String,
         /// The disks.
         disks: Vec<Disk>,
+        /// The network devices.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        nets: Vec<AttachedNet>,
     },
     /// A snapshot was restored.
     Restore {
@@ -88,6 +91,20 @@ pub enum VmOrigin {
         /// The store's directory.
         store: String,
     },
+}
+
+/// A network device, by what it was attached to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AttachedNet {
+    /// The TAP device, if it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap_device: Option<String>,
+    /// The path of the socket, if it is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_path: Option<String>,
+    /// The MAC address that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
 }
 
 /// How a machine ended.

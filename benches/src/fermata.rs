@@ -80,6 +80,7 @@ impl Fermata {
             paused: false,
             clock: GuestClock::StandStill,
             confinement: None,
+            net_changes: Vec::new(),
         };
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
         Ok(FermataMachine {
@@ -102,6 +103,7 @@ impl Monitor for Fermata {
             initrd: Some(guest.initrd.clone()),
             cmdline: guest.cmdline.clone(),
             disks: Vec::new(),
+            nets: Vec::new(),
         };
         self.start(Origin::Boot(config), console)
     }

@@ -47,6 +47,7 @@ pub fn measure(
         initrd: None,
         cmdline: String::new(),
         disks: Vec::new(),
+        nets: Vec::new(),
     };
 
     let mut console = Console::create(directory.path().join("booted.console"))?;

@@ -8,7 +8,8 @@ use std::{
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
-    Client, Console, DiskConfig, GuestClock, LaunchSpec, Origin, Record, Registry, Secret, Source,
+    Client, Console, DiskConfig, GuestClock, LaunchSpec, NetChange, Origin, Record, Registry,
+    Secret, Source,
 };
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
@@ -78,11 +79,20 @@ pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
     Ok(Client::connect(record.port, &record.secret).await?)
 }
 
+/// What a restored machine has otherwise than it was saved with.
+#[derive(Default)]
+pub(crate) struct Changes {
+    /// What its clocks have done meanwhile.
+    pub(crate) clock: GuestClock,
+    /// Its network devices, in their order.
+    pub(crate) nets: Vec<NetChange>,
+}
+
 /// What a VMM is told that is started from here.
 pub(crate) fn launch_spec(
     registry: &Registry,
     origin: Origin,
-    clock: GuestClock,
+    changes: Changes,
     console: Console,
 ) -> anyhow::Result<LaunchSpec> {
     Ok(LaunchSpec {
@@ -91,8 +101,9 @@ pub(crate) fn launch_spec(
         console,
         registry: registry.dir().to_owned(),
         paused: false,
-        clock,
+        clock: changes.clock,
         confinement: None,
+        net_changes: changes.nets,
     })
 }
 

@@ -9,9 +9,11 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, ensure};
-use control::DiskConfig;
+use control::{DiskConfig, NetConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
+
+use crate::net::Net;
 
 /// A longer file is not a machine's.
 const MAX_BYTES: u64 = 1 << 20;
@@ -36,6 +38,9 @@ pub(crate) struct MachineFile {
     /// The disks, in the order of their names in the guest.
     #[serde(default)]
     pub(crate) disks: Vec<Disk>,
+    /// The network devices, in the order of their names in the guest.
+    #[serde(default)]
+    pub(crate) nets: Vec<Net>,
 }
 
 /// A raw disk image.
@@ -75,9 +80,16 @@ impl MachineFile {
     /// Makes paths absolute.
     fn resolve(&mut self, directory: &Path) {
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
-        for path in self.kernel.iter_mut().chain(&mut self.initrd).chain(disks) {
+        let sockets = self.nets.iter_mut().filter_map(|net| net.socket.as_mut());
+        let paths = self.kernel.iter_mut().chain(&mut self.initrd);
+        for path in paths.chain(disks).chain(sockets) {
             *path = directory.join(&*path);
         }
+    }
+
+    /// The network devices as a VMM is told of them.
+    pub(crate) fn nets(&mut self) -> anyhow::Result<Vec<NetConfig>> {
+        self.nets.drain(..).map(Net::config).collect()
     }
 
     /// The disks as a VMM is told of them.

@@ -7,6 +7,7 @@ mod doctor;
 mod foreground;
 mod machine;
 mod machine_file;
+mod net;
 mod output;
 mod program;
 mod progress;

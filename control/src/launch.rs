@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, GuestClock, Secret, Source};
+use crate::{Failure, GuestClock, NetChange, NetConfig, Secret, Source};
 
 /// Everything a VMM process needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,9 +28,16 @@ pub struct LaunchSpec {
     /// What a restored machine may have, if not everything that its state file asks for.
     #[serde(default)]
     pub confinement: Option<Confinement>,
+    /// What the network devices of a restored machine have instead of what they were saved with, in their
+    /// order; those behind the last have nothing else.
+    #[serde(default)]
+    pub net_changes: Vec<NetChange>,
 }
 
 /// What a restored machine may have: its state file may come from anybody.
+///
+/// Its network devices are attached to nothing that only the state file names: each needs its
+/// [`NetChange`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Confinement {
@@ -68,6 +75,9 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Disks, in the order of their names in the guest.
     pub disks: Vec<DiskConfig>,
+    /// Network devices, in the order of their names in the guest.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
 }
 
 /// A raw disk image.

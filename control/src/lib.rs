@@ -8,6 +8,7 @@
 mod client;
 mod exit;
 mod launch;
+mod net;
 mod place;
 mod process;
 mod registry;
@@ -21,6 +22,7 @@ mod wire;
 pub use client::{Client, ClientError};
 pub use exit::Exit;
 pub use launch::{Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin};
+pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use place::{Destination, Source, StoreLocation};
 pub use process::{ProcessHandle, ProcessId};
 pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};

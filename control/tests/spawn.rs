@@ -34,6 +34,7 @@ impl Bench {
             paused: false,
             clock: GuestClock::StandStill,
             confinement: None,
+            net_changes: Vec::new(),
         };
         Self { dir, spec }
     }

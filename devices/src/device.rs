@@ -4,7 +4,10 @@ use std::{fmt, io, sync::Arc};
 
 use saved_state::{Kind, Section};
 
-use crate::{BusDevice, virtio::block::DiskError};
+use crate::{
+    BusDevice,
+    virtio::{block::DiskError, net::NetError, vsock::VsockError},
+};
 
 /// An edge-triggered interrupt line; implemented above this crate.
 pub trait InterruptLine: Send + Sync + fmt::Debug {
@@ -76,6 +79,12 @@ pub enum Error {
     /// The disk is not the one that was saved.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The network device cannot be attached, or not there.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The vsock device cannot listen.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// The host has no eventfd left.
     #[error("no eventfd for a virtqueue; raise the limit of open files (ulimit -n)")]
     EventFd(#[source] io::Error),

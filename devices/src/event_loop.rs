@@ -207,13 +207,13 @@ fn run(manager: &mut EventManager<Subscriber>, stopping: &AtomicBool) {
     }
 }
 
-/// Serves the queues until nothing is available or [`DRAIN_TIME`] is over.
+/// Serves the requests that are available, until there are none or [`DRAIN_TIME`] is over.
 fn drain(workers: &Workers) {
     let start = Instant::now();
     for worker in workers.iter() {
         let mut worker = lock(worker);
         for index in 0..worker.queue_count() {
-            while worker.process(index) && start.elapsed() < DRAIN_TIME {}
+            worker.drain(index, || start.elapsed() < DRAIN_TIME);
         }
     }
 }

@@ -17,7 +17,13 @@ pub const READY: &str = "fermata-guest: ready";
 const INIT: &str = include_str!("../../resources/guest/init");
 
 /// fermata's bus is virtio-mmio; QEMU's machines offer PCI.
-const MODULES: [&str; 4] = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_rng"];
+const MODULES: [&str; 5] = [
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+];
 
 const DISK_MIB: u64 = 64;
 
@@ -28,6 +34,8 @@ pub enum Role {
     Counter,
     /// Tells its clocks, for ever.
     Clocks,
+    /// Carries bytes over its network device in both directions.
+    Net,
     /// Powers off through ACPI.
     PowerOff,
     /// Reboots through the keyboard controller.
@@ -43,6 +51,7 @@ impl fmt::Display for Role {
         f.write_str(match self {
             Self::Counter => "counter",
             Self::Clocks => "clocks",
+            Self::Net => "net",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
             Self::Panic => "panic",
@@ -57,7 +66,7 @@ pub fn command_line(role: Role) -> String {
     let reboot = match role {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
-        Role::Counter | Role::Clocks | Role::PowerOff | Role::Shell => "",
+        Role::Counter | Role::Clocks | Role::Net | Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -147,6 +156,7 @@ mod tests {
         for role in [
             Role::Counter,
             Role::Clocks,
+            Role::Net,
             Role::PowerOff,
             Role::Reboot,
             Role::Panic,

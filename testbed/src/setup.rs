@@ -17,6 +17,8 @@ fn packages(level: Level) -> Vec<&'static str> {
         "busybox-static",
         // mke2fs; absent from container images.
         "e2fsprogs",
+        // TAP devices.
+        "iproute2",
         // The client of the REST contract's test.
         "python3",
         // L1 at the nested level, the peer of the benchmarks at both.

@@ -10,4 +10,5 @@ pub mod http;
 pub mod linux;
 pub mod programs;
 pub mod server;
+pub mod tap;
 pub mod wait;

@@ -15,6 +15,8 @@ mod crash;
 mod ends;
 #[path = "bare_metal/generation.rs"]
 mod generation;
+#[path = "bare_metal/network.rs"]
+mod network;
 #[path = "bare_metal/pause.rs"]
 mod pause;
 #[path = "bare_metal/python.rs"]

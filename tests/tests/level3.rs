@@ -14,6 +14,8 @@ mod ends;
 mod first_light;
 #[path = "level3/full_disk.rs"]
 mod full_disk;
+#[path = "level3/network.rs"]
+mod network;
 #[path = "level3/pause.rs"]
 mod pause;
 #[path = "level3/same_again.rs"]

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use control::{DiskConfig, Metric};
+use control::{DiskConfig, Metric, NetConfig};
 use devices::{
     AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, Rtc, Serial,
     virtio::{MmioTransport, VirtioDevice, block::Block, entropy::Entropy},
@@ -21,6 +21,7 @@ use crate::{
     error::Error,
     generation::Generation,
     interrupt::Irqfd,
+    nets,
     platform::{
         COM1_IRQ, COM1_PORT, COM1_PORTS, EVENT_GSI, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT,
         RTC_PORTS, SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
@@ -28,8 +29,8 @@ use crate::{
     vcpu::Buses,
 };
 
-/// The most disks a machine can have: every virtio device but the source of entropy.
-pub(crate) const MAX_DISKS: usize = MAX_VIRTIO - 1;
+/// The most disks and network devices a machine can have: every virtio device but the source of entropy.
+pub(crate) const MAX_DEVICES: usize = MAX_VIRTIO - 1;
 
 /// A machine's devices.
 pub(crate) struct DeviceSet {
@@ -59,11 +60,12 @@ impl DeviceSet {
         vm: &Vm,
         memory: &GuestMemory,
         disks: &[DiskConfig],
+        nets: &[NetConfig],
         console: Box<dyn Write + Send>,
         requests: &OnGuestRequest,
     ) -> Result<(Self, Buses), Error> {
-        if disks.len() > MAX_DISKS {
-            return Err(Error::TooManyDisks);
+        if disks.len() + nets.len() > MAX_DEVICES {
+            return Err(Error::TooManyDevices);
         }
         let mut builder = Builder {
             vm,
@@ -83,6 +85,9 @@ impl DeviceSet {
             let block =
                 Block::open(&disk.path, disk.read_only, &id).map_err(devices::Error::Disk)?;
             builder.virtio(Box::new(block))?;
+        }
+        for (number, net) in nets.iter().enumerate() {
+            builder.virtio(Box::new(nets::open(number, net)?))?;
         }
         let Builder {
             buses,

@@ -1,8 +1,10 @@
 //! Why a machine could not do as it was asked, and whose fault that is.
 
-use control::{Failure, FailureKind};
+use std::path::PathBuf;
 
-use crate::{boot, vcpus};
+use control::{Failure, FailureKind, NetAttachment};
+
+use crate::{boot, nets, vcpus};
 
 /// An error of a machine. Its text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -15,8 +17,22 @@ pub(crate) enum Error {
     HostTooSmall { guest_mib: u64, host_mib: u64 },
     #[error("this host lacks CPU features that the guest uses: {}; restore it on a host that has them", .0.join(", "))]
     MissingFeatures(Vec<String>),
-    #[error("a machine can have {max} disks at most; leave some out", max = crate::device_set::MAX_DISKS)]
-    TooManyDisks,
+    #[error("a machine can have {max} disks and network devices together; leave some out", max = crate::device_set::MAX_DEVICES)]
+    TooManyDevices,
+    #[error(
+        "the snapshot's machine has {has} network devices, and {named} were named; name no more than it has"
+    )]
+    NoSuchNet { has: usize, named: usize },
+    #[error(
+        "network device {number} of the snapshot's machine ({}) is not attached because a state file says so; name the TAP device that it is to have",
+        place_of(.was.as_ref())
+    )]
+    NetNotNamed {
+        number: usize,
+        was: Option<NetAttachment>,
+    },
+    #[error("{0:?} cannot be saved as text; give the network socket a path in UTF-8")]
+    NetPath(PathBuf),
     #[error(
         "the disk {path} was written to after the snapshot was taken; restore the copy of it that belongs to the snapshot"
     )]
@@ -64,7 +80,10 @@ impl Error {
     fn kind(&self) -> FailureKind {
         use hypervisor::Error as Kvm;
         match self {
-            Self::Size(_) | Self::TooManyDisks => FailureKind::BadRequest,
+            Self::Size(_) | Self::TooManyDevices => FailureKind::BadRequest,
+            Self::NoSuchNet { .. } | Self::NetNotNamed { .. } | Self::NetPath(_) => {
+                FailureKind::BadRequest
+            }
             Self::HostTooSmall { .. } | Self::DiskSync { .. } => FailureKind::Host,
             Self::DiskOutside { .. } | Self::TooLarge { .. } => FailureKind::BadRequest,
             Self::DiskChanged { .. } | Self::GuestEnds => FailureKind::WrongState,
@@ -84,6 +103,11 @@ impl Error {
     }
 }
 
+/// What a network device was attached to.
+fn place_of(attachment: Option<&NetAttachment>) -> String {
+    attachment.map_or("on a descriptor".to_owned(), |was| format!("on {was}"))
+}
+
 fn boot_kind(error: &boot::Error) -> FailureKind {
     match error {
         boot::Error::Read { source, .. } => io_kind(source),
@@ -101,6 +125,8 @@ fn device_kind(error: &devices::Error) -> FailureKind {
         devices::Error::Disk(DiskError::Open { source, .. }) => io_kind(source),
         devices::Error::Disk(DiskError::InUse { .. }) => FailureKind::WrongState,
         devices::Error::Disk(_) => FailureKind::BadRequest,
+        devices::Error::Net(error) => nets::kind(error),
+        devices::Error::Vsock(_) => FailureKind::BadRequest,
         devices::Error::EventFd(_) => FailureKind::Host,
         devices::Error::QueueSize(_) => FailureKind::Internal,
     }

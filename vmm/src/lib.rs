@@ -13,6 +13,7 @@ mod interrupt;
 mod lifecycle;
 mod machine;
 mod metrics;
+mod nets;
 mod place;
 mod platform;
 mod process;

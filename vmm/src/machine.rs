@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use control::{Confinement, DiskConfig, GuestClock, MachineConfig};
+use control::{Confinement, DiskConfig, GuestClock, MachineConfig, NetChange};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState, cpu_identity, missing_features};
 use memory::{Layout, MachineMemory};
@@ -19,6 +19,7 @@ use crate::{
     device_set::DeviceSet,
     error::Error,
     metrics::{ExitCounts, MachineCounts},
+    nets,
     state::{DiskState, MachineState},
     vcpu::VcpuEnd,
     vcpus::Vcpus,
@@ -127,8 +128,8 @@ impl Machine {
         let vm = Vm::new(&memory, config.vcpus)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
-        let (devices, buses) =
-            DeviceSet::new(&vm, memory.guest(), &config.disks, output, requests)?;
+        let MachineConfig { disks, nets, .. } = config;
+        let (devices, buses) = DeviceSet::new(&vm, memory.guest(), disks, nets, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
         devices.generation.begin(memory.guest())?;
         let mut vcpus = Vec::new();
@@ -145,7 +146,7 @@ impl Machine {
                 vm,
                 memory,
                 vcpus,
-                disks: config.disks.clone(),
+                disks: disks.clone(),
                 devices,
                 buses,
                 input,
@@ -158,10 +159,11 @@ impl Machine {
         )
     }
 
-    /// Makes the machine that `saved` was. Its memory is checked first.
+    /// Makes the machine that `saved` was, with `net_changes`. Its memory is checked first.
     pub(crate) fn restore(
         mut saved: Snapshot,
         confinement: Option<&Confinement>,
+        net_changes: &[NetChange],
         console: console::Ends,
         listeners: &Listeners,
     ) -> Result<Self, Error> {
@@ -180,6 +182,7 @@ impl Machine {
             }
         }
         let disks: Vec<_> = disks.iter().map(DiskState::config).collect();
+        let nets = nets::saved(&state, net_changes, confinement.is_some())?;
         let memory = saved.load()?;
         let stored_as = saved.stored_as().map(str::to_owned);
         let count = state.header.vcpus;
@@ -189,7 +192,8 @@ impl Machine {
         let mut vm = Vm::new(&memory, count)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
-        let (devices, buses) = DeviceSet::new(&vm, memory.guest(), &disks, output, requests)?;
+        let (devices, buses) =
+            DeviceSet::new(&vm, memory.guest(), &disks, &nets, output, requests)?;
         let mut vcpus = Vec::new();
         for id in 0..count {
             let saved: VcpuState = state.take(id)?;

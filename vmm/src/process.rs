@@ -149,7 +149,14 @@ fn make(spec: &LaunchSpec, listeners: &Listeners) -> Result<Machine, Failure> {
         Origin::Restore(source) => {
             let saved = place::open(source)?;
             let confinement = spec.confinement.as_ref();
-            Ok(Machine::restore(saved, confinement, console, listeners)?)
+            let changes = &spec.net_changes;
+            Ok(Machine::restore(
+                saved,
+                confinement,
+                changes,
+                console,
+                listeners,
+            )?)
         }
     }
 }

@@ -73,6 +73,7 @@ impl Bench {
                     read_only: false,
                 })
                 .collect(),
+            nets: Vec::new(),
         };
         let mut worker = self.start(Origin::Boot(config), 0)?;
         let ready = "bench-guest: ready.";

@@ -4,9 +4,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
 use api_types::CreateAnswer;
-use control::{Console, Log, Origin, Registry, Source, spawn};
+use control::{Console, Log, NetChange, Origin, Registry, Source, spawn};
 
-use crate::{foreground, machine, output, program, store::StoreArgs};
+use crate::{foreground, machine, net, output, program, store::StoreArgs};
 
 #[derive(clap::Args)]
 #[command(after_help = format!("With --foreground: {}", foreground::EXIT_CODES))]
@@ -18,6 +18,10 @@ pub(crate) struct Args {
     store: StoreArgs,
     #[command(flatten)]
     clock: machine::Clock,
+    /// What the next network device has instead of what it was saved with: `tap=NAME` or `socket=PATH`, and
+    /// `mac=ADDRESS`; or `saved`.
+    #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::change)]
+    nets: Vec<NetChange>,
     /// Has the machine's console on this terminal, and its exit code for one's own.
     #[arg(long)]
     foreground: bool,
@@ -29,12 +33,16 @@ pub(crate) struct Args {
 pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let registry = Registry::open(run_dir)?;
     let origin = Origin::Restore(source(&args.from, &args.store)?);
-    let clock = args.clock.chosen();
+    let changes = machine::Changes {
+        clock: args.clock.chosen(),
+        nets: args.nets,
+    };
     if args.foreground {
-        return foreground::run(&registry, origin, clock).await;
+        return foreground::run(&registry, origin, changes).await;
     }
     let console = registry.new_console()?;
-    let spec = machine::launch_spec(&registry, origin, clock, Console::File(console.clone()))?;
+    let terminal = Console::File(console.clone());
+    let spec = machine::launch_spec(&registry, origin, changes, terminal)?;
     let bound = machine::launch_bound(&spec.origin);
     let vmm = spawn(&program::find()?, &spec, Log::File, bound).await?;
     let (pid, port) = (vmm.pid, vmm.port);

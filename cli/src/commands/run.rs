@@ -4,9 +4,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use api_server::Defaults;
-use control::{DiskConfig, GuestClock, MachineConfig, Origin, Registry};
+use control::{DiskConfig, MachineConfig, NetConfig, Origin, Registry};
 
-use crate::{foreground, machine, machine_file::MachineFile};
+use crate::{foreground, machine, machine_file::MachineFile, net};
 
 /// The console is the serial line; a panic or a reboot ends the machine.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
@@ -36,6 +36,11 @@ pub(crate) struct Args {
     /// A disk; `,ro` after the path if the guest may only read it.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
+    /// A network device: `tap=NAME` or `socket=PATH`, and if need be `mac=ADDRESS`, and limits by
+    /// `receive_bytes_per_second`, `receive_packets_per_second`, `send_bytes_per_second` and
+    /// `send_packets_per_second`.
+    #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::net)]
+    nets: Vec<NetConfig>,
 }
 
 impl Args {
@@ -47,6 +52,7 @@ impl Args {
         };
         let defaults = Defaults::default();
         let kernel = self.kernel.or(file.kernel.take());
+        let nets = file.nets()?;
         Ok(MachineConfig {
             vcpus: self.vcpus.or(file.vcpus).unwrap_or(defaults.vcpus),
             memory_mib: (self.memory.or(file.memory_mib)).unwrap_or(defaults.memory_mib),
@@ -58,15 +64,19 @@ impl Args {
             } else {
                 self.disks
             },
+            nets: if self.nets.is_empty() {
+                nets
+            } else {
+                self.nets
+            },
         })
     }
 }
 
 pub(crate) async fn run(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let origin = Origin::Boot(args.machine()?);
-    // Its clocks have not begun to go.
-    let clock = GuestClock::default();
-    foreground::run(&Registry::open(run_dir)?, origin, clock).await
+    let changes = machine::Changes::default();
+    foreground::run(&Registry::open(run_dir)?, origin, changes).await
 }
 
 #[cfg(test)]
@@ -93,15 +103,20 @@ mod tests {
     fn flags_mean_the_same_as_the_file_and_come_first() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("m.toml");
-        let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n";
+        let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n\
+                    [[nets]]\ntap = \"t\"\n[[nets]]\nsocket = \"s\"\n";
         std::fs::write(&path, text).unwrap();
         let config = path.to_str().unwrap();
         let by_file = machine(&["--config", config]).unwrap();
-        let by_flags = machine(&["/k", "--memory", "512", "--vcpus", "4", "--disk", "/d"]).unwrap();
+        let socket = format!("socket={}", directory.path().join("s").display());
+        let flags = ["/k", "--memory", "512", "--vcpus", "4", "--disk", "/d"];
+        let nets = ["--net", "tap=t", "--net", &socket];
+        let by_flags = machine(&[&flags[..], &nets].concat()).unwrap();
         assert_eq!(by_file, by_flags);
         let both = machine(&["/other", "--config", config, "--vcpus", "3"]).unwrap();
         assert_eq!((both.kernel, both.vcpus), ("/other".into(), 3));
         assert_eq!((both.memory_mib, both.disks.len()), (512, 1));
+        assert_eq!(both.nets, by_file.nets);
     }
 
     #[test]

@@ -126,4 +126,13 @@ impl<'m> Run<'m> {
         }
         (bytes.len() - rest.len()) as u32
     }
+
+    /// Copies the first bytes of the run to `bytes`, and returns how many.
+    pub(crate) fn copy_to(&self, bytes: &mut [u8]) -> usize {
+        let mut copied = 0;
+        for slice in &self.slices {
+            copied += slice.copy_to(&mut bytes[copied..]);
+        }
+        copied
+    }
 }

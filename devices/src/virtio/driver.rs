@@ -19,13 +19,19 @@ pub(crate) const MEMORY_BYTES: u64 = 1 << 20;
 pub(crate) const ENTRIES: u16 = 64;
 pub(crate) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
-/// Where the driver puts the three parts of its queue, and its buffers.
+/// Where the driver puts the three parts of its first queue; those of the next follow.
 pub(crate) const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
-const DATA: u64 = 0x8000;
+const QUEUE_BYTES: u64 = 0x3000;
 
-/// Guest-physical addresses of fields of the rings (virtio 1.3, 2.7.6 and 2.7.8).
+/// Where the buffers of the first queue begin and when it begins with them again, and the same for those
+/// of each further queue.
+const FIRST_DATA: (u64, u64) = (0x1_0000, 0x8_0000);
+const FURTHER_DATA: u64 = 0xa_0000;
+const FURTHER_BYTES: u64 = 0x3_0000;
+
+/// Guest-physical addresses of fields of the first queue's rings (virtio 1.3, 2.7.6 and 2.7.8).
 pub(crate) const AVAILABLE_INDEX: u64 = AVAILABLE + 2;
 pub(crate) const USED_EVENT: u64 = AVAILABLE + 4 + 2 * ENTRIES as u64;
 pub(crate) const AVAILABLE_EVENT: u64 = USED + 4 + 8 * ENTRIES as u64;
@@ -98,15 +104,17 @@ pub(crate) enum Part<'a> {
     In(usize),
 }
 
-/// The driver of a device with one queue.
+/// The driver of one queue of a device.
 pub(crate) struct Driver<'a> {
     memory: &'a GuestMemory,
+    queue: u32,
     next_descriptor: u16,
     next_data: u64,
 }
 
 impl<'a> Driver<'a> {
-    /// Resets the device, forgets what was in memory, and starts the device with `features`.
+    /// Resets the device, forgets what was in memory, and starts the device with `features`; returns the
+    /// driver of its first queue.
     pub(crate) fn start(
         transport: &mut MmioTransport,
         memory: &'a GuestMemory,
@@ -131,23 +139,57 @@ impl<'a> Driver<'a> {
         assert!(negotiate(transport, features));
         let zeros = vec![0; MEMORY_BYTES as usize];
         memory.write_slice(&zeros, GuestAddress(0)).unwrap();
-        set(transport, VIRTIO_MMIO_QUEUE_SEL, 0);
-        set(transport, VIRTIO_MMIO_QUEUE_NUM, ENTRIES.into());
-        for (register, address) in [
-            (VIRTIO_MMIO_QUEUE_DESC_LOW, DESCRIPTORS),
-            (VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAILABLE),
-            (VIRTIO_MMIO_QUEUE_USED_LOW, USED),
-        ] {
-            set(transport, register, address as u32);
-            set(transport, register + 4, (address >> 32) as u32);
+        for queue in 0.. {
+            set(transport, VIRTIO_MMIO_QUEUE_SEL, queue);
+            if get(transport, VIRTIO_MMIO_QUEUE_NUM_MAX) == 0 {
+                break;
+            }
+            set(transport, VIRTIO_MMIO_QUEUE_NUM, ENTRIES.into());
+            for (register, address) in [
+                (VIRTIO_MMIO_QUEUE_DESC_LOW, DESCRIPTORS),
+                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAILABLE),
+                (VIRTIO_MMIO_QUEUE_USED_LOW, USED),
+            ] {
+                let address = address + u64::from(queue) * QUEUE_BYTES;
+                set(transport, register, address as u32);
+                set(transport, register + 4, (address >> 32) as u32);
+            }
+            set(transport, VIRTIO_MMIO_QUEUE_READY, 1);
+            assert_eq!(get(transport, VIRTIO_MMIO_QUEUE_READY), 1);
         }
-        set(transport, VIRTIO_MMIO_QUEUE_READY, 1);
-        assert_eq!(get(transport, VIRTIO_MMIO_QUEUE_READY), 1);
+        set(transport, VIRTIO_MMIO_QUEUE_SEL, 0);
         Self {
             memory,
+            queue: 0,
             next_descriptor: 0,
-            next_data: DATA,
+            next_data: FIRST_DATA.0,
         }
+    }
+
+    /// The driver of another queue of the same device.
+    pub(crate) fn of_queue(&self, queue: u32) -> Self {
+        let mut driver = Self {
+            queue,
+            next_descriptor: 0,
+            next_data: 0,
+            ..*self
+        };
+        driver.next_data = driver.data().0;
+        driver
+    }
+
+    /// Where the buffers begin, and when they begin again.
+    fn data(&self) -> (u64, u64) {
+        let Some(further) = self.queue.checked_sub(1) else {
+            return FIRST_DATA;
+        };
+        let begin = FURTHER_DATA + u64::from(further) * FURTHER_BYTES;
+        (begin, begin + FURTHER_BYTES / 2)
+    }
+
+    /// Where what is at `address` for the first queue is for this one.
+    fn place(&self, address: u64) -> u64 {
+        address + u64::from(self.queue) * QUEUE_BYTES
     }
 
     /// Makes a request available without a notification; returns where its parts are.
@@ -173,8 +215,9 @@ impl<'a> Driver<'a> {
             places.push(place);
             self.next_data += len as u64;
         }
-        if self.next_data > MEMORY_BYTES / 2 {
-            self.next_data = DATA;
+        let (begin, full) = self.data();
+        if self.next_data > full {
+            self.next_data = begin;
         }
         self.publish(head);
         places
@@ -183,27 +226,28 @@ impl<'a> Driver<'a> {
     pub(crate) fn describe(&self, slot: u16, address: u64, len: u32, flags: u32, next: u16) {
         let descriptor = Descriptor::new(address, len, flags as u16, next);
         self.store(
-            DESCRIPTORS + 16 * u64::from(slot),
+            self.place(DESCRIPTORS) + 16 * u64::from(slot),
             RawDescriptor::from(descriptor),
         );
     }
 
     /// Puts `head` into the available ring, and asks to be interrupted when it is used.
     pub(crate) fn publish(&self, head: u16) {
-        let index: u16 = self.load(AVAILABLE_INDEX);
-        self.store(AVAILABLE + 4 + 2 * u64::from(index % ENTRIES), head);
-        self.store(USED_EVENT, self.used());
-        self.store(AVAILABLE_INDEX, index.wrapping_add(1));
+        let index: u16 = self.load(self.place(AVAILABLE_INDEX));
+        let slot = self.place(AVAILABLE) + 4 + 2 * u64::from(index % ENTRIES);
+        self.store(slot, head);
+        self.store(self.place(USED_EVENT), self.used());
+        self.store(self.place(AVAILABLE_INDEX), index.wrapping_add(1));
     }
 
     /// How many requests the device has used so far.
     pub(crate) fn used(&self) -> u16 {
-        self.load(USED + 2)
+        self.load(self.place(USED) + 2)
     }
 
     /// Bytes the device says it has written for the `nth` request.
     pub(crate) fn used_len(&self, nth: u16) -> u32 {
-        self.load(USED + 4 + 8 * u64::from(nth % ENTRIES) + 4)
+        self.load(self.place(USED) + 4 + 8 * u64::from(nth % ENTRIES) + 4)
     }
 
     pub(crate) fn load<T: ByteValued>(&self, address: u64) -> T {
@@ -220,6 +264,12 @@ impl<'a> Driver<'a> {
         bytes
     }
 
+    /// Notifies the device and has it serve.
+    pub(crate) fn notify(&self, transport: &mut MmioTransport) {
+        set(transport, VIRTIO_MMIO_QUEUE_NOTIFY, self.queue);
+        serve_notified(transport);
+    }
+
     /// Has a request served; returns the used length and what is in the parts for the device to write.
     pub(crate) fn request(
         &mut self,
@@ -228,8 +278,7 @@ impl<'a> Driver<'a> {
     ) -> (u32, Vec<Vec<u8>>) {
         let before = self.used();
         let places = self.offer(parts);
-        set(transport, VIRTIO_MMIO_QUEUE_NOTIFY, 0);
-        serve_notified(transport);
+        self.notify(transport);
         assert_eq!(self.used(), before.wrapping_add(1), "not served");
         let written = parts
             .iter()

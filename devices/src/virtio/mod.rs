@@ -12,11 +12,14 @@ pub(crate) mod driver;
 pub mod entropy;
 mod events;
 mod mmio;
+pub mod net;
 mod serve;
 mod shared;
+mod used;
+pub mod vsock;
 mod worker;
 
-use std::sync::Arc;
+use std::{os::fd::BorrowedFd, sync::Arc};
 
 use memory::GuestMemory;
 use saved_state::{Kind, Section};
@@ -44,8 +47,25 @@ pub trait VirtioDevice: Send {
     /// The most entries that each queue may have.
     fn queue_sizes(&self) -> &'static [u16];
 
-    /// The configuration space, which does not change and which the driver cannot write.
+    /// The configuration space, which the driver cannot write.
     fn config(&self) -> Vec<u8>;
+
+    /// Whether the configuration space has changed since this was last asked. It is asked after each round
+    /// over a queue, and if so the driver is told.
+    fn take_config_change(&mut self) -> bool {
+        false
+    }
+
+    /// What else than a notification makes queues worth a look. It is the same as long as the device lives.
+    fn sources(&self) -> Vec<EventSource<'_>> {
+        Vec::new()
+    }
+
+    /// Whether queue `index` has requests of the driver's, which are served before a machine is saved. A queue
+    /// of room for what comes from outside is left alone then, and what comes stays outside.
+    fn holds_requests(&self, _index: usize) -> bool {
+        true
+    }
 
     /// The driver has set `DRIVER_OK`, or a state in which it had is restored; `features` is what it
     /// has accepted.
@@ -87,13 +107,29 @@ pub trait VirtioDevice: Send {
     fn metrics(&self) -> Arc<dyn Metrics>;
 }
 
+/// A file descriptor whose events make queues worth a look, like a notification of the driver's.
+///
+/// The loop hears of an event once, when it comes (`EPOLLET`). A device therefore takes all there is, or knows
+/// what else will have it look again: the bound of a round, a notification, another source.
+#[derive(Clone, Copy, Debug)]
+pub struct EventSource<'a> {
+    /// The descriptor.
+    pub descriptor: BorrowedFd<'a>,
+    /// The queue to look at when it is readable, or hung up.
+    pub readable: Option<usize>,
+    /// The queue to look at when it is writable.
+    pub writable: Option<usize>,
+}
+
 /// What one round over a queue has come to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// The driver wants to hear of buffers that were used.
     pub interrupt: bool,
     /// The round ended at its bound and there may be more to do.
     pub more: bool,
+    /// It has made another queue worth a look.
+    pub also: Option<usize>,
 }
 
 /// How a driver breaks the rules. The device answers with `DEVICE_NEEDS_RESET`.
@@ -122,4 +158,7 @@ pub enum DriverError {
     /// The device cannot tell what is asked of it, or has no room to answer.
     #[error("a request lacks its {0}")]
     Incomplete(&'static str),
+    /// A frame is left unfinished in a way that was not negotiated.
+    #[error("a frame asks for an offload that was not negotiated")]
+    Offload,
 }

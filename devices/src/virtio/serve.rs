@@ -12,6 +12,14 @@ const ROUND_CHAINS: usize = 64;
 /// or once it has taken so long: a driver that keeps a queue full shares the loop with the others.
 const ROUND_TIME: Duration = Duration::from_millis(10);
 
+/// What has become of one chain.
+pub(crate) enum Outcome {
+    /// It is done with, and so many bytes were written to it.
+    Used(u32),
+    /// It stays available, and so do those after it. The device looks at the queue again by itself.
+    Later,
+}
+
 /// Hands the available chains of `queue` to `handle`, which returns the bytes it has written.
 ///
 /// The round is bounded even if the driver changes the ring while it is read, from another vCPU or by
@@ -21,6 +29,15 @@ pub(crate) fn serve<'m>(
     memory: &'m GuestMemory,
     mut handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> Result<u32, DriverError>,
 ) -> Result<Progress, DriverError> {
+    serve_until_later(queue, memory, |chain| handle(chain).map(Outcome::Used))
+}
+
+/// As [`serve`], but ends when `handle` cannot go on.
+pub(crate) fn serve_until_later<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    mut handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError>,
+) -> Result<Progress, DriverError> {
     let start = Instant::now();
     let mut used = 0;
     let mut more = true;
@@ -29,7 +46,11 @@ pub(crate) fn serve<'m>(
         let chain = queue.iter(memory)?.next();
         if let Some(chain) = chain {
             let head = chain.head_index();
-            let written = handle(chain)?;
+            let Outcome::Used(written) = handle(chain)? else {
+                queue.go_to_previous_position();
+                more = false;
+                break;
+            };
             queue.add_used(memory, head, written)?;
             used += 1;
             if start.elapsed() > ROUND_TIME {
@@ -43,7 +64,11 @@ pub(crate) fn serve<'m>(
     // Asked in every round, so that what the queue counts for it never spans two rounds: that count
     // is not saved.
     let interrupt = used > 0 && queue.needs_notification(memory)?;
-    Ok(Progress { interrupt, more })
+    Ok(Progress {
+        interrupt,
+        more,
+        also: None,
+    })
 }
 
 #[cfg(test)]
@@ -90,6 +115,24 @@ mod tests {
         });
         assert!(round.unwrap().more);
         assert_eq!(usize::from(queue.next_used()), ROUND_CHAINS);
+    }
+
+    #[test]
+    fn what_has_to_wait_stays_available() {
+        let memory = driver::memory();
+        let mut queue = queue(&memory, 3);
+        let mut room = 1;
+        let round = serve_until_later(&mut queue, &memory, |_| {
+            room -= 1;
+            Ok(if room < 0 {
+                Outcome::Later
+            } else {
+                Outcome::Used(0)
+            })
+        })
+        .unwrap();
+        assert!(!round.more && round.interrupt);
+        assert_eq!((queue.next_avail(), queue.next_used()), (1, 1));
     }
 
     #[test]

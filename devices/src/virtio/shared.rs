@@ -3,7 +3,7 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
@@ -11,7 +11,7 @@ use std::{
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::{Counter, InterruptLine};
+use crate::{Counter, InterruptLine, sync::lock};
 
 /// Interrupts, notifications, and the news that a device needs a reset.
 #[derive(Debug)]
@@ -19,6 +19,10 @@ pub(crate) struct Shared {
     line: Arc<dyn InterruptLine>,
     interrupt_status: AtomicU32,
     needs_reset: AtomicBool,
+    /// The configuration space as the driver reads it.
+    config: Mutex<Vec<u8>>,
+    /// How often it has changed.
+    config_generation: AtomicU32,
     /// One per queue; a guest's notification makes it readable.
     notify: Vec<EventFd>,
     pub(crate) interrupts: Counter,
@@ -28,7 +32,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(line: Arc<dyn InterruptLine>, queues: usize) -> io::Result<Self> {
+    pub(crate) fn new(
+        line: Arc<dyn InterruptLine>,
+        queues: usize,
+        config: Vec<u8>,
+    ) -> io::Result<Self> {
         let notify = (0..queues)
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
@@ -36,6 +44,8 @@ impl Shared {
             line,
             interrupt_status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            config: Mutex::new(config),
+            config_generation: AtomicU32::new(0),
             notify,
             interrupts: Counter::default(),
             interrupt_failures: Counter::default(),
@@ -98,6 +108,27 @@ impl Shared {
 
     pub(crate) fn set_needs_reset(&self, needs_reset: bool) {
         self.needs_reset.store(needs_reset, Ordering::Release);
+    }
+
+    /// Copies the configuration space from `offset` to `data`, as far as there is any.
+    pub(crate) fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let config = lock(&self.config);
+        let tail = config.get(offset..).unwrap_or_default();
+        let len = tail.len().min(data.len());
+        data[..len].copy_from_slice(&tail[..len]);
+    }
+
+    /// A driver that finds the same number before and after it read several fields has read them of one
+    /// instant (virtio 1.3, 2.5.1).
+    pub(crate) fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::Acquire)
+    }
+
+    /// Changes the configuration space under a driver that runs, and tells it.
+    pub(crate) fn change_config(&self, config: Vec<u8>) {
+        *lock(&self.config) = config;
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
+        self.interrupt(VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// Tells the driver that it has broken a rule; `running` once it has set `DRIVER_OK`, before which

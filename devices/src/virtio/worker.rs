@@ -35,13 +35,20 @@ impl Worker {
             return false;
         }
         shared.rounds.add(1);
-        match device.process_queue(index, queue, memory) {
+        let round = device.process_queue(index, queue, memory);
+        if device.take_config_change() {
+            shared.change_config(device.config());
+        }
+        match round {
             Ok(progress) => {
                 if progress.interrupt {
                     shared.interrupt_used_buffer();
                 }
                 if progress.more {
                     shared.signal(index);
+                }
+                if let Some(also) = progress.also {
+                    shared.signal(also);
                 }
                 progress.more
             }
@@ -50,6 +57,13 @@ impl Worker {
                 shared.rule_broken(true);
                 false
             }
+        }
+    }
+
+    /// Serves the requests in queue `index` until there are none or `go_on` says so.
+    pub(crate) fn drain(&mut self, index: usize, go_on: impl Fn() -> bool) {
+        if self.device.holds_requests(index) {
+            while self.process(index) && go_on() {}
         }
     }
 

@@ -35,6 +35,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             paused: true,
             clock: GuestClock::StandStill,
             confinement: None,
+            net_changes: Vec::new(),
         };
         let bound = std::time::Duration::from_secs(120);
         let spawned = control::spawn(&programs::vmm(), &spec, Log::File, bound)

@@ -38,7 +38,6 @@ pub struct MmioTransport {
     device_type: u32,
     /// All feature bits that are offered.
     features: u64,
-    config: Vec<u8>,
     queue_sizes: &'static [u16],
     metrics: Arc<dyn Metrics>,
     registers: Registers,
@@ -58,7 +57,8 @@ impl MmioTransport {
         line: Arc<dyn InterruptLine>,
     ) -> Result<Self, Error> {
         let queue_sizes = device.queue_sizes();
-        let shared = Arc::new(Shared::new(line, queue_sizes.len()).map_err(Error::EventFd)?);
+        let shared = Shared::new(line, queue_sizes.len(), device.config());
+        let shared = Arc::new(shared.map_err(Error::EventFd)?);
         let queues = queue_sizes
             .iter()
             .map(|&size| Queue::new(size).map_err(|_| Error::QueueSize(size)))
@@ -67,7 +67,6 @@ impl MmioTransport {
             kind: device.kind(),
             device_type: device.device_type(),
             features: device.features() | VERSION_1 | EVENT_IDX | INDIRECT_DESC,
-            config: device.config(),
             queue_sizes,
             metrics: device.metrics(),
             registers: Registers::default(),
@@ -109,7 +108,6 @@ impl Device for MmioTransport {
             kind: _,
             device_type: _,
             features: _,
-            config: _,
             queue_sizes: _,
             metrics: _,
             registers:

@@ -20,8 +20,6 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"FRMT");
 /// Reads of the length of a shared memory region that does not exist, as of every one here.
 const NO_REGION: u32 = u32::MAX;
-/// The configuration space does not change.
-const CONFIG_GENERATION: u32 = 0;
 
 /// The registers that are neither shared with the worker nor constant.
 #[derive(Clone, Debug, Default)]
@@ -39,7 +37,8 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         let register = offset as u32;
         if register >= VIRTIO_MMIO_CONFIG {
-            self.read_config((register - VIRTIO_MMIO_CONFIG) as usize, data);
+            self.shared
+                .read_config((register - VIRTIO_MMIO_CONFIG) as usize, data);
         } else if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
             // A control register is 32 bits wide and accessed in one; other reads find zero.
             *word = self.read_register(register).to_le_bytes();
@@ -55,12 +54,6 @@ impl BusDevice for MmioTransport {
 }
 
 impl MmioTransport {
-    fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let tail = self.config.get(offset..).unwrap_or_default();
-        let len = tail.len().min(data.len());
-        data[..len].copy_from_slice(&tail[..len]);
-    }
-
     fn read_register(&self, register: u32) -> u32 {
         match register {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
@@ -84,7 +77,7 @@ impl MmioTransport {
             VIRTIO_MMIO_STATUS => self.registers.status,
             VIRTIO_MMIO_SHM_LEN_LOW | VIRTIO_MMIO_SHM_LEN_HIGH => NO_REGION,
             VIRTIO_MMIO_SHM_BASE_LOW | VIRTIO_MMIO_SHM_BASE_HIGH => NO_REGION,
-            VIRTIO_MMIO_CONFIG_GENERATION => CONFIG_GENERATION,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.shared.config_generation(),
             _ => 0,
         }
     }

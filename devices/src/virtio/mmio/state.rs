@@ -112,6 +112,15 @@ pub(super) struct Checked {
 }
 
 impl SavedTransport {
+    /// The features that the driver uses; none before it has agreed on them.
+    pub(crate) fn accepted_features(&self) -> u64 {
+        if self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
+            self.driver_features
+        } else {
+            0
+        }
+    }
+
     /// Checks the state against the device of kind `kind` that offers `features` and queues of at
     /// most `queue_sizes` entries, in `memory`.
     pub(super) fn check(

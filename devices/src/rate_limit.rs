@@ -1,0 +1,208 @@
+//! How much a device may do in a second.
+//!
+//! The generic cell rate algorithm (ITU-T I.371, appendix I): what was admitted is worth some time at the
+//! rate, and the next is admitted unless that lies more than a burst ahead. There is no bucket to be
+//! refilled, and no remainder to be lost. What is larger than a burst is admitted whole, and paid for by
+//! the wait after it.
+
+use std::{
+    io,
+    num::NonZeroU64,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+/// How much may be done at once after a time in which nothing was.
+const BURST: Duration = Duration::from_millis(100);
+
+/// The most that one direction of a device may do; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RateLimit {
+    /// Bytes in a second.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Packets or requests in a second.
+    pub operations_per_second: Option<NonZeroU64>,
+}
+
+/// Holds one direction of a device to its [`RateLimit`].
+pub(crate) struct Limiter {
+    bytes: Option<Pace>,
+    operations: Option<Pace>,
+    timer: OwnedFd,
+}
+
+impl Limiter {
+    /// `None` if nothing is limited.
+    pub(crate) fn new(limit: RateLimit) -> io::Result<Option<Self>> {
+        let RateLimit {
+            bytes_per_second,
+            operations_per_second,
+        } = limit;
+        if limit == RateLimit::default() {
+            return Ok(None);
+        }
+        let pace = |rate| Pace { rate, paid: None };
+        Ok(Some(Self {
+            bytes: bytes_per_second.map(pace),
+            operations: operations_per_second.map(pace),
+            timer: timerfd_create(
+                TimerfdClockId::Monotonic,
+                TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+            )?,
+        }))
+    }
+
+    /// Whether one more may be done at `now`. If not, [`Limiter::timer`] becomes readable when it may.
+    pub(crate) fn admits(&mut self, now: Instant) -> bool {
+        let paces = self.bytes.iter().chain(&self.operations);
+        let wait = paces.map(|pace| pace.wait(now)).max().unwrap_or_default();
+        // A timer that cannot be set is no reason to stand still for ever.
+        wait.is_zero() || set(&self.timer, wait).is_err()
+    }
+
+    /// Counts one that was done at `now` and had `bytes`.
+    pub(crate) fn charge(&mut self, now: Instant, bytes: u64) {
+        for (pace, amount) in [(&mut self.bytes, bytes), (&mut self.operations, 1)] {
+            if let Some(pace) = pace {
+                pace.charge(now, amount);
+            }
+        }
+    }
+
+    /// What becomes readable when there may be more.
+    pub(crate) fn timer(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+}
+
+/// Has `timer` become readable once, after `wait`.
+fn set(timer: &OwnedFd, wait: Duration) -> io::Result<()> {
+    let once = Itimerspec {
+        it_interval: Timespec::default(),
+        it_value: Timespec {
+            tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: wait.subsec_nanos().into(),
+        },
+    };
+    timerfd_settime(timer, TimerfdTimerFlags::empty(), &once)?;
+    Ok(())
+}
+
+/// One rate.
+#[derive(Debug)]
+struct Pace {
+    /// Units in a second.
+    rate: NonZeroU64,
+    /// Until when the rate has been used up.
+    paid: Option<Instant>,
+}
+
+impl Pace {
+    /// How long to wait at `now` for the next; zero if not at all.
+    fn wait(&self, now: Instant) -> Duration {
+        let ahead = self.paid.map(|paid| paid.saturating_duration_since(now));
+        ahead.unwrap_or_default().saturating_sub(BURST)
+    }
+
+    fn charge(&mut self, now: Instant, amount: u64) {
+        let worth = u128::from(amount) * 1_000_000_000 / u128::from(self.rate.get());
+        let worth = Duration::from_nanos(u64::try_from(worth).unwrap_or(u64::MAX));
+        let from = self.paid.map_or(now, |paid| paid.max(now));
+        self.paid = Some(from.checked_add(worth).unwrap_or(from));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    use super::*;
+
+    fn limiter(bytes: u64, operations: u64) -> Limiter {
+        let limit = RateLimit {
+            bytes_per_second: NonZeroU64::new(bytes),
+            operations_per_second: NonZeroU64::new(operations),
+        };
+        Limiter::new(limit).unwrap().unwrap()
+    }
+
+    #[test]
+    fn no_limit_is_no_limiter() {
+        assert!(Limiter::new(RateLimit::default()).unwrap().is_none());
+    }
+
+    #[test]
+    fn after_a_burst_there_is_a_wait_of_what_was_too_much() {
+        let now = Instant::now();
+        let mut limiter = limiter(1000, 0);
+        limiter.charge(now, 100);
+        assert!(limiter.admits(now), "a burst is a tenth of a second's");
+        limiter.charge(now, 500);
+        assert!(!limiter.admits(now + Duration::from_millis(499)));
+        assert!(limiter.admits(now + Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn the_stricter_of_two_limits_holds() {
+        let now = Instant::now();
+        let mut limiter = limiter(1_000_000, 10);
+        limiter.charge(now, 1);
+        limiter.charge(now, 1);
+        assert!(!limiter.admits(now + Duration::from_millis(99)));
+        assert!(limiter.admits(now + Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn the_timer_tells_when_there_may_be_more() {
+        let now = Instant::now();
+        let mut limiter = limiter(0, 100);
+        for _ in 0..20 {
+            limiter.charge(now, 1);
+        }
+        assert!(!limiter.admits(now));
+        let mut event = [PollFd::new(&limiter.timer, PollFlags::IN)];
+        assert_eq!(poll(&mut event, None).unwrap(), 1);
+        assert!(limiter.admits(Instant::now()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_amount_overflows(rate in 1u64.., amounts in prop::collection::vec(any::<u64>(), 1..8)) {
+            let now = Instant::now();
+            let mut limiter = limiter(rate, rate);
+            for amount in amounts {
+                limiter.charge(now, amount);
+                limiter.admits(now);
+            }
+        }
+
+        /// Whatever the sizes, over a long time the rate is what was asked for, but for one burst and the
+        /// last one admitted.
+        #[test]
+        fn in_the_long_run_the_rate_is_kept(
+            rate in 1_000u64..1_000_000,
+            sizes in prop::collection::vec(1u64..10_000, 200),
+        ) {
+            let begin = Instant::now();
+            let mut now = begin;
+            let mut limiter = limiter(rate, 0);
+            let (mut done, mut last) = (0, 0);
+            for size in sizes {
+                let wait = limiter.bytes.as_ref().unwrap().wait(now);
+                now += wait;
+                prop_assert!(limiter.admits(now));
+                limiter.charge(now, size);
+                done += size;
+                last = size;
+            }
+            let may = (now - begin + BURST).as_nanos() * u128::from(rate) / 1_000_000_000;
+            prop_assert!(u128::from(done - last) <= may + 200);
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! What a vsock device saves: no connection, for their other ends stay behind.
+
+use saved_state::{Kind, SavedState};
+use versionize::{VersionMap, Versionize, VersionizeResult};
+use versionize_derive::Versionize;
+
+use crate::virtio::SavedTransport;
+
+/// A vsock device and its transport. The device's own fields are public: who restores a machine needs them to
+/// make the device.
+#[derive(Clone, Debug, PartialEq, Versionize)]
+pub struct SavedVsock {
+    /// The guest's context ID.
+    pub cid: u64,
+    /// The path of the socket on the host that saved it.
+    pub path: String,
+    pub(super) transport: SavedTransport,
+}
+
+impl SavedState for SavedVsock {
+    const KIND: Kind = Kind(*b"VSOK");
+}

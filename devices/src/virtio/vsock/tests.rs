@@ -1,0 +1,560 @@
+use std::{
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    sync::Mutex,
+    time::Instant,
+};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{
+    host::MAX_CONNECTIONS,
+    packet::{NO_RECEIVE, NO_SEND, Ports},
+    *,
+};
+use crate::{
+    BusDevice, Device, EventLoop,
+    conformance::{PATIENCE, Subject, conforms},
+    sync::lock,
+    virtio::{
+        MMIO_BYTES, MmioTransport,
+        driver::{self, Driver, Part, VERSION_1, get},
+    },
+};
+
+const CID: u64 = 7;
+const REQUEST: u16 = 1;
+const RESPONSE: u16 = 2;
+const RESET: u16 = 3;
+const SHUTDOWN: u16 = 4;
+const DATA: u16 = 5;
+const CREDIT_UPDATE: u16 = 6;
+/// What the guest of these tests has room for.
+const ROOM: u32 = 1000;
+
+/// A device, its driver, and the directory with its sockets.
+struct Bench {
+    directory: TempDir,
+    memory: GuestMemory,
+    device: MmioTransport,
+    receive: Driver<'static>,
+    /// Received packets that the test has looked at.
+    seen: u16,
+    /// Where the next one goes, once there is room for it.
+    room: Option<GuestAddress>,
+    send: Driver<'static>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = driver::memory();
+        let vsock = Vsock::listen(CID, &directory.path().join("v")).unwrap();
+        let mut device = driver::transport(vsock, &memory).0;
+        // Of a test, and as long as it.
+        let leaked: &'static GuestMemory = Box::leak(Box::new(memory.clone()));
+        let receive = Driver::start(&mut device, leaked, VERSION_1);
+        let send = receive.of_queue(1);
+        Self {
+            directory,
+            memory,
+            device,
+            receive,
+            seen: 0,
+            room: None,
+            send,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn dial(&self, greeting: &str) -> UnixStream {
+        let mut stream = UnixStream::connect(self.path("v")).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        stream.write_all(greeting.as_bytes()).unwrap();
+        stream
+    }
+
+    fn give(
+        &mut self,
+        ports: Ports,
+        operation: u16,
+        change: impl FnOnce(&mut Header),
+        data: &[u8],
+    ) {
+        let mut header = Header {
+            src_cid: CID,
+            dst_cid: HOST_CID,
+            src_port: ports.guest,
+            dst_port: ports.host,
+            len: data.len() as u32,
+            kind: STREAM,
+            operation,
+            buffer_bytes: ROOM,
+            ..Header::default()
+        };
+        change(&mut header);
+        let bytes = header.encode();
+        self.send
+            .request(&mut self.device, &[Part::Out(&bytes), Part::Out(data)]);
+    }
+
+    fn say(&mut self, ports: Ports, operation: u16) {
+        self.give(ports, operation, |_| {}, &[]);
+    }
+
+    /// The next packet for the guest, if there is one.
+    fn get(&mut self) -> Option<(Header, Vec<u8>)> {
+        let place = match self.room {
+            Some(place) => place,
+            None => self.receive.offer(&[Part::In(8192)])[0],
+        };
+        self.room = Some(place);
+        self.receive.notify(&mut self.device);
+        if self.receive.used() == self.seen {
+            return None;
+        }
+        self.room = None;
+        let len = self.receive.used_len(self.seen) as usize;
+        self.seen += 1;
+        let mut bytes = self.receive.bytes(place, len);
+        let data = bytes.split_off(HEADER_BYTES);
+        let header = Header::decode(&bytes.try_into().unwrap());
+        assert_eq!((header.src_cid, header.dst_cid), (HOST_CID, CID));
+        assert_eq!(header.len as usize, data.len());
+        Some((header, data))
+    }
+
+    fn expect(&mut self, operation: u16) -> Header {
+        let (header, _) = self.get().expect("no packet");
+        assert_eq!(header.operation, operation);
+        header
+    }
+
+    fn broken(&mut self) -> bool {
+        get(&mut self.device, VIRTIO_MMIO_STATUS) & 0x40 != 0
+    }
+
+    /// A connection of the guest's to a listener.
+    fn connected(&mut self) -> (Ports, UnixStream) {
+        let path = self.path("v_52");
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(path).unwrap();
+        let ports = Ports {
+            host: 52,
+            guest: 1024,
+        };
+        self.say(ports, REQUEST);
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let response = self.expect(RESPONSE);
+        assert_eq!(response.buffer_bytes, BUFFER_BYTES);
+        (ports, stream)
+    }
+}
+
+/// Everything that can be read now.
+fn read(mut stream: &UnixStream) -> Vec<u8> {
+    let mut all = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(bytes @ 1..) = stream.read(&mut buffer) {
+        all.extend(&buffer[..bytes]);
+    }
+    all
+}
+
+fn at_end(mut stream: &UnixStream) -> bool {
+    matches!(stream.read(&mut [0]), Ok(0))
+}
+
+struct Listening(TempDir, GuestMemory);
+
+impl Subject for Listening {
+    type Device = MmioTransport;
+    const SPAN: u64 = MMIO_BYTES;
+
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        Self(directory, driver::memory())
+    }
+
+    fn fresh(&self) -> MmioTransport {
+        // The one before may still be there.
+        let path = self.0.path().join("v");
+        let _ = std::fs::remove_file(&path);
+        let vsock = Vsock::listen(CID, &path).unwrap();
+        driver::transport(vsock, &self.1).0
+    }
+
+    fn work(&self, device: &mut MmioTransport) {
+        let receive = Driver::start(device, &self.1, VERSION_1);
+        let mut send = receive.of_queue(1);
+        let header = Header {
+            src_cid: CID,
+            dst_cid: HOST_CID,
+            kind: STREAM,
+            operation: REQUEST,
+            ..Header::default()
+        };
+        send.request(device, &[Part::Out(&header.encode())]);
+        receive.of_queue(2).offer(&[Part::In(4)]);
+    }
+
+    fn go_on(&self, device: &mut MmioTransport) {
+        Device::resume(device);
+        for queue in 0..3 {
+            lock(device.worker()).process(queue);
+        }
+    }
+}
+
+conforms!(conformance, super::Listening);
+
+#[test]
+fn a_guest_connects_to_who_listens_and_bytes_go_both_ways() {
+    let mut bench = Bench::new();
+    let (ports, mut stream) = bench.connected();
+    bench.give(ports, DATA, |_| {}, b"there");
+    assert_eq!(read(&stream), b"there");
+    stream.write_all(b"and back").unwrap();
+    let (header, data) = bench.get().unwrap();
+    assert_eq!((header.operation, &*data), (DATA, &b"and back"[..]));
+    assert_eq!(header.forwarded, 5);
+    assert_eq!(
+        header.ports(),
+        Ports {
+            host: 1024,
+            guest: 52
+        }
+    );
+    bench.give(
+        ports,
+        SHUTDOWN,
+        |header| header.flags = NO_SEND | NO_RECEIVE,
+        &[],
+    );
+    bench.expect(RESET);
+    assert!(at_end(&stream));
+    assert!(bench.get().is_none());
+}
+
+#[test]
+fn the_host_connects_to_a_port_of_the_guest() {
+    let mut bench = Bench::new();
+    let mut stream = bench.dial("CONNECT 1234\nearly");
+    let request = bench.expect(REQUEST);
+    assert_eq!(request.dst_port, 1234);
+    assert!(request.src_port >= 1 << 30);
+    assert!(
+        bench.get().is_none(),
+        "nothing before the guest has accepted"
+    );
+    let ports = Ports {
+        host: request.src_port,
+        guest: 1234,
+    };
+    bench.say(ports, RESPONSE);
+    assert_eq!(read(&stream), format!("OK {}\n", ports.host).as_bytes());
+    assert_eq!(bench.get().unwrap().1, b"early");
+    stream.write_all(b"late").unwrap();
+    assert_eq!(bench.get().unwrap().1, b"late");
+    // Another has a port of its own; one that the guest refuses ends.
+    let refused = bench.dial("CONNECT 1234\n");
+    let request = bench.expect(REQUEST);
+    assert_ne!(request.src_port, ports.host);
+    let other = Ports {
+        host: request.src_port,
+        guest: 1234,
+    };
+    bench.say(other, RESET);
+    assert!(at_end(&refused));
+}
+
+#[test]
+fn who_does_not_say_where_to_is_not_connected() {
+    let mut bench = Bench::new();
+    for greeting in [
+        "HELLO\n",
+        "CONNECT\n",
+        "CONNECT -1\n",
+        "CONNECT 4294967296\n",
+        &"x".repeat(40),
+    ] {
+        let mut stream = bench.dial(greeting);
+        assert!(bench.get().is_none());
+        // What it has said and nobody has read may make its end an error.
+        assert!(!matches!(stream.read(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock));
+    }
+    let mut slow = bench.dial("CONN");
+    assert!(bench.get().is_none());
+    slow.write_all(b"ECT 9\n").unwrap();
+    assert_eq!(bench.expect(REQUEST).dst_port, 9);
+}
+
+#[test]
+fn what_is_no_connection_is_reset() {
+    let mut bench = Bench::new();
+    let ports = Ports { host: 53, guest: 1 };
+    for operation in [REQUEST, RESPONSE, SHUTDOWN, DATA, CREDIT_UPDATE, 7, 0, 99] {
+        bench.say(ports, operation);
+        let reset = bench.expect(RESET);
+        assert_eq!((reset.src_port, reset.dst_port), (53, 1));
+    }
+    // A reset is no question; what is not from this guest or not for the host is nobody's.
+    bench.say(ports, RESET);
+    bench.give(ports, DATA, |header| header.dst_cid = 9, &[]);
+    bench.give(ports, DATA, |header| header.src_cid = 9, &[]);
+    assert!(bench.get().is_none());
+    bench.give(ports, DATA, |header| header.kind = 2, &[]);
+    bench.expect(RESET);
+    assert!(!bench.broken());
+}
+
+#[test]
+fn the_guest_is_sent_no_more_than_it_has_room_for() {
+    let mut bench = Bench::new();
+    let (ports, mut stream) = bench.connected();
+    let sent: Vec<u8> = (0..2500u32).map(|i| (i * 7 / 3) as u8).collect();
+    stream.write_all(&sent).unwrap();
+    let mut got = bench.get().unwrap().1;
+    assert_eq!(got.len(), ROOM as usize);
+    assert!(bench.get().is_none());
+    let taken = got.len() as u32;
+    bench.give(ports, CREDIT_UPDATE, |header| header.forwarded = taken, &[]);
+    got.extend(bench.get().unwrap().1);
+    let taken = got.len() as u32;
+    bench.give(ports, CREDIT_UPDATE, |header| header.forwarded = taken, &[]);
+    got.extend(bench.get().unwrap().1);
+    assert_eq!(got, sent);
+}
+
+#[test]
+fn what_the_host_does_not_take_is_kept_within_bounds() {
+    let mut bench = Bench::new();
+    let (ports, stream) = bench.connected();
+    let mut sent = Vec::new();
+    let mut told = 0u32;
+    // Fill the socket's buffer and then this one's, as a guest does that keeps the rules.
+    loop {
+        let room = BUFFER_BYTES - (sent.len() as u32).wrapping_sub(told);
+        if room == 0 {
+            break;
+        }
+        let data: Vec<u8> = (0..room.min(4000)).map(|i| (i ^ told) as u8).collect();
+        bench.give(ports, DATA, |_| {}, &data);
+        sent.extend(data);
+        while let Some((header, _)) = bench.get() {
+            assert_eq!(header.operation, CREDIT_UPDATE);
+            told = header.forwarded;
+        }
+        assert!(sent.len() < 16 << 20);
+    }
+    let mut got = read(&stream);
+    lock(bench.device.worker()).process(RECEIVE);
+    got.extend(read(&stream));
+    lock(bench.device.worker()).process(RECEIVE);
+    got.extend(read(&stream));
+    assert!(got == sent, "{} of {} bytes", got.len(), sent.len());
+    assert_eq!(bench.expect(CREDIT_UPDATE).forwarded, sent.len() as u32);
+}
+
+#[test]
+fn a_guest_that_overruns_its_credit_is_reset_and_nothing_else() {
+    let mut bench = Bench::new();
+    let (ports, stream) = bench.connected();
+    let mut reset = false;
+    // The socket takes some; a guest that never looks at its credit overruns it.
+    for _ in 0..10_000 {
+        bench.give(ports, DATA, |_| {}, &[1; 4000]);
+        if let Some((header, _)) = bench.get()
+            && header.operation == RESET
+        {
+            reset = true;
+            break;
+        }
+    }
+    assert!(reset && !bench.broken());
+    read(&stream);
+    assert!(at_end(&stream));
+}
+
+#[test]
+fn either_side_may_stop_sending_and_go_on_receiving() {
+    let mut bench = Bench::new();
+    let (ports, mut stream) = bench.connected();
+    bench.give(ports, DATA, |_| {}, b"question");
+    bench.give(ports, SHUTDOWN, |header| header.flags = NO_SEND, &[]);
+    assert_eq!(read(&stream), b"question");
+    assert!(at_end(&stream));
+    stream.write_all(b"answer").unwrap();
+    assert_eq!(bench.get().unwrap().1, b"answer");
+    drop(stream);
+    bench.expect(RESET);
+
+    let (ports, stream) = bench.connected();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(bench.expect(SHUTDOWN).flags, NO_SEND);
+    bench.give(ports, DATA, |_| {}, b"still");
+    assert_eq!(read(&stream), b"still");
+    bench.give(ports, SHUTDOWN, |header| header.flags = NO_SEND, &[]);
+    bench.expect(RESET);
+}
+
+#[test]
+fn a_restored_guest_is_told_and_its_ports_are_listened_on() {
+    let mut bench = Bench::new();
+    let (_, stream) = bench.connected();
+    let mut events = bench.receive.of_queue(2);
+    let place = events.offer(&[Part::In(4)])[0];
+    bench.memory.write_obj(u32::MAX, place).unwrap();
+    lock(bench.device.worker()).process(EVENT);
+    assert_eq!(events.used(), 0);
+    let section = Device::save(&bench.device, 0).unwrap();
+    let other = bench.path("other");
+    let vsock = Vsock::listen(9, &other).unwrap();
+    let mut restored = driver::transport(vsock, &bench.memory).0;
+    Device::restore(&mut restored, &section).unwrap();
+    bench.device = restored;
+    assert!(at_end(&stream));
+    assert!(!bench.path("v").exists(), "the socket goes with its device");
+    lock(bench.device.worker()).process(EVENT);
+    assert_eq!((events.used(), events.used_len(0)), (1, 4));
+    assert_eq!(events.bytes(place, 4), [0; 4]);
+    let mut cid = [0; 8];
+    bench.device.read(0x100, &mut cid);
+    assert_eq!(u64::from_le_bytes(cid), 9);
+    // Once is enough.
+    events.offer(&[Part::In(4)]);
+    lock(bench.device.worker()).process(EVENT);
+    assert_eq!(events.used(), 1);
+    let mut stream = UnixStream::connect(other).unwrap();
+    stream.write_all(b"CONNECT 5\n").unwrap();
+    let before = bench.receive.used();
+    bench.receive.offer(&[Part::In(4096)]);
+    bench.receive.notify(&mut bench.device);
+    assert_eq!(bench.receive.used(), before + 1);
+}
+
+#[test]
+fn a_driver_that_breaks_a_rule_needs_a_reset_and_its_connections_end() {
+    let mut bench = Bench::new();
+    let (_, stream) = bench.connected();
+    bench.send.offer(&[Part::Out(&[0; HEADER_BYTES - 1])]);
+    bench.send.notify(&mut bench.device);
+    assert!(bench.broken());
+    let header = Header {
+        len: 1,
+        ..Header::default()
+    };
+    for packet in [vec![0; 3], header.encode()] {
+        bench.send = Driver::start(
+            &mut bench.device,
+            Box::leak(Box::new(bench.memory.clone())),
+            VERSION_1,
+        )
+        .of_queue(1);
+        assert!(!bench.broken());
+        bench.send.offer(&[Part::Out(&packet)]);
+        bench.send.notify(&mut bench.device);
+        assert!(bench.broken());
+    }
+    assert!(at_end(&stream));
+}
+
+#[test]
+fn there_are_no_more_connections_than_there_may_be() {
+    let mut bench = Bench::new();
+    let mut streams = Vec::new();
+    for _ in 0..MAX_CONNECTIONS {
+        streams.push(bench.dial("CONN"));
+        lock(bench.device.worker()).process(RECEIVE);
+    }
+    assert!(bench.get().is_none());
+    let one_more = bench.dial("CONN");
+    lock(bench.device.worker()).process(RECEIVE);
+    assert!(at_end(&one_more) || read(&one_more).is_empty());
+    let _listener = UnixListener::bind(bench.path("v_52")).unwrap();
+    bench.say(Ports { host: 52, guest: 1 }, REQUEST);
+    bench.expect(RESET);
+    // One that goes makes room.
+    streams.pop();
+    lock(bench.device.worker()).process(RECEIVE);
+    bench.say(Ports { host: 52, guest: 1 }, REQUEST);
+    bench.expect(RESPONSE);
+}
+
+#[test]
+fn a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("v");
+    drop(UnixListener::bind(&path).unwrap());
+    let vsock = Vsock::listen(3, &path).unwrap();
+    let refused = Vsock::listen(4, &path).err().unwrap();
+    assert!(matches!(refused, VsockError::InUse(_)), "{refused}");
+    drop(vsock);
+    assert!(!path.exists());
+    std::fs::write(&path, "precious").unwrap();
+    assert!(Vsock::listen(3, &path).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    for cid in [0, 2, u64::from(u32::MAX), u64::MAX] {
+        let refused = Vsock::listen(cid, &directory.path().join("w")).err();
+        assert!(matches!(refused, Some(VsockError::Cid(_))));
+    }
+}
+
+#[test]
+fn the_loop_serves_streams() {
+    let bench = Bench::new();
+    let Bench {
+        directory,
+        device,
+        mut receive,
+        ..
+    } = bench;
+    let device = Arc::new(Mutex::new(device));
+    let (event_loop, quiesced) = EventLoop::spawn(&[Arc::clone(&device)], None).unwrap();
+    drop(quiesced);
+    for used in 1..=3 {
+        receive.offer(&[Part::In(4096)]);
+        let mut stream = UnixStream::connect(directory.path().join("v")).unwrap();
+        stream.write_all(b"CONNECT 5\n").unwrap();
+        let begin = Instant::now();
+        while receive.used() < used {
+            assert!(begin.elapsed() < PATIENCE);
+            std::thread::yield_now();
+        }
+    }
+    event_loop.stop(PATIENCE).unwrap();
+}
+
+proptest! {
+    /// Whatever packets a guest sends: the device lives, and keeps its bounds.
+    #[test]
+    fn no_packets_do_harm(
+        packets in prop::collection::vec((0u16..9, 0u32..4, 0u32..3, any::<[u32; 3]>(), 0usize..200), 1..60),
+    ) {
+        let mut bench = Bench::new();
+        let _listener = UnixListener::bind(bench.path("v_1")).unwrap();
+        let stream = bench.dial("CONNECT 2\n");
+        for (operation, host, guest, [flags, buffer_bytes, forwarded], len) in packets {
+            let change = |header: &mut Header| {
+                header.flags = flags;
+                header.buffer_bytes = buffer_bytes;
+                header.forwarded = forwarded;
+                if host == 3 {
+                    header.dst_port = 1 << 30;
+                }
+            };
+            bench.give(Ports { host, guest }, operation, change, &vec![1; len]);
+            while bench.get().is_some() {}
+        }
+        prop_assert!(!bench.broken());
+        drop(stream);
+        while bench.get().is_some() {}
+    }
+}
