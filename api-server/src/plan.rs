@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    AfterSnapshot, Destination, DiskConfig, GuestClock, MacAddress, MachineConfig, NetAttachment,
-    NetChange, NetConfig, NotAMac, Origin, RateLimit, SnapshotRequest, Source,
+    AfterSnapshot, CpuModel, Destination, DiskConfig, GuestClock, MacAddress, MachineConfig,
+    NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, SnapshotRequest, Source,
 };
 
 use crate::{
@@ -132,6 +132,7 @@ fn boot(
     Ok(MachineConfig {
         vcpus,
         memory_mib,
+        cpu: request.cpu.map_or(CpuModel::Host, cpu_model),
         kernel,
         initrd,
         cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
@@ -148,6 +149,7 @@ fn notes(request: &CreateRequest) -> Vec<String> {
     let shape = [
         ("vcpus", request.vcpus.is_some()),
         ("memory_mib", request.memory_mib.is_some()),
+        ("cpu", request.cpu.is_some()),
         ("initrd_path", request.initrd_path.is_some()),
         ("cmdline", request.cmdline.is_some()),
         ("disks", request.disks.is_some()),
@@ -186,6 +188,14 @@ pub(crate) fn snapshot(
             AfterSnapshot::Halt
         },
     })
+}
+
+fn cpu_model(model: api_types::CpuModel) -> CpuModel {
+    match model {
+        api_types::CpuModel::Host => CpuModel::Host,
+        api_types::CpuModel::V2 => CpuModel::V2,
+        api_types::CpuModel::V3 => CpuModel::V3,
+    }
 }
 
 pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
@@ -289,13 +299,14 @@ mod tests {
         bench.config.defaults.initrd = Some("/boot/initrd".into());
         let plan = bench
             .create(
-                r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512,
+                r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
                     "initrd_path": "initrd", "cmdline": "quiet", "disks": [{"path": "disk"}]}"#,
             )
             .unwrap();
         let expected = MachineConfig {
             vcpus: 4,
             memory_mib: 512,
+            cpu: CpuModel::V3,
             kernel: bench.path("kernel"),
             initrd: Some(bench.path("initrd")),
             cmdline: "quiet".to_owned(),

@@ -35,6 +35,8 @@ pub struct CreateRequest {
     pub vcpus: Option<u32>,
     /// Guest memory to boot with, in MiB, at least 64; the server has a default.
     pub memory_mib: Option<u64>,
+    /// What its CPUs are: `host` if nothing is said. A machine of a level can be restored on any host of that level.
+    pub cpu: Option<CpuModel>,
     /// The initial RAM disk to boot with; an empty string for none. The server has a default.
     pub initrd_path: Option<String>,
     /// The kernel's command line; the server has a default.
@@ -47,6 +49,20 @@ pub struct CreateRequest {
     /// What the clocks of a restored machine have done since it was saved.
     #[serde(default)]
     pub clock: GuestClock,
+}
+
+/// What a machine's CPUs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum CpuModel {
+    /// All that the host has.
+    #[serde(rename = "host")]
+    Host,
+    /// Level 2 of the x86-64 psABI: SSE4.2.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Level 3: AVX2.
+    #[serde(rename = "x86-64-v3")]
+    V3,
 }
 
 /// A raw disk image.

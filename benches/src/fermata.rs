@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use control::{
-    AfterSnapshot, Client, Destination, GuestClock, LaunchSpec, Log, MachineConfig, Origin, Secret,
-    SnapshotRequest, Source, Spawned,
+    AfterSnapshot, Client, CpuModel, Destination, GuestClock, LaunchSpec, Log, MachineConfig,
+    Origin, Secret, SnapshotRequest, Source, Spawned,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -97,6 +97,7 @@ impl Monitor for Fermata {
 
     fn boot(&self, guest: &LinuxGuest, console: &Path) -> Result<FermataMachine> {
         let config = MachineConfig {
+            cpu: CpuModel::Host,
             vcpus: VCPUS,
             memory_mib: guest.mem_mib,
             kernel: guest.kernel.clone(),

@@ -8,9 +8,11 @@ use std::{
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
-    Client, Console, DiskConfig, GuestClock, LaunchSpec, NetChange, Origin, Record, Registry,
-    Secret, Source,
+    Client, Console, CpuModel, DiskConfig, GuestClock, LaunchSpec, NetChange, Origin, Record,
+    Registry, Secret, Source,
 };
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
 pub(crate) fn launch_bound(origin: &Origin) -> Duration {
@@ -77,6 +79,33 @@ impl Clock {
 /// Speaks to a machine.
 pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
     Ok(Client::connect(record.port, &record.secret).await?)
+}
+
+/// What a machine's CPUs are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, JsonSchema)]
+pub(crate) enum Cpu {
+    /// All that the host has.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// Level 2 of the x86-64 psABI: SSE4.2.
+    #[value(name = "x86-64-v2")]
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Level 3: AVX2.
+    #[value(name = "x86-64-v3")]
+    #[serde(rename = "x86-64-v3")]
+    V3,
+}
+
+impl Cpu {
+    pub(crate) fn model(self) -> CpuModel {
+        match self {
+            Self::Host => CpuModel::Host,
+            Self::V2 => CpuModel::V2,
+            Self::V3 => CpuModel::V3,
+        }
+    }
 }
 
 /// What a restored machine has otherwise than it was saved with.

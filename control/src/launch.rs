@@ -59,6 +59,21 @@ pub enum Origin {
     Restore(Source),
 }
 
+/// What a machine's CPUs are: what runs on one host of a level runs on any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CpuModel {
+    /// All that the host has.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// Level 2 of the x86-64 psABI: SSE4.2.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Level 3: AVX2.
+    #[serde(rename = "x86-64-v3")]
+    V3,
+}
+
 /// A machine that is to be booted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -67,6 +82,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u64,
+    /// What its CPUs are.
+    #[serde(default)]
+    pub cpu: CpuModel,
     /// A bzImage or an ELF vmlinux; absolute.
     pub kernel: PathBuf,
     /// The initial RAM disk; absolute.

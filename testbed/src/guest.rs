@@ -34,6 +34,8 @@ pub enum Role {
     Counter,
     /// Tells its clocks, for ever.
     Clocks,
+    /// Tells what its CPU can do, and counts.
+    Cpu,
     /// Carries bytes over its network device in both directions.
     Net,
     /// Powers off through ACPI.
@@ -51,6 +53,7 @@ impl fmt::Display for Role {
         f.write_str(match self {
             Self::Counter => "counter",
             Self::Clocks => "clocks",
+            Self::Cpu => "cpu",
             Self::Net => "net",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
@@ -66,7 +69,7 @@ pub fn command_line(role: Role) -> String {
     let reboot = match role {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
-        Role::Counter | Role::Clocks | Role::Net | Role::PowerOff | Role::Shell => "",
+        Role::Counter | Role::Clocks | Role::Cpu | Role::Net | Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -156,6 +159,7 @@ mod tests {
         for role in [
             Role::Counter,
             Role::Clocks,
+            Role::Cpu,
             Role::Net,
             Role::PowerOff,
             Role::Reboot,

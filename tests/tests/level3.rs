@@ -6,6 +6,8 @@
 
 #[path = "level3/clocks.rs"]
 mod clocks;
+#[path = "level3/cpu.rs"]
+mod cpu;
 #[path = "level3/elsewhere.rs"]
 mod elsewhere;
 #[path = "level3/ends.rs"]

@@ -7,9 +7,11 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use control::{Confinement, DiskConfig, GuestClock, MachineConfig, NetChange};
+use control::{Confinement, CpuModel, DiskConfig, GuestClock, MachineConfig, NetChange};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
-use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState, cpu_identity, missing_features};
+use hypervisor::{
+    ClockPlan, ClockStart, CpuLevel, VcpuState, Vm, VmState, cpu_identity, missing_features,
+};
 use memory::{Layout, MachineMemory};
 use saved_state::{Container, Header, SnapshotId};
 use snapshot::{Progress, Snapshot};
@@ -132,10 +134,11 @@ impl Machine {
         let (devices, buses) = DeviceSet::new(&vm, memory.guest(), disks, nets, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
         devices.generation.begin(memory.guest())?;
+        let cpuid = vm.cpuid().at_level(level(config.cpu))?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
             let mut vcpu = vm.create_vcpu(id)?;
-            vcpu.initialise(vm.cpuid())?;
+            vcpu.initialise(&cpuid)?;
             vcpus.push(vcpu);
         }
         let first = vcpus.first().ok_or(hypervisor::Error::VcpuCount(0))?;
@@ -477,6 +480,14 @@ fn confined(confinement: &Confinement, header: &Header, disks: &[DiskState]) -> 
         }
     }
     Ok(())
+}
+
+fn level(model: CpuModel) -> CpuLevel {
+    match model {
+        CpuModel::Host => CpuLevel::Host,
+        CpuModel::V2 => CpuLevel::V2,
+        CpuModel::V3 => CpuLevel::V3,
+    }
 }
 
 /// The layout of `bytes` of guest memory, if this host can hold it at all.

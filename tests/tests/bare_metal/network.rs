@@ -9,8 +9,9 @@ use std::{
 };
 
 use control::{
-    AfterSnapshot, Client, Console, Destination, GuestClock, LaunchSpec, Log, MachineConfig,
-    NetAttachment, NetConfig, Origin, RateLimit, Registry, Secret, SnapshotRequest, spawn,
+    AfterSnapshot, Client, Console, CpuModel, Destination, GuestClock, LaunchSpec, Log,
+    MachineConfig, NetAttachment, NetConfig, Origin, RateLimit, Registry, Secret, SnapshotRequest,
+    spawn,
 };
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with,
@@ -51,6 +52,7 @@ fn saved_on(server: &Server, switch: &Switch) {
     let config = MachineConfig {
         vcpus: 1,
         memory_mib: 64,
+        cpu: CpuModel::Host,
         kernel: server.tree().join("kernel"),
         initrd: None,
         cmdline: String::new(),
