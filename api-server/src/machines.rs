@@ -101,6 +101,7 @@ impl Machines {
             paused: false,
             confinement: Some(self.confinement()),
             net_changes: plan.net_changes,
+            vsock_change: control::VsockChange::default(),
         };
         let program = &self.config.vmm_binary;
         let limits = &self.config.limits;

@@ -135,6 +135,7 @@ fn boot(
         cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
         disks,
         nets,
+        vsock: None,
     })
 }
 
@@ -295,6 +296,7 @@ mod tests {
                 read_only: false,
             }],
             nets: Vec::new(),
+            vsock: None,
         };
         assert_eq!(plan.origin, Origin::Boot(expected));
         let plan = bench

@@ -80,6 +80,7 @@ impl Fermata {
             paused: false,
             confinement: None,
             net_changes: Vec::new(),
+            vsock_change: control::VsockChange::default(),
         };
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
         Ok(FermataMachine {
@@ -103,6 +104,7 @@ impl Monitor for Fermata {
             cmdline: guest.cmdline.clone(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
         };
         self.start(Origin::Boot(config), console)
     }

@@ -6,11 +6,12 @@ use std::{
     process::{ExitCode, ExitStatus},
 };
 
-use control::{Console, Exit, Log, NetChange, Origin, Registry, Spawned, spawn};
+use control::{Console, Exit, Log, Origin, Registry, Spawned, spawn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    machine, program,
+    machine::{self, Changes},
+    program,
     terminal::{Pty, RawMode, show, type_into},
 };
 
@@ -25,10 +26,10 @@ Exit codes: 0 the guest powered off, 1 something failed, 10 the guest asked for 
 pub(crate) async fn run(
     registry: &Registry,
     origin: Origin,
-    net_changes: Vec<NetChange>,
+    changes: Changes,
 ) -> anyhow::Result<ExitCode> {
     let program = program::find()?;
-    let spec = machine::launch_spec(registry, origin, net_changes, Console::Terminal)?;
+    let spec = machine::launch_spec(registry, origin, changes, Console::Terminal)?;
     let mut signals = Signals::catch()?;
     let Pty { ours, theirs } = Pty::open()?;
     if io::stdin().is_terminal() {

@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
     Client, Console, DiskConfig, LaunchSpec, NetChange, Origin, Record, Registry, Secret, Source,
+    VsockChange,
 };
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
@@ -53,11 +54,18 @@ pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
     Ok(Client::connect(record.port, &record.secret).await?)
 }
 
+/// What a restored machine has instead of what it was saved with.
+#[derive(Default)]
+pub(crate) struct Changes {
+    pub(crate) nets: Vec<NetChange>,
+    pub(crate) vsock: VsockChange,
+}
+
 /// What a VMM is told that is started from here.
 pub(crate) fn launch_spec(
     registry: &Registry,
     origin: Origin,
-    net_changes: Vec<NetChange>,
+    changes: Changes,
     console: Console,
 ) -> anyhow::Result<LaunchSpec> {
     Ok(LaunchSpec {
@@ -67,7 +75,8 @@ pub(crate) fn launch_spec(
         registry: registry.dir().to_owned(),
         paused: false,
         confinement: None,
-        net_changes,
+        net_changes: changes.nets,
+        vsock_change: changes.vsock,
     })
 }
 

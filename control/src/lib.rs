@@ -21,7 +21,10 @@ mod wire;
 
 pub use client::{Client, ClientError};
 pub use exit::Exit;
-pub use launch::{Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin};
+pub use launch::{
+    Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin, VsockChange,
+    VsockConfig,
+};
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use place::{Destination, Source, StoreLocation};
 pub use process::{ProcessHandle, ProcessId};

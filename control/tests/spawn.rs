@@ -34,6 +34,7 @@ impl Bench {
             paused: false,
             confinement: None,
             net_changes: Vec::new(),
+            vsock_change: control::VsockChange::default(),
         };
         Self { dir, spec }
     }

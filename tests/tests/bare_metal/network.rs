@@ -61,6 +61,7 @@ fn saved_on(server: &Server, switch: &Switch) {
             receive_limit: RateLimit::default(),
             send_limit: RateLimit::default(),
         }],
+        vsock: None,
     };
     let spec = LaunchSpec {
         secret: secret.clone(),
@@ -70,6 +71,7 @@ fn saved_on(server: &Server, switch: &Switch) {
         paused: false,
         confinement: None,
         net_changes: Vec::new(),
+        vsock_change: control::VsockChange::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
