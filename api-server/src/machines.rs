@@ -102,6 +102,7 @@ impl Machines {
             clock: plan.clock,
             confinement: Some(self.confinement()),
             net_changes: plan.net_changes,
+            vsock_change: control::VsockChange::default(),
         };
         let program = &self.config.vmm_binary;
         let limits = &self.config.limits;

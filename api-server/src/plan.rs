@@ -138,6 +138,7 @@ fn boot(
         cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
         disks,
         nets,
+        vsock: None,
     })
 }
 
@@ -315,6 +316,7 @@ mod tests {
                 read_only: false,
             }],
             nets: Vec::new(),
+            vsock: None,
         };
         assert_eq!(plan.origin, Origin::Boot(expected));
         let plan = bench

@@ -81,6 +81,7 @@ impl Fermata {
             clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
+            vsock_change: control::VsockChange::default(),
         };
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
         Ok(FermataMachine {
@@ -105,6 +106,7 @@ impl Monitor for Fermata {
             cmdline: guest.cmdline.clone(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
         };
         self.start(Origin::Boot(config), console)
     }

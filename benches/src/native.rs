@@ -49,6 +49,7 @@ pub fn measure(
         cmdline: String::new(),
         disks: Vec::new(),
         nets: Vec::new(),
+        vsock: None,
     };
 
     let mut console = Console::create(directory.path().join("booted.console"))?;

@@ -10,7 +10,8 @@ use control::{Console, Exit, Log, Origin, Registry, Spawned, spawn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    machine, program,
+    machine::{self, Changes},
+    program,
     terminal::{Pty, RawMode, show, type_into},
 };
 
@@ -25,7 +26,7 @@ Exit codes: 0 the guest powered off, 1 something failed, 10 the guest asked for 
 pub(crate) async fn run(
     registry: &Registry,
     origin: Origin,
-    changes: machine::Changes,
+    changes: Changes,
 ) -> anyhow::Result<ExitCode> {
     let program = program::find()?;
     let spec = machine::launch_spec(registry, origin, changes, Console::Terminal)?;

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
     Client, Console, CpuModel, DiskConfig, GuestClock, LaunchSpec, NetChange, Origin, Record,
-    Registry, Secret, Source,
+    Registry, Secret, Source, VsockChange,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -115,6 +115,7 @@ pub(crate) struct Changes {
     pub(crate) clock: GuestClock,
     /// Its network devices, in their order.
     pub(crate) nets: Vec<NetChange>,
+    pub(crate) vsock: VsockChange,
 }
 
 /// What a VMM is told that is started from here.
@@ -133,6 +134,7 @@ pub(crate) fn launch_spec(
         clock: changes.clock,
         confinement: None,
         net_changes: changes.nets,
+        vsock_change: changes.vsock,
     })
 }
 

@@ -13,7 +13,7 @@ use control::{DiskConfig, NetConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
-use crate::{machine::Cpu, net::Net};
+use crate::{machine::Cpu, net::Net, vsock::Vsock};
 
 /// A longer file is not a machine's.
 const MAX_BYTES: u64 = 1 << 20;
@@ -43,6 +43,8 @@ pub(crate) struct MachineFile {
     /// The network devices, in the order of their names in the guest.
     #[serde(default)]
     pub(crate) nets: Vec<Net>,
+    /// Streams between guest and host.
+    pub(crate) vsock: Option<Vsock>,
 }
 
 /// A raw disk image.
@@ -84,7 +86,8 @@ impl MachineFile {
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
         let sockets = self.nets.iter_mut().filter_map(|net| net.socket.as_mut());
         let paths = self.kernel.iter_mut().chain(&mut self.initrd);
-        for path in paths.chain(disks).chain(sockets) {
+        let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.path);
+        for path in paths.chain(disks).chain(sockets).chain(vsock) {
             *path = directory.join(&*path);
         }
     }

@@ -13,6 +13,7 @@ mod program;
 mod progress;
 mod store;
 mod terminal;
+mod vsock;
 
 use std::{path::PathBuf, process::ExitCode};
 

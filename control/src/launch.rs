@@ -32,6 +32,9 @@ pub struct LaunchSpec {
     /// order; those behind the last have nothing else.
     #[serde(default)]
     pub net_changes: Vec<NetChange>,
+    /// What the vsock device of a restored machine has instead of what it was saved with.
+    #[serde(default)]
+    pub vsock_change: VsockChange,
 }
 
 /// What a restored machine may have: its state file may come from anybody.
@@ -41,7 +44,8 @@ pub struct LaunchSpec {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Confinement {
-    /// Its disks are these files, or lie below these directories; absolute and without links.
+    /// Its disks are these files, or lie below these directories, as does the socket of its vsock device; absolute
+    /// and without links.
     pub disks: Vec<PathBuf>,
     /// It has no more vCPUs.
     pub vcpus: u32,
@@ -96,6 +100,32 @@ pub struct MachineConfig {
     /// Network devices, in the order of their names in the guest.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Streams between guest and host.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+}
+
+/// A vsock device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context ID, at least 3.
+    pub cid: u32,
+    /// The Unix socket on which the host's side says `CONNECT <port>`; absolute. What the guest connects to port N
+    /// goes to the socket of this name with `_N` after it.
+    pub path: PathBuf,
+}
+
+/// What a restored vsock device has instead of what it was saved with.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockChange {
+    /// The guest's context ID.
+    #[serde(default)]
+    pub cid: Option<u32>,
+    /// The Unix socket; absolute.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
 }
 
 /// A raw disk image.

@@ -35,6 +35,7 @@ impl Bench {
             clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
+            vsock_change: control::VsockChange::default(),
         };
         Self { dir, spec }
     }

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use control::{DiskConfig, Metric, NetConfig};
+use control::{DiskConfig, Metric, NetConfig, VsockConfig};
 use devices::{
     AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, Rtc, Serial,
     virtio::{MmioTransport, VirtioDevice, block::Block, entropy::Entropy},
@@ -27,9 +27,10 @@ use crate::{
         RTC_PORTS, SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
     },
     vcpu::Buses,
+    vsocks,
 };
 
-/// The most disks and network devices a machine can have: every virtio device but the source of entropy.
+/// The most disks, network and vsock devices a machine can have: every virtio device but the source of entropy.
 pub(crate) const MAX_DEVICES: usize = MAX_VIRTIO - 1;
 
 /// A machine's devices.
@@ -61,10 +62,11 @@ impl DeviceSet {
         memory: &GuestMemory,
         disks: &[DiskConfig],
         nets: &[NetConfig],
+        vsock: Option<&VsockConfig>,
         console: Box<dyn Write + Send>,
         requests: &OnGuestRequest,
     ) -> Result<(Self, Buses), Error> {
-        if disks.len() + nets.len() > MAX_DEVICES {
+        if disks.len() + nets.len() + usize::from(vsock.is_some()) > MAX_DEVICES {
             return Err(Error::TooManyDevices);
         }
         let mut builder = Builder {
@@ -88,6 +90,9 @@ impl DeviceSet {
         }
         for (number, net) in nets.iter().enumerate() {
             builder.virtio(Box::new(nets::open(number, net)?))?;
+        }
+        if let Some(vsock) = vsock {
+            builder.virtio(Box::new(vsocks::open(vsock)?))?;
         }
         let Builder {
             buses,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use control::{Failure, FailureKind, NetAttachment};
 
-use crate::{boot, nets, vcpus};
+use crate::{boot, nets, vcpus, vsocks};
 
 /// An error of a machine. Its text says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -17,7 +17,7 @@ pub(crate) enum Error {
     HostTooSmall { guest_mib: u64, host_mib: u64 },
     #[error("this host lacks CPU features that the guest uses: {}; restore it on a host that has them", .0.join(", "))]
     MissingFeatures(Vec<String>),
-    #[error("a machine can have {max} disks and network devices together; leave some out", max = crate::device_set::MAX_DEVICES)]
+    #[error("a machine can have {max} disks, network and vsock devices together; leave some out", max = crate::device_set::MAX_DEVICES)]
     TooManyDevices,
     #[error(
         "the snapshot's machine has {has} network devices, and {named} were named; name no more than it has"
@@ -33,6 +33,12 @@ pub(crate) enum Error {
     },
     #[error("{0:?} cannot be saved as text; give the network socket a path in UTF-8")]
     NetPath(PathBuf),
+    #[error("the snapshot's machine has no vsock device that could be changed; leave it out")]
+    NoVsock,
+    #[error(
+        "the snapshot's vsock device has its socket at {path}, outside of what this server serves; restore it on the command line"
+    )]
+    VsockOutside { path: String },
     #[error(
         "the disk {path} was written to after the snapshot was taken; restore the copy of it that belongs to the snapshot"
     )]
@@ -84,6 +90,7 @@ impl Error {
             Self::NoSuchNet { .. } | Self::NetNotNamed { .. } | Self::NetPath(_) => {
                 FailureKind::BadRequest
             }
+            Self::NoVsock | Self::VsockOutside { .. } => FailureKind::BadRequest,
             Self::HostTooSmall { .. } | Self::DiskSync { .. } => FailureKind::Host,
             Self::DiskOutside { .. } | Self::TooLarge { .. } => FailureKind::BadRequest,
             Self::DiskChanged { .. } | Self::GuestEnds => FailureKind::WrongState,
@@ -126,7 +133,7 @@ fn device_kind(error: &devices::Error) -> FailureKind {
         devices::Error::Disk(DiskError::InUse { .. }) => FailureKind::WrongState,
         devices::Error::Disk(_) => FailureKind::BadRequest,
         devices::Error::Net(error) => nets::kind(error),
-        devices::Error::Vsock(_) => FailureKind::BadRequest,
+        devices::Error::Vsock(error) => vsocks::kind(error),
         devices::Error::EventFd(_) => FailureKind::Host,
         devices::Error::QueueSize(_) => FailureKind::Internal,
     }

@@ -21,6 +21,7 @@ mod service;
 mod state;
 mod vcpu;
 mod vcpus;
+mod vsocks;
 
 pub use process::{read_spec, run};
 

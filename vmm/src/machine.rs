@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use control::{Confinement, CpuModel, DiskConfig, GuestClock, MachineConfig, NetChange};
+use control::{Confinement, CpuModel, DiskConfig, GuestClock, LaunchSpec, MachineConfig};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{
     ClockPlan, ClockStart, CpuLevel, VcpuState, Vm, VmState, cpu_identity, missing_features,
@@ -25,6 +25,7 @@ use crate::{
     state::{DiskState, MachineState},
     vcpu::VcpuEnd,
     vcpus::Vcpus,
+    vsocks,
 };
 
 /// How long the device loop may take to come to rest: a request or two of a slow disk.
@@ -130,8 +131,12 @@ impl Machine {
         let vm = Vm::new(&memory, config.vcpus)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
-        let MachineConfig { disks, nets, .. } = config;
-        let (devices, buses) = DeviceSet::new(&vm, memory.guest(), disks, nets, output, requests)?;
+        let MachineConfig {
+            disks, nets, vsock, ..
+        } = config;
+        let vsock = vsock.as_ref();
+        let (devices, buses) =
+            DeviceSet::new(&vm, memory.guest(), disks, nets, vsock, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
         devices.generation.begin(memory.guest())?;
         let cpuid = vm.cpuid().at_level(level(config.cpu))?;
@@ -162,14 +167,14 @@ impl Machine {
         )
     }
 
-    /// Makes the machine that `saved` was, with `net_changes`. Its memory is checked first.
+    /// Makes the machine that `saved` was, with what `spec` changes and permits. Its memory is checked first.
     pub(crate) fn restore(
         mut saved: Snapshot,
-        confinement: Option<&Confinement>,
-        net_changes: &[NetChange],
+        spec: &LaunchSpec,
         console: console::Ends,
         listeners: &Listeners,
     ) -> Result<Self, Error> {
+        let confinement = spec.confinement.as_ref();
         layout_of(saved.state.header.memory_bytes)?;
         let mut state = saved.take_state();
         let MachineState { disks } = state.take(0)?;
@@ -185,7 +190,8 @@ impl Machine {
             }
         }
         let disks: Vec<_> = disks.iter().map(DiskState::config).collect();
-        let nets = nets::saved(&state, net_changes, confinement.is_some())?;
+        let nets = nets::saved(&state, &spec.net_changes, confinement.is_some())?;
+        let vsock = vsocks::saved(&state, &spec.vsock_change, confinement)?;
         let memory = saved.load()?;
         let stored_as = saved.stored_as().map(str::to_owned);
         let count = state.header.vcpus;
@@ -195,8 +201,9 @@ impl Machine {
         let mut vm = Vm::new(&memory, count)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
+        let vsock = vsock.as_ref();
         let (devices, buses) =
-            DeviceSet::new(&vm, memory.guest(), &disks, &nets, output, requests)?;
+            DeviceSet::new(&vm, memory.guest(), &disks, &nets, vsock, output, requests)?;
         let mut vcpus = Vec::new();
         for id in 0..count {
             let saved: VcpuState = state.take(id)?;

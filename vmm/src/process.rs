@@ -148,15 +148,7 @@ fn make(spec: &LaunchSpec, listeners: &Listeners) -> Result<Machine, Failure> {
         Origin::Boot(config) => Ok(Machine::boot(config, console, listeners)?),
         Origin::Restore(source) => {
             let saved = place::open(source)?;
-            let confinement = spec.confinement.as_ref();
-            let changes = &spec.net_changes;
-            Ok(Machine::restore(
-                saved,
-                confinement,
-                changes,
-                console,
-                listeners,
-            )?)
+            Ok(Machine::restore(saved, spec, console, listeners)?)
         }
     }
 }

@@ -75,6 +75,7 @@ impl Bench {
                 })
                 .collect(),
             nets: Vec::new(),
+            vsock: None,
         };
         let mut worker = self.start(Origin::Boot(config), 0)?;
         let ready = "bench-guest: ready.";

@@ -4,9 +4,15 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
 use api_types::CreateAnswer;
-use control::{Console, Log, NetChange, Origin, Registry, Source, spawn};
+use control::{Console, Log, NetChange, Origin, Registry, Source, VsockChange, spawn};
 
-use crate::{foreground, machine, net, output, program, store::StoreArgs};
+use crate::{
+    foreground,
+    machine::{self, Changes},
+    net, output, program,
+    store::StoreArgs,
+    vsock,
+};
 
 #[derive(clap::Args)]
 #[command(after_help = format!("With --foreground: {}", foreground::EXIT_CODES))]
@@ -22,6 +28,9 @@ pub(crate) struct Args {
     /// `mac=ADDRESS`; or `saved`.
     #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::change)]
     nets: Vec<NetChange>,
+    /// What the vsock device has instead of what it was saved with: `cid=NUMBER`, `path=SOCKET`, or both.
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = vsock::change)]
+    vsock: Option<VsockChange>,
     /// Has the machine's console on this terminal, and its exit code for one's own.
     #[arg(long)]
     foreground: bool,
@@ -33,9 +42,10 @@ pub(crate) struct Args {
 pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let registry = Registry::open(run_dir)?;
     let origin = Origin::Restore(source(&args.from, &args.store)?);
-    let changes = machine::Changes {
+    let changes = Changes {
         clock: args.clock.chosen(),
         nets: args.nets,
+        vsock: args.vsock.unwrap_or_default(),
     };
     if args.foreground {
         return foreground::run(&registry, origin, changes).await;

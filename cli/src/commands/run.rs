@@ -4,9 +4,14 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use api_server::Defaults;
-use control::{DiskConfig, MachineConfig, NetConfig, Origin, Registry};
+use control::{DiskConfig, MachineConfig, NetConfig, Origin, Registry, VsockConfig};
 
-use crate::{foreground, machine, machine_file::MachineFile, net};
+use crate::{
+    foreground,
+    machine::{self, Changes},
+    machine_file::MachineFile,
+    net, vsock,
+};
 
 /// The console is the serial line; a panic or a reboot ends the machine.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
@@ -44,6 +49,9 @@ pub(crate) struct Args {
     /// `send_packets_per_second`.
     #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::net)]
     nets: Vec<NetConfig>,
+    /// Streams between guest and host: `cid=NUMBER,path=SOCKET`.
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = vsock::vsock)]
+    vsock: Option<VsockConfig>,
 }
 
 impl Args {
@@ -56,6 +64,7 @@ impl Args {
         let defaults = Defaults::default();
         let kernel = self.kernel.or(file.kernel.take());
         let nets = file.nets()?;
+        let vsock = self.vsock.or(file.vsock.take().map(VsockConfig::from));
         Ok(MachineConfig {
             vcpus: self.vcpus.or(file.vcpus).unwrap_or(defaults.vcpus),
             memory_mib: (self.memory.or(file.memory_mib)).unwrap_or(defaults.memory_mib),
@@ -73,14 +82,14 @@ impl Args {
             } else {
                 self.nets
             },
+            vsock,
         })
     }
 }
 
 pub(crate) async fn run(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let origin = Origin::Boot(args.machine()?);
-    let changes = machine::Changes::default();
-    foreground::run(&Registry::open(run_dir)?, origin, changes).await
+    foreground::run(&Registry::open(run_dir)?, origin, Changes::default()).await
 }
 
 #[cfg(test)]
@@ -108,13 +117,21 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("m.toml");
         let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n\
-                    [[nets]]\ntap = \"t\"\n[[nets]]\nsocket = \"s\"\n";
+                    [[nets]]\ntap = \"t\"\n[[nets]]\nsocket = \"s\"\n\
+                    [vsock]\ncid = 3\npath = \"/v\"\n";
         std::fs::write(&path, text).unwrap();
         let config = path.to_str().unwrap();
         let by_file = machine(&["--config", config]).unwrap();
         let socket = format!("socket={}", directory.path().join("s").display());
         let flags = ["/k", "--memory", "512", "--vcpus", "4", "--disk", "/d"];
-        let nets = ["--net", "tap=t", "--net", &socket];
+        let nets = [
+            "--net",
+            "tap=t",
+            "--net",
+            &socket,
+            "--vsock",
+            "cid=3,path=/v",
+        ];
         let by_flags = machine(&[&flags[..], &nets].concat()).unwrap();
         assert_eq!(by_file, by_flags);
         let both = machine(&["/other", "--config", config, "--vcpus", "3"]).unwrap();

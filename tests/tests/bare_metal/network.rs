@@ -63,6 +63,7 @@ fn saved_on(server: &Server, switch: &Switch) {
             receive_limit: RateLimit::default(),
             send_limit: RateLimit::default(),
         }],
+        vsock: None,
     };
     let spec = LaunchSpec {
         secret: secret.clone(),
@@ -73,6 +74,7 @@ fn saved_on(server: &Server, switch: &Switch) {
         clock: GuestClock::StandStill,
         confinement: None,
         net_changes: Vec::new(),
+        vsock_change: control::VsockChange::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

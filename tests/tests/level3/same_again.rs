@@ -36,6 +36,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
+            vsock_change: control::VsockChange::default(),
         };
         let bound = std::time::Duration::from_secs(120);
         let spawned = control::spawn(&programs::vmm(), &spec, Log::File, bound)

@@ -1,0 +1,171 @@
+//! A machine's vsock device.
+
+use std::path::Path;
+
+use control::{Confinement, VsockChange, VsockConfig};
+use devices::virtio::vsock::{SavedVsock, Vsock, VsockError};
+use saved_state::{Container, SavedState};
+
+use crate::error::Error;
+
+/// Makes the device.
+pub(crate) fn open(config: &VsockConfig) -> Result<Vsock, Error> {
+    let VsockConfig { cid, path } = config;
+    let vsock = Vsock::listen(u64::from(*cid), path).map_err(devices::Error::Vsock)?;
+    tracing::info!(cid, path = %path.display(), "a vsock device");
+    Ok(vsock)
+}
+
+/// The vsock device of a saved machine, if it has one, with `change`. One that is confined has its socket where it
+/// may have disks: whoever listens beside it can be reached by the guest.
+pub(crate) fn saved(
+    container: &Container,
+    change: &VsockChange,
+    confinement: Option<&Confinement>,
+) -> Result<Option<VsockConfig>, Error> {
+    let mut sections = container.sections();
+    let Some(section) = sections.find(|section| section.kind == SavedVsock::KIND) else {
+        return match change {
+            VsockChange {
+                cid: None,
+                path: None,
+            } => Ok(None),
+            _ => Err(Error::NoVsock),
+        };
+    };
+    let saved: SavedVsock = section.decode()?;
+    let impossible = || devices::Error::Impossible {
+        kind: SavedVsock::KIND,
+        reason: format!("context ID {}", saved.cid),
+    };
+    let cid = match change.cid {
+        Some(cid) => cid,
+        None => u32::try_from(saved.cid).map_err(|_| impossible())?,
+    };
+    let path = match (&change.path, confinement) {
+        (Some(path), _) => path.clone(),
+        (None, None) => saved.path.into(),
+        (None, Some(confinement)) if inside(confinement, Path::new(&saved.path)) => {
+            saved.path.into()
+        }
+        (None, Some(_)) => return Err(Error::VsockOutside { path: saved.path }),
+    };
+    Ok(Some(VsockConfig { cid, path }))
+}
+
+/// Whether the directory of `path` lies where the machine may have disks.
+fn inside(confinement: &Confinement, path: &Path) -> bool {
+    let Some(Ok(directory)) = path.parent().map(Path::canonicalize) else {
+        return false;
+    };
+    let mut allowed = confinement.disks.iter();
+    path.file_name().is_some() && allowed.any(|allowed| directory.starts_with(allowed))
+}
+
+/// Whose fault it is that a vsock device cannot be made.
+pub(crate) fn kind(error: &VsockError) -> control::FailureKind {
+    use control::FailureKind;
+    match error {
+        VsockError::Cid(_) | VsockError::Path(_) => FailureKind::BadRequest,
+        VsockError::InUse(_) => FailureKind::WrongState,
+        VsockError::Listen { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            FailureKind::NotFound
+        }
+        VsockError::Listen { .. } => FailureKind::Host,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may")]
+
+    use std::{io, path::PathBuf, sync::Arc};
+
+    use control::{Failure, FailureKind};
+    use devices::{Device, InterruptLine, virtio::MmioTransport};
+    use memory::{Layout, MachineMemory};
+    use saved_state::{CpuIdentity, Header, SnapshotId};
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct NoLine;
+
+    impl InterruptLine for NoLine {
+        fn trigger(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What a machine saves that has a vsock device at `path`, or none.
+    fn container(path: Option<&Path>) -> Container {
+        let memory = MachineMemory::zeroed(Layout::new(64 << 20).unwrap()).unwrap();
+        let mut container = Container::new(Header {
+            id: SnapshotId([1; 16]),
+            release: "0".to_owned(),
+            created_unix_ns: 1,
+            host_cpu: CpuIdentity::default(),
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+        });
+        if let Some(path) = path {
+            let vsock = Vsock::listen(7, path).unwrap();
+            let guest = memory.guest().clone();
+            let device = MmioTransport::new(Box::new(vsock), guest, Arc::new(NoLine)).unwrap();
+            container.insert(device.save(0).unwrap()).unwrap();
+        }
+        container
+    }
+
+    fn confinement(directory: &Path) -> Confinement {
+        Confinement {
+            disks: vec![directory.canonicalize().unwrap()],
+            vcpus: 1,
+            memory_mib: 64,
+        }
+    }
+
+    #[test]
+    fn a_saved_device_is_what_it_was_but_for_what_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("v");
+        let container = container(Some(&path));
+        let none = VsockChange::default();
+        let same = saved(&container, &none, None).unwrap().unwrap();
+        assert_eq!((same.cid, &same.path), (7, &path));
+        let change = VsockChange {
+            cid: Some(9),
+            path: Some("/elsewhere".into()),
+        };
+        let other = saved(&container, &change, None).unwrap().unwrap();
+        assert_eq!((other.cid, other.path), (9, PathBuf::from("/elsewhere")));
+    }
+
+    #[test]
+    fn a_state_file_puts_no_socket_outside_of_the_tree() {
+        let (tree, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let confined = confinement(tree.path());
+        let none = VsockChange::default();
+        let inside = container(Some(&tree.path().join("v")));
+        assert!(saved(&inside, &none, Some(&confined)).unwrap().is_some());
+        // Also not by a link in the tree.
+        let link = tree.path().join("link");
+        std::os::unix::fs::symlink(outside.path(), &link).unwrap();
+        for path in [outside.path().join("v"), link.join("w")] {
+            let refused = saved(&container(Some(&path)), &none, Some(&confined)).unwrap_err();
+            assert_eq!(Failure::from(refused).kind, FailureKind::BadRequest);
+        }
+    }
+
+    #[test]
+    fn a_machine_without_one_has_none_to_change() {
+        let container = container(None);
+        let mut change = VsockChange::default();
+        assert_eq!(saved(&container, &change, None).unwrap(), None);
+        change.cid = Some(3);
+        assert!(matches!(
+            saved(&container, &change, None),
+            Err(Error::NoVsock)
+        ));
+    }
+}
