@@ -7,6 +7,8 @@ use std::{
     path::Path,
 };
 
+use rustix::{fs::SeekFrom, io::Errno};
+
 use crate::{chain::Rule, create::Foundation, disk::Disk, error::Error, layout::SECTOR_BYTES};
 
 /// Copied at a time, in bytes.
@@ -33,6 +35,7 @@ pub fn export_raw(disk: &Disk, to: &Path) -> Result<Copied, Error> {
     let written = file.set_len(disk.bytes()).and_then(|()| {
         let copied = copy(
             disk.bytes(),
+            |offset| Ok(disk.next_data(offset)),
             |offset, mut piece| disk.read(offset, &mut piece),
             |offset, data| file.write_all_at(data, offset),
         )?;
@@ -58,18 +61,26 @@ pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Err
         missing.fill(0);
         file.read_exact_at(there, offset)
     };
-    import(bytes.next_multiple_of(SECTOR_BYTES), read, to, rule)
+    let next = |offset| match rustix::fs::seek(&file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(data),
+        Err(Errno::NXIO) => Ok(u64::MAX),
+        // A file system that does not know: everything may be data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
+        Err(errno) => Err(errno.into()),
+    };
+    import(bytes.next_multiple_of(SECTOR_BYTES), next, read, to, rule)
 }
 
 /// Makes a disk at `to` of what `read` gives, of `bytes`.
 pub(crate) fn import(
     bytes: u64,
+    next: impl FnMut(u64) -> io::Result<u64>,
     read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
     to: &Path,
     rule: &Rule<'_>,
 ) -> Result<Copied, Error> {
     let mut disk = Disk::create(to, Some(bytes), &Foundation::Nothing, rule)?;
-    let written = copy(bytes, read, |offset, mut data| {
+    let written = copy(bytes, next, read, |offset, mut data| {
         disk.write(offset, &mut data)
     });
     let copied = finish(written, "import to", to)?;
@@ -104,9 +115,10 @@ pub(crate) fn finish(
     })
 }
 
-/// Copies `bytes`, all but the blocks of zeros.
+/// Copies `bytes`, all but the blocks of zeros. `next` says from where on, at or after an offset, there may be others.
 pub(crate) fn copy(
     bytes: u64,
+    mut next: impl FnMut(u64) -> io::Result<u64>,
     mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
     mut write: impl FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> io::Result<Copied> {
@@ -116,7 +128,12 @@ pub(crate) fn copy(
     };
     let mut buffer = vec![0; PIECE_BYTES as usize];
     let mut offset = 0;
-    while offset < bytes {
+    loop {
+        // From a block's beginning, wherever the data's is.
+        offset = next(offset)?.max(offset) / BLOCK_BYTES as u64 * BLOCK_BYTES as u64;
+        if offset >= bytes {
+            return Ok(copied);
+        }
         let piece = &mut buffer[..PIECE_BYTES.min(bytes - offset) as usize];
         read(offset, piece)?;
         for (block, at) in piece
@@ -128,7 +145,6 @@ pub(crate) fn copy(
                 copied.data_bytes += block.len() as u64;
             }
         }
-        offset += piece.len() as u64;
+        offset += PIECE_BYTES;
     }
-    Ok(copied)
 }

@@ -215,6 +215,18 @@ impl Disk {
         self.bits.set(start, end);
     }
 
+    /// The first byte at or after `offset` that may be other than zero; the disk's end, if none is.
+    pub(crate) fn next_data(&self, offset: u64) -> u64 {
+        let base = self.bottom.as_ref().map_or(0, |base| base.bytes);
+        let end = self.geometry.sectors();
+        let run = self.map.run_at(offset / SECTOR_BYTES, end);
+        match run.owner {
+            _ if offset >= self.bytes() => self.bytes(),
+            BOTTOM if offset >= base => run.end * SECTOR_BYTES,
+            _ => offset,
+        }
+    }
+
     /// Makes everything durable that was written before.
     ///
     /// # Errors

@@ -45,6 +45,7 @@ mod map;
 mod media;
 mod name;
 mod page;
+mod qcow2;
 mod seal;
 mod stored_map;
 #[cfg(test)]
@@ -65,4 +66,5 @@ pub use header::LayerId;
 pub use info::{BaseInfo, Info, LayerInfo};
 pub use io::{Sink, Source, Space, zero_range};
 pub use layout::{MAX_BYTES, MAX_DEPTH, SECTOR_BYTES};
+pub use qcow2::{export_qcow2, import_qcow2};
 pub use seal::{Cut, LayerRef, Next, Plan};
