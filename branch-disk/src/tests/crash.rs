@@ -212,13 +212,17 @@ impl Host {
         for event in &names[..kept] {
             self.name(event);
         }
+        let geometry = crate::layout::Geometry::of(SECTORS * 512).unwrap();
+        let data = geometry.data_at()..geometry.map_at();
         for inode in self.inodes.values_mut() {
             // Sometimes all or nothing of it.
             let kind = random() % 4;
             for (offset, bytes) in std::mem::take(&mut inode.pending) {
-                for (sector, at) in bytes.chunks(512).zip((offset..).step_by(512)) {
+                // Data by the sector; of what is not data, nothing is taken for granted.
+                let piece = if data.contains(&offset) { 512 } else { 16 };
+                for (piece, at) in bytes.chunks(piece).zip((offset..).step_by(piece)) {
                     if kind == 0 || (kind != 1 && random().is_multiple_of(2)) {
-                        inode.put(at, sector);
+                        inode.put(at, piece);
                     }
                 }
             }
