@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode};
 use control::{
-    AfterSnapshot, Destination, DiskConfig, MachineConfig, Origin, SnapshotRequest, Source,
+    AfterSnapshot, Destination, DiskConfig, DiskFormat, MachineConfig, Origin, SnapshotRequest,
+    Source,
 };
 
 use crate::{
@@ -74,6 +75,11 @@ fn boot(
                 Ok(DiskConfig {
                     path: tree.input("disks", &disk.path)?,
                     read_only: disk.read_only,
+                    format: match disk.format {
+                        api_types::DiskFormat::Raw => DiskFormat::Raw,
+                        api_types::DiskFormat::Branch => DiskFormat::Branch,
+                    },
+                    serial: disk.serial.clone(),
                 })
             })
             .collect::<Result<_, PathError>>()?,
@@ -246,7 +252,8 @@ mod tests {
         let plan = bench
             .create(
                 r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512,
-                    "initrd_path": "initrd", "cmdline": "quiet", "disks": [{"path": "disk"}]}"#,
+                    "initrd_path": "initrd", "cmdline": "quiet", "disks": [
+                    {"path": "disk"}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
             )
             .unwrap();
         let expected = MachineConfig {
@@ -255,10 +262,20 @@ mod tests {
             kernel: bench.path("kernel"),
             initrd: Some(bench.path("initrd")),
             cmdline: "quiet".to_owned(),
-            disks: vec![DiskConfig {
-                path: bench.path("disk"),
-                read_only: false,
-            }],
+            disks: vec![
+                DiskConfig {
+                    path: bench.path("disk"),
+                    read_only: false,
+                    format: DiskFormat::Raw,
+                    serial: None,
+                },
+                DiskConfig {
+                    path: bench.path("disk"),
+                    read_only: false,
+                    format: DiskFormat::Branch,
+                    serial: Some("s".to_owned()),
+                },
+            ],
         };
         assert_eq!(plan.origin, Origin::Boot(expected));
         let plan = bench

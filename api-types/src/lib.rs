@@ -10,7 +10,7 @@ mod error;
 mod snapshot;
 mod vm;
 
-pub use create::{CreateAnswer, CreateRequest, Disk, GuestConfig};
+pub use create::{CreateAnswer, CreateRequest, Disk, DiskFormat, GuestConfig};
 pub use error::{ErrorBody, ErrorCode};
 pub use snapshot::{SNAPSHOT_TAKEN, SnapshotRequest};
 pub use vm::{DeleteAnswer, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState};

@@ -83,7 +83,7 @@ impl Disk {
     }
 
     /// Makes a disk that begins as the sealed layer `on` is, of this id if one is given, and opens it. Its head lies
-    /// beside that layer and has a name of its own.
+    /// beside that layer and has a name of its own. Dropped without anything ever written to it, it is removed.
     ///
     /// # Errors
     ///
@@ -91,7 +91,8 @@ impl Disk {
     pub fn branch(on: &Path, id: Option<LayerId>, rule: &Rule<'_>) -> Result<Self, Error> {
         let on = on.canonicalize().map_err(Error::io("open", on))?;
         let path = name::head_on(&on, new_id(&on)?)?;
-        Self::create(&path, None, &Foundation::Layer(on, id), rule)
+        let disk = Self::create(&path, None, &Foundation::Layer(on, id), rule)?;
+        Ok(disk.fleeting())
     }
 }
 

@@ -41,6 +41,10 @@ pub struct Disk {
     /// A sync has failed: what is durable cannot be known any more.
     failed: bool,
     lookups: AtomicU64,
+    /// Nobody knows its name: it goes if nothing comes of it.
+    fleeting: bool,
+    /// Something was written to it.
+    touched: bool,
 }
 
 /// What a disk has done since it was opened.
@@ -91,7 +95,15 @@ impl Disk {
             mode,
             failed: false,
             lookups: AtomicU64::new(0),
+            fleeting: false,
+            touched: false,
         })
+    }
+
+    /// When nothing is ever written to it, it is removed as it is dropped.
+    pub(crate) fn fleeting(mut self) -> Self {
+        self.fleeting = true;
+        self
     }
 
     /// The head's absolute path.
@@ -211,6 +223,7 @@ impl Disk {
     }
 
     fn own(&mut self, start: u64, end: u64) {
+        self.touched = true;
         self.map.set(start, end, self.layers.len() as Owner);
         self.bits.set(start, end);
     }
@@ -380,6 +393,10 @@ impl Disk {
 impl Drop for Disk {
     /// What the guest has not flushed may be lost, but need not be.
     fn drop(&mut self) {
+        if self.fleeting && !self.touched {
+            crate::name::discard(&self.path);
+            return;
+        }
         if !self.failed
             && let Err(error) = self.flush()
         {

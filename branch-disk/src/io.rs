@@ -105,6 +105,26 @@ pub fn zero_range(file: &File, offset: u64, len: u64, space: Space) -> io::Resul
     }
 }
 
+/// Gives the space of `len` bytes of `file` at `offset` back, where the host knows how. What is read there afterwards is
+/// either what was there, or zeros.
+///
+/// # Errors
+///
+/// What the host says.
+pub fn discard_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    loop {
+        return match rustix::fs::fallocate(file, flags, offset, len) {
+            Err(Errno::INTR) => continue,
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        };
+    }
+}
+
 fn write_zeros(file: &File, offset: u64, len: u64) -> io::Result<()> {
     const ZEROS: &[u8] = &[0; 64 << 10];
     let mut done = 0;

@@ -64,7 +64,7 @@ pub use disk::{Counts, Disk};
 pub use error::Error;
 pub use header::LayerId;
 pub use info::{BaseInfo, Info, LayerInfo};
-pub use io::{Sink, Source, Space, zero_range};
+pub use io::{Sink, Source, Space, discard_range, zero_range};
 pub use layout::{MAX_BYTES, MAX_DEPTH, SECTOR_BYTES};
 pub use qcow2::{export_qcow2, import_qcow2};
 pub use seal::{Cut, LayerRef, Next, Plan};

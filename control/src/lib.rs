@@ -20,7 +20,9 @@ mod wire;
 
 pub use client::{Client, ClientError};
 pub use exit::Exit;
-pub use launch::{Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin};
+pub use launch::{
+    Confinement, Console, DiskConfig, DiskFormat, LaunchSpec, Launched, MachineConfig, Origin,
+};
 pub use place::{Destination, Source, StoreLocation};
 pub use process::{ProcessHandle, ProcessId};
 pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};

@@ -2,12 +2,13 @@
 
 use std::{
     fs::File,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use control::{Confinement, DiskConfig, MachineConfig};
+use branch_disk::LayerRef;
+use control::{Confinement, MachineConfig};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{ClockPlan, VcpuState, Vm, VmState, cpu_identity, missing_features};
 use memory::{Layout, MachineMemory};
@@ -17,6 +18,7 @@ use snapshot::{Progress, Snapshot};
 use crate::{
     boot, console,
     device_set::DeviceSet,
+    disks::{self, AttachedDisk, Cuts},
     error::Error,
     metrics::{ExitCounts, MachineCounts},
     state::{DiskState, MachineState},
@@ -50,7 +52,7 @@ pub(crate) struct Machine {
     vm: Vm,
     memory: MachineMemory,
     vcpu_count: u32,
-    disks: Vec<DiskConfig>,
+    disks: Vec<AttachedDisk>,
     vcpus: Vcpus,
     event_loop: EventLoop,
     counters: Arc<Counters>,
@@ -75,7 +77,7 @@ struct Parts {
     vm: Vm,
     memory: MachineMemory,
     vcpus: Vec<hypervisor::Vcpu>,
-    disks: Vec<DiskConfig>,
+    disks: Vec<AttachedDisk>,
     devices: DeviceSet,
     buses: crate::vcpu::Buses,
     input: Option<File>,
@@ -87,6 +89,7 @@ impl Machine {
     /// Makes a machine whose first instruction is that of a kernel.
     pub(crate) fn boot(
         config: &MachineConfig,
+        confinement: Option<&Confinement>,
         console: console::Ends,
         listeners: &Listeners,
     ) -> Result<Self, Error> {
@@ -96,8 +99,8 @@ impl Machine {
         let vm = Vm::new(&memory, config.vcpus)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
-        let (devices, buses) =
-            DeviceSet::new(&vm, memory.guest(), &config.disks, output, requests)?;
+        let disks = disks::attach(&config.disks, confinement)?;
+        let (devices, buses) = DeviceSet::new(&vm, memory.guest(), &disks, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
@@ -113,7 +116,7 @@ impl Machine {
                 vm,
                 memory,
                 vcpus,
-                disks: config.disks.clone(),
+                disks,
                 devices,
                 buses,
                 input,
@@ -137,15 +140,7 @@ impl Machine {
         if let Some(confinement) = confinement {
             confined(confinement, &state.header, &disks)?;
         }
-        for disk in &disks {
-            // One that is not there is refused when it is opened.
-            if DiskState::of(&disk.config()).is_ok_and(|now| disk.changed_since(&now)) {
-                return Err(Error::DiskChanged {
-                    path: disk.path.clone(),
-                });
-            }
-        }
-        let disks: Vec<_> = disks.iter().map(DiskState::config).collect();
+        let disks = disks::reattach(&disks, confinement)?;
         let memory = saved.load()?;
         let stored_as = saved.stored_as().map(str::to_owned);
         let count = state.header.vcpus;
@@ -238,6 +233,11 @@ impl Machine {
         &self.memory
     }
 
+    /// Its disks.
+    pub(crate) fn disks(&self) -> &[AttachedDisk] {
+        &self.disks
+    }
+
     /// Number of vCPUs.
     pub(crate) fn vcpu_count(&self) -> u32 {
         self.vcpu_count
@@ -323,8 +323,8 @@ impl Held<'_> {
         &self.machine.memory
     }
 
-    /// Everything of it but its memory and the content of its disks.
-    pub(crate) fn save(&mut self) -> Result<Container, Error> {
+    /// Everything of it but its memory and the content of its disks, which is what `cuts` says.
+    pub(crate) fn save(&mut self, cuts: &Cuts) -> Result<Container, Error> {
         // Exhaustive, so that a new field is either saved or said not to be.
         let Machine {
             vm,
@@ -340,7 +340,9 @@ impl Held<'_> {
             stored_as: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(vm, memory, *vcpu_count)?);
-        let disks: Result<_, _> = disks.iter().map(disk_state).collect();
+        let disks: Result<_, _> = (disks.iter().enumerate())
+            .map(|(index, disk)| disk_state(disk, cuts.layer(index)))
+            .collect();
         container.put(0, &MachineState { disks: disks? })?;
         for state in vcpus.save()? {
             container.put(state.id, &state)?;
@@ -350,13 +352,9 @@ impl Held<'_> {
         Ok(container)
     }
 
-    /// The images of its writable disks.
-    pub(crate) fn writable_disks(&self) -> Vec<PathBuf> {
-        let disks = self.machine.disks.iter();
-        disks
-            .filter(|disk| !disk.read_only)
-            .map(|disk| disk.path.clone())
-            .collect()
+    /// Its disks.
+    pub(crate) fn disks(&self) -> &[AttachedDisk] {
+        self.machine.disks()
     }
 }
 
@@ -370,24 +368,15 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Brings what a guest wrote to its disks to the host's.
-pub(crate) fn sync_disks(disks: &[PathBuf]) -> Result<(), Error> {
-    for disk in disks {
-        File::open(disk)
-            .and_then(|file| file.sync_all())
-            .map_err(|source| Error::DiskSync {
-                path: disk.display().to_string(),
-                source,
-            })?;
+fn disk_state(disk: &AttachedDisk, ended: Option<&LayerRef>) -> Result<DiskState, Error> {
+    let config = &disk.config;
+    match ended {
+        Some(layer) => Ok(DiskState::of_layer(config, layer)),
+        None => DiskState::of(config).map_err(|source| Error::DiskSync {
+            path: config.path.display().to_string(),
+            source,
+        }),
     }
-    Ok(())
-}
-
-fn disk_state(disk: &DiskConfig) -> Result<DiskState, Error> {
-    DiskState::of(disk).map_err(|source| Error::DiskSync {
-        path: disk.path.display().to_string(),
-        source,
-    })
 }
 
 /// Whether what a state file asks for is what this process may give: the file may come from anybody.
@@ -403,8 +392,7 @@ fn confined(confinement: &Confinement, header: &Header, disks: &[DiskState]) -> 
         // One that is not there is refused when it is opened, by the same path.
         let path = Path::new(&disk.path);
         let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let inside = |allowed: &PathBuf| real.starts_with(allowed);
-        if !confinement.disks.iter().any(inside) {
+        if !disks::allows(Some(confinement), &real) {
             return Err(Error::DiskOutside {
                 path: disk.path.clone(),
             });

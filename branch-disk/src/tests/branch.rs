@@ -458,3 +458,19 @@ fn a_raw_image_goes_in_and_comes_out_with_its_holes() {
     let again = crate::export_raw(&disk, &bench.path("out"));
     assert!(matches!(again, Err(Error::Exists { .. })));
 }
+
+#[test]
+fn a_branch_that_nobody_wrote_to_leaves_nothing() {
+    let bench = Bench::new(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let layer = sealed(&mut disk);
+    let names = bench.names();
+    drop(Disk::branch(&layer.path, None, &anything).unwrap());
+    assert_eq!(bench.names(), names);
+    let mut branch = Disk::branch(&layer.path, None, &anything).unwrap();
+    branch.discard(0, 512).unwrap();
+    sealed(&mut branch);
+    drop(branch);
+    assert_eq!(bench.names().len(), names.len() + 2);
+}

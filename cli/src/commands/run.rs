@@ -33,8 +33,9 @@ pub(crate) struct Args {
     /// The memory in MiB [default: 256].
     #[arg(long)]
     memory: Option<u64>,
-    /// A disk; `,ro` after the path if the guest may only read it.
-    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
+    /// A disk. Options behind the path: `ro` if the guest may only read it, `format=branch` if it branches (raw otherwise,
+    /// whatever is in it), `serial=TEXT` for the serial number that the guest sees.
+    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
 }
 
