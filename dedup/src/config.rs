@@ -10,7 +10,8 @@ use crate::name::FileId;
 use crate::seal::{self, Access, Keys};
 
 const MAGIC: &[u8; 8] = b"DEDUPSTO";
-const VERSION: u32 = 1;
+/// 1 had frames of 64 KiB, and was never released.
+const VERSION: u32 = 2;
 
 /// Identities are keyed; content is sealed. An encrypted store has both, any other neither.
 const FLAGS_ENCRYPTED: u32 = 1 | 1 << 1;
@@ -181,6 +182,9 @@ impl Config {
             .map_err(damaged)?;
         // Before the digest: a newer version may have another layout.
         let version = cursor.u32().map_err(damaged)?;
+        if version < VERSION {
+            return Err(Error::OlderStore { found: version });
+        }
         if version > VERSION {
             return Err(Error::NewerStore {
                 found: version,
@@ -273,14 +277,22 @@ mod tests {
     }
 
     #[test]
+    fn a_version_from_before_the_first_release_is_refused_by_name() {
+        let mut bytes = some_config(None).encode().to_vec();
+        bytes[8] = 1;
+        let refused = Config::parse(&bytes, "config");
+        assert!(matches!(refused, Err(Error::OlderStore { found: 1 })));
+    }
+
+    #[test]
     fn a_newer_version_is_refused_by_name() {
         let mut bytes = some_config(None).encode();
-        bytes[8] = 2;
+        bytes[8] = 3;
         assert!(matches!(
             Config::parse(&bytes, "config"),
             Err(Error::NewerStore {
-                found: 2,
-                supported: 1
+                found: 3,
+                supported: 2
             })
         ));
     }

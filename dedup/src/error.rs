@@ -17,6 +17,14 @@ pub enum Error {
     #[error("there is a store here already: open it instead of creating it")]
     StoreExists,
 
+    /// The store was written before the first release.
+    #[error(
+        "the store has format version {found}, which no release has written: export its snapshots with the program that wrote it"
+    )]
+    OlderStore {
+        /// Its version.
+        found: u32,
+    },
     /// The store was written by a newer release.
     #[error(
         "the store has format version {found}, this release reads up to {supported}: use a newer release"

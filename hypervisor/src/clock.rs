@@ -13,6 +13,10 @@ use versionize_derive::Versionize;
 
 use crate::{Error, MsrEntry, Vcpu, Vm, error::Asked, msrs, tsc_offset};
 
+/// How often kvmclock is set until it is right, and what is right enough: less than leaving the guest takes.
+const KVMCLOCK_TRIES: u32 = 4;
+const KVMCLOCK_ERROR_NS: u64 = 2_000;
+
 /// How far the host's rate may be off before a guest's counter needs scaling: KVM's own tolerance.
 const TOLERANCE_PPM: u64 = 250;
 
@@ -101,15 +105,16 @@ impl ClockPlan {
     ///
     /// When KVM refuses to tell the counter.
     pub fn new(first: &Vcpu) -> Result<Self, Error> {
-        let host_khz = first.host_tsc_khz;
-        let plan = |delta, guest_khz| Self {
+        // The rate that it has, which need not be the one that it was saved with: see `restore_tsc_rate`.
+        let guest_khz = first.fd.get_tsc_khz().asked("tell the TSC's rate")?;
+        let plan = |delta| Self {
             delta,
             stopped: HostTsc::now(),
             guest_khz,
-            host_khz,
+            host_khz: first.host_tsc_khz,
         };
         let ClockOf::Restored(saved) = &first.clock else {
-            return Ok(plan(0, host_khz));
+            return Ok(plan(0));
         };
         let offset_now = tsc_offset::get(&first.fd)?;
         // Before the host's counter is read: what passes between the two makes the guest's counter go forward, not
@@ -117,7 +122,7 @@ impl ClockPlan {
         let now = msrs::get_one(&first.fd, msrs::IA32_TSC)?;
         // The offset that would show the saved value now, less the one that was saved.
         let wanted = offset_now.wrapping_add(saved.tsc).wrapping_sub(now);
-        Ok(plan(wanted.wrapping_sub(saved.tsc_offset), saved.tsc_khz))
+        Ok(plan(wanted.wrapping_sub(saved.tsc_offset)))
     }
 
     /// When the machine's clocks were stopped.
@@ -140,38 +145,45 @@ impl ClockPlan {
     /// stopped: nothing, and it has stood still.
     #[must_use]
     pub fn start(&self, lead: Duration, passed: Duration) -> ClockStart {
-        let ticks_of = |time: Duration, khz: u32| {
-            // Nanoseconds times kHz are millionths of ticks.
-            (time.as_nanos() * u128::from(khz) / 1_000_000) as u64
-        };
-        let at = HostTsc(host_tsc().wrapping_add(ticks_of(lead, self.host_khz)));
+        let at = self.after(lead);
         let stood = scaled(at.since(self.stopped), self.guest_khz, self.host_khz);
         ClockStart {
             delta: self
                 .delta
                 .wrapping_sub(stood)
-                .wrapping_add(ticks_of(passed, self.guest_khz)),
+                .wrapping_add(ticks(passed, self.guest_khz)),
             at,
             host_khz: self.host_khz,
             passed,
         }
     }
 
-    /// Has the clocks of vCPUs that were stopped go on as if they had not been, at once.
+    /// Has the clocks of a machine that was held here go on after `lead` as if they had not been stopped.
     #[must_use]
-    pub fn never_stopped(&self) -> ClockStart {
+    pub fn never_stopped(&self, lead: Duration) -> ClockStart {
+        let at = self.after(lead);
         ClockStart {
             delta: 0,
-            at: HostTsc::now(),
+            at,
             host_khz: self.host_khz,
-            passed: Duration::ZERO,
+            passed: Duration::from_nanos(nanoseconds(at.since(self.stopped), self.host_khz)),
         }
+    }
+
+    fn after(&self, lead: Duration) -> HostTsc {
+        HostTsc(host_tsc().wrapping_add(ticks(lead, self.host_khz)))
     }
 }
 
 /// What `ticks` at the rate `from_khz` are at the rate `to_khz`.
 fn scaled(ticks: u64, to_khz: u32, from_khz: u32) -> u64 {
     (u128::from(ticks) * u128::from(to_khz) / u128::from(from_khz.max(1))) as u64
+}
+
+/// `time` in ticks at the rate `khz`.
+fn ticks(time: Duration, khz: u32) -> u64 {
+    // Nanoseconds times kHz are millionths of ticks.
+    (time.as_nanos() * u128::from(khz) / 1_000_000) as u64
 }
 
 /// `ticks` at the rate `khz` in nanoseconds.
@@ -289,11 +301,10 @@ impl Vm {
     /// When KVM refuses.
     pub fn stop_clock(&mut self, stopped: HostTsc, plan: &ClockPlan) -> Result<(), Error> {
         if self.stopped_clock.is_none() {
+            // Where KVM does not tell when it looked: earlier errs forward, and guest time never goes back.
+            let before = HostTsc::now();
             let clock = self.fd.get_clock().asked("tell kvmclock")?;
-            let read_at = match clock.flags & KVM_CLOCK_HOST_TSC {
-                0 => HostTsc::now(),
-                _ => HostTsc(clock.host_tsc),
-            };
+            let read_at = looked_at(&clock).unwrap_or(before);
             let since = nanoseconds(read_at.since(stopped), plan.host_khz);
             self.stopped_clock = Some(MachineClock {
                 kvmclock_ns: clock.clock.saturating_sub(since),
@@ -308,17 +319,27 @@ impl Vm {
     ///
     /// When KVM refuses.
     pub fn start_clock(&mut self, start: ClockStart) -> Result<(), Error> {
-        let Some(MachineClock { kvmclock_ns }) = self.stopped_clock.take() else {
+        let Some(MachineClock { kvmclock_ns }) = self.stopped_clock else {
             return Ok(());
         };
         let passed = u64::try_from(start.passed.as_nanos()).unwrap_or(u64::MAX);
-        let lead = nanoseconds(start.at.since(HostTsc::now()), start.host_khz);
-        let clock = kvm_clock_data {
-            clock: kvmclock_ns.saturating_add(passed).saturating_sub(lead),
-            // Without `KVM_CLOCK_REALTIME`, with which the time since would be added.
-            ..Default::default()
-        };
-        self.fd.set_clock(&clock).asked("set kvmclock")
+        let at_start = kvmclock_ns.saturating_add(passed);
+        for _ in 0..KVMCLOCK_TRIES {
+            let clock = kvm_clock_data {
+                clock: start.clock_at(at_start, HostTsc::now()),
+                // Without `KVM_CLOCK_REALTIME`, with which the time since would be added.
+                ..Default::default()
+            };
+            self.fd.set_clock(&clock).asked("set kvmclock")?;
+            // The thread may have been off its CPU between looking at the time and setting the clock.
+            let now = self.fd.get_clock().asked("tell kvmclock")?;
+            let right = looked_at(&now).map(|at| start.clock_at(at_start, at));
+            if right.is_none_or(|right| now.clock.abs_diff(right) < KVMCLOCK_ERROR_NS) {
+                break;
+            }
+        }
+        self.stopped_clock = None;
+        Ok(())
     }
 
     pub(crate) fn save_clock(&self) -> Result<MachineClock, Error> {
@@ -329,6 +350,21 @@ impl Vm {
             }),
         }
     }
+}
+
+impl ClockStart {
+    /// What a clock shows at `now` that shows `at_start` at the start.
+    fn clock_at(&self, at_start: u64, now: HostTsc) -> u64 {
+        let (lead, late) = (self.at.since(now), now.since(self.at));
+        at_start
+            .saturating_sub(nanoseconds(lead, self.host_khz))
+            .saturating_add(nanoseconds(late, self.host_khz))
+    }
+}
+
+/// When KVM looked at the clock, if it tells.
+fn looked_at(clock: &kvm_clock_data) -> Option<HostTsc> {
+    (clock.flags & KVM_CLOCK_HOST_TSC != 0).then_some(HostTsc(clock.host_tsc))
 }
 
 /// The host's time stamp counter.
@@ -374,6 +410,32 @@ mod tests {
         assert!(
             ahead <= hour_ticks && ahead > hour_ticks / 100 * 99,
             "{ahead}"
+        );
+    }
+
+    #[test]
+    fn who_is_late_sets_the_clock_to_what_it_is_by_then() {
+        let start = ClockStart {
+            delta: 0,
+            at: HostTsc(3_000_000),
+            host_khz: HOST_KHZ,
+            passed: Duration::ZERO,
+        };
+        for (now, shown) in [(2_997_000, 9_000), (3_000_000, 10_000), (3_003_000, 11_000)] {
+            assert_eq!(start.clock_at(10_000, HostTsc(now)), shown);
+        }
+    }
+
+    #[test]
+    fn a_clock_that_was_never_stopped_keeps_its_offset() {
+        let start = plan()
+            .held(HostTsc(HostTsc::now().0 - 3_000_000))
+            .never_stopped(Duration::ZERO);
+        assert_eq!(start.delta, 0);
+        assert!(
+            start.passed >= Duration::from_millis(1),
+            "{:?}",
+            start.passed
         );
     }
 

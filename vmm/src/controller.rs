@@ -104,7 +104,7 @@ impl Controller {
     }
 
     fn pause_failed(&self, error: Error) -> Failure {
-        if !self.machine.is_running() {
+        if self.machine.is_lost() || !self.machine.is_running() {
             return self.lost(error);
         }
         tracing::error!("the machine cannot be paused and runs on: {error}");
@@ -141,7 +141,7 @@ impl Controller {
                 counts.machine.failed_snapshots.add(1);
                 tracing::warn!("the snapshot failed: {error}");
                 let running = self.machine.is_running();
-                if ran && !running {
+                if self.machine.is_lost() || (ran && !running) {
                     answer(reply, Err(self.lost(error)));
                     return;
                 }
@@ -177,7 +177,7 @@ fn take_snapshot(
     // Before the machine is held: a store that cannot be opened costs the guest nothing.
     let destination = place::OpenDestination::new(&request.to)?;
     let next_heads = disks::prepare(machine.disks())?;
-    let mut held = machine.hold()?;
+    let mut held = machine.hold()?.with_clock(clock_of(request.then));
     // A guest that has switched itself off waits for its end, which is behind this in the queue.
     if ending.load(Ordering::SeqCst) {
         return Err(Error::GuestEnds);
@@ -200,9 +200,10 @@ fn take_snapshot(
         Ok::<_, Error>(unpublished.publish()?)
     };
     let (downtime, saved) = match request.then {
-        AfterSnapshot::Resume(clock) => {
-            let downtime = held.stood_still();
-            let gone_on = held.let_go(clock);
+        AfterSnapshot::Resume(_) => {
+            let since = held.since();
+            let gone_on = held.let_go();
+            let downtime = since.elapsed();
             // Also of a machine that cannot go on: then this is all that is left of it.
             let saved = publish()?;
             gone_on?;
@@ -210,7 +211,7 @@ fn take_snapshot(
         }
         AfterSnapshot::Halt => {
             let saved = publish()?;
-            let downtime = held.stood_still();
+            let downtime = held.since().elapsed();
             held.keep();
             (downtime, saved)
         }
@@ -228,6 +229,14 @@ fn take_snapshot(
         total_us: begun.elapsed().as_micros() as u64,
         stored,
     })
+}
+
+/// What the clocks of a machine have done that goes on, also if it does because saving it failed.
+fn clock_of(then: AfterSnapshot) -> GuestClock {
+    match then {
+        AfterSnapshot::Resume(clock) => clock,
+        AfterSnapshot::Halt => GuestClock::default(),
+    }
 }
 
 fn stored_report(saved: Saved) -> StoredReport {

@@ -73,6 +73,8 @@ pub(crate) struct Machine {
     cut: Cut,
     /// Until a restored machine runs for the first time.
     restored: bool,
+    /// It did not go on when it should have, and is in no known state.
+    lost: bool,
     /// What it was last in a store, by its id there: what its next snapshot builds on.
     pub(crate) stored_as: Option<String>,
 }
@@ -82,27 +84,37 @@ pub(crate) struct Machine {
 pub(crate) struct Held<'a> {
     machine: &'a mut Machine,
     ran: bool,
+    /// What its clocks have done meanwhile, if it goes on.
+    clock: GuestClock,
 }
 
 /// When a machine's clocks were stopped, in the world's time.
 #[derive(Clone, Copy, Debug)]
 enum Cut {
     /// It was held in this process.
-    Held(Instant),
-    /// It was saved, maybe elsewhere.
+    Held { unix_ns: u64 },
+    /// It was saved, maybe elsewhere, and has not run since.
     Saved { unix_ns: u64 },
 }
 
 impl Cut {
-    /// What has passed since. Two hosts' clocks may differ, but guest time never goes back.
-    fn elapsed(self) -> Duration {
-        match self {
-            Self::Held(since) => since.elapsed(),
-            Self::Saved { unix_ns } => SystemTime::now()
-                .duration_since(UNIX_EPOCH + Duration::from_nanos(unix_ns))
-                .unwrap_or_default(),
+    fn now() -> Self {
+        Self::Held {
+            unix_ns: since_unix(0).as_nanos() as u64,
         }
     }
+
+    fn unix_ns(self) -> u64 {
+        let (Self::Held { unix_ns } | Self::Saved { unix_ns }) = self;
+        unix_ns
+    }
+}
+
+/// What has passed since so many nanoseconds after 1970. Two hosts' clocks may differ, but guest time never goes back.
+fn since_unix(unix_ns: u64) -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH + Duration::from_nanos(unix_ns))
+        .unwrap_or_default()
 }
 
 /// A machine whose parts are there and whose vCPUs have no threads yet.
@@ -163,7 +175,7 @@ impl Machine {
                 buses,
                 input,
                 clock,
-                cut: Cut::Held(Instant::now()),
+                cut: Cut::now(),
                 restored: false,
                 stored_as: None,
             },
@@ -275,6 +287,7 @@ impl Machine {
             clock,
             cut,
             restored,
+            lost: false,
             stored_as,
         })
     }
@@ -308,11 +321,11 @@ impl Machine {
             match self.vcpus.hold() {
                 Ok(stopped) => self.clock = self.clock.held(stopped),
                 Err(error) => {
-                    self.let_run_after_failure(self.clock.never_stopped());
+                    self.let_run_after_failure(self.clock.never_stopped(Duration::ZERO));
                     return Err(error.into());
                 }
             }
-            self.cut = Cut::Held(Instant::now());
+            self.cut = Cut::now();
             match self.quiesce() {
                 Ok(quiesced) => self.quiesced = Some(quiesced),
                 Err(error) => {
@@ -327,13 +340,22 @@ impl Machine {
             counts.last_hold_us.set(took);
             counts.longest_hold_us.set_max(took);
         }
-        Ok(Held { machine: self, ran })
+        Ok(Held {
+            machine: self,
+            ran,
+            clock: GuestClock::default(),
+        })
     }
 
     /// Stops everything but the vCPUs, which are held already: they could notify a device again.
     fn quiesce(&mut self) -> Result<Quiesced, Error> {
         self.vm.stop_clock(self.clock.stopped(), &self.clock)?;
         Ok(self.event_loop.quiesce(QUIESCE_BOUND)?)
+    }
+
+    /// Whether it did not go on when it should have, so that nothing is known of it.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost
     }
 
     /// Whether the guest runs.
@@ -353,20 +375,29 @@ impl Machine {
             // Not before it runs: one that is only saved again is the same.
             devices.generation.renew(self.memory.guest())?;
         }
-        let passed = match clock {
-            GuestClock::StandStill => Duration::ZERO,
-            GuestClock::Follow => self.cut.elapsed() + CLOCK_LEAD,
+        let start = match (clock, self.cut) {
+            (GuestClock::StandStill, _) => self.clock.start(CLOCK_LEAD, Duration::ZERO),
+            (GuestClock::Follow, Cut::Held { .. }) => self.clock.never_stopped(CLOCK_LEAD),
+            (GuestClock::Follow, Cut::Saved { unix_ns }) => {
+                let passed = since_unix(unix_ns) + CLOCK_LEAD;
+                self.clock.start(CLOCK_LEAD, passed)
+            }
         };
-        self.start(self.clock.start(CLOCK_LEAD, passed))?;
+        self.start(start)?;
         self.restored = false;
         self.quiesced = None;
         Ok(())
     }
 
     fn start(&mut self, start: ClockStart) -> Result<(), Error> {
-        let vm = &mut self.vm;
-        let kvmclock = || Ok(vm.start_clock(start)?);
-        Ok(self.vcpus.run(start, kvmclock)?)
+        // Before any vCPU can enter the guest, which none does before the start.
+        let started = self
+            .vm
+            .start_clock(start)
+            .map_err(Error::from)
+            .and_then(|()| Ok(self.vcpus.run(start)?));
+        self.lost |= started.is_err();
+        started
     }
 
     fn let_run_after_failure(&mut self, start: ClockStart) {
@@ -382,15 +413,21 @@ impl Held<'_> {
         self.ran = false;
     }
 
-    /// Lets the machine go on, whether it ran before or not.
-    pub(crate) fn let_go(mut self, clock: GuestClock) -> Result<(), Error> {
-        self.ran = false;
-        self.machine.run(clock)
+    /// Has its clocks do this if it goes on; else they stand still.
+    pub(crate) fn with_clock(mut self, clock: GuestClock) -> Self {
+        self.clock = clock;
+        self
     }
 
-    /// How long it has been standing still.
-    pub(crate) fn stood_still(&self) -> Duration {
-        self.machine.held_since.elapsed()
+    /// Lets the machine go on, whether it ran before or not.
+    pub(crate) fn let_go(mut self) -> Result<(), Error> {
+        self.ran = false;
+        self.machine.run(self.clock)
+    }
+
+    /// Since when it has been standing still.
+    pub(crate) fn since(&self) -> Instant {
+        self.machine.held_since
     }
 
     /// Its memory.
@@ -412,11 +449,12 @@ impl Held<'_> {
             quiesced: _,
             held_since: _,
             clock,
-            cut: _,
+            cut,
             restored: _,
+            lost: _,
             stored_as: _,
         } = &mut *self.machine;
-        let mut container = Container::new(header(vm, memory, *vcpu_count)?);
+        let mut container = Container::new(header(vm, memory, *vcpu_count, *cut)?);
         let disks: Result<_, _> = (disks.iter().enumerate())
             .map(|(index, disk)| disk_state(disk, cuts.layer(index)))
             .collect();
@@ -438,7 +476,7 @@ impl Held<'_> {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         if self.ran
-            && let Err(error) = self.machine.run(GuestClock::StandStill)
+            && let Err(error) = self.machine.run(self.clock)
         {
             tracing::error!("the machine cannot go on: {error}");
         }
@@ -500,17 +538,14 @@ fn layout_of(bytes: u64) -> Result<Layout, Error> {
     Ok(layout)
 }
 
-fn header(vm: &Vm, memory: &MachineMemory, vcpus: u32) -> Result<Header, Error> {
+fn header(vm: &Vm, memory: &MachineMemory, vcpus: u32, cut: Cut) -> Result<Header, Error> {
     let mut id = [0; 16];
     rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
         .map_err(|errno| Error::Host(errno.into()))?;
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_err(|e| Error::Host(std::io::Error::other(e)))?;
     Ok(Header {
         id: SnapshotId(id),
         release: crate::RELEASE.to_owned(),
-        created_unix_ns: now.as_nanos() as u64,
+        created_unix_ns: cut.unix_ns(),
         host_cpu: cpu_identity(vm.cpuid()),
         vcpus,
         memory_bytes: memory.layout().bytes(),

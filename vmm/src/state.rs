@@ -185,7 +185,7 @@ mod tests {
             },
         );
         let MachineState { disks } = section.unwrap().decode().unwrap();
-        assert_eq!(disks, [state.clone()]);
+        assert_eq!(disks, std::slice::from_ref(&state));
         assert_eq!(state.layer(), Ok(Some(layer.id)));
         assert_eq!(state.config().unwrap().path, layer.path);
         for wrong in [

@@ -7,12 +7,12 @@ use std::io;
 pub enum NetError {
     /// No network interface can have this name.
     #[error(
-        "{0:?} cannot be the name of a TAP device; a name has 1 to 15 letters, digits or dashes"
+        "{0:?} cannot be the name of a TAP device; a name has 1 to 15 characters of ASCII, and no slash, colon, percent sign or space"
     )]
     TapName(String),
     /// There is no such interface.
     #[error(
-        "there is no TAP device {0}; make it with `ip tuntap add dev {0} mode tap user <who runs fermata>`"
+        "there is no TAP device {0}; make it with `ip tuntap add dev {0} mode tap user <who runs fermata>` and `ip link set {0} up`"
     )]
     NoTap(String),
     /// Somebody else has it open.

@@ -73,6 +73,8 @@ pub struct Net {
     link_up: bool,
     /// The driver has to be told that the configuration is not what it was.
     config_changed: bool,
+    /// What the driver has last been told of the link.
+    told_link_up: bool,
     metrics: Arc<NetMetrics>,
 }
 
@@ -117,6 +119,7 @@ impl Net {
             options,
             link_up: true,
             config_changed: false,
+            told_link_up: true,
             metrics: Arc::default(),
         })
     }
@@ -160,6 +163,7 @@ impl VirtioDevice for Net {
     }
 
     fn take_config_change(&mut self) -> bool {
+        self.told_link_up = self.link_up;
         std::mem::take(&mut self.config_changed)
     }
 
@@ -230,9 +234,11 @@ impl VirtioDevice for Net {
             // What was admitted before the cut does not count after it.
             receive_limiter: _,
             send_limiter: _,
-            link_up,
-            // A loop that stands still has told the driver.
+            // The machine that goes on from this finds out for itself.
+            link_up: _,
             config_changed: _,
+            // Not what is so: a machine that has not run yet has told its driver nothing.
+            told_link_up,
             metrics: _,
         } = self;
         let saved = SavedNet {
@@ -240,7 +246,7 @@ impl VirtioDevice for Net {
             mac: *mac,
             receive_limit: (*receive_limit).into(),
             send_limit: (*send_limit).into(),
-            link_up: *link_up,
+            link_up: *told_link_up,
             pending: incoming.pending().to_vec(),
             transport,
         };
@@ -269,6 +275,7 @@ impl VirtioDevice for Net {
                 kind: SavedNet::KIND,
                 reason,
             })?;
+        self.told_link_up = link_up;
         self.config_changed = (mac, link_up) != (self.options.mac, self.link_up);
         Ok(transport)
     }

@@ -47,6 +47,7 @@ impl Net {
         }
         if len < (HEADER_BYTES + MIN_FRAME_BYTES) as u64 || len > self.outgoing.len() as u64 {
             self.metrics.send_drops.add(1);
+            self.charge(0);
             return Ok(SENT);
         }
         let copy = &mut self.outgoing[..len as usize];
@@ -57,18 +58,18 @@ impl Net {
         // The field means something in the other direction only.
         copy[BUFFERS_AT].fill(0);
         let bytes = len - HEADER_BYTES as u64;
-        match self.backend.send(copy) {
+        let sent = self.backend.send(copy);
+        if let Err(Refused::Later) = sent {
+            self.metrics.send_waits.add(1);
+            return Ok(Outcome::Later);
+        }
+        self.charge(bytes);
+        match sent {
             Ok(()) => {
                 self.metrics.sent_packets.add(1);
                 self.metrics.sent_bytes.add(bytes);
-                if let Some(limiter) = &mut self.send_limiter {
-                    limiter.charge(Instant::now(), bytes);
-                }
             }
-            Err(Refused::Later) => {
-                self.metrics.send_waits.add(1);
-                return Ok(Outcome::Later);
-            }
+            Err(Refused::Later) => {}
             Err(Refused::Frame(error)) => {
                 self.metrics.send_drops.add(1);
                 tracing::debug!(bytes, %error, "a frame of the guest's was not taken");
@@ -79,5 +80,12 @@ impl Net {
             }
         }
         Ok(SENT)
+    }
+
+    /// Counts a frame against the limit whatever becomes of it: to look at one costs as much.
+    fn charge(&mut self, bytes: u64) {
+        if let Some(limiter) = &mut self.send_limiter {
+            limiter.charge(Instant::now(), bytes);
+        }
     }
 }
