@@ -6,7 +6,7 @@ use std::{
 };
 
 use api_types::{
-    CreateAnswer, CreateRequest, DeleteAnswer, ErrorCode, Health, Metric, Vm, VmState,
+    CreateAnswer, CreateRequest, DeleteAnswer, ErrorCode, GuestClock, Health, Metric, Vm, VmState,
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
@@ -99,6 +99,7 @@ impl Machines {
             console: Console::File(self.registry.new_console().map_err(host)?),
             registry: self.registry.dir().to_owned(),
             paused: false,
+            clock: plan.clock,
             confinement: Some(self.confinement()),
             net_changes: plan.net_changes,
             vsock_change: control::VsockChange::default(),
@@ -210,6 +211,23 @@ impl Machines {
             notes: self.children.notes(record.process.pid),
             ..describe(&self.registry, record, status)
         }
+    }
+
+    /// Holds a machine.
+    #[instrument(skip(self))]
+    pub(crate) async fn pause(&self, pid: u32) -> Result<Vm, ApiError> {
+        let record = self.record(pid)?;
+        connect(&record).await?.pause().await?;
+        Ok(self.living(&record).await)
+    }
+
+    /// Lets a machine go on that is held.
+    #[instrument(skip(self))]
+    pub(crate) async fn resume(&self, pid: u32, clock: GuestClock) -> Result<Vm, ApiError> {
+        let record = self.record(pid)?;
+        let clock = plan::guest_clock(clock);
+        connect(&record).await?.resume(clock).await?;
+        Ok(self.living(&record).await)
     }
 
     /// Ends a machine; returns once its process is gone.

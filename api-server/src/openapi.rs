@@ -17,6 +17,8 @@ use crate::routes;
         routes::list,
         routes::show,
         routes::metrics,
+        routes::pause,
+        routes::resume,
         routes::end,
         routes::healthz,
         routes::openapi_json

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    AfterSnapshot, Destination, DiskConfig, MacAddress, MachineConfig, NetAttachment, NetChange,
-    NetConfig, NotAMac, Origin, RateLimit, SnapshotRequest, Source,
+    AfterSnapshot, CpuModel, Destination, DiskConfig, GuestClock, MacAddress, MachineConfig,
+    NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, SnapshotRequest, Source,
 };
 
 use crate::{
@@ -21,6 +21,7 @@ const MIN_MEMORY_MIB: u64 = 64;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) origin: Origin,
+    pub(crate) clock: GuestClock,
     /// What the network devices of a restored machine are attached to.
     pub(crate) net_changes: Vec<NetChange>,
     /// What was asked for and is not done.
@@ -51,6 +52,7 @@ pub(crate) fn create(
     };
     Ok(Plan {
         origin,
+        clock: guest_clock(request.clock),
         net_changes,
         notes: notes(request),
     })
@@ -130,6 +132,7 @@ fn boot(
     Ok(MachineConfig {
         vcpus,
         memory_mib,
+        cpu: request.cpu.map_or(CpuModel::Host, cpu_model),
         kernel,
         initrd,
         cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
@@ -147,6 +150,7 @@ fn notes(request: &CreateRequest) -> Vec<String> {
     let shape = [
         ("vcpus", request.vcpus.is_some()),
         ("memory_mib", request.memory_mib.is_some()),
+        ("cpu", request.cpu.is_some()),
         ("initrd_path", request.initrd_path.is_some()),
         ("cmdline", request.cmdline.is_some()),
         ("disks", request.disks.is_some()),
@@ -180,11 +184,26 @@ pub(crate) fn snapshot(
     Ok(SnapshotRequest {
         to,
         then: if request.resume {
-            AfterSnapshot::Resume
+            AfterSnapshot::Resume(guest_clock(request.clock))
         } else {
             AfterSnapshot::Halt
         },
     })
+}
+
+fn cpu_model(model: api_types::CpuModel) -> CpuModel {
+    match model {
+        api_types::CpuModel::Host => CpuModel::Host,
+        api_types::CpuModel::V2 => CpuModel::V2,
+        api_types::CpuModel::V3 => CpuModel::V3,
+    }
+}
+
+pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
+    match clock {
+        api_types::GuestClock::StandStill => GuestClock::StandStill,
+        api_types::GuestClock::Follow => GuestClock::Follow,
+    }
 }
 
 fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {
@@ -281,13 +300,14 @@ mod tests {
         bench.config.defaults.initrd = Some("/boot/initrd".into());
         let plan = bench
             .create(
-                r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512,
+                r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
                     "initrd_path": "initrd", "cmdline": "quiet", "disks": [{"path": "disk"}]}"#,
             )
             .unwrap();
         let expected = MachineConfig {
             vcpus: 4,
             memory_mib: 512,
+            cpu: CpuModel::V3,
             kernel: bench.path("kernel"),
             initrd: Some(bench.path("initrd")),
             cmdline: "quiet".to_owned(),
@@ -454,6 +474,7 @@ mod tests {
             memory_snapshot_path: "new-memory".to_owned(),
             rpc_port: 1,
             resume: true,
+            clock: api_types::GuestClock::Follow,
         };
         let plan = |request: &_| snapshot(&bench.config, &bench.tree, request);
         let planned = plan(&request).unwrap();
@@ -461,7 +482,7 @@ mod tests {
             panic!("{:?}", planned.to);
         };
         assert_eq!(state.parent(), bench.path("kernel").parent());
-        assert_eq!(planned.then, AfterSnapshot::Resume);
+        assert_eq!(planned.then, AfterSnapshot::Resume(GuestClock::Follow));
         request.resume = false;
         assert_eq!(plan(&request).unwrap().then, AfterSnapshot::Halt);
         request.memory_snapshot_path = "./new-state".to_owned();
@@ -483,6 +504,7 @@ mod tests {
             memory_snapshot_path: "new-memory".to_owned(),
             rpc_port: 1,
             resume: true,
+            clock: api_types::GuestClock::Follow,
         };
         let planned = snapshot(&bench.config, &bench.tree, &request).unwrap();
         assert!(

@@ -1,7 +1,7 @@
 //! The routes. Each says what it takes and answers, which is also what the OpenAPI document says.
 
 use api_types::{
-    CreateAnswer, CreateRequest, DeleteAnswer, ErrorBody, ErrorCode, Health, Metric,
+    CreateAnswer, CreateRequest, DeleteAnswer, ErrorBody, ErrorCode, GuestClock, Health, Metric,
     SNAPSHOT_TAKEN, SnapshotRequest, Vm,
 };
 use rocket::{
@@ -23,6 +23,8 @@ pub(crate) fn all() -> Vec<Route> {
         list,
         show,
         metrics,
+        pause,
+        resume,
         end,
         healthz,
         openapi_json
@@ -123,6 +125,48 @@ async fn metrics(machines: &State<Machines>, pid: &str) -> Answer<Vec<Metric>> {
     machines.metrics(process_id(pid)?).await.map(Json)
 }
 
+/// Holds a machine: no instruction of its guest is executed until it goes on. One that is held stays so.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    responses(
+        (status = 200, description = "The machine, held.", body = Vm),
+        (status = 400, description = "That is not a process id.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 409, description = "The machine is being saved, or has ended.", body = ErrorBody),
+        (status = 500, description = "The machine cannot be held.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+    )
+)]
+#[post("/vms/<pid>/pause")]
+async fn pause(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
+    machines.pause(process_id(pid)?).await.map(Json)
+}
+
+/// Lets a machine go on that is held. One that runs goes on.
+#[utoipa::path(
+    tag = "machines",
+    params(
+        ("pid" = u32, Path, description = "The VMM's process id."),
+        ("clock" = Option<GuestClock>, Query, description = "What its clocks have done meanwhile: stand-still, unless told otherwise."),
+    ),
+    responses(
+        (status = 200, description = "The machine, running.", body = Vm),
+        (status = 400, description = "That is not a process id, or not a way for clocks to go.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 409, description = "The machine is being saved, or has ended.", body = ErrorBody),
+        (status = 500, description = "The machine cannot go on.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+    )
+)]
+#[post("/vms/<pid>/resume?<clock>")]
+async fn resume(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> Answer<Vm> {
+    let clock = guest_clock(clock)?;
+    machines.resume(process_id(pid)?, clock).await.map(Json)
+}
+
 /// Ends a machine without asking its guest; answers once its process is gone.
 #[utoipa::path(
     tag = "machines",
@@ -175,6 +219,19 @@ fn meant<T>(body: Body<'_, T>) -> Result<T, ApiError> {
             format!("the request could not be read: {error}"),
         )),
     }
+}
+
+fn guest_clock(text: Option<&str>) -> Result<GuestClock, ApiError> {
+    let Some(text) = text else {
+        return Ok(GuestClock::default());
+    };
+    // In its own words, so that there is one list of them.
+    json::from_value(text.into()).map_err(|_| {
+        ApiError::new(
+            ErrorCode::BadRequest,
+            format!("{text:?} is not what clocks do; say stand-still or follow"),
+        )
+    })
 }
 
 fn process_id(text: &str) -> Result<u32, ApiError> {

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use crate::GuestClock;
+
 /// Asks for a machine: booted afresh, or restored.
 ///
 /// Paths are absolute or relative to the server's tree, and lie in it. Which of them matter depends on
@@ -33,6 +35,8 @@ pub struct CreateRequest {
     pub vcpus: Option<u32>,
     /// Guest memory to boot with, in MiB, at least 64; the server has a default.
     pub memory_mib: Option<u64>,
+    /// What its CPUs are: `host` if nothing is said. A machine of a level can be restored on any host of that level.
+    pub cpu: Option<CpuModel>,
     /// The initial RAM disk to boot with; an empty string for none. The server has a default.
     pub initrd_path: Option<String>,
     /// The kernel's command line; the server has a default.
@@ -42,6 +46,23 @@ pub struct CreateRequest {
     /// Network devices, in the order of their names in the guest; instead of `tap_device`. Of a restored machine
     /// these are the ones that it has, and what they have now.
     pub nets: Option<Vec<Net>>,
+    /// What the clocks of a restored machine have done since it was saved.
+    #[serde(default)]
+    pub clock: GuestClock,
+}
+
+/// What a machine's CPUs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum CpuModel {
+    /// All that the host has.
+    #[serde(rename = "host")]
+    Host,
+    /// Level 2 of the x86-64 psABI: SSE4.2.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Level 3: AVX2.
+    #[serde(rename = "x86-64-v3")]
+    V3,
 }
 
 /// A raw disk image.

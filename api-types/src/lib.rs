@@ -5,12 +5,14 @@
 
 #![forbid(unsafe_code)]
 
+mod clock;
 mod create;
 mod error;
 mod snapshot;
 mod vm;
 
-pub use create::{CreateAnswer, CreateRequest, Disk, GuestConfig, Net};
+pub use clock::GuestClock;
+pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, GuestConfig, Net};
 pub use error::{ErrorBody, ErrorCode};
 pub use snapshot::{SNAPSHOT_TAKEN, SnapshotRequest};
 pub use vm::{AttachedNet, DeleteAnswer, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState};

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::GuestClock;
+
 /// The whole answer to a `POST /snapshot` that succeeded, as a JSON string.
 pub const SNAPSHOT_TAKEN: &str = "Snapshot Taken Successfully";
 
@@ -20,4 +22,7 @@ pub struct SnapshotRequest {
     pub rpc_port: u16,
     /// Whether the machine goes on; else it ends once it is saved.
     pub resume: bool,
+    /// If it goes on: what its clocks have done meanwhile.
+    #[serde(default)]
+    pub clock: GuestClock,
 }

@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use control::{
-    AfterSnapshot, Client, Destination, LaunchSpec, Log, MachineConfig, Origin, Secret,
-    SnapshotRequest, Source, Spawned,
+    AfterSnapshot, Client, CpuModel, Destination, GuestClock, LaunchSpec, Log, MachineConfig,
+    Origin, Secret, SnapshotRequest, Source, Spawned,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -78,6 +78,7 @@ impl Fermata {
             console: control::Console::File(console.to_owned()),
             registry: self.registry.clone(),
             paused: false,
+            clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
             vsock_change: control::VsockChange::default(),
@@ -97,6 +98,7 @@ impl Monitor for Fermata {
 
     fn boot(&self, guest: &LinuxGuest, console: &Path) -> Result<FermataMachine> {
         let config = MachineConfig {
+            cpu: CpuModel::Host,
             vcpus: VCPUS,
             memory_mib: guest.mem_mib,
             kernel: guest.kernel.clone(),
@@ -127,7 +129,7 @@ impl FermataMachine {
             let begun = Instant::now();
             client.pause().await?;
             let took = begun.elapsed();
-            client.resume().await?;
+            client.resume(GuestClock::StandStill).await?;
             Ok(took)
         })
     }
@@ -160,7 +162,7 @@ impl FermataMachine {
 
 impl Machine for FermataMachine {
     fn snapshot(&mut self, files: &Files) -> Result<Saved> {
-        self.snapshot_then(files, AfterSnapshot::Resume)
+        self.snapshot_then(files, AfterSnapshot::Resume(GuestClock::StandStill))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use control::{MachineConfig, Origin, Source};
+use control::{CpuModel, MachineConfig, Origin, Source};
 use testbed::kvm::{self, Level};
 
 use crate::{Bench, Console, Fermata, Files, Machine, Samples, System, filler::Filler};
@@ -41,6 +41,7 @@ pub fn measure(
     };
     std::fs::write(&kernel, filler.kernel()).context("cannot write the guest")?;
     let config = MachineConfig {
+        cpu: CpuModel::Host,
         vcpus: 1,
         memory_mib: mem_mib,
         kernel,

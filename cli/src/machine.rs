@@ -8,9 +8,11 @@ use std::{
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
-    Client, Console, DiskConfig, LaunchSpec, NetChange, Origin, Record, Registry, Secret, Source,
-    VsockChange,
+    Client, Console, CpuModel, DiskConfig, GuestClock, LaunchSpec, NetChange, Origin, Record,
+    Registry, Secret, Source, VsockChange,
 };
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
 pub(crate) fn launch_bound(origin: &Origin) -> Duration {
@@ -49,14 +51,69 @@ impl Name {
     }
 }
 
+/// What the guest's clocks have done while it stood still.
+#[derive(Clone, Copy, clap::Args)]
+pub(crate) struct Clock {
+    /// What the guest's clocks have done meanwhile.
+    #[arg(long, value_enum, default_value_t = ClockWord::StandStill, hide_default_value = true)]
+    clock: ClockWord,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ClockWord {
+    /// They stood still: the guest sees no time pass [default].
+    StandStill,
+    /// They followed the host's: the guest sees the time pass all at once.
+    Follow,
+}
+
+impl Clock {
+    pub(crate) fn chosen(self) -> GuestClock {
+        match self.clock {
+            ClockWord::StandStill => GuestClock::StandStill,
+            ClockWord::Follow => GuestClock::Follow,
+        }
+    }
+}
+
 /// Speaks to a machine.
 pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
     Ok(Client::connect(record.port, &record.secret).await?)
 }
 
-/// What a restored machine has instead of what it was saved with.
+/// What a machine's CPUs are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, JsonSchema)]
+pub(crate) enum Cpu {
+    /// All that the host has.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// Level 2 of the x86-64 psABI: SSE4.2.
+    #[value(name = "x86-64-v2")]
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Level 3: AVX2.
+    #[value(name = "x86-64-v3")]
+    #[serde(rename = "x86-64-v3")]
+    V3,
+}
+
+impl Cpu {
+    pub(crate) fn model(self) -> CpuModel {
+        match self {
+            Self::Host => CpuModel::Host,
+            Self::V2 => CpuModel::V2,
+            Self::V3 => CpuModel::V3,
+        }
+    }
+}
+
+/// What a restored machine has otherwise than it was saved with.
 #[derive(Default)]
 pub(crate) struct Changes {
+    /// What its clocks have done meanwhile.
+    pub(crate) clock: GuestClock,
+    /// Its network devices, in their order.
     pub(crate) nets: Vec<NetChange>,
     pub(crate) vsock: VsockChange,
 }
@@ -74,6 +131,7 @@ pub(crate) fn launch_spec(
         console,
         registry: registry.dir().to_owned(),
         paused: false,
+        clock: changes.clock,
         confinement: None,
         net_changes: changes.nets,
         vsock_change: changes.vsock,

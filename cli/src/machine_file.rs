@@ -13,7 +13,7 @@ use control::{DiskConfig, NetConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
-use crate::{net::Net, vsock::Vsock};
+use crate::{machine::Cpu, net::Net, vsock::Vsock};
 
 /// A longer file is not a machine's.
 const MAX_BYTES: u64 = 1 << 20;
@@ -35,6 +35,8 @@ pub(crate) struct MachineFile {
     /// The memory in MiB.
     #[schemars(range(min = 64))]
     pub(crate) memory_mib: Option<u64>,
+    /// What the CPUs are: a machine of a level can be restored on any host of that level.
+    pub(crate) cpu: Option<Cpu>,
     /// The disks, in the order of their names in the guest.
     #[serde(default)]
     pub(crate) disks: Vec<Disk>,

@@ -21,7 +21,7 @@ use clap::{Parser, Subcommand};
 use control::{LOG_VARIABLE, Registry};
 use tracing_subscriber::EnvFilter;
 
-use commands::{inspect, ps, restore, run, serve, snapshot, stop, store as store_commands};
+use commands::{inspect, pause, ps, restore, run, serve, snapshot, stop, store as store_commands};
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
 #[derive(Parser)]
@@ -43,6 +43,10 @@ enum Command {
     Run(run::Args),
     /// Lists the machines that run.
     Ps(ps::Args),
+    /// Holds a machine: its guest stands still until it is let go on.
+    Pause(pause::PauseArgs),
+    /// Lets a machine go on that is held.
+    Resume(pause::ResumeArgs),
     /// Saves a machine into a store, or into two files.
     Snapshot(snapshot::Args),
     /// Lets a saved machine go on.
@@ -75,6 +79,8 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => wait(serve::serve(args, run_dir)),
         Command::Run(args) => wait(run::run(args, run_dir)),
         Command::Ps(args) => wait(ps::ps(&args, run_dir)),
+        Command::Pause(args) => wait(pause::pause(&args, run_dir)),
+        Command::Resume(args) => wait(pause::resume(&args, run_dir)),
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
         Command::Store(args) => store_commands::run(&args),

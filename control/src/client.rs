@@ -10,7 +10,7 @@ use tarpc::{client::RpcError, context::Context};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    Failure, Metric, Secret, SnapshotReport, SnapshotRequest, Status, VmmClient,
+    Failure, GuestClock, Metric, Secret, SnapshotReport, SnapshotRequest, Status, VmmClient,
     wire::{self, HANDSHAKE_DEADLINE},
 };
 
@@ -106,8 +106,8 @@ impl Client {
     /// # Errors
     ///
     /// Those of [`Client::status`], and [`ClientError::Refused`].
-    pub async fn resume(&self) -> Result<(), ClientError> {
-        Ok(answer(ANSWER_DEADLINE, |context| self.0.resume(context)).await??)
+    pub async fn resume(&self, clock: GuestClock) -> Result<(), ClientError> {
+        Ok(answer(ANSWER_DEADLINE, |context| self.0.resume(context, clock)).await??)
     }
 
     /// Saves the machine; returns when both files are durable, which may take long.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, NetChange, NetConfig, Secret, Source};
+use crate::{Failure, GuestClock, NetChange, NetConfig, Secret, Source};
 
 /// Everything a VMM process needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -22,6 +22,9 @@ pub struct LaunchSpec {
     /// Whether it stays held until a client lets it go.
     #[serde(default)]
     pub paused: bool,
+    /// What the clocks of a restored machine have done since it was saved.
+    #[serde(default)]
+    pub clock: GuestClock,
     /// What a restored machine may have, if not everything that its state file asks for.
     #[serde(default)]
     pub confinement: Option<Confinement>,
@@ -60,6 +63,21 @@ pub enum Origin {
     Restore(Source),
 }
 
+/// What a machine's CPUs are: what runs on one host of a level runs on any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CpuModel {
+    /// All that the host has.
+    #[default]
+    #[serde(rename = "host")]
+    Host,
+    /// Level 2 of the x86-64 psABI: SSE4.2.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// Level 3: AVX2.
+    #[serde(rename = "x86-64-v3")]
+    V3,
+}
+
 /// A machine that is to be booted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -68,6 +86,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u64,
+    /// What its CPUs are.
+    #[serde(default)]
+    pub cpu: CpuModel,
     /// A bzImage or an ELF vmlinux; absolute.
     pub kernel: PathBuf,
     /// The initial RAM disk; absolute.

@@ -22,8 +22,8 @@ mod wire;
 pub use client::{Client, ClientError};
 pub use exit::Exit;
 pub use launch::{
-    Confinement, Console, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin, VsockChange,
-    VsockConfig,
+    Confinement, Console, CpuModel, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin,
+    VsockChange, VsockConfig,
 };
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use place::{Destination, Source, StoreLocation};
@@ -32,7 +32,7 @@ pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryErr
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, Failure, FailureKind, MachineState, Metric, SNAPSHOT_BYTES_DONE,
+    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, Metric, SNAPSHOT_BYTES_DONE,
     SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status, StoredReport, Vmm, VmmClient,
 };
 pub use spawn::{LOG_VARIABLE, Log, SpawnError, Spawned, spawn};

@@ -12,7 +12,7 @@ pub trait Vmm {
     /// Holds the guest; a machine that is held already stays so.
     async fn pause() -> Result<(), Failure>;
     /// Lets the guest go on; a machine that runs already goes on.
-    async fn resume() -> Result<(), Failure>;
+    async fn resume(clock: GuestClock) -> Result<(), Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
     /// Ends the machine and its process, at once and without asking the guest.
@@ -52,12 +52,24 @@ pub struct Status {
     pub uptime_ms: u64,
 }
 
+/// What a guest's clocks do while it is held: from when the last of its vCPUs is stopped until it goes on, or from when it
+/// was saved until it is restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GuestClock {
+    /// They stand still: the guest sees no time pass.
+    #[default]
+    StandStill,
+    /// They follow the host's: the guest sees the time pass all at once.
+    Follow,
+}
+
 /// What happens to the machine once it is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AfterSnapshot {
     /// It goes on.
-    Resume,
+    Resume(GuestClock),
     /// It ends, and its process with it, with [`Exit::Halted`](crate::Exit::Halted).
     Halt,
 }

@@ -9,9 +9,9 @@
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use control::{
-    AfterSnapshot, Client, ClientError, Console, Destination, Failure, FailureKind, MachineState,
-    Metric, Origin, ProcessId, Record, Secret, SnapshotReport, SnapshotRequest, Source, Status,
-    Stopped, Vmm,
+    AfterSnapshot, Client, ClientError, Console, Destination, Failure, FailureKind, GuestClock,
+    MachineState, Metric, Origin, ProcessId, Record, Secret, SnapshotReport, SnapshotRequest,
+    Source, Status, Stopped, Vmm,
 };
 use tarpc::context::Context;
 use tokio::{
@@ -51,7 +51,7 @@ impl Vmm for Service {
     }
 
     /// Never answers.
-    async fn resume(self, _: Context) -> Result<(), Failure> {
+    async fn resume(self, _: Context, _: GuestClock) -> Result<(), Failure> {
         self.entered.notify_one();
         std::future::pending().await
     }
@@ -129,7 +129,7 @@ async fn a_snapshot_has_hours() {
     let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
     let request = SnapshotRequest {
         to: Destination::files("/s", "/m"),
-        then: AfterSnapshot::Resume,
+        then: AfterSnapshot::Resume(GuestClock::StandStill),
     };
     let given = client.snapshot(request).await.unwrap().total_us;
     assert!(given > 3_600_000_000, "{given} us");
@@ -186,7 +186,7 @@ async fn a_vmm_that_dies_is_noticed_by_who_waits_for_its_answer() {
     let vmm = serve().await;
     let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
     let entered = vmm.service.entered.clone();
-    let waiting = tokio::spawn(async move { client.resume().await });
+    let waiting = tokio::spawn(async move { client.resume(GuestClock::StandStill).await });
     timeout(BOUND, entered.notified()).await.unwrap();
     vmm.server.abort();
     let answer = timeout(BOUND, waiting).await.unwrap().unwrap();

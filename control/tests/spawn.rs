@@ -10,8 +10,8 @@ use std::{
 };
 
 use control::{
-    Console, FailureKind, LaunchSpec, Log, Origin, ProcessId, Registry, Secret, Source, SpawnError,
-    Spawned, spawn,
+    Console, FailureKind, GuestClock, LaunchSpec, Log, Origin, ProcessId, Registry, Secret, Source,
+    SpawnError, Spawned, spawn,
 };
 use tempfile::TempDir;
 
@@ -32,6 +32,7 @@ impl Bench {
             console: Console::File(dir.path().join("console")),
             registry: dir.path().join("run"),
             paused: false,
+            clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
             vsock_change: control::VsockChange::default(),

@@ -19,7 +19,7 @@ const FLAGS_ENCRYPTED: u32 = 1 | 1 << 1;
 const PARAMETERS: usize = 48;
 
 /// Bytes of chunks in a frame, and in a pack.
-const FRAME_BYTES: u32 = 64 << 10;
+const FRAME_BYTES: u32 = 16 << 10;
 const PACK_BYTES: u32 = 64 << 20;
 
 /// The chunk size that measured best for memory and disks alike.

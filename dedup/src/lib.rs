@@ -1,7 +1,7 @@
 //! A deduplicating, crash-safe store for images of machines: guest memories, disks, any file.
 //!
 //! A [`Store`] keeps snapshots of images in which no 4 KiB chunk is stored twice. Chunks of zeros take no space at all;
-//! the others are found by a collision-resistant hash, compressed sixteen at a time, and written to packs
+//! the others are found by a collision-resistant hash, compressed four at a time, and written to packs
 //! that any number of processes may append to and read from at once. A snapshot whose save has returned survives
 //! a killed process and a power cut. A store that is created with a [`Key`] is encrypted. `docs/store-format.md` specifies files, bytes and the order of writes.
 //!

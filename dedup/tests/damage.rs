@@ -89,8 +89,8 @@ fn a_frame_within_a_damaged_frame_is_not_taken_for_the_packs_own() {
         ..support::create_options()
     };
     let store = Store::create(backend.clone(), &create, options()).unwrap();
-    // Two frames of sixteen pages. In the second is one that says that it is the first.
-    let mut image = vec![0; 32 * 4096];
+    // Four frames of four pages. In the third is one that says that it is the first.
+    let mut image = vec![0; 16 * 4096];
     for (page, seed) in image.chunks_mut(4096).zip(1..) {
         fill_page(page, seed);
     }
@@ -99,14 +99,14 @@ fn a_frame_within_a_damaged_frame_is_not_taken_for_the_packs_own() {
     let digest = xxhash_rust::xxh64::xxh64(&[forged.as_slice(), &content].concat(), 0);
     forged.extend(digest.to_le_bytes());
     forged.extend(content);
-    image[20 * 4096 + 100..][..forged.len()].copy_from_slice(&forged);
+    image[10 * 4096 + 100..][..forged.len()].copy_from_slice(&forged);
     save(&store, "a", &image).unwrap();
 
     let mut files = backend.files();
     let pack = files.iter_mut().find(|((area, _), _)| *area == Area::Packs);
     let bytes = pack.unwrap().1;
     let mut damaged = bytes.to_vec();
-    let page = &image[30 * 4096..31 * 4096];
+    let page = &image[9 * 4096..10 * 4096];
     let at = damaged
         .windows(4096)
         .position(|bytes| bytes == page)
@@ -117,9 +117,9 @@ fn a_frame_within_a_damaged_frame_is_not_taken_for_the_packs_own() {
     let store = open(files).unwrap();
     assert!(!store.repair().unwrap().repaired.is_empty());
     let reader = store.image("a", "memory").unwrap();
-    let mut first = vec![0; 16 * 4096];
+    let mut first = vec![0; 4 * 4096];
     reader.read_at(0, &mut first).unwrap();
-    assert!(first == image[..16 * 4096]);
+    assert!(first == image[..4 * 4096]);
     assert!(load(&store, "a").is_err());
 }
 

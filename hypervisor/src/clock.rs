@@ -1,14 +1,17 @@
 //! The guest's clocks: the time stamp counter of each vCPU, and kvmclock.
 //!
-//! Both stand still from save to start. All vCPUs keep the offsets they had to one another: each gets
-//! its counter by `KVM_VCPU_TSC_OFFSET` from one and the same
-//! delta, because writing the counters one after the other would set them apart.
+//! A machine that is held has its clocks stopped, one that was restored has them stopped since it was saved,
+//! and both go on in the same way: every vCPU's counter is set by `KVM_VCPU_TSC_OFFSET` from one and the same
+//! delta, because writing the counters one after the other would set them apart. Whether they go on from where they stood
+//! is the choice of who lets the machine go on: [`ClockPlan::start`].
 
-use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2};
+use std::time::Duration;
+
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, kvm_clock_data, kvm_cpuid_entry2};
 use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
 
-use crate::{Error, MsrEntry, Vcpu, error::Asked, msrs, tsc_offset};
+use crate::{Error, MsrEntry, Vcpu, Vm, error::Asked, msrs, tsc_offset};
 
 /// How far the host's rate may be off before a guest's counter needs scaling: KVM's own tolerance.
 const TOLERANCE_PPM: u64 = 250;
@@ -33,65 +36,199 @@ pub struct MachineClock {
     pub kvmclock_ns: u64,
 }
 
-/// What is to be added to every saved offset, in guest ticks modulo 2^64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TscDelta(u64);
+/// A value of the host's time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HostTsc(u64);
 
-/// How the counters of a restored machine go on as if no time had passed.
+impl HostTsc {
+    /// The counter now.
+    pub fn now() -> Self {
+        Self(host_tsc())
+    }
+
+    /// Ticks since `earlier`; 0 if it is not earlier.
+    fn since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+
+    /// Returns at this value, or at once after it.
+    fn wait(self) {
+        while host_tsc() < self.0 {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// The clock of a vCPU.
+#[derive(Debug, Default)]
+pub(crate) enum ClockOf {
+    /// It runs, or has not begun to.
+    #[default]
+    Running,
+    /// It was stopped when the vCPU was held, at this value of the host's counter.
+    Stopped(VcpuClock, HostTsc),
+    /// It was stopped when it was saved.
+    Restored(VcpuClock),
+}
+
+/// How a machine's clocks go on.
 #[derive(Clone, Copy, Debug)]
 pub struct ClockPlan {
-    /// What to add were the clocks started at `planned_at`.
+    /// What is to be added to every offset were the clocks to go on at `stopped`, in guest ticks modulo 2^64.
     delta: u64,
-    /// The host's counter at the time of planning.
-    planned_at: u64,
+    /// When they were stopped; for a restored machine, when this was planned.
+    stopped: HostTsc,
     guest_khz: u32,
     host_khz: u32,
 }
 
+/// How and when a machine's clocks go on.
+#[derive(Clone, Copy, Debug)]
+pub struct ClockStart {
+    /// What is added to every offset, in guest ticks modulo 2^64.
+    delta: u64,
+    /// The instant at which guest time goes on; no vCPU enters the guest before.
+    at: HostTsc,
+    host_khz: u32,
+    /// What kvmclock goes forward.
+    passed: Duration,
+}
+
 impl ClockPlan {
-    /// Plans for a machine whose first vCPU, already restored, is `first`. `None` when its clock
-    /// runs already.
+    /// Plans for a machine whose first vCPU is `first`.
     ///
     /// # Errors
     ///
     /// When KVM refuses to tell the counter.
-    pub fn new(first: &Vcpu) -> Result<Option<Self>, Error> {
-        let Some(saved) = first.saved_clock else {
-            return Ok(None);
+    pub fn new(first: &Vcpu) -> Result<Self, Error> {
+        let host_khz = first.host_tsc_khz;
+        let plan = |delta, guest_khz| Self {
+            delta,
+            stopped: HostTsc::now(),
+            guest_khz,
+            host_khz,
+        };
+        let ClockOf::Restored(saved) = &first.clock else {
+            return Ok(plan(0, host_khz));
         };
         let offset_now = tsc_offset::get(&first.fd)?;
-        // In this order: what passes between the two makes the guest's counter go forward, not back.
+        // Before the host's counter is read: what passes between the two makes the guest's counter go forward, not
+        // back.
         let now = msrs::get_one(&first.fd, msrs::IA32_TSC)?;
-        let planned_at = host_tsc();
         // The offset that would show the saved value now, less the one that was saved.
         let wanted = offset_now.wrapping_add(saved.tsc).wrapping_sub(now);
-        Ok(Some(Self {
-            delta: wanted.wrapping_sub(saved.tsc_offset),
-            planned_at,
-            guest_khz: saved.tsc_khz,
-            host_khz: first.host_tsc_khz,
-        }))
+        Ok(plan(wanted.wrapping_sub(saved.tsc_offset), saved.tsc_khz))
     }
 
-    /// The delta for clocks that start now.
-    pub fn start_now(&self) -> TscDelta {
-        let host_ticks = u128::from(host_tsc().wrapping_sub(self.planned_at));
-        let ticks = host_ticks * u128::from(self.guest_khz) / u128::from(self.host_khz.max(1));
-        TscDelta(self.delta.wrapping_sub(ticks as u64))
+    /// When the machine's clocks were stopped.
+    #[must_use]
+    pub fn stopped(&self) -> HostTsc {
+        self.stopped
+    }
+
+    /// The plan for a machine of which the last vCPU was held at `stopped`.
+    #[must_use]
+    pub fn held(self, stopped: HostTsc) -> Self {
+        Self {
+            delta: 0,
+            stopped,
+            ..self
+        }
+    }
+
+    /// Has guest time go on after `lead`, which is for the vCPUs to get ready in, as if `passed` had passed since it
+    /// stopped: nothing, and it has stood still.
+    #[must_use]
+    pub fn start(&self, lead: Duration, passed: Duration) -> ClockStart {
+        let ticks_of = |time: Duration, khz: u32| {
+            // Nanoseconds times kHz are millionths of ticks.
+            (time.as_nanos() * u128::from(khz) / 1_000_000) as u64
+        };
+        let at = HostTsc(host_tsc().wrapping_add(ticks_of(lead, self.host_khz)));
+        let stood = scaled(at.since(self.stopped), self.guest_khz, self.host_khz);
+        ClockStart {
+            delta: self
+                .delta
+                .wrapping_sub(stood)
+                .wrapping_add(ticks_of(passed, self.guest_khz)),
+            at,
+            host_khz: self.host_khz,
+            passed,
+        }
+    }
+
+    /// Has the clocks of vCPUs that were stopped go on as if they had not been, at once.
+    #[must_use]
+    pub fn never_stopped(&self) -> ClockStart {
+        ClockStart {
+            delta: 0,
+            at: HostTsc::now(),
+            host_khz: self.host_khz,
+            passed: Duration::ZERO,
+        }
     }
 }
 
+/// What `ticks` at the rate `from_khz` are at the rate `to_khz`.
+fn scaled(ticks: u64, to_khz: u32, from_khz: u32) -> u64 {
+    (u128::from(ticks) * u128::from(to_khz) / u128::from(from_khz.max(1))) as u64
+}
+
+/// `ticks` at the rate `khz` in nanoseconds.
+fn nanoseconds(ticks: u64, khz: u32) -> u64 {
+    scaled(ticks, 1_000_000, khz)
+}
+
 impl Vcpu {
-    pub(crate) fn save_clock(&self) -> Result<VcpuClock, Error> {
-        match self.saved_clock {
-            Some(clock) => Ok(clock),
-            None => Ok(VcpuClock {
-                tsc_khz: self.fd.get_tsc_khz().asked("tell the TSC's rate")?,
-                tsc_offset: tsc_offset::get(&self.fd)?,
-                tsc: msrs::get_one(&self.fd, msrs::IA32_TSC)?,
-                deadline: msrs::get_one(&self.fd, msrs::IA32_TSC_DEADLINE)?,
-            }),
+    /// Stops its clock, if it runs: says when, by the host's counter, and disarms its timer, which would go off while
+    /// the guest cannot see time pass. It must not be in the guest.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn stop_clock(&mut self) -> Result<HostTsc, Error> {
+        match &self.clock {
+            ClockOf::Stopped(_, at) => return Ok(*at),
+            ClockOf::Restored(_) => return Ok(HostTsc::now()),
+            ClockOf::Running => {}
         }
+        let clock = self.read_clock()?;
+        let at = HostTsc::now();
+        if clock.deadline != 0 {
+            self.set_deadline(0)?;
+        }
+        self.clock = ClockOf::Stopped(clock, at);
+        Ok(at)
+    }
+
+    /// Its clock as it was when the machine's last vCPU was stopped; of one that runs, as it is.
+    pub(crate) fn save_clock(&self, stopped: HostTsc) -> Result<VcpuClock, Error> {
+        match &self.clock {
+            ClockOf::Restored(clock) => Ok(*clock),
+            ClockOf::Stopped(clock, at) => {
+                let ticks = scaled(stopped.since(*at), clock.tsc_khz, self.host_tsc_khz);
+                Ok(VcpuClock {
+                    tsc: clock.tsc.wrapping_add(ticks),
+                    ..*clock
+                })
+            }
+            ClockOf::Running => self.read_clock(),
+        }
+    }
+
+    fn read_clock(&self) -> Result<VcpuClock, Error> {
+        Ok(VcpuClock {
+            tsc_khz: self.fd.get_tsc_khz().asked("tell the TSC's rate")?,
+            tsc_offset: tsc_offset::get(&self.fd)?,
+            deadline: msrs::get_one(&self.fd, msrs::IA32_TSC_DEADLINE)?,
+            // Last, so that the caller knows when.
+            tsc: msrs::get_one(&self.fd, msrs::IA32_TSC)?,
+        })
+    }
+
+    fn set_deadline(&self, value: u64) -> Result<(), Error> {
+        let index = msrs::IA32_TSC_DEADLINE;
+        msrs::set(&self.fd, &[MsrEntry { index, value }])
     }
 
     /// Gives the vCPU the rate that `clock` was saved with, unless the host's is as good.
@@ -121,20 +258,20 @@ impl Vcpu {
         Ok(())
     }
 
-    pub(crate) fn start_clock(&mut self, delta: TscDelta) -> Result<(), Error> {
-        let Some(clock) = self.saved_clock.take() else {
+    /// Has a clock that was stopped go on, and returns when it is time to enter the guest.
+    pub(crate) fn start_clock(&mut self, start: ClockStart) -> Result<(), Error> {
+        let (ClockOf::Stopped(clock, _) | ClockOf::Restored(clock)) =
+            std::mem::take(&mut self.clock)
+        else {
             return Ok(());
         };
-        tsc_offset::set(&self.fd, clock.tsc_offset.wrapping_add(delta.0))?;
+        tsc_offset::set(&self.fd, clock.tsc_offset.wrapping_add(start.delta))?;
         // After the counter that it is compared with. Zero says that no timer was armed.
-        if clock.deadline == 0 {
-            return Ok(());
+        if clock.deadline != 0 {
+            self.set_deadline(clock.deadline)?;
         }
-        let deadline = MsrEntry {
-            index: msrs::IA32_TSC_DEADLINE,
-            value: clock.deadline,
-        };
-        msrs::set(&self.fd, &[deadline])
+        start.at.wait();
+        Ok(())
     }
 
     fn has_invariant_tsc(&self) -> bool {
@@ -144,19 +281,52 @@ impl Vcpu {
     }
 }
 
-impl MachineClock {
-    pub(crate) fn from_kvm(clock: &kvm_clock_data) -> Self {
-        Self {
-            kvmclock_ns: clock.clock,
+impl Vm {
+    /// Stops kvmclock, if it runs, as it was when the machine's last vCPU was stopped.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn stop_clock(&mut self, stopped: HostTsc, plan: &ClockPlan) -> Result<(), Error> {
+        if self.stopped_clock.is_none() {
+            let clock = self.fd.get_clock().asked("tell kvmclock")?;
+            let read_at = match clock.flags & KVM_CLOCK_HOST_TSC {
+                0 => HostTsc::now(),
+                _ => HostTsc(clock.host_tsc),
+            };
+            let since = nanoseconds(read_at.since(stopped), plan.host_khz);
+            self.stopped_clock = Some(MachineClock {
+                kvmclock_ns: clock.clock.saturating_sub(since),
+            });
         }
+        Ok(())
     }
 
-    /// Without `KVM_CLOCK_REALTIME`: the clock goes on from where it stood.
-    pub(crate) fn to_kvm(self) -> kvm_clock_data {
-        let Self { kvmclock_ns } = self;
-        kvm_clock_data {
-            clock: kvmclock_ns,
+    /// Has a clock that was stopped go on; does nothing to one that runs.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn start_clock(&mut self, start: ClockStart) -> Result<(), Error> {
+        let Some(MachineClock { kvmclock_ns }) = self.stopped_clock.take() else {
+            return Ok(());
+        };
+        let passed = u64::try_from(start.passed.as_nanos()).unwrap_or(u64::MAX);
+        let lead = nanoseconds(start.at.since(HostTsc::now()), start.host_khz);
+        let clock = kvm_clock_data {
+            clock: kvmclock_ns.saturating_add(passed).saturating_sub(lead),
+            // Without `KVM_CLOCK_REALTIME`, with which the time since would be added.
             ..Default::default()
+        };
+        self.fd.set_clock(&clock).asked("set kvmclock")
+    }
+
+    pub(crate) fn save_clock(&self) -> Result<MachineClock, Error> {
+        match &self.stopped_clock {
+            Some(clock) => Ok(*clock),
+            None => Ok(MachineClock {
+                kvmclock_ns: self.fd.get_clock().asked("tell kvmclock")?.clock,
+            }),
         }
     }
 }
@@ -172,16 +342,45 @@ fn host_tsc() -> u64 {
 mod tests {
     use super::*;
 
+    const GUEST_KHZ: u32 = 2_000_000;
+    const HOST_KHZ: u32 = 3_000_000;
+
+    fn plan() -> ClockPlan {
+        ClockPlan {
+            delta: 1_000,
+            stopped: HostTsc::now(),
+            guest_khz: GUEST_KHZ,
+            host_khz: HOST_KHZ,
+        }
+    }
+
     #[test]
     fn a_later_start_sets_the_counter_further_back() {
-        let plan = ClockPlan {
-            delta: 1_000,
-            planned_at: host_tsc(),
-            guest_khz: 1,
-            host_khz: 1,
-        };
-        let TscDelta(first) = plan.start_now();
-        let TscDelta(second) = plan.start_now();
-        assert!(1_000u64.wrapping_sub(second) >= 1_000u64.wrapping_sub(first));
+        let plan = plan();
+        let [first, second] =
+            [0, 1].map(|ms| plan.start(Duration::from_millis(ms), Duration::ZERO));
+        assert!(1_000u64.wrapping_sub(second.delta) > 1_000u64.wrapping_sub(first.delta));
+        assert!(second.at > first.at);
+    }
+
+    #[test]
+    fn time_that_has_passed_is_added_at_the_guests_rate() {
+        let plan = plan();
+        let hour = Duration::from_secs(3600);
+        let [still, following] = [Duration::ZERO, hour].map(|passed| plan.start(hour, passed));
+        let ahead = following.delta.wrapping_sub(still.delta);
+        let hour_ticks = 3600 * 1000 * u64::from(GUEST_KHZ);
+        // The second was planned a little later.
+        assert!(
+            ahead <= hour_ticks && ahead > hour_ticks / 100 * 99,
+            "{ahead}"
+        );
+    }
+
+    #[test]
+    fn ticks_and_nanoseconds() {
+        assert_eq!(nanoseconds(3_000, HOST_KHZ), 1_000);
+        assert_eq!(scaled(3_000, GUEST_KHZ, HOST_KHZ), 2_000);
+        assert_eq!(scaled(u64::MAX, HOST_KHZ, HOST_KHZ), u64::MAX);
     }
 }

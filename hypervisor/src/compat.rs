@@ -19,7 +19,7 @@ pub(crate) enum Register {
 
 /// Leaf, sub-leaf, register, and the bits that are no features: they mirror the guest's own control
 /// registers, or say how stable the host's clock is at the moment.
-const FEATURES: [(u32, u32, Register, u32); 18] = [
+pub(crate) const FEATURES: [(u32, u32, Register, u32); 18] = [
     (1, 0, Register::Ecx, 1 << 27),
     (1, 0, Register::Edx, 1 << 28),
     (7, 0, Register::Ebx, 0),
@@ -41,12 +41,21 @@ const FEATURES: [(u32, u32, Register, u32); 18] = [
 ];
 
 impl Register {
-    fn of(self, entry: &kvm_cpuid_entry2) -> u32 {
+    pub(crate) fn of(self, entry: &kvm_cpuid_entry2) -> u32 {
         match self {
             Self::Eax => entry.eax,
             Self::Ebx => entry.ebx,
             Self::Ecx => entry.ecx,
             Self::Edx => entry.edx,
+        }
+    }
+
+    pub(crate) fn of_mut(self, entry: &mut kvm_cpuid_entry2) -> &mut u32 {
+        match self {
+            Self::Eax => &mut entry.eax,
+            Self::Ebx => &mut entry.ebx,
+            Self::Ecx => &mut entry.ecx,
+            Self::Edx => &mut entry.edx,
         }
     }
 }

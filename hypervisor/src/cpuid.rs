@@ -58,6 +58,13 @@ impl GuestCpuid {
         &self.entries
     }
 
+    /// The same, with other entries.
+    pub(crate) fn map_entries(&self, change: impl FnOnce(&mut Vec<kvm_cpuid_entry2>)) -> Self {
+        let mut other = self.clone();
+        change(&mut other.entries);
+        other
+    }
+
     /// What vCPU `id` sees.
     pub(crate) fn of_vcpu(&self, id: u32) -> Vec<kvm_cpuid_entry2> {
         debug_assert!(id < self.vcpus);

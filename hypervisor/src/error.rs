@@ -1,5 +1,6 @@
 //! Why KVM could not do as it was asked.
 
+use crate::CpuLevel;
 use std::io;
 
 /// An error of the hypervisor.
@@ -22,6 +23,17 @@ pub enum Error {
     /// More vCPUs than a machine can have.
     #[error("a machine cannot have {0} vCPUs; choose 1 to {max}", max = crate::MAX_VCPUS)]
     VcpuCount(u32),
+    /// The host lacks what a level of CPUs asks for.
+    #[error(
+        "this host's CPU is not {level}: it lacks {}; choose a lower level, or host",
+        .missing.join(", ")
+    )]
+    CpuLevel {
+        /// The level.
+        level: CpuLevel,
+        /// What it lacks, by name.
+        missing: Vec<String>,
+    },
     /// A saved structure of KVM's has the wrong size.
     #[error(
         "the saved {what} has {found} bytes instead of {expected}; the state was not saved by fermata on x86_64"

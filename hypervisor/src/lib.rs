@@ -8,6 +8,7 @@
 mod abi;
 mod clock;
 mod compat;
+mod cpu_level;
 mod cpuid;
 mod error;
 mod feature_names;
@@ -21,8 +22,9 @@ mod vcpu_state;
 mod vm;
 mod vm_state;
 
-pub use clock::{ClockPlan, MachineClock, TscDelta, VcpuClock};
+pub use clock::{ClockPlan, ClockStart, HostTsc, MachineClock, VcpuClock};
 pub use compat::missing_features;
+pub use cpu_level::CpuLevel;
 pub use cpuid::GuestCpuid;
 pub use error::Error;
 pub use kick::{Kick, install_kick_handler};

@@ -6,7 +6,8 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::{
-    Error, GuestCpuid, MsrEntry, VcpuClock,
+    ClockStart, Error, GuestCpuid, HostTsc, MsrEntry,
+    clock::ClockOf,
     error::Asked,
     kick::{Bound, Kick},
     msrs, sregs,
@@ -80,8 +81,7 @@ pub struct Vcpu {
     pub(crate) xsave_bytes: usize,
     pub(crate) msr_indices: Arc<[u32]>,
     pub(crate) host_tsc_khz: u32,
-    /// The clock as it was saved, until it is started.
-    pub(crate) saved_clock: Option<VcpuClock>,
+    pub(crate) clock: ClockOf,
 }
 
 /// A virtual processor and the thread that runs it.
@@ -243,13 +243,22 @@ impl BoundVcpu {
         }
     }
 
-    /// Starts a clock that was restored; does nothing to one that runs.
+    /// Stops its clock, if it runs; says when.
     ///
     /// # Errors
     ///
     /// When KVM refuses.
-    pub fn start_clock(&mut self, delta: crate::TscDelta) -> Result<(), Error> {
-        self.vcpu.start_clock(delta)
+    pub fn stop_clock(&mut self) -> Result<HostTsc, Error> {
+        self.vcpu.stop_clock()
+    }
+
+    /// Has a clock that was stopped go on, and returns when it is time to run; does nothing to one that runs.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn start_clock(&mut self, start: ClockStart) -> Result<(), Error> {
+        self.vcpu.start_clock(start)
     }
 
     fn cannot_run(&self, reason: String) -> Error {

@@ -9,8 +9,9 @@ use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
 
 use crate::{
-    Error, MsrEntry, Vcpu, VcpuClock,
+    Error, HostTsc, MsrEntry, Vcpu, VcpuClock,
     abi::{from_bytes, to_bytes},
+    clock::ClockOf,
     cpuid,
     error::Asked,
     msrs, sregs,
@@ -69,12 +70,12 @@ impl VcpuState {
 
 impl Vcpu {
     /// Reads its state. It must not be running; a state that was restored and has not run yet is
-    /// read back as it was.
+    /// read back as it was. A clock that was stopped is read as it was at `stopped`, when the machine's last one was.
     ///
     /// # Errors
     ///
     /// When KVM refuses.
-    pub fn save(&self) -> Result<VcpuState, Error> {
+    pub fn save(&self, stopped: HostTsc) -> Result<VcpuState, Error> {
         // Exhaustive, so that a new field is either saved or said not to be.
         let Self {
             id,
@@ -83,7 +84,7 @@ impl Vcpu {
             xsave_bytes: _,
             msr_indices,
             host_tsc_khz: _,
-            saved_clock: _,
+            clock: _,
         } = self;
         let intel = cpuid::vendor(cpuid) == "GenuineIntel";
         // First, because KVM takes in pending INIT and start-up interrupts when it is asked this.
@@ -105,7 +106,7 @@ impl Vcpu {
                 .map(|entry| msrs::settable(entry, intel))
                 .collect(),
             events: to_bytes(&events),
-            clock: self.save_clock()?,
+            clock: self.save_clock(stopped)?,
         })
     }
 
@@ -153,7 +154,7 @@ impl Vcpu {
         let events: kvm_vcpu_events = from_bytes("pending events", events)?;
         fd.set_vcpu_events(&events)
             .asked("set the pending events")?;
-        self.saved_clock = Some(*clock);
+        self.clock = ClockOf::Restored(*clock);
         Ok(())
     }
 

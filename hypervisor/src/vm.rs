@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_PIT_SPEAKER_DUMMY, KVMIO, kvm_pit_config, kvm_reinject_control, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use memory::MachineMemory;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::{eventfd::EventFd, ioctl::ioctl_with_ref, ioctl_io_nr};
 
-use crate::{Error, GuestCpuid, MachineClock, Vcpu, error::Asked, msrs};
+use crate::{Error, GuestCpuid, MachineClock, Vcpu, clock::ClockOf, error::Asked, msrs};
+
+ioctl_io_nr!(KVM_REINJECT_CONTROL, KVMIO, 0x71);
 
 /// The most vCPUs a machine can have.
 pub const MAX_VCPUS: u32 = 32;
@@ -33,8 +37,8 @@ pub struct Vm {
     pub(crate) cpuid: GuestCpuid,
     pub(crate) msr_indices: Arc<[u32]>,
     pub(crate) xsave_bytes: usize,
-    /// The clock as it was saved, until it is started.
-    pub(crate) saved_clock: Option<MachineClock>,
+    /// kvmclock as it was when it was stopped, until it goes on.
+    pub(crate) stopped_clock: Option<MachineClock>,
 }
 
 impl Vm {
@@ -67,12 +71,13 @@ impl Vm {
             ..Default::default()
         };
         fd.create_pit2(timer).asked("create the interval timer")?;
+        drop_missed_ticks(&fd)?;
         Ok(Self {
             cpuid: GuestCpuid::new(&kvm, vcpus)?,
             msr_indices: msrs::saved_indices(&kvm)?.into(),
             xsave_bytes: usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0),
             fd,
-            saved_clock: None,
+            stopped_clock: None,
         })
     }
 
@@ -96,7 +101,7 @@ impl Vm {
             xsave_bytes: self.xsave_bytes,
             msr_indices: Arc::clone(&self.msr_indices),
             host_tsc_khz,
-            saved_clock: None,
+            clock: ClockOf::default(),
         })
     }
 
@@ -146,6 +151,24 @@ fn check_capabilities(kvm: &Kvm) -> Result<(), Error> {
     match needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         None => Ok(()),
         Some((_, name)) => Err(Error::Missing(name)),
+    }
+}
+
+/// Has ticks of the interval timer be lost that a guest has no time for: after a hold they would come in a burst.
+/// (Documentation/virt/kvm/api.rst, `KVM_REINJECT_CONTROL`, which kvm-ioctls does not have.)
+#[allow(unsafe_code)]
+fn drop_missed_ticks(fd: &VmFd) -> Result<(), Error> {
+    let control = kvm_reinject_control {
+        pit_reinject: 0,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads the structure, which outlives the call.
+    match unsafe { ioctl_with_ref(fd, KVM_REINJECT_CONTROL(), &control) } {
+        0 => Ok(()),
+        _ => Err(Error::Kvm {
+            what: "drop missed ticks",
+            source: std::io::Error::last_os_error(),
+        }),
     }
 }
 

@@ -42,22 +42,18 @@ impl Vm {
     pub fn save(&self) -> Result<VmState, Error> {
         // Exhaustive, so that a new field is either saved or said not to be.
         let Self {
-            fd,
+            fd: _,
             cpuid: _,
             msr_indices: _,
             xsave_bytes: _,
-            saved_clock,
+            stopped_clock: _,
         } = self;
-        let clock = match saved_clock {
-            Some(clock) => *clock,
-            None => MachineClock::from_kvm(&fd.get_clock().asked("tell kvmclock")?),
-        };
         Ok(VmState {
             pic_master: self.save_chip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: self.save_chip(KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: self.save_chip(KVM_IRQCHIP_IOAPIC)?,
             pit: self.save_pit()?,
-            clock,
+            clock: self.save_clock()?,
         })
     }
 
@@ -79,20 +75,8 @@ impl Vm {
         self.restore_chip(KVM_IRQCHIP_IOAPIC, ioapic)?;
         let pit: kvm_pit_state2 = from_bytes("interval timer", pit)?;
         self.fd.set_pit2(&pit).asked("set the interval timer")?;
-        self.saved_clock = Some(*clock);
+        self.stopped_clock = Some(*clock);
         Ok(())
-    }
-
-    /// Starts a clock that was restored; does nothing to one that runs.
-    ///
-    /// # Errors
-    ///
-    /// When KVM refuses.
-    pub fn start_clock(&mut self) -> Result<(), Error> {
-        match self.saved_clock.take() {
-            Some(clock) => self.fd.set_clock(&clock.to_kvm()).asked("set kvmclock"),
-            None => Ok(()),
-        }
     }
 
     fn save_pit(&self) -> Result<Vec<u8>, Error> {

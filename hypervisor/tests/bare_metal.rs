@@ -10,9 +10,10 @@ use std::sync::{
     Mutex,
     atomic::{AtomicU32, Ordering},
 };
+use std::time::Duration;
 
 use hypervisor::{
-    BootRegisters, ClockPlan, IoHandler, Ran, VcpuState, Vm, VmState, install_kick_handler,
+    BootRegisters, ClockPlan, HostTsc, IoHandler, Ran, VcpuState, Vm, VmState, install_kick_handler,
 };
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use saved_state::Section;
@@ -109,14 +110,15 @@ fn a_saved_vcpu_counts_on_in_another_machine() {
     // The last `out` is answered but not finished: the kick finishes it without another one.
     vcpu.kick().kick();
     assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
-    let (vm_state, vcpu_state) = through_bytes(&vm.save().unwrap(), &vcpu.save().unwrap());
+    let (vm_state, vcpu_state) =
+        through_bytes(&vm.save().unwrap(), &vcpu.save(HostTsc::now()).unwrap());
     drop(vcpu);
 
     let mut other = Vm::new(&memory, 1).unwrap();
     other.restore(&vm_state).unwrap();
     let mut vcpu = other.create_vcpu(0).unwrap();
     vcpu.restore(&vcpu_state).unwrap();
-    let again = vcpu.save().unwrap();
+    let again = vcpu.save(HostTsc::now()).unwrap();
     assert_eq!(again.regs, vcpu_state.regs);
     assert_eq!(again.sregs, vcpu_state.sregs);
     assert_eq!(again.xsave, vcpu_state.xsave);
@@ -126,11 +128,13 @@ fn a_saved_vcpu_counts_on_in_another_machine() {
     assert_eq!(again, vcpu_state);
     assert_eq!(other.save().unwrap(), vm_state);
 
-    let plan = ClockPlan::new(&vcpu).unwrap().unwrap();
+    let start = ClockPlan::new(&vcpu)
+        .unwrap()
+        .start(Duration::ZERO, Duration::ZERO);
     let io = Counted::default();
     let mut vcpu = vcpu.bind();
-    vcpu.start_clock(plan.start_now()).unwrap();
-    other.start_clock().unwrap();
+    vcpu.start_clock(start).unwrap();
+    other.start_clock(start).unwrap();
     while io.last.load(Ordering::SeqCst) < 2000 {
         assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
     }
@@ -147,14 +151,16 @@ fn the_counter_of_time_stands_still_between_save_and_start() {
     let vm = Vm::new(&memory, 1).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.initialise(vm.cpuid()).unwrap();
-    let saved = vcpu.save().unwrap();
+    let saved = vcpu.save(HostTsc::now()).unwrap();
     let mut other = Vm::new(&memory, 1).unwrap().create_vcpu(0).unwrap();
     other.restore(&saved).unwrap();
-    let plan = ClockPlan::new(&other).unwrap().unwrap();
+    let plan = ClockPlan::new(&other).unwrap();
     let mut other = other.bind();
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    other.start_clock(plan.start_now()).unwrap();
-    let after = other.save().unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    other
+        .start_clock(plan.start(Duration::ZERO, Duration::ZERO))
+        .unwrap();
+    let after = other.save(HostTsc::now()).unwrap();
     if after.clock.tsc_offset == 0 {
         eprintln!(
             "this host's KVM gives guests its own TSC (as KVM-PVM does), so nothing was tested"
@@ -164,6 +170,37 @@ fn the_counter_of_time_stands_still_between_save_and_start() {
     let ticks = after.clock.tsc.wrapping_sub(saved.clock.tsc);
     let ms = ticks / u64::from(saved.clock.tsc_khz);
     assert!(ms < 45, "{ms} ms of guest time passed");
+}
+
+#[test]
+fn clocks_that_were_stopped_go_on_from_where_they_stood() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&COUNTER);
+    let mut vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    let plan = ClockPlan::new(&vcpu).unwrap();
+    let mut vcpu = vcpu.bind();
+    let ms = |vm: &Vm| vm.save().unwrap().clock.kvmclock_ns / 1_000_000;
+    let hold = Duration::from_millis(200);
+    for passed in [Duration::ZERO, hold] {
+        let stopped = vcpu.stop_clock().unwrap();
+        vm.stop_clock(stopped, &plan).unwrap();
+        let then = ms(&vm);
+        std::thread::sleep(hold);
+        assert_eq!(ms(&vm), then, "a clock that is stopped goes on");
+        let start = plan.held(stopped).start(Duration::ZERO, passed);
+        vm.start_clock(start).unwrap();
+        vcpu.start_clock(start).unwrap();
+        let went = ms(&vm) - then;
+        let expected = passed.as_millis() as u64;
+        assert!(
+            (expected..expected + 100).contains(&went),
+            "{went} ms after {passed:?}"
+        );
+    }
 }
 
 #[test]
@@ -201,7 +238,7 @@ fn a_host_has_what_it_gave() {
     let vm = Vm::new(&memory, 2).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.initialise(vm.cpuid()).unwrap();
-    let saved = vcpu.save().unwrap();
+    let saved = vcpu.save(HostTsc::now()).unwrap();
     // Memory types: on, and write-back, as the vCPU was made.
     let types = saved.msrs.iter().find(|entry| entry.index == 0x2ff);
     assert_eq!(types.map(|entry| entry.value), Some(0x806));

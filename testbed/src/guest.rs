@@ -36,6 +36,10 @@ const DISK_MIB: u64 = 64;
 pub enum Role {
     /// Counts on the console and tells what it has kept, for ever.
     Counter,
+    /// Tells its clocks, for ever.
+    Clocks,
+    /// Tells what its CPU can do, and counts.
+    Cpu,
     /// Carries bytes over its network device in both directions.
     Net,
     /// Echoes streams of its vsock device, and has its own echoed.
@@ -54,6 +58,8 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Counter => "counter",
+            Self::Clocks => "clocks",
+            Self::Cpu => "cpu",
             Self::Net => "net",
             Self::Vsock => "vsock",
             Self::PowerOff => "poweroff",
@@ -70,7 +76,8 @@ pub fn command_line(role: Role) -> String {
     let reboot = match role {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
-        Role::Counter | Role::Net | Role::Vsock | Role::PowerOff | Role::Shell => "",
+        Role::Counter | Role::Clocks | Role::Cpu | Role::Net | Role::Vsock => "",
+        Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -184,6 +191,8 @@ mod tests {
     fn init_plays_every_role() {
         for role in [
             Role::Counter,
+            Role::Clocks,
+            Role::Cpu,
             Role::Net,
             Role::Vsock,
             Role::PowerOff,

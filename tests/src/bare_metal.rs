@@ -65,6 +65,79 @@ global_asm!(
     "hlt",
     "jmp 30b",
     "guest_halted_end:",
+    // Reads the TSC all the time, and prints the largest step between two readings as sixteen hexadecimal digits, every 2^27
+    // ticks. What printing takes is not counted. A step back is a very large one.
+    ".globl guest_clock, guest_clock_end",
+    "guest_clock:",
+    "80:",
+    "rdtsc",
+    "shl rdx, 32",
+    "lea r8, [rax + rdx]",
+    "mov r10, r8",
+    "xor r9d, r9d",
+    "81:",
+    "rdtsc",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "mov r11, rax",
+    "sub rax, r8",
+    "mov r8, r11",
+    "cmp rax, r9",
+    "cmova r9, rax",
+    "sub r11, r10",
+    "cmp r11, 0x8000000",
+    "jb 81b",
+    "mov ecx, 60",
+    "82:",
+    "mov rax, r9",
+    "shr rax, cl",
+    "and al, 15",
+    "add al, 48",
+    "cmp al, 57",
+    "jbe 83f",
+    "add al, 39",
+    "83:",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "sub ecx, 4",
+    "jns 82b",
+    "mov al, 10",
+    "out dx, al",
+    "jmp 80b",
+    "guest_clock_end:",
+    // Prints the first eight digits of the machine's generation again and again.
+    ".globl guest_generation, guest_generation_end",
+    "guest_generation:",
+    "90:",
+    "mov ebx, [0xdf000]",
+    "mov ecx, 28",
+    "91:",
+    "mov eax, ebx",
+    "shr eax, cl",
+    "and al, 15",
+    "add al, 48",
+    "cmp al, 57",
+    "jbe 92f",
+    "add al, 39",
+    "92:",
+    "mov dx, 0x3f8",
+    "out dx, al",
+    "sub ecx, 4",
+    "jns 91b",
+    "mov al, 10",
+    "out dx, al",
+    "rdtsc",
+    "shl rdx, 32",
+    "lea rdi, [rax + rdx]",
+    "93:",
+    "rdtsc",
+    "shl rdx, 32",
+    "add rax, rdx",
+    "sub rax, rdi",
+    "cmp rax, 0x800000",
+    "jb 93b",
+    "jmp 90b",
+    "guest_generation_end:",
     // A port that nobody answers, and an address that nobody answers.
     ".globl guest_io, guest_io_end",
     "guest_io:",
@@ -119,6 +192,10 @@ macro_rules! guests {
 guests! {
     /// Counts on the serial console, and writes each count to the next of 1024 pages.
     counter: guest_counter..guest_counter_end;
+    /// Prints the largest step that its TSC makes between two readings: see [`clock_step`].
+    clock: guest_clock..guest_clock_end;
+    /// Prints the first part of the machine's generation, which [`count`] reads, again and again.
+    generation: guest_generation..guest_generation_end;
     /// Never leaves the guest.
     spinner: guest_spinner..guest_spinner_end;
     /// Halts with interrupts off.
@@ -136,6 +213,12 @@ guests! {
 /// The count that a line of the [`counter`] is.
 pub fn count(line: &str) -> Option<u64> {
     let digits = line.len() == 8;
+    digits.then(|| u64::from_str_radix(line, 16).ok()).flatten()
+}
+
+/// The step, in ticks, that a line of the [`clock`] is.
+pub fn clock_step(line: &str) -> Option<u64> {
+    let digits = line.len() == 16;
     digits.then(|| u64::from_str_radix(line, 16).ok()).flatten()
 }
 

@@ -138,6 +138,21 @@ impl Client {
         machine(&self.try_restore(state, memory)?)
     }
 
+    /// The same, with its clocks as told: `stand-still` or `follow`.
+    ///
+    /// # Errors
+    ///
+    /// When it is not restored.
+    pub fn restore_clocked(&self, state: &str, memory: &str, clock: &str) -> Result<Machine> {
+        let body = json!({
+            "cpu_snapshot_path": state,
+            "memory_snapshot_path": memory,
+            "resume": true,
+            "clock": clock,
+        });
+        machine(&self.post("/create", &body)?)
+    }
+
     /// The same, whatever the answer.
     ///
     /// # Errors

@@ -13,6 +13,8 @@ mod command_line;
 mod crash;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/generation.rs"]
+mod generation;
 #[path = "bare_metal/network.rs"]
 mod network;
 #[path = "bare_metal/pause.rs"]

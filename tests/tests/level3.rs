@@ -4,6 +4,10 @@
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on should stop
 
+#[path = "level3/clocks.rs"]
+mod clocks;
+#[path = "level3/cpu.rs"]
+mod cpu;
 #[path = "level3/elsewhere.rs"]
 mod elsewhere;
 #[path = "level3/ends.rs"]

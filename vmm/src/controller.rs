@@ -9,7 +9,9 @@ use std::{
     time::Instant,
 };
 
-use control::{AfterSnapshot, Exit, Failure, SnapshotReport, SnapshotRequest, StoredReport};
+use control::{
+    AfterSnapshot, Exit, Failure, GuestClock, SnapshotReport, SnapshotRequest, StoredReport,
+};
 use devices::GuestRequest;
 use snapshot::Saved;
 use tokio::sync::oneshot;
@@ -29,7 +31,7 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, Failure>>;
 #[derive(Debug)]
 pub(crate) enum Request {
     Pause(Reply<()>),
-    Resume(Reply<()>),
+    Resume(GuestClock, Reply<()>),
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
     Stop(Reply<()>),
 }
@@ -74,8 +76,8 @@ impl Controller {
                 let paused = self.machine.hold().map(|held| held.keep());
                 answer(reply, paused.map_err(|error| self.pause_failed(error)));
             }
-            Event::Client(Request::Resume(reply)) => {
-                let running = self.machine.run();
+            Event::Client(Request::Resume(clock, reply)) => {
+                let running = self.machine.run(clock);
                 answer(reply, running.map_err(|error| self.lost(error)));
             }
             Event::Client(Request::Snapshot(request, reply)) => self.snapshot(&request, reply),
@@ -191,9 +193,9 @@ fn take_snapshot(
     let state_bytes = unpublished.state_bytes;
     let publish = || sync_disks(&disks).and_then(|()| Ok(unpublished.publish()?));
     let (downtime, saved) = match request.then {
-        AfterSnapshot::Resume => {
+        AfterSnapshot::Resume(clock) => {
             let downtime = held.stood_still();
-            let gone_on = held.let_go(true);
+            let gone_on = held.let_go(clock);
             // Also of a machine that cannot go on: then this is all that is left of it.
             let saved = publish()?;
             gone_on?;

@@ -19,11 +19,12 @@ use saved_state::{Container, Kind};
 use crate::{
     boot::MmioDevice,
     error::Error,
+    generation::Generation,
     interrupt::Irqfd,
     nets,
     platform::{
-        COM1_IRQ, COM1_PORT, COM1_PORTS, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT, RTC_PORTS,
-        SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
+        COM1_IRQ, COM1_PORT, COM1_PORTS, EVENT_GSI, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT,
+        RTC_PORTS, SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
     },
     vcpu::Buses,
     vsocks,
@@ -40,6 +41,8 @@ pub(crate) struct DeviceSet {
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// For input.
     pub(crate) serial: Arc<Mutex<Serial>>,
+    /// Says that the machine is another one than it was.
+    pub(crate) generation: Generation,
 }
 
 /// The devices while they are being made.
@@ -77,6 +80,7 @@ impl DeviceSet {
             transports: Vec::new(),
         };
         let serial = builder.legacy(console, requests)?;
+        let generation = Generation::new(builder.line(EVENT_GSI)?);
         builder.virtio(Box::new(Entropy::new()))?;
         for disk in disks {
             let id = disk_id(&disk.path);
@@ -100,6 +104,7 @@ impl DeviceSet {
             all,
             transports,
             serial,
+            generation,
         };
         Ok((set, buses))
     }

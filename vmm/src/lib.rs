@@ -8,6 +8,7 @@ mod console;
 mod controller;
 mod device_set;
 mod error;
+mod generation;
 mod interrupt;
 mod lifecycle;
 mod machine;

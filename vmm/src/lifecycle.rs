@@ -62,7 +62,7 @@ pub(crate) fn next(state: State, event: Event) -> Result<State, Refused> {
         (Paused | Running, Pause) => Ok(Paused),
         (Paused | Running, Resume | PauseFailed) => Ok(Running),
         (Paused | Running, Save) => Ok(Saving),
-        (Saving, Saved(AfterSnapshot::Resume) | SaveFailed { running: true }) => Ok(Running),
+        (Saving, Saved(AfterSnapshot::Resume(_)) | SaveFailed { running: true }) => Ok(Running),
         (Saving, Saved(AfterSnapshot::Halt)) => Ok(Ended(Exit::Halted)),
         (Saving, SaveFailed { running: false }) => Ok(Paused),
         (Saving, Pause | Resume | Save) => Err(Refused::Busy),
@@ -146,13 +146,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use control::GuestClock;
 
     fn any_event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Pause),
             Just(Event::Resume),
             Just(Event::Save),
-            Just(Event::Saved(AfterSnapshot::Resume)),
+            Just(Event::Saved(AfterSnapshot::Resume(GuestClock::StandStill))),
             Just(Event::Saved(AfterSnapshot::Halt)),
             any::<bool>().prop_map(|running| Event::SaveFailed { running }),
             Just(Event::PauseFailed),

@@ -7,9 +7,11 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use control::{Confinement, DiskConfig, LaunchSpec, MachineConfig};
+use control::{Confinement, CpuModel, DiskConfig, GuestClock, LaunchSpec, MachineConfig};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
-use hypervisor::{ClockPlan, VcpuState, Vm, VmState, cpu_identity, missing_features};
+use hypervisor::{
+    ClockPlan, ClockStart, CpuLevel, VcpuState, Vm, VmState, cpu_identity, missing_features,
+};
 use memory::{Layout, MachineMemory};
 use saved_state::{Container, Header, SnapshotId};
 use snapshot::{Progress, Snapshot};
@@ -28,6 +30,10 @@ use crate::{
 
 /// How long the device loop may take to come to rest: a request or two of a slow disk.
 const QUIESCE_BOUND: Duration = Duration::from_secs(30);
+
+/// What the vCPUs have to get ready in, once the instant is appointed at which guest time goes on: a few wake-ups of a
+/// thread. Whoever is late has the guest see that time pass.
+const CLOCK_LEAD: Duration = Duration::from_micros(200);
 
 /// Who is told what the guest wants, or how it ends.
 #[derive(Clone)]
@@ -59,8 +65,12 @@ pub(crate) struct Machine {
     /// There while the machine is held.
     quiesced: Option<Quiesced>,
     held_since: Instant,
-    /// There until a restored machine runs for the first time.
-    restored: Option<ClockPlan>,
+    /// How its clocks go on, while it is held.
+    clock: ClockPlan,
+    /// When they were stopped, in the world's time.
+    cut: Cut,
+    /// Until a restored machine runs for the first time.
+    restored: bool,
     /// What it was last in a store, by its id there: what its next snapshot builds on.
     pub(crate) stored_as: Option<String>,
 }
@@ -72,6 +82,27 @@ pub(crate) struct Held<'a> {
     ran: bool,
 }
 
+/// When a machine's clocks were stopped, in the world's time.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    /// It was held in this process.
+    Held(Instant),
+    /// It was saved, maybe elsewhere.
+    Saved { unix_ns: u64 },
+}
+
+impl Cut {
+    /// What has passed since. Two hosts' clocks may differ, but guest time never goes back.
+    fn elapsed(self) -> Duration {
+        match self {
+            Self::Held(since) => since.elapsed(),
+            Self::Saved { unix_ns } => SystemTime::now()
+                .duration_since(UNIX_EPOCH + Duration::from_nanos(unix_ns))
+                .unwrap_or_default(),
+        }
+    }
+}
+
 /// A machine whose parts are there and whose vCPUs have no threads yet.
 struct Parts {
     vm: Vm,
@@ -81,7 +112,9 @@ struct Parts {
     devices: DeviceSet,
     buses: crate::vcpu::Buses,
     input: Option<File>,
-    restored: Option<ClockPlan>,
+    clock: ClockPlan,
+    cut: Cut,
+    restored: bool,
     stored_as: Option<String>,
 }
 
@@ -105,16 +138,18 @@ impl Machine {
         let (devices, buses) =
             DeviceSet::new(&vm, memory.guest(), disks, nets, vsock, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
+        devices.generation.begin(memory.guest())?;
+        let cpuid = vm.cpuid().at_level(level(config.cpu))?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
             let mut vcpu = vm.create_vcpu(id)?;
-            vcpu.initialise(vm.cpuid())?;
+            vcpu.initialise(&cpuid)?;
             vcpus.push(vcpu);
         }
-        if let Some(first) = vcpus.first() {
-            first.boot(&registers)?;
-        }
-        Self::start(
+        let first = vcpus.first().ok_or(hypervisor::Error::VcpuCount(0))?;
+        first.boot(&registers)?;
+        let clock = ClockPlan::new(first)?;
+        Self::assemble(
             Parts {
                 vm,
                 memory,
@@ -123,7 +158,9 @@ impl Machine {
                 devices,
                 buses,
                 input,
-                restored: None,
+                clock,
+                cut: Cut::Held(Instant::now()),
+                restored: false,
                 stored_as: None,
             },
             listeners,
@@ -158,6 +195,9 @@ impl Machine {
         let memory = saved.load()?;
         let stored_as = saved.stored_as().map(str::to_owned);
         let count = state.header.vcpus;
+        let cut = Cut::Saved {
+            unix_ns: state.header.created_unix_ns,
+        };
         let mut vm = Vm::new(&memory, count)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
@@ -179,11 +219,9 @@ impl Machine {
         vm.restore(&state.take::<VmState>(0)?)?;
         devices.restore(&mut state)?;
         state.finish()?;
-        let restored = match vcpus.first() {
-            Some(first) => ClockPlan::new(first)?,
-            None => None,
-        };
-        Self::start(
+        let first = vcpus.first().ok_or(hypervisor::Error::VcpuCount(0))?;
+        let clock = ClockPlan::new(first)?;
+        Self::assemble(
             Parts {
                 vm,
                 memory,
@@ -192,14 +230,16 @@ impl Machine {
                 devices,
                 buses,
                 input,
-                restored,
+                clock,
+                cut,
+                restored: true,
                 stored_as,
             },
             listeners,
         )
     }
 
-    fn start(parts: Parts, listeners: &Listeners) -> Result<Self, Error> {
+    fn assemble(parts: Parts, listeners: &Listeners) -> Result<Self, Error> {
         let Parts {
             vm,
             memory,
@@ -208,6 +248,8 @@ impl Machine {
             devices,
             buses,
             input,
+            clock,
+            cut,
             restored,
             stored_as,
         } = parts;
@@ -234,6 +276,8 @@ impl Machine {
             }),
             quiesced: Some(quiesced),
             held_since: Instant::now(),
+            clock,
+            cut,
             restored,
             stored_as,
         })
@@ -260,16 +304,19 @@ impl Machine {
         let ran = self.quiesced.is_none();
         if ran {
             let since = Instant::now();
-            if let Err(error) = self.vcpus.hold() {
-                self.let_run_after_failure();
-                return Err(error.into());
+            match self.vcpus.hold() {
+                Ok(stopped) => self.clock = self.clock.held(stopped),
+                Err(error) => {
+                    self.let_run_after_failure(self.clock.never_stopped());
+                    return Err(error.into());
+                }
             }
-            // After the vCPUs, which could notify a device again.
-            match self.event_loop.quiesce(QUIESCE_BOUND) {
+            self.cut = Cut::Held(Instant::now());
+            match self.quiesce() {
                 Ok(quiesced) => self.quiesced = Some(quiesced),
                 Err(error) => {
-                    self.let_run_after_failure();
-                    return Err(error.into());
+                    self.let_run_after_failure(self.clock.start(CLOCK_LEAD, Duration::ZERO));
+                    return Err(error);
                 }
             }
             self.held_since = since;
@@ -282,30 +329,47 @@ impl Machine {
         Ok(Held { machine: self, ran })
     }
 
+    /// Stops everything but the vCPUs, which are held already: they could notify a device again.
+    fn quiesce(&mut self) -> Result<Quiesced, Error> {
+        self.vm.stop_clock(self.clock.stopped(), &self.clock)?;
+        Ok(self.event_loop.quiesce(QUIESCE_BOUND)?)
+    }
+
     /// Whether the guest runs.
     pub(crate) fn is_running(&self) -> bool {
         self.quiesced.is_none()
     }
 
-    /// Lets it run; one that runs goes on. Clocks that were restored start now. When this fails, the
-    /// machine is in no known state.
-    pub(crate) fn run(&mut self) -> Result<(), Error> {
+    /// Lets it run; one that runs goes on. Its clocks go on from where they stood, or from where they would be by now.
+    /// When this fails, the machine is in no known state.
+    pub(crate) fn run(&mut self, clock: GuestClock) -> Result<(), Error> {
         if self.is_running() {
             return Ok(());
         }
-        if self.restored.is_some() {
-            self.counters.devices.resume();
+        if self.restored {
+            let devices = &self.counters.devices;
+            devices.resume();
+            // Not before it runs: one that is only saved again is the same.
+            devices.generation.renew(self.memory.guest())?;
         }
-        self.vm.start_clock()?;
-        let delta = self.restored.map(|plan| plan.start_now());
-        self.vcpus.run(delta)?;
-        self.restored = None;
+        let passed = match clock {
+            GuestClock::StandStill => Duration::ZERO,
+            GuestClock::Follow => self.cut.elapsed() + CLOCK_LEAD,
+        };
+        self.start(self.clock.start(CLOCK_LEAD, passed))?;
+        self.restored = false;
         self.quiesced = None;
         Ok(())
     }
 
-    fn let_run_after_failure(&mut self) {
-        if let Err(error) = self.vcpus.run(None) {
+    fn start(&mut self, start: ClockStart) -> Result<(), Error> {
+        let vm = &mut self.vm;
+        let kvmclock = || Ok(vm.start_clock(start)?);
+        Ok(self.vcpus.run(start, kvmclock)?)
+    }
+
+    fn let_run_after_failure(&mut self, start: ClockStart) {
+        if let Err(error) = self.start(start) {
             tracing::error!("the machine cannot go on after a pause that failed: {error}");
         }
     }
@@ -317,11 +381,10 @@ impl Held<'_> {
         self.ran = false;
     }
 
-    /// Lets the machine go on if it ran before, or whatever happened before.
-    pub(crate) fn let_go(mut self, anyway: bool) -> Result<(), Error> {
-        let run = self.ran || anyway;
+    /// Lets the machine go on, whether it ran before or not.
+    pub(crate) fn let_go(mut self, clock: GuestClock) -> Result<(), Error> {
         self.ran = false;
-        if run { self.machine.run() } else { Ok(()) }
+        self.machine.run(clock)
     }
 
     /// How long it has been standing still.
@@ -347,13 +410,15 @@ impl Held<'_> {
             counters,
             quiesced: _,
             held_since: _,
+            clock,
+            cut: _,
             restored: _,
             stored_as: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(vm, memory, *vcpu_count)?);
         let disks: Result<_, _> = disks.iter().map(disk_state).collect();
         container.put(0, &MachineState { disks: disks? })?;
-        for state in vcpus.save()? {
+        for state in vcpus.save(clock.stopped())? {
             container.put(state.id, &state)?;
         }
         container.put(0, &vm.save()?)?;
@@ -374,7 +439,7 @@ impl Held<'_> {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         if self.ran
-            && let Err(error) = self.machine.run()
+            && let Err(error) = self.machine.run(GuestClock::StandStill)
         {
             tracing::error!("the machine cannot go on: {error}");
         }
@@ -422,6 +487,14 @@ fn confined(confinement: &Confinement, header: &Header, disks: &[DiskState]) -> 
         }
     }
     Ok(())
+}
+
+fn level(model: CpuModel) -> CpuLevel {
+    match model {
+        CpuModel::Host => CpuLevel::Host,
+        CpuModel::V2 => CpuLevel::V2,
+        CpuModel::V3 => CpuLevel::V3,
+    }
 }
 
 /// The layout of `bytes` of guest memory, if this host can hold it at all.

@@ -7,6 +7,9 @@ pub(crate) const COM1_PORT: u16 = 0x3f8;
 pub(crate) const COM1_PORTS: u64 = 8;
 pub(crate) const COM1_IRQ: u32 = 4;
 
+/// What ACPI's generic event device raises: where a PC has its second serial port.
+pub(crate) const EVENT_GSI: u32 = 3;
+
 /// The keyboard controller, of which only the reset line is there: data port, and command port 4 above.
 pub(crate) const I8042_PORT: u16 = 0x60;
 pub(crate) const I8042_PORTS: u64 = 5;
@@ -59,7 +62,7 @@ mod tests {
         assert!(
             lines
                 .iter()
-                .all(|line| *line < IOAPIC_LINES && ![COM1_IRQ, RTC_IRQ].contains(line))
+                .all(|line| *line < IOAPIC_LINES && ![EVENT_GSI, COM1_IRQ, RTC_IRQ].contains(line))
         );
     }
 }

@@ -78,7 +78,7 @@ fn start(spec: LaunchSpec) -> Result<Started, Failure> {
     let lifecycle = Arc::new(Lifecycle::new());
     // Before anybody can ask for anything else.
     if !spec.paused {
-        machine.run()?;
+        machine.run(spec.clock)?;
         lifecycle.apply(lifecycle::Event::Resume)?;
     }
     let service = Service {

@@ -5,7 +5,9 @@ use std::{
     time::Instant,
 };
 
-use control::{Failure, FailureKind, Metric, SnapshotReport, SnapshotRequest, Status, Vmm};
+use control::{
+    Failure, FailureKind, GuestClock, Metric, SnapshotReport, SnapshotRequest, Status, Vmm,
+};
 use tarpc::context::Context;
 use tokio::sync::oneshot;
 
@@ -62,9 +64,9 @@ impl Vmm for Service {
         self.ask(Request::Pause).await
     }
 
-    async fn resume(self, _: Context) -> Result<(), Failure> {
+    async fn resume(self, _: Context, clock: GuestClock) -> Result<(), Failure> {
         self.admit(lifecycle::Event::Resume)?;
-        self.ask(Request::Resume).await
+        self.ask(|reply| Request::Resume(clock, reply)).await
     }
 
     async fn snapshot(

@@ -9,19 +9,19 @@ use std::{
 };
 
 use devices::Bus;
-use hypervisor::{BoundVcpu, IoHandler, Kick, Ran, TscDelta, Vcpu, VcpuState};
+use hypervisor::{BoundVcpu, ClockStart, HostTsc, IoHandler, Kick, Ran, Vcpu, VcpuState};
 
 use crate::metrics::ExitCounts;
 
 /// What a vCPU's thread is told. A kick has to follow, or the thread may not look.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Run the guest. A clock that was restored starts with this delta.
-    Run(Option<TscDelta>),
-    /// Hold it.
+    /// Run the guest, from when its clock goes on.
+    Run(ClockStart),
+    /// Hold it, and stop its clock.
     Hold,
-    /// Read its state; only while it is held.
-    Save,
+    /// Read its state, with its clock as it was then; only while it is held.
+    Save(HostTsc),
     /// End the thread.
     End,
 }
@@ -49,8 +49,8 @@ pub(crate) enum Done {
     Ready(Kick),
     /// It runs, or could not.
     Running(Result<(), hypervisor::Error>),
-    /// It is held, and nothing an exit began is left undone.
-    Held,
+    /// It is held, and nothing an exit began is left undone; when its clock was stopped, or why it could not be.
+    Held(Result<HostTsc, hypervisor::Error>),
     /// Its state.
     Saved(Result<Box<VcpuState>, hypervisor::Error>),
     /// The thread is about to end.
@@ -157,16 +157,17 @@ impl VcpuThread {
         let Order { round, command } = order;
         let (state, done) = match (command, state) {
             (Command::Run(_), State::Running) => (State::Running, Done::Running(Ok(()))),
-            (Command::Run(delta), _) => {
-                let started = delta.map_or(Ok(()), |delta| vcpu.start_clock(delta));
+            (Command::Run(start), _) => {
                 vcpu.excuse_hold();
-                match started {
+                match vcpu.start_clock(start) {
                     Ok(()) => (State::Running, Done::Running(Ok(()))),
                     Err(error) => (State::Held, Done::Running(Err(error))),
                 }
             }
-            (Command::Hold, _) => (State::Held, Done::Held),
-            (Command::Save, state) => (state, Done::Saved(vcpu.save().map(Box::new))),
+            (Command::Hold, _) => (State::Held, Done::Held(vcpu.stop_clock())),
+            (Command::Save(stopped), state) => {
+                (state, Done::Saved(vcpu.save(stopped).map(Box::new)))
+            }
             (Command::End, _) => (State::Ended, Done::Ended),
         };
         self.acknowledge(vcpu, round, done);

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hypervisor::{Kick, TscDelta, Vcpu, VcpuState};
+use hypervisor::{ClockStart, HostTsc, Kick, Vcpu, VcpuState};
 
 use crate::{
     metrics::ExitCounts,
@@ -88,27 +88,40 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Holds all of them. When it returns, none is in the guest and none has anything undone. When it
-    /// fails, those that answered are held: [`Vcpus::run`] undoes that.
-    pub(crate) fn hold(&mut self) -> Result<(), Error> {
+    /// Holds all of them. When it returns, none is in the guest and none has anything undone; it tells when the clock of
+    /// the last was stopped. When it fails, those that answered are held: [`Vcpus::run`] undoes that.
+    pub(crate) fn hold(&mut self) -> Result<HostTsc, Error> {
+        let called = HostTsc::now();
         self.tell(|| Command::Hold);
-        self.gather().map(|_| ())
+        let mut last = called;
+        for (_, done) in self.gather()? {
+            if let Done::Held(stopped) = done {
+                last = last.max(stopped?);
+            }
+        }
+        Ok(last)
     }
 
-    /// Lets all of them run. Clocks that were restored start with `delta`.
-    pub(crate) fn run(&mut self, delta: Option<TscDelta>) -> Result<(), Error> {
-        self.tell(|| Command::Run(delta));
+    /// Lets all of them run. Clocks that were stopped go on as `start` says, which is done by each for itself; `meanwhile`
+    /// is done before anybody waits for them.
+    pub(crate) fn run(
+        &mut self,
+        start: ClockStart,
+        meanwhile: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.tell(|| Command::Run(start));
+        let done_meanwhile = meanwhile();
         for (_, done) in self.gather()? {
             if let Done::Running(result) = done {
                 result?;
             }
         }
-        Ok(())
+        done_meanwhile
     }
 
-    /// Reads the state of all of them, by number. They must be held.
-    pub(crate) fn save(&mut self) -> Result<Vec<VcpuState>, Error> {
-        self.tell(|| Command::Save);
+    /// Reads the state of all of them, by number, their clocks as they were at `stopped`. They must be held.
+    pub(crate) fn save(&mut self, stopped: HostTsc) -> Result<Vec<VcpuState>, Error> {
+        self.tell(|| Command::Save(stopped));
         let mut states = Vec::new();
         for (_, done) in self.gather()? {
             if let Done::Saved(state) = done {

@@ -65,9 +65,9 @@ struct Run {
     /// How often each is measured
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// fermata alone
-    #[arg(long)]
-    alone: bool,
+    /// Only these programs: for a look, not for the record
+    #[arg(long, value_delimiter = ',', value_enum)]
+    only: Vec<System>,
     /// Where images, stores and what is loaded are kept
     #[arg(long, default_value = SCRATCH)]
     scratch: PathBuf,
@@ -132,9 +132,6 @@ impl Run {
         for fermata in Fermata::all()? {
             subjects.push(Box::new(fermata));
         }
-        if self.alone {
-            return Ok(subjects);
-        }
         for restic in Restic::ALL {
             subjects.push(Box::new(restic));
         }
@@ -146,6 +143,9 @@ impl Run {
         }
         let rustics = self.rustic.iter().flat_map(|program| Rustic::all(program));
         subjects.extend(rustics.map(|rustic| Box::new(rustic) as Box<dyn Subject>));
+        if !self.only.is_empty() {
+            subjects.retain(|subject| self.only.contains(&subject.system()));
+        }
         Ok(subjects)
     }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use control::{AfterSnapshot, DiskConfig, MachineConfig, Origin};
+use control::{AfterSnapshot, CpuModel, DiskConfig, MachineConfig, Origin};
 use cpio::newc::{self, ModeFileType};
 use testbed::environment;
 
@@ -62,6 +62,7 @@ impl Bench {
         std::fs::write(&orders, [0; ORDER_BYTES]).context("cannot write orders")?;
         let disks = guest.disks.iter().chain([&orders]);
         let config = MachineConfig {
+            cpu: CpuModel::Host,
             vcpus: VCPUS,
             memory_mib: MEMORY_MIB,
             kernel: environment::path(environment::GUEST_KERNEL)?,

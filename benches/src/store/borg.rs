@@ -16,7 +16,13 @@ pub struct Borg {
 
 impl Borg {
     /// Those that serve images of machines best: by size, and by speed with less and less compression.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
+        Self {
+            setting: "zstd-19, CDC 16 KiB",
+            chunker: "buzhash,12,16,14,4095",
+            compression: "zstd,19",
+            once: true,
+        },
         Self {
             setting: "zstd-1, CDC 16 KiB",
             chunker: "buzhash,12,16,14,4095",

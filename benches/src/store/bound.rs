@@ -26,7 +26,7 @@ pub struct Bounds {
     pub zero_test: Duration,
     /// BLAKE3 over what is not zero, at its full width.
     pub hash: Duration,
-    /// Compressing what is new, in frames of 64 KiB; nothing where a store does not compress.
+    /// Compressing what is new, in frames of 16 KiB; nothing where a store does not compress.
     pub compress: Duration,
     /// Decoding each frame that an image needs, once for each image; nothing there too.
     pub decode: Duration,

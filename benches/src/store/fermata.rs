@@ -16,6 +16,7 @@ pub struct Fermata {
     program: PathBuf,
     level: i32,
     setting: &'static str,
+    once: bool,
 }
 
 /// The store's levels, as zstd counts them, and what a table calls them.
@@ -24,6 +25,9 @@ pub const SETTINGS: [(i32, &str); 3] = [
     (-10, "zstd -10, 4 KiB"),
     (0, "raw, 4 KiB"),
 ];
+
+/// The smallest that the store becomes, and how long that takes is not the point.
+const SMALLEST: (i32, &str) = (19, "zstd 19, 4 KiB");
 
 /// What the program that has the library in it is asked for.
 #[derive(Debug, Subcommand)]
@@ -75,12 +79,21 @@ impl Fermata {
     /// When this program's path is not known.
     pub fn all() -> Result<Vec<Self>> {
         let program = std::env::current_exe().context("cannot tell this program's path")?;
-        let at = |(level, setting)| Self {
-            program: program.clone(),
-            level,
-            setting,
+        let at = |once| {
+            let program = &program;
+            move |(level, setting)| Self {
+                program: program.clone(),
+                level,
+                setting,
+                once,
+            }
         };
-        Ok(SETTINGS.map(at).into())
+        let smallest = std::iter::once(SMALLEST).map(at(true));
+        Ok(SETTINGS
+            .into_iter()
+            .map(at(false))
+            .chain(smallest)
+            .collect())
     }
 
     fn command(&self, place: &Place, task: &str) -> Command {
@@ -97,6 +110,10 @@ impl Subject for Fermata {
 
     fn setting(&self) -> &'static str {
         self.setting
+    }
+
+    fn once(&self) -> bool {
+        self.once
     }
 
     fn create(&self, place: &Place) -> Vec<Command> {

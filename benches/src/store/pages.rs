@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 pub(super) const PAGE: usize = 4096;
 
 /// Pages in a frame of the store.
-pub(super) const FRAME_PAGES: usize = 16;
+pub(super) const FRAME_PAGES: usize = 4;
 
 /// The files in `directory`, by name.
 pub(super) fn files(directory: &Path) -> Result<Vec<PathBuf>> {

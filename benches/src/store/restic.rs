@@ -13,11 +13,15 @@ pub struct Restic {
 }
 
 impl Restic {
-    /// Its default, and without compression.
-    pub const ALL: [Self; 2] = [
+    /// Its default, as small as it can, and without compression.
+    pub const ALL: [Self; 3] = [
         Self {
             setting: "zstd auto, CDC 1 MiB",
             compression: "auto",
+        },
+        Self {
+            setting: "zstd max, CDC 1 MiB",
+            compression: "max",
         },
         Self {
             setting: "raw, CDC 1 MiB",

@@ -8,7 +8,8 @@ use std::{
 };
 
 use anyhow::Context;
-use saved_state::{Container, HEADER_BYTES, Header, MAX_BODY_BYTES};
+use hypervisor::VcpuState;
+use saved_state::{Container, HEADER_BYTES, Header, MAX_BODY_BYTES, SavedState};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -30,6 +31,8 @@ struct Report {
     release: String,
     created_unix_ns: u64,
     host_cpu: HostCpu,
+    /// What a host's CPU must be, besides of the same vendor; if the vCPUs can be read.
+    needs_cpu: Option<String>,
     vcpus: u32,
     memory_bytes: u64,
     /// Empty when the body is damaged.
@@ -75,9 +78,9 @@ fn read(path: &Path) -> anyhow::Result<Report> {
         .take(MAX_BODY_BYTES + HEADER_BYTES as u64 + 1)
         .read_to_end(&mut bytes)?;
     let header = Header::read(&bytes)?;
-    let (sections, damage) = match Container::from_bytes(&bytes) {
-        Ok(container) => (rows(&container), None),
-        Err(error) => (Vec::new(), Some(error.to_string())),
+    let (sections, needs_cpu, damage) = match Container::from_bytes(&bytes) {
+        Ok(container) => (rows(&container), needs_cpu(&container), None),
+        Err(error) => (Vec::new(), None, Some(error.to_string())),
     };
     let Header {
         id,
@@ -96,11 +99,21 @@ fn read(path: &Path) -> anyhow::Result<Report> {
             signature: format!("{:#010x}", host_cpu.signature),
             brand: host_cpu.brand,
         },
+        needs_cpu,
         vcpus,
         memory_bytes,
         sections,
         damage,
     })
+}
+
+/// The level of the first vCPU, as all others are.
+fn needs_cpu(container: &Container) -> Option<String> {
+    let vcpu = container
+        .sections()
+        .find(|section| section.kind == VcpuState::KIND)?;
+    let level = vcpu.decode::<VcpuState>().ok()?.lowest_level().ok()?;
+    Some(level.to_string())
 }
 
 fn rows(container: &Container) -> Vec<SectionRow> {
@@ -126,6 +139,11 @@ impl std::fmt::Display for Report {
         writeln!(f, "created   {}", date(self.created_unix_ns))?;
         writeln!(f, "release   fermata {}", self.release)?;
         writeln!(f, "host CPU  {vendor} {signature}, {brand}")?;
+        match self.needs_cpu.as_deref() {
+            None => {}
+            Some("host") => writeln!(f, "runs on   hosts with all that this CPU showed its guest")?,
+            Some(level) => writeln!(f, "runs on   {level} by {vendor}")?,
+        }
         writeln!(f, "vCPUs     {}", self.vcpus)?;
         writeln!(f, "memory    {}", output::bytes(self.memory_bytes))?;
         if let Some(damage) = &self.damage {

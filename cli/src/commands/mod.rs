@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub(crate) mod inspect;
+pub(crate) mod pause;
 pub(crate) mod ps;
 pub(crate) mod restore;
 pub(crate) mod run;

@@ -22,6 +22,8 @@ pub(crate) struct Args {
     from: Vec<String>,
     #[command(flatten)]
     store: StoreArgs,
+    #[command(flatten)]
+    clock: machine::Clock,
     /// What the next network device has instead of what it was saved with: `tap=NAME` or `socket=PATH`, and
     /// `mac=ADDRESS`; or `saved`.
     #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::change)]
@@ -41,6 +43,7 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
     let registry = Registry::open(run_dir)?;
     let origin = Origin::Restore(source(&args.from, &args.store)?);
     let changes = Changes {
+        clock: args.clock.chosen(),
         nets: args.nets,
         vsock: args.vsock.unwrap_or_default(),
     };

@@ -38,6 +38,9 @@ pub(crate) struct Args {
     /// The memory in MiB [default: 256].
     #[arg(long)]
     memory: Option<u64>,
+    /// What the CPUs are: a machine of a level can be restored on any host of that level [default: host].
+    #[arg(long, value_enum)]
+    cpu: Option<machine::Cpu>,
     /// A disk; `,ro` after the path if the guest may only read it.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
@@ -65,6 +68,7 @@ impl Args {
         Ok(MachineConfig {
             vcpus: self.vcpus.or(file.vcpus).unwrap_or(defaults.vcpus),
             memory_mib: (self.memory.or(file.memory_mib)).unwrap_or(defaults.memory_mib),
+            cpu: self.cpu.or(file.cpu).unwrap_or_default().model(),
             kernel: kernel.context("there is no kernel: name one in the file or as an argument")?,
             initrd: self.initrd.or(file.initrd.take()),
             cmdline: (self.cmdline.or(file.cmdline.take())).unwrap_or_else(|| CMDLINE.to_owned()),

@@ -27,6 +27,8 @@ pub(crate) struct Args {
     /// Ends the machine once it is saved.
     #[arg(long)]
     halt: bool,
+    #[command(flatten)]
+    clock: machine::Clock,
     /// Prints what was saved and how long it took as JSON.
     #[arg(long)]
     json: bool,
@@ -39,7 +41,7 @@ pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<Exi
         then: if args.halt {
             AfterSnapshot::Halt
         } else {
-            AfterSnapshot::Resume
+            AfterSnapshot::Resume(args.clock.chosen())
         },
     };
     let report = save(&record, request).await?;

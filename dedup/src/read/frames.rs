@@ -51,7 +51,7 @@ impl FrameReader {
 impl Frames {
     /// Caches that hold up to `memory` bytes of decoded frames.
     pub(crate) fn new(memory: u64) -> Self {
-        let estimated_frames = (memory >> 16).max(1) as usize;
+        let estimated_frames = (memory >> 14).max(1) as usize;
         Frames {
             packs: Cache::new(OPEN_PACKS),
             frames: Cache::with_weighter(estimated_frames, memory, ByBytes),

@@ -15,7 +15,7 @@ use crate::seal::{Sealer, SnapshotKeys};
 use crate::store::Shared;
 
 /// Frames that a thread reserves at a time, so that what it stores one after the other lies together.
-pub(super) const RUN_FRAMES: u64 = 16;
+pub(super) const RUN_FRAMES: u64 = 64;
 
 /// One save: its lease, its packs, what it knows.
 pub(super) struct Session {

@@ -9,8 +9,9 @@ use std::{
 };
 
 use control::{
-    AfterSnapshot, Client, Console, Destination, LaunchSpec, Log, MachineConfig, NetAttachment,
-    NetConfig, Origin, RateLimit, Registry, Secret, SnapshotRequest, spawn,
+    AfterSnapshot, Client, Console, CpuModel, Destination, GuestClock, LaunchSpec, Log,
+    MachineConfig, NetAttachment, NetConfig, Origin, RateLimit, Registry, Secret, SnapshotRequest,
+    spawn,
 };
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept, bind, listen, socket_with,
@@ -51,6 +52,7 @@ fn saved_on(server: &Server, switch: &Switch) {
     let config = MachineConfig {
         vcpus: 1,
         memory_mib: 64,
+        cpu: CpuModel::Host,
         kernel: server.tree().join("kernel"),
         initrd: None,
         cmdline: String::new(),
@@ -69,6 +71,7 @@ fn saved_on(server: &Server, switch: &Switch) {
         console: Console::File(registry.new_console().unwrap()),
         registry: server.run_directory(),
         paused: false,
+        clock: GuestClock::StandStill,
         confinement: None,
         net_changes: Vec::new(),
         vsock_change: control::VsockChange::default(),

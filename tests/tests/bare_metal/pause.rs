@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use control::{Client, MachineState, Registry};
+use control::{Client, GuestClock, MachineState, Registry};
 use system_tests::{bare_metal, http::Machine, server::Server};
 
 use crate::{boot, server};
@@ -47,9 +47,9 @@ async fn rounds(server: &Server, machine: Machine, count: u32) -> (Duration, Dur
             client.pause().await.unwrap();
             assert_eq!(client.status().await.unwrap().state, MachineState::Paused);
         }
-        client.resume().await.unwrap();
+        client.resume(GuestClock::StandStill).await.unwrap();
         if round % 100 == 0 {
-            client.resume().await.unwrap();
+            client.resume(GuestClock::StandStill).await.unwrap();
             assert_eq!(client.status().await.unwrap().state, MachineState::Running);
         }
     }

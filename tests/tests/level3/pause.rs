@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use control::{Client, Registry};
+use control::{Client, GuestClock, Registry};
 use system_tests::{console::count, linux};
 
 const ROUNDS: u32 = 1_000;
@@ -26,7 +26,7 @@ fn a_busy_linux_guest_lives_through_a_thousand_pauses() {
             let pause = Instant::now();
             client.pause().await.unwrap();
             slowest = slowest.max(pause.elapsed());
-            client.resume().await.unwrap();
+            client.resume(GuestClock::StandStill).await.unwrap();
         }
         slowest
     });

@@ -3,8 +3,8 @@
 use std::fs;
 
 use control::{
-    AfterSnapshot, Client, Console, Destination, LaunchSpec, Log, Origin, Registry, Secret,
-    SnapshotRequest, Source,
+    AfterSnapshot, Client, Console, Destination, GuestClock, LaunchSpec, Log, Origin, Registry,
+    Secret, SnapshotRequest, Source,
 };
 use system_tests::{linux, programs};
 
@@ -33,6 +33,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             console: Console::File(registry.new_console().unwrap()),
             registry: server.run_directory(),
             paused: true,
+            clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
             vsock_change: control::VsockChange::default(),

@@ -7,8 +7,8 @@
 use acpi_tables::{
     Aml, AmlSink,
     aml::{
-        Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate,
-        Scope,
+        Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+        ResourceTemplate, Scope,
     },
     fadt::{FADTBuilder, Flags},
     gas::{AccessSize, AddressSpace, GAS},
@@ -22,8 +22,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{Error, layout};
 use crate::platform::{
-    COM1_IRQ, COM1_PORT, I8042_PORT, IOAPIC_ADDRESS, LAPIC_ADDRESS, RTC_PORT, SLEEP_CONTROL_PORT,
-    SLEEP_STATUS_PORT,
+    COM1_IRQ, COM1_PORT, EVENT_GSI, I8042_PORT, IOAPIC_ADDRESS, LAPIC_ADDRESS, RTC_PORT,
+    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
 
 const OEM_ID: [u8; 6] = *b"FERMAT";
@@ -39,6 +39,16 @@ const NO_VGA: u16 = 1 << 2;
 const NO_MSI: u16 = 1 << 3;
 /// A device known by this id is a virtio-mmio device (Linux, drivers/virtio/virtio_mmio.c).
 const VIRTIO_MMIO_ID: &str = "LNRO0005";
+
+/// The id of a generic event device (ACPI 6.5, section 5.6.9), and how it calls what it knows of one.
+const EVENT_DEVICE_ID: &str = "ACPI0013";
+const EVENT_METHOD: &str = "_EVT";
+/// What a driver of the machine's generation looks for, whatever the vendor's own id.
+const GENERATION_ID: &str = "FRMTVGID";
+const GENERATION_COMPATIBLE_ID: &str = "VM_Gen_Counter";
+const GENERATION_PATH: &str = "\\_SB_.VGEN";
+/// The notification that the generation has changed.
+const GENERATION_CHANGED: u8 = 0x80;
 
 /// A device that the guest finds by its ACPI description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +159,8 @@ fn dsdt(devices: &[MmioDevice]) -> Sdt {
     for (number, device) in (0u8..).zip(devices) {
         virtio_device(number, device, &mut body);
     }
+    generation(&mut body);
+    events(&mut body);
     let s5 = devices::SLEEP_TYPE_S5;
     Name::new(
         Path::new("\\_S5_"),
@@ -165,6 +177,48 @@ fn dsdt(devices: &[MmioDevice]) -> Sdt {
     );
     dsdt.append_slice(&body.0);
     dsdt
+}
+
+/// Where the machine's generation is.
+fn generation(out: &mut Bytecode) {
+    let (low, high) = (layout::GENERATION as u32, (layout::GENERATION >> 32) as u32);
+    Scope::new(
+        Path::new("_SB_"),
+        vec![&Device::new(
+            Path::new("VGEN"),
+            vec![
+                &Name::new(Path::new("_HID"), &GENERATION_ID),
+                &Name::new(Path::new("_CID"), &GENERATION_COMPATIBLE_ID),
+                &Name::new(Path::new("_DDN"), &GENERATION_COMPATIBLE_ID),
+                &Name::new(Path::new("ADDR"), &Package::new(vec![&low, &high])),
+            ],
+        )],
+    )
+    .to_aml_bytes(out);
+}
+
+/// What tells that it has changed. There is one event, so that the method need not look which.
+fn events(out: &mut Bytecode) {
+    let generation = Path::new(GENERATION_PATH);
+    let line = Interrupt::new(true, true, false, false, EVENT_GSI);
+    Scope::new(
+        Path::new("_SB_"),
+        vec![&Device::new(
+            Path::new("GED0"),
+            vec![
+                &Name::new(Path::new("_HID"), &EVENT_DEVICE_ID),
+                &Name::new(Path::new("_UID"), &0u8),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&line])),
+                &Method::new(
+                    Path::new(EVENT_METHOD),
+                    1,
+                    true,
+                    vec![&Notify::new(&generation, &GENERATION_CHANGED)],
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(out);
 }
 
 /// A device of the PC, at its port and with its edge-triggered interrupt if it has one.

@@ -18,6 +18,9 @@ pub(crate) const CMDLINE_MAX_BYTES: usize = 2047;
 /// End of the memory that real-mode software would find free.
 pub(crate) const LOW_MEMORY_END: u64 = 0x9_fc00;
 
+/// The machine's generation, in memory that no kernel takes for its own.
+pub(crate) const GENERATION: u64 = 0xd_f000;
+
 /// ACPI's root pointer and, behind it, the tables, where a PC's firmware would have them.
 pub(crate) const ACPI: u64 = 0xe_0000;
 

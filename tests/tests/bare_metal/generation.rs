@@ -1,0 +1,39 @@
+//! Every machine that runs from a snapshot is another one, and its guest can see it.
+
+use std::collections::BTreeSet;
+
+use system_tests::{
+    bare_metal::{self, count},
+    http::Machine,
+    server::Server,
+};
+
+use crate::{boot, server};
+
+/// The generation that the machine's guest prints from now on: the next line may still be of what it read before.
+fn generation(server: &Server, machine: Machine) -> u64 {
+    let console = server.console(machine).unwrap();
+    let all = || console.text().lines().filter_map(count).collect::<Vec<_>>();
+    let printed = all().len();
+    let new = |_: &str| all().get(printed + 2).copied();
+    console.first("the guest's generation", new).unwrap()
+}
+
+#[test]
+fn no_two_machines_of_a_snapshot_have_one_generation() {
+    let Some(server) = server() else { return };
+    let machine = boot(&server, &bare_metal::generation());
+    let mut seen = BTreeSet::from([generation(&server, machine)]);
+    let (state, memory) = (server.path("state"), server.path("memory"));
+    server
+        .client
+        .snapshot(machine, &state, &memory, true)
+        .unwrap();
+    // The machine itself goes on as the one that it was.
+    assert!(seen.contains(&generation(&server, machine)));
+    for _ in 0..3 {
+        let restored = server.client.restore(&state, &memory).unwrap();
+        assert!(seen.insert(generation(&server, restored)), "{seen:?}");
+    }
+    assert!(!seen.contains(&0));
+}
