@@ -66,6 +66,11 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
                 .map(|disk| Disk {
                     path: text(&disk.path),
                     read_only: disk.read_only,
+                    format: match disk.format {
+                        control::DiskFormat::Raw => api_types::DiskFormat::Raw,
+                        control::DiskFormat::Branch => api_types::DiskFormat::Branch,
+                    },
+                    serial: disk.serial.clone(),
                 })
                 .collect(),
             nets: machine.nets.iter().map(net).collect(),

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    AfterSnapshot, CpuModel, Destination, DiskConfig, GuestClock, MacAddress, MachineConfig,
-    NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, SnapshotRequest, Source,
+    AfterSnapshot, CpuModel, Destination, DiskConfig, DiskFormat, GuestClock, MacAddress,
+    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit,
+    SnapshotRequest, Source,
 };
 
 use crate::{
@@ -115,6 +116,11 @@ fn boot(
                 Ok(DiskConfig {
                     path: tree.input("disks", &disk.path)?,
                     read_only: disk.read_only,
+                    format: match disk.format {
+                        api_types::DiskFormat::Raw => DiskFormat::Raw,
+                        api_types::DiskFormat::Branch => DiskFormat::Branch,
+                    },
+                    serial: disk.serial.clone(),
                 })
             })
             .collect::<Result<_, PathError>>()?,
@@ -301,7 +307,8 @@ mod tests {
         let plan = bench
             .create(
                 r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
-                    "initrd_path": "initrd", "cmdline": "quiet", "disks": [{"path": "disk"}]}"#,
+                    "initrd_path": "initrd", "cmdline": "quiet", "disks": [
+                    {"path": "disk"}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
             )
             .unwrap();
         let expected = MachineConfig {
@@ -311,10 +318,20 @@ mod tests {
             kernel: bench.path("kernel"),
             initrd: Some(bench.path("initrd")),
             cmdline: "quiet".to_owned(),
-            disks: vec![DiskConfig {
-                path: bench.path("disk"),
-                read_only: false,
-            }],
+            disks: vec![
+                DiskConfig {
+                    path: bench.path("disk"),
+                    read_only: false,
+                    format: DiskFormat::Raw,
+                    serial: None,
+                },
+                DiskConfig {
+                    path: bench.path("disk"),
+                    read_only: false,
+                    format: DiskFormat::Branch,
+                    serial: Some("s".to_owned()),
+                },
+            ],
             nets: Vec::new(),
             vsock: None,
         };

@@ -65,14 +65,32 @@ pub enum CpuModel {
     V3,
 }
 
-/// A raw disk image.
+/// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Disk {
-    /// The image.
+    /// The image, or the topmost layer of a disk that branches.
     pub path: String,
     /// Whether the guest may only read it.
     #[serde(default)]
     pub read_only: bool,
+    /// What the file is. It is never guessed, as a guest can write anything into a raw image.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// What the guest sees as the disk's serial number, of at most 20 bytes; by default the file's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+}
+
+/// What a disk's file is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// The disk's bytes and nothing else.
+    #[default]
+    Raw,
+    /// A layer of a disk that branches, as `fermata disk create` makes one. A machine that is restored from a snapshot goes on in
+    /// a layer of its own.
+    Branch,
 }
 
 /// A network device on a TAP device.

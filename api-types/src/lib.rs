@@ -12,7 +12,7 @@ mod snapshot;
 mod vm;
 
 pub use clock::GuestClock;
-pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, GuestConfig, Net};
+pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, GuestConfig, Net};
 pub use error::{ErrorBody, ErrorCode};
 pub use snapshot::{SNAPSHOT_TAKEN, SnapshotRequest};
 pub use vm::{AttachedNet, DeleteAnswer, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState};

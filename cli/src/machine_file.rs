@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, ensure};
-use control::{DiskConfig, NetConfig};
+use control::{DiskConfig, DiskFormat, NetConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 
@@ -47,15 +47,31 @@ pub(crate) struct MachineFile {
     pub(crate) vsock: Option<Vsock>,
 }
 
-/// A raw disk image.
+/// A disk.
 #[derive(Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Disk {
-    /// The image.
+    /// The image, or the topmost layer of a disk that branches.
     path: PathBuf,
     /// Whether the guest may only read it.
     #[serde(default)]
     read_only: bool,
+    /// What the file is. It is never guessed, as a guest can write anything into a raw image.
+    #[serde(default)]
+    format: Format,
+    /// What the guest sees as the disk's serial number, of at most 20 bytes; by default the file's name.
+    serial: Option<String>,
+}
+
+/// What a disk's file is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Format {
+    /// The disk's bytes and nothing else.
+    #[default]
+    Raw,
+    /// A layer of a disk that branches, as `fermata disk create` makes one.
+    Branch,
 }
 
 impl MachineFile {
@@ -101,7 +117,15 @@ impl MachineFile {
     pub(crate) fn disks(self) -> Vec<DiskConfig> {
         let disks = self.disks.into_iter();
         disks
-            .map(|Disk { path, read_only }| DiskConfig { path, read_only })
+            .map(|disk| DiskConfig {
+                path: disk.path,
+                read_only: disk.read_only,
+                format: match disk.format {
+                    Format::Raw => DiskFormat::Raw,
+                    Format::Branch => DiskFormat::Branch,
+                },
+                serial: disk.serial,
+            })
             .collect()
     }
 }
@@ -173,15 +197,20 @@ mod tests {
 
     #[test]
     fn toml_and_json_say_the_same() {
-        let toml = "kernel = \"vmlinuz\"\nvcpus = 4\n[[disks]]\npath = \"/a\"\nread_only = true\n";
-        let json =
-            r#"{"kernel": "vmlinuz", "vcpus": 4, "disks": [{"path": "/a", "read_only": true}]}"#;
+        let toml = "kernel = \"vmlinuz\"\nvcpus = 4\n[[disks]]\npath = \"/a\"\nread_only = true\n\
+            format = \"branch\"\nserial = \"s\"\n";
+        let json = r#"{"kernel": "vmlinuz", "vcpus": 4, "disks": [{"path": "/a", "read_only": true,
+                "format": "branch", "serial": "s"}]}"#;
         let machine = read("machine.toml", toml).unwrap();
         assert_eq!(machine, read("machine.json", json).unwrap());
         assert_eq!(machine.kernel.as_deref(), Some(Path::new("vmlinuz")));
         assert_eq!((machine.vcpus, machine.memory_mib), (Some(4), None));
         let [disk] = machine.disks().try_into().unwrap();
         assert_eq!((disk.path, disk.read_only), ("/a".into(), true));
+        assert_eq!(
+            (disk.format, disk.serial.as_deref()),
+            (DiskFormat::Branch, Some("s"))
+        );
     }
 
     #[test]

@@ -21,7 +21,9 @@ use clap::{Parser, Subcommand};
 use control::{LOG_VARIABLE, Registry};
 use tracing_subscriber::EnvFilter;
 
-use commands::{inspect, pause, ps, restore, run, serve, snapshot, stop, store as store_commands};
+use commands::{
+    disk, inspect, pause, ps, restore, run, serve, snapshot, stop, store as store_commands,
+};
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
 #[derive(Parser)]
@@ -53,6 +55,8 @@ enum Command {
     Restore(restore::Args),
     /// Looks into a store of snapshots, and keeps it in order.
     Store(store_commands::Args),
+    /// Makes and looks into disks that branch.
+    Disk(disk::Args),
     /// Ends a machine without asking its guest.
     Stop(stop::Args),
     /// Shows what is in a state file.
@@ -84,6 +88,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
         Command::Store(args) => store_commands::run(&args),
+        Command::Disk(args) => disk::run(&args),
         Command::Stop(args) => wait(stop::stop(&args, run_dir)),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Doctor(args) => doctor::doctor(&args, &run_dir),

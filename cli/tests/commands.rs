@@ -245,3 +245,41 @@ fn a_port_in_use_is_an_error() {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("in use"), "{output:?}");
 }
+
+#[test]
+fn a_disk_is_made_branched_shown_checked_and_copied() {
+    let bench = Bench::new();
+    fs::write(bench.path().join("base"), vec![5; 1 << 20]).unwrap();
+    let json = |arguments: &[&str]| -> Value {
+        let output = bench.run(&[&["disk", "--json"], arguments].concat());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let made = json(&["create", "d", "--base", "base", "--size", "2M"]);
+    assert_eq!(made["bytes"], 2 << 20);
+    json(&["branch", "d", "e"]);
+    let info = json(&["info", "e"]);
+    assert_eq!(info["layers"].as_array().unwrap().len(), 2);
+    assert_eq!(info["layers"][1]["sealed"], true);
+    assert!(info["base"]["path"].as_str().unwrap().ends_with("/base"));
+    assert_eq!(json(&["check", "e"])["problems"], Value::Array(vec![]));
+    for format in ["raw", "qcow2"] {
+        let (image, back) = (&*format!("{format}.img"), &*format!("{format}.disk"));
+        let copied = json(&["export", "e", image, "--format", format]);
+        assert_eq!(copied["data_bytes"], 1 << 20);
+        assert_eq!(json(&["import", image, back, "--format", format]), copied);
+        json(&["export", back, &format!("{format}.back")]);
+        let back = fs::read(bench.path().join(format!("{format}.back"))).unwrap();
+        assert!(back == [vec![5; 1 << 20], vec![0; 1 << 20]].concat());
+    }
+    let refusal = bench.refusal(&["disk", "info", "base"]);
+    assert!(refusal.contains("is no branching disk"), "{refusal}");
+    // A damaged layer is found, and told by the exit code.
+    let layer = info["layers"][1]["path"].as_str().unwrap();
+    let mut bytes = fs::read(layer).unwrap();
+    bytes[40] ^= 1;
+    fs::write(layer, bytes).unwrap();
+    let output = bench.run(&["disk", "check", "e"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(text(&output.stdout).contains("is damaged"), "{output:?}");
+}

@@ -128,14 +128,31 @@ pub struct VsockChange {
     pub path: Option<PathBuf>,
 }
 
-/// A raw disk image.
+/// A disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The image; absolute.
+    /// The image, or the head of a disk that branches; absolute.
     pub path: PathBuf,
     /// Whether the guest may only read it.
     pub read_only: bool,
+    /// What the file is. It is never guessed: a guest can write anything into a raw image.
+    #[serde(default)]
+    pub format: DiskFormat,
+    /// What the guest sees as its serial number, of at most 20 bytes; by default the file's name.
+    #[serde(default)]
+    pub serial: Option<String>,
+}
+
+/// What a disk's file is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// The disk's bytes and nothing else.
+    #[default]
+    Raw,
+    /// The topmost layer of a disk that branches (`docs/disk-format.md`).
+    Branch,
 }
 
 /// Where a machine's serial console goes.

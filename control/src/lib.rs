@@ -22,8 +22,8 @@ mod wire;
 pub use client::{Client, ClientError};
 pub use exit::Exit;
 pub use launch::{
-    Confinement, Console, CpuModel, DiskConfig, LaunchSpec, Launched, MachineConfig, Origin,
-    VsockChange, VsockConfig,
+    Confinement, Console, CpuModel, DiskConfig, DiskFormat, LaunchSpec, Launched, MachineConfig,
+    Origin, VsockChange, VsockConfig,
 };
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use place::{Destination, Source, StoreLocation};

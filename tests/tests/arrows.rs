@@ -11,11 +11,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("api-server", &["api-types", "control"]),
     ("api-types", &[]),
     ("benches", &["control", "dedup", "system-tests", "testbed"]),
+    ("branch-disk", &[]),
     (
         "cli",
         &[
             "api-server",
             "api-types",
+            "branch-disk",
             "control",
             "dedup",
             "hypervisor",
@@ -25,7 +27,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("control", &[]),
     ("dedup", &[]),
-    ("devices", &["memory", "saved-state"]),
+    ("devices", &["branch-disk", "memory", "saved-state"]),
     ("hypervisor", &["memory", "saved-state"]),
     ("memory", &[]),
     ("saved-state", &[]),
@@ -38,6 +40,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "vmm",
         &[
+            "branch-disk",
             "control",
             "devices",
             "hypervisor",

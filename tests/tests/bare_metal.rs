@@ -7,6 +7,8 @@
 
 #[path = "bare_metal/bad_input.rs"]
 mod bad_input;
+#[path = "bare_metal/branching.rs"]
+mod branching;
 #[path = "bare_metal/command_line.rs"]
 mod command_line;
 #[path = "bare_metal/crash.rs"]

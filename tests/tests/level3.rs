@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on should stop
 
+#[path = "level3/branching.rs"]
+mod branching;
 #[path = "level3/clocks.rs"]
 mod clocks;
 #[path = "level3/cpu.rs"]

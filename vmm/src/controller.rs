@@ -17,9 +17,10 @@ use snapshot::Saved;
 use tokio::sync::oneshot;
 
 use crate::{
+    disks,
     error::Error,
     lifecycle::{self, Lifecycle},
-    machine::{Machine, sync_disks},
+    machine::Machine,
     place,
     vcpu::VcpuEnd,
 };
@@ -175,13 +176,15 @@ fn take_snapshot(
     counters.saving.begin(0);
     // Before the machine is held: a store that cannot be opened costs the guest nothing.
     let destination = place::OpenDestination::new(&request.to)?;
+    let next_heads = disks::prepare(machine.disks())?;
     let mut held = machine.hold()?;
     // A guest that has switched itself off waits for its end, which is behind this in the queue.
     if ending.load(Ordering::SeqCst) {
         return Err(Error::GuestEnds);
     }
-    let disks = held.writable_disks();
-    let state = held.save()?;
+    let images = disks::writable_images(held.disks());
+    let cuts = next_heads.cut(held.disks())?;
+    let state = held.save(&cuts)?;
     let id = state.header.id.to_string();
     let unpublished = snapshot::write(
         destination.with_parent(parent.as_deref()),
@@ -191,7 +194,11 @@ fn take_snapshot(
     )?;
     let written = unpublished.written;
     let state_bytes = unpublished.state_bytes;
-    let publish = || sync_disks(&disks).and_then(|()| Ok(unpublished.publish()?));
+    let publish = || {
+        disks::sync(&images)?;
+        cuts.finish()?;
+        Ok::<_, Error>(unpublished.publish()?)
+    };
     let (downtime, saved) = match request.then {
         AfterSnapshot::Resume(clock) => {
             let downtime = held.stood_still();

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use control::{DiskConfig, Metric, NetConfig, VsockConfig};
+use control::{Metric, NetConfig, VsockConfig};
 use devices::{
     AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, Rtc, Serial,
     virtio::{MmioTransport, VirtioDevice, block::Block, entropy::Entropy},
@@ -18,6 +18,7 @@ use saved_state::{Container, Kind};
 
 use crate::{
     boot::MmioDevice,
+    disks::AttachedDisk,
     error::Error,
     generation::Generation,
     interrupt::Irqfd,
@@ -60,7 +61,7 @@ impl DeviceSet {
     pub(crate) fn new(
         vm: &Vm,
         memory: &GuestMemory,
-        disks: &[DiskConfig],
+        disks: &[AttachedDisk],
         nets: &[NetConfig],
         vsock: Option<&VsockConfig>,
         console: Box<dyn Write + Send>,
@@ -83,10 +84,7 @@ impl DeviceSet {
         let generation = Generation::new(builder.line(EVENT_GSI)?);
         builder.virtio(Box::new(Entropy::new()))?;
         for disk in disks {
-            let id = disk_id(&disk.path);
-            let block =
-                Block::open(&disk.path, disk.read_only, &id).map_err(devices::Error::Disk)?;
-            builder.virtio(Box::new(block))?;
+            builder.virtio(Box::new(block(disk)?))?;
         }
         for (number, net) in nets.iter().enumerate() {
             builder.virtio(Box::new(nets::open(number, net)?))?;
@@ -224,7 +222,18 @@ impl Builder<'_> {
     }
 }
 
-/// A disk's identity in the guest: the name of its image, as far as there is room.
+fn block(disk: &AttachedDisk) -> Result<Block, Error> {
+    let AttachedDisk { config, branch } = disk;
+    let id = config.serial.clone();
+    let id = id.unwrap_or_else(|| disk_id(&config.path));
+    let block = match branch {
+        Some(branch) => Block::branching(Arc::clone(branch), &id),
+        None => Block::open(&config.path, config.read_only, &id),
+    };
+    Ok(block.map_err(devices::Error::Disk)?)
+}
+
+/// A disk's identity in the guest unless it is given one: the name of its image, as far as there is room.
 fn disk_id(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let room = name.chars().filter(char::is_ascii);

@@ -51,6 +51,10 @@ pub(crate) enum Error {
         "the snapshot's machine has {vcpus} vCPUs and {mib} MiB, more than this server gives; raise its limits"
     )]
     TooLarge { vcpus: u32, mib: u64 },
+    #[error("the saved state of the disk {path} is impossible; take another copy of the snapshot")]
+    DiskState { path: String },
+    #[error(transparent)]
+    Branch(#[from] branch_disk::Error),
     #[error("the guest is ending; there is nothing to save")]
     GuestEnds,
     #[error("the disk {path} cannot be made durable: {source}")]
@@ -93,6 +97,8 @@ impl Error {
             Self::NoVsock | Self::VsockOutside { .. } => FailureKind::BadRequest,
             Self::HostTooSmall { .. } | Self::DiskSync { .. } => FailureKind::Host,
             Self::DiskOutside { .. } | Self::TooLarge { .. } => FailureKind::BadRequest,
+            Self::DiskState { .. } => FailureKind::NotASnapshot,
+            Self::Branch(e) => branch_kind(e),
             Self::DiskChanged { .. } | Self::GuestEnds => FailureKind::WrongState,
             Self::Console(_) | Self::Host(_) | Self::Memory(_) => FailureKind::Host,
             Self::Boot(e) => boot_kind(e),
@@ -136,6 +142,21 @@ fn device_kind(error: &devices::Error) -> FailureKind {
         devices::Error::Vsock(error) => vsocks::kind(error),
         devices::Error::EventFd(_) => FailureKind::Host,
         devices::Error::QueueSize(_) => FailureKind::Internal,
+    }
+}
+
+fn branch_kind(error: &branch_disk::Error) -> FailureKind {
+    use branch_disk::Error as Branch;
+    match error {
+        Branch::Io { source, .. } => io_kind(source),
+        Branch::InUse { .. }
+        | Branch::Sealed { .. }
+        | Branch::NotSealed { .. }
+        | Branch::BaseChanged { .. }
+        | Branch::OtherLayer { .. }
+        | Branch::Exists { .. }
+        | Branch::TooDeep { .. } => FailureKind::WrongState,
+        _ => FailureKind::BadRequest,
     }
 }
 

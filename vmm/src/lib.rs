@@ -7,6 +7,7 @@ mod boot;
 mod console;
 mod controller;
 mod device_set;
+mod disks;
 mod error;
 mod generation;
 mod interrupt;

@@ -2,12 +2,13 @@
 
 use std::{
     fs::File,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use control::{Confinement, CpuModel, DiskConfig, GuestClock, LaunchSpec, MachineConfig};
+use branch_disk::LayerRef;
+use control::{Confinement, CpuModel, GuestClock, LaunchSpec, MachineConfig};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{
     ClockPlan, ClockStart, CpuLevel, VcpuState, Vm, VmState, cpu_identity, missing_features,
@@ -19,6 +20,7 @@ use snapshot::{Progress, Snapshot};
 use crate::{
     boot, console,
     device_set::DeviceSet,
+    disks::{self, AttachedDisk, Cuts},
     error::Error,
     metrics::{ExitCounts, MachineCounts},
     nets,
@@ -58,7 +60,7 @@ pub(crate) struct Machine {
     vm: Vm,
     memory: MachineMemory,
     vcpu_count: u32,
-    disks: Vec<DiskConfig>,
+    disks: Vec<AttachedDisk>,
     vcpus: Vcpus,
     event_loop: EventLoop,
     counters: Arc<Counters>,
@@ -108,7 +110,7 @@ struct Parts {
     vm: Vm,
     memory: MachineMemory,
     vcpus: Vec<hypervisor::Vcpu>,
-    disks: Vec<DiskConfig>,
+    disks: Vec<AttachedDisk>,
     devices: DeviceSet,
     buses: crate::vcpu::Buses,
     input: Option<File>,
@@ -122,6 +124,7 @@ impl Machine {
     /// Makes a machine whose first instruction is that of a kernel.
     pub(crate) fn boot(
         config: &MachineConfig,
+        confinement: Option<&Confinement>,
         console: console::Ends,
         listeners: &Listeners,
     ) -> Result<Self, Error> {
@@ -135,8 +138,9 @@ impl Machine {
             disks, nets, vsock, ..
         } = config;
         let vsock = vsock.as_ref();
+        let disks = disks::attach(disks, confinement)?;
         let (devices, buses) =
-            DeviceSet::new(&vm, memory.guest(), disks, nets, vsock, output, requests)?;
+            DeviceSet::new(&vm, memory.guest(), &disks, nets, vsock, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
         devices.generation.begin(memory.guest())?;
         let cpuid = vm.cpuid().at_level(level(config.cpu))?;
@@ -154,7 +158,7 @@ impl Machine {
                 vm,
                 memory,
                 vcpus,
-                disks: disks.clone(),
+                disks,
                 devices,
                 buses,
                 input,
@@ -181,15 +185,7 @@ impl Machine {
         if let Some(confinement) = confinement {
             confined(confinement, &state.header, &disks)?;
         }
-        for disk in &disks {
-            // One that is not there is refused when it is opened.
-            if DiskState::of(&disk.config()).is_ok_and(|now| disk.changed_since(&now)) {
-                return Err(Error::DiskChanged {
-                    path: disk.path.clone(),
-                });
-            }
-        }
-        let disks: Vec<_> = disks.iter().map(DiskState::config).collect();
+        let disks = disks::reattach(&disks, confinement)?;
         let nets = nets::saved(&state, &spec.net_changes, confinement.is_some())?;
         let vsock = vsocks::saved(&state, &spec.vsock_change, confinement)?;
         let memory = saved.load()?;
@@ -291,6 +287,11 @@ impl Machine {
     /// Its memory.
     pub(crate) fn memory(&self) -> &MachineMemory {
         &self.memory
+    }
+
+    /// Its disks.
+    pub(crate) fn disks(&self) -> &[AttachedDisk] {
+        &self.disks
     }
 
     /// Number of vCPUs.
@@ -397,8 +398,8 @@ impl Held<'_> {
         &self.machine.memory
     }
 
-    /// Everything of it but its memory and the content of its disks.
-    pub(crate) fn save(&mut self) -> Result<Container, Error> {
+    /// Everything of it but its memory and the content of its disks, which is what `cuts` says.
+    pub(crate) fn save(&mut self, cuts: &Cuts) -> Result<Container, Error> {
         // Exhaustive, so that a new field is either saved or said not to be.
         let Machine {
             vm,
@@ -416,7 +417,9 @@ impl Held<'_> {
             stored_as: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(vm, memory, *vcpu_count)?);
-        let disks: Result<_, _> = disks.iter().map(disk_state).collect();
+        let disks: Result<_, _> = (disks.iter().enumerate())
+            .map(|(index, disk)| disk_state(disk, cuts.layer(index)))
+            .collect();
         container.put(0, &MachineState { disks: disks? })?;
         for state in vcpus.save(clock.stopped())? {
             container.put(state.id, &state)?;
@@ -426,13 +429,9 @@ impl Held<'_> {
         Ok(container)
     }
 
-    /// The images of its writable disks.
-    pub(crate) fn writable_disks(&self) -> Vec<PathBuf> {
-        let disks = self.machine.disks.iter();
-        disks
-            .filter(|disk| !disk.read_only)
-            .map(|disk| disk.path.clone())
-            .collect()
+    /// Its disks.
+    pub(crate) fn disks(&self) -> &[AttachedDisk] {
+        self.machine.disks()
     }
 }
 
@@ -446,24 +445,15 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Brings what a guest wrote to its disks to the host's.
-pub(crate) fn sync_disks(disks: &[PathBuf]) -> Result<(), Error> {
-    for disk in disks {
-        File::open(disk)
-            .and_then(|file| file.sync_all())
-            .map_err(|source| Error::DiskSync {
-                path: disk.display().to_string(),
-                source,
-            })?;
+fn disk_state(disk: &AttachedDisk, ended: Option<&LayerRef>) -> Result<DiskState, Error> {
+    let config = &disk.config;
+    match ended {
+        Some(layer) => Ok(DiskState::of_layer(config, layer)),
+        None => DiskState::of(config).map_err(|source| Error::DiskSync {
+            path: config.path.display().to_string(),
+            source,
+        }),
     }
-    Ok(())
-}
-
-fn disk_state(disk: &DiskConfig) -> Result<DiskState, Error> {
-    DiskState::of(disk).map_err(|source| Error::DiskSync {
-        path: disk.path.display().to_string(),
-        source,
-    })
 }
 
 /// Whether what a state file asks for is what this process may give: the file may come from anybody.
@@ -479,8 +469,7 @@ fn confined(confinement: &Confinement, header: &Header, disks: &[DiskState]) -> 
         // One that is not there is refused when it is opened, by the same path.
         let path = Path::new(&disk.path);
         let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let inside = |allowed: &PathBuf| real.starts_with(allowed);
-        if !confinement.disks.iter().any(inside) {
+        if !disks::allows(Some(confinement), &real) {
             return Err(Error::DiskOutside {
                 path: disk.path.clone(),
             });

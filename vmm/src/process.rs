@@ -45,6 +45,7 @@ pub fn read_spec(input: impl Read) -> io::Result<LaunchSpec> {
 /// Makes the machine of `spec`, lets it run, and serves its control channel until it ends.
 /// `launched` is called once, when the machine runs and can be reached, or has failed to.
 pub fn run(spec: LaunchSpec, launched: impl FnOnce(&Launched)) -> Exit {
+    allow_many_files();
     match start(spec) {
         Ok(started) => {
             launched(&Launched::Ready { port: started.port });
@@ -55,6 +56,19 @@ pub fn run(spec: LaunchSpec, launched: impl FnOnce(&Launched)) -> Exit {
             launched(&Launched::Failed(failure));
             Exit::Failed
         }
+    }
+}
+
+/// A disk that branches is one file for each layer: takes as many as this process may have.
+fn allow_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    if let Err(e) = setrlimit(Resource::Nofile, most) {
+        tracing::debug!("the limit of open files stays as it is: {e}");
     }
 }
 
@@ -145,7 +159,10 @@ impl Started {
 fn make(spec: &LaunchSpec, listeners: &Listeners) -> Result<Machine, Failure> {
     let console = console::open(&spec.console).map_err(Error::Console)?;
     match &spec.origin {
-        Origin::Boot(config) => Ok(Machine::boot(config, console, listeners)?),
+        Origin::Boot(config) => {
+            let confinement = spec.confinement.as_ref();
+            Ok(Machine::boot(config, confinement, console, listeners)?)
+        }
         Origin::Restore(source) => {
             let saved = place::open(source)?;
             Ok(Machine::restore(saved, spec, console, listeners)?)

@@ -2,7 +2,8 @@
 
 use std::{io, os::unix::fs::MetadataExt, path::Path};
 
-use control::DiskConfig;
+use branch_disk::{LayerId, LayerRef};
+use control::{DiskConfig, DiskFormat};
 use saved_state::{Kind, SavedState};
 use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
@@ -16,7 +17,19 @@ pub(crate) struct MachineState {
 
 impl SavedState for MachineState {
     const KIND: Kind = Kind(*b"MACH");
+    const VERSION: u16 = 2;
+
+    fn version_map() -> VersionMap {
+        let mut map = VersionMap::new();
+        map.new_version().set_type_version(DiskState::type_id(), 2);
+        map
+    }
 }
+
+/// [`DiskState::format`] of a raw image.
+const RAW: u8 = 0;
+/// [`DiskState::format`] of a disk that branches.
+const BRANCH: u8 = 1;
 
 /// A disk as it was at the cut: where, and in which condition.
 #[derive(Clone, Debug, PartialEq, Eq, Versionize)]
@@ -31,6 +44,12 @@ pub(crate) struct DiskState {
     pub(crate) inode: u64,
     /// When it was last written to, in nanoseconds since the Unix epoch.
     pub(crate) modified_unix_ns: u64,
+    /// What it is: 0 a raw image, 1 a disk that branches.
+    #[version(start = 2)]
+    format: u8,
+    /// Of a disk that branches and was written to: the id of the layer that ended at the cut, which is at `path`.
+    #[version(start = 2)]
+    layer: Vec<u8>,
 }
 
 impl DiskState {
@@ -46,20 +65,145 @@ impl DiskState {
             modified_unix_ns: seconds
                 .saturating_mul(1_000_000_000)
                 .saturating_add(nanoseconds),
+            format: match disk.format {
+                DiskFormat::Raw => RAW,
+                DiskFormat::Branch => BRANCH,
+            },
+            layer: Vec::new(),
         })
     }
 
-    pub(crate) fn config(&self) -> DiskConfig {
-        DiskConfig {
+    /// A disk that was cut: it is what `layer` and all below it are.
+    pub(crate) fn of_layer(disk: &DiskConfig, layer: &LayerRef) -> Self {
+        Self {
+            path: layer.path.to_string_lossy().into_owned(),
+            read_only: disk.read_only,
+            // A layer has an id, and does not change.
+            device: 0,
+            inode: 0,
+            modified_unix_ns: 0,
+            format: BRANCH,
+            layer: layer.id.0.to_vec(),
+        }
+    }
+
+    /// How it is attached again. `None` when it is of a kind that this release never wrote.
+    pub(crate) fn config(&self) -> Option<DiskConfig> {
+        Some(DiskConfig {
             path: Path::new(&self.path).to_owned(),
             read_only: self.read_only,
+            format: match self.format {
+                RAW => DiskFormat::Raw,
+                BRANCH => DiskFormat::Branch,
+                _ => return None,
+            },
+            // The device's own section has it.
+            serial: None,
+        })
+    }
+
+    /// The layer that it stands on, if it branches and was written to. `Err` when there can be no such.
+    pub(crate) fn layer(&self) -> Result<Option<LayerId>, ()> {
+        match (self.format, &*self.layer) {
+            (_, []) => Ok(None),
+            (BRANCH, layer) if !self.read_only => {
+                layer.try_into().map(|id| Some(LayerId(id))).map_err(|_| ())
+            }
+            _ => Err(()),
         }
     }
 
     /// Whether `now` is the same file with another content: memory and disk of a machine must be of
     /// one instant. Of a copy, nothing can be said.
     pub(crate) fn changed_since(&self, now: &Self) -> bool {
-        let same_file = (self.device, self.inode) == (now.device, now.inode);
+        // An inode is never 0; that is a layer's, or a foreign file system's.
+        let same_file = self.inode != 0 && (self.device, self.inode) == (now.device, now.inode);
         same_file && self.modified_unix_ns != now.modified_unix_ns
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As release 0.1 wrote it.
+    #[derive(Versionize)]
+    struct OldMachine {
+        disks: Vec<OldDisk>,
+    }
+
+    #[derive(Clone, Versionize)]
+    struct OldDisk {
+        path: String,
+        read_only: bool,
+        device: u64,
+        inode: u64,
+        modified_unix_ns: u64,
+    }
+
+    impl SavedState for OldMachine {
+        const KIND: Kind = MachineState::KIND;
+    }
+
+    #[test]
+    fn what_an_older_release_saved_is_raw() {
+        let disk = OldDisk {
+            path: "/disk".to_owned(),
+            read_only: true,
+            device: 1,
+            inode: 2,
+            modified_unix_ns: 3,
+        };
+        let old = OldMachine { disks: vec![disk] };
+        let section = saved_state::Section::encode(0, &old).unwrap();
+        assert_eq!(section.version, 1);
+        let MachineState { disks } = section.decode().unwrap();
+        let [disk] = disks.try_into().unwrap();
+        assert_eq!((disk.device, disk.inode, disk.modified_unix_ns), (1, 2, 3));
+        assert_eq!(disk.layer(), Ok(None));
+        let config = disk.config().unwrap();
+        assert_eq!((config.format, config.read_only), (DiskFormat::Raw, true));
+    }
+
+    #[test]
+    fn a_layer_is_named_and_only_a_branching_disk_has_one() {
+        let config = DiskConfig {
+            path: "/d".into(),
+            read_only: false,
+            format: DiskFormat::Branch,
+            serial: None,
+        };
+        let layer = LayerRef {
+            path: "/d.layer".into(),
+            id: LayerId([7; 16]),
+        };
+        let state = DiskState::of_layer(&config, &layer);
+        let section = saved_state::Section::encode(
+            0,
+            &MachineState {
+                disks: vec![state.clone()],
+            },
+        );
+        let MachineState { disks } = section.unwrap().decode().unwrap();
+        assert_eq!(disks, [state.clone()]);
+        assert_eq!(state.layer(), Ok(Some(layer.id)));
+        assert_eq!(state.config().unwrap().path, layer.path);
+        for wrong in [
+            DiskState {
+                format: RAW,
+                ..state.clone()
+            },
+            DiskState {
+                layer: vec![7; 15],
+                ..state.clone()
+            },
+            DiskState {
+                read_only: true,
+                ..state.clone()
+            },
+        ] {
+            assert_eq!(wrong.layer(), Err(()));
+        }
+        assert_eq!(DiskState { format: 2, ..state }.config(), None);
     }
 }

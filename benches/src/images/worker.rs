@@ -72,6 +72,8 @@ impl Bench {
                 .map(|path| DiskConfig {
                     path: path.clone(),
                     read_only: false,
+                    format: control::DiskFormat::Raw,
+                    serial: None,
                 })
                 .collect(),
             nets: Vec::new(),

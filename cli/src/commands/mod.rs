@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub(crate) mod disk;
 pub(crate) mod inspect;
 pub(crate) mod pause;
 pub(crate) mod ps;

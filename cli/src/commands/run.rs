@@ -41,8 +41,9 @@ pub(crate) struct Args {
     /// What the CPUs are: a machine of a level can be restored on any host of that level [default: host].
     #[arg(long, value_enum)]
     cpu: Option<machine::Cpu>,
-    /// A disk; `,ro` after the path if the guest may only read it.
-    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
+    /// A disk. Options behind the path: `ro` if the guest may only read it, `format=branch` if it branches (raw otherwise,
+    /// whatever is in it), `serial=TEXT` for the serial number that the guest sees.
+    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
     /// A network device: `tap=NAME` or `socket=PATH`, and if need be `mac=ADDRESS`, and limits by
     /// `receive_bytes_per_second`, `receive_packets_per_second`, `send_bytes_per_second` and

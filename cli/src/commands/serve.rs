@@ -32,8 +32,8 @@ pub(crate) struct Args {
     /// The kernel's command line for requests that do not say.
     #[arg(long, default_value_t = Defaults::default().cmdline)]
     cmdline: String,
-    /// A disk for requests that do not say; `,ro` after the path if guests may only read it.
-    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = machine::disk)]
+    /// A disk for requests that do not say, as `fermata run` takes it.
+    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
     // Memory files are then small references to it; without one they are complete in themselves.
     #[command(flatten)]

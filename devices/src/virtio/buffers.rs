@@ -116,6 +116,22 @@ impl<'m> Run<'m> {
         Some(self.split_off(before))
     }
 
+    /// Fills it with zeros.
+    pub(crate) fn zero(&self) {
+        const ZEROS: &[u8] = &[0; 4096];
+        for slice in &self.slices {
+            let mut rest = *slice;
+            while !rest.is_empty() {
+                let now = rest.len().min(ZEROS.len());
+                rest.copy_from(&ZEROS[..now]);
+                match rest.offset(now) {
+                    Ok(later) => rest = later,
+                    Err(_) => break,
+                }
+            }
+        }
+    }
+
     /// Writes `bytes`, as many as there is room for, and returns how many.
     pub(crate) fn fill(&self, bytes: &[u8]) -> u32 {
         let mut rest = bytes;

@@ -1,14 +1,23 @@
-//! The file behind a disk.
+//! What is behind a disk: a raw image, or a disk that branches.
 
 use std::{
     fs::{File, OpenOptions, TryLockError},
     io::{self, Seek, SeekFrom},
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use branch_disk::{Sink, Source, Space};
+
 use super::{SECTOR_BYTES, vectored};
-use crate::virtio::buffers::Run;
+use crate::{sync::lock, virtio::buffers::Run};
+
+/// A disk that branches, shared with who takes snapshots of the machine.
+pub type SharedDisk = Arc<Mutex<branch_disk::Disk>>;
 
 /// Why a disk could not be opened, or is not the one that was saved.
 #[derive(Debug, thiserror::Error)]
@@ -87,16 +96,29 @@ pub enum DiskError {
     },
 }
 
-/// A raw image, locked against other machines for as long as it is open.
+/// A disk's content.
+#[derive(Debug)]
+enum Backing {
+    /// A raw image, locked against other machines for as long as it is open.
+    Raw {
+        file: File,
+        /// A sync has failed: the kernel may have dropped what it could not write, and call the next one a success.
+        failed: AtomicBool,
+    },
+    Branch(SharedDisk),
+}
+
+/// A disk, open.
 #[derive(Debug)]
 pub(super) struct Disk {
-    file: File,
+    backing: Backing,
     path: String,
     sectors: u64,
     read_only: bool,
 }
 
 impl Disk {
+    /// Opens a raw image. Whatever its first bytes say, it is raw: a guest may have written them.
     pub(super) fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
         let failed = |source| DiskError::Open {
             path: path.to_owned(),
@@ -130,19 +152,42 @@ impl Disk {
         if !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::PartialSector { path, bytes });
         }
+        let backing = Backing::Raw {
+            file,
+            failed: AtomicBool::new(false),
+        };
+        Self::new(backing, path, bytes / SECTOR_BYTES, read_only)
+    }
+
+    /// Takes a disk that branches.
+    pub(super) fn branching(disk: SharedDisk) -> Result<Self, DiskError> {
+        let (path, sectors, read_only) = {
+            let disk = lock(&disk);
+            let sectors = disk.bytes() / SECTOR_BYTES;
+            (disk.path().to_owned(), sectors, disk.read_only())
+        };
+        Self::new(Backing::Branch(disk), path, sectors, read_only)
+    }
+
+    fn new(
+        backing: Backing,
+        path: PathBuf,
+        sectors: u64,
+        read_only: bool,
+    ) -> Result<Self, DiskError> {
         let path = path
             .into_os_string()
             .into_string()
             .map_err(|path| DiskError::NotUtf8 { path: path.into() })?;
         Ok(Self {
-            file,
+            backing,
             path,
-            sectors: bytes / SECTOR_BYTES,
+            sectors,
             read_only,
         })
     }
 
-    /// The image's absolute path.
+    /// The image's absolute path, or that of the layer that is written to.
     pub(super) fn path(&self) -> &str {
         &self.path
     }
@@ -158,20 +203,58 @@ impl Disk {
 
     pub(super) fn read(&self, sector: u64, data: &Run<'_>) -> io::Result<()> {
         let offset = self.offset(sector, data.len())?;
-        vectored::read_exact_at(&self.file, data.slices(), offset)
+        match &self.backing {
+            Backing::Raw { file, .. } => vectored::read_exact_at(file, data.slices(), offset),
+            Backing::Branch(disk) => lock(disk).read(offset, &mut Guest(data.clone())),
+        }
     }
 
     pub(super) fn write(&self, sector: u64, data: &Run<'_>) -> io::Result<()> {
-        if self.read_only {
-            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        let offset = self.writable(sector, data.len())?;
+        match &self.backing {
+            Backing::Raw { file, .. } => vectored::write_all_at(file, data.slices(), offset),
+            Backing::Branch(disk) => lock(disk).write(offset, &mut Guest(data.clone())),
         }
-        let offset = self.offset(sector, data.len())?;
-        vectored::write_all_at(&self.file, data.slices(), offset)
+    }
+
+    /// The guest does not need what is in `len` bytes from `sector` on.
+    pub(super) fn discard(&self, sector: u64, len: u64) -> io::Result<()> {
+        let offset = self.writable(sector, len)?;
+        match &self.backing {
+            Backing::Raw { file, .. } => branch_disk::discard_range(file, offset, len),
+            Backing::Branch(disk) => lock(disk).discard(offset, len),
+        }
+    }
+
+    /// Makes `len` bytes from `sector` on read as zeros.
+    pub(super) fn write_zeroes(&self, sector: u64, len: u64, space: Space) -> io::Result<()> {
+        let offset = self.writable(sector, len)?;
+        match &self.backing {
+            Backing::Raw { file, .. } => branch_disk::zero_range(file, offset, len, space),
+            Backing::Branch(disk) => lock(disk).write_zeroes(offset, len, space),
+        }
     }
 
     /// Makes what was written durable.
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match &self.backing {
+            Backing::Raw { file, failed } => {
+                if failed.load(Ordering::Relaxed) {
+                    return Err(io::Error::other("an earlier sync failed"));
+                }
+                let synced = file.sync_data();
+                failed.store(synced.is_err(), Ordering::Relaxed);
+                synced
+            }
+            Backing::Branch(disk) => lock(disk).flush().map_err(io::Error::other),
+        }
+    }
+
+    fn writable(&self, sector: u64, len: u64) -> io::Result<u64> {
+        if self.read_only {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        self.offset(sector, len)
     }
 
     /// The byte offset of `sector`, if `len` bytes from there on are whole sectors of this disk.
@@ -182,5 +265,35 @@ impl Disk {
         }
         // It is less than the size of the file, which is a u64.
         Ok(sector * SECTOR_BYTES)
+    }
+}
+
+/// Guest memory that a disk reads into or writes from, without a copy in between.
+struct Guest<'m>(Run<'m>);
+
+impl Sink for Guest<'_> {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn fill(&mut self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let rest = self.0.split_off(len);
+        let now = std::mem::replace(&mut self.0, rest);
+        vectored::read_exact_at(file, now.slices(), offset)
+    }
+
+    fn zero(&mut self, len: u64) {
+        let rest = self.0.split_off(len);
+        std::mem::replace(&mut self.0, rest).zero();
+    }
+}
+
+impl Source for Guest<'_> {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn drain(&mut self, file: &File, offset: u64) -> io::Result<()> {
+        vectored::write_all_at(file, std::mem::take(&mut self.0).slices(), offset)
     }
 }

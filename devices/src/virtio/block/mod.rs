@@ -1,6 +1,9 @@
-//! The virtio block device (virtio 1.3, section 5.2) on a raw image.
+//! The virtio block device (virtio 1.3, section 5.2) on a raw image or a disk that branches.
 
+#[cfg(test)]
+mod branching_tests;
 mod disk;
+mod range;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -8,13 +11,16 @@ mod vectored;
 
 use std::{io, path::Path, sync::Arc};
 
+use branch_disk::Space;
 use memory::GuestMemory;
 use saved_state::{Kind, SavedState, Section};
 use virtio_bindings::{
     virtio_blk::{
-        VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
-        VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-        VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+        VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
+        VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+        VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+        VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
     },
     virtio_ids::VIRTIO_ID_BLOCK,
 };
@@ -27,7 +33,8 @@ use super::{
 };
 use crate::{Counter, Error, Metrics};
 use disk::Disk;
-pub use disk::DiskError;
+pub use disk::{DiskError, SharedDisk};
+use range::Range;
 pub use state::SavedBlock;
 
 /// The unit of the request header and of the capacity, whatever the disk's own blocks are.
@@ -35,6 +42,9 @@ pub const SECTOR_BYTES: u64 = 512;
 
 /// The most bytes of a disk's identity.
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// Up to and with `write_zeroes_may_unmap` and its padding.
+const CONFIG_BYTES: usize = 60;
 
 const QUEUE_ENTRIES: u16 = 256;
 /// A request also has a header and a status, and no more descriptors than the queue has entries.
@@ -48,13 +58,22 @@ const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 const READ_ONLY: u64 = 1 << VIRTIO_BLK_F_RO;
 const SIZE_MAX: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
 const SEG_MAX: u64 = 1 << VIRTIO_BLK_F_SEG_MAX;
+const DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
+const WRITE_ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+
+/// The most sectors of a discard: 1 GiB, which a file system frees in no time.
+const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// The most sectors of zeroes: where the host has to write them, no more than any other request.
+const MAX_ZEROES_SECTORS: u32 = (MAX_REQUEST_BYTES / SECTOR_BYTES) as u32;
+/// What a discard should begin at, in sectors: the host's file systems free blocks of 4 KiB.
+const DISCARD_ALIGNMENT: u32 = 8;
 
 /// A disk.
 pub struct Block {
     disk: Disk,
     id: String,
-    /// The driver does not flush, so that every write must be durable when it completes.
-    write_through: bool,
+    /// What the driver has accepted.
+    accepted: u64,
     metrics: Arc<BlockMetrics>,
 }
 
@@ -66,13 +85,25 @@ impl Block {
     ///
     /// [`DiskError`].
     pub fn open(path: &Path, read_only: bool, id: &str) -> Result<Self, DiskError> {
-        if id.len() > ID_BYTES {
-            return Err(DiskError::LongId { id: id.to_owned() });
-        }
+        fits(id)?;
+        Self::new(Disk::open(path, read_only)?, id)
+    }
+
+    /// A disk that branches. The guest sees `id` as its serial number.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError`].
+    pub fn branching(disk: SharedDisk, id: &str) -> Result<Self, DiskError> {
+        fits(id)?;
+        Self::new(Disk::branching(disk)?, id)
+    }
+
+    fn new(disk: Disk, id: &str) -> Result<Self, DiskError> {
         Ok(Self {
-            disk: Disk::open(path, read_only)?,
+            disk,
             id: id.to_owned(),
-            write_through: false,
+            accepted: 0,
             metrics: Arc::default(),
         })
     }
@@ -126,11 +157,37 @@ impl Block {
             }
             VIRTIO_BLK_T_OUT => {
                 self.disk.write(header.sector, output)?;
-                if self.write_through {
-                    self.flush()?;
-                }
+                self.written()?;
                 metrics.writes.add(1);
                 metrics.written_bytes.add(output.len());
+                0
+            }
+            VIRTIO_BLK_T_DISCARD if self.accepted & DISCARD != 0 => {
+                let range = Range::of(output, MAX_DISCARD_SECTORS)?;
+                // A discard has no flags (virtio 1.3, 5.2.6.2).
+                let Some(range) = range.known(0) else {
+                    return Ok(None);
+                };
+                self.disk.discard(range.sector, range.len())?;
+                self.written()?;
+                metrics.discards.add(1);
+                metrics.discarded_bytes.add(range.len());
+                0
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if self.accepted & WRITE_ZEROES != 0 => {
+                let range = Range::of(output, MAX_ZEROES_SECTORS)?;
+                let Some(range) = range.known(VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) else {
+                    return Ok(None);
+                };
+                let space = match range.flags {
+                    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP => Space::Free,
+                    _ => Space::Keep,
+                };
+                let (sector, len) = (range.sector, range.len());
+                self.disk.write_zeroes(sector, len, space)?;
+                self.written()?;
+                metrics.write_zeroes.add(1);
+                metrics.zeroed_bytes.add(len);
                 0
             }
             VIRTIO_BLK_T_FLUSH => {
@@ -145,6 +202,14 @@ impl Block {
             _ => return Ok(None),
         };
         Ok(Some(written))
+    }
+
+    /// After a change: if the driver does not flush, every one must be durable when it completes.
+    fn written(&self) -> io::Result<()> {
+        if self.accepted & FLUSH == 0 {
+            self.flush()?;
+        }
+        Ok(())
     }
 
     /// Makes all writes that have completed durable.
@@ -164,28 +229,43 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.disk.read_only() { READ_ONLY } else { 0 };
-        FLUSH | SIZE_MAX | SEG_MAX | read_only
+        let of_mode = if self.disk.read_only() {
+            READ_ONLY
+        } else {
+            DISCARD | WRITE_ZEROES
+        };
+        FLUSH | SIZE_MAX | SEG_MAX | of_mode
     }
 
     fn queue_sizes(&self) -> &'static [u16] {
         &[QUEUE_ENTRIES]
     }
 
-    /// The start of `struct virtio_blk_config`; the rest belongs to features that are not offered.
+    /// `struct virtio_blk_config` as far as zeroes; what belongs to features that are not offered is 0.
     fn config(&self) -> Vec<u8> {
-        let mut config = self.disk.sectors().to_le_bytes().to_vec();
-        config.extend(MAX_SEGMENT_BYTES.to_le_bytes());
-        config.extend(MAX_SEGMENTS.to_le_bytes());
+        let mut config = vec![0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.disk.sectors().to_le_bytes());
+        put(8, &MAX_SEGMENT_BYTES.to_le_bytes());
+        put(12, &MAX_SEGMENTS.to_le_bytes());
+        if !self.disk.read_only() {
+            put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
+            put(40, &range::MAX_RANGES.to_le_bytes());
+            put(44, &DISCARD_ALIGNMENT.to_le_bytes());
+            put(48, &MAX_ZEROES_SECTORS.to_le_bytes());
+            put(52, &range::MAX_RANGES.to_le_bytes());
+            // Zeroes that need not keep their space do not.
+            put(56, &[1]);
+        }
         config
     }
 
     fn activate(&mut self, features: u64) {
-        self.write_through = features & FLUSH == 0;
+        self.accepted = features;
     }
 
     fn reset(&mut self) {
-        self.write_through = false;
+        self.accepted = 0;
     }
 
     fn process_queue(
@@ -205,8 +285,8 @@ impl VirtioDevice for Block {
         let Self {
             disk,
             id,
-            // It follows from the features.
-            write_through: _,
+            // The transport has it.
+            accepted: _,
             metrics: _,
         } = self;
         let saved = SavedBlock {
@@ -240,9 +320,7 @@ impl VirtioDevice for Block {
         if read_only != self.disk.read_only() {
             return Err(DiskError::ModeChanged { path, read_only }.into());
         }
-        if id.len() > ID_BYTES {
-            return Err(DiskError::LongId { id }.into());
-        }
+        fits(&id)?;
         self.id = id;
         Ok(transport)
     }
@@ -250,6 +328,14 @@ impl VirtioDevice for Block {
     fn metrics(&self) -> Arc<dyn Metrics> {
         Arc::clone(&self.metrics) as _
     }
+}
+
+/// Whether the guest can see all of an identity.
+fn fits(id: &str) -> Result<(), DiskError> {
+    if id.len() > ID_BYTES {
+        return Err(DiskError::LongId { id: id.to_owned() });
+    }
+    Ok(())
 }
 
 /// The header of a request.
@@ -276,6 +362,10 @@ struct BlockMetrics {
     flushes: Counter,
     read_bytes: Counter,
     written_bytes: Counter,
+    discards: Counter,
+    discarded_bytes: Counter,
+    write_zeroes: Counter,
+    zeroed_bytes: Counter,
     errors: Counter,
     unsupported: Counter,
 }
@@ -286,6 +376,10 @@ impl Metrics for BlockMetrics {
             ("reads", self.reads.get()),
             ("writes", self.writes.get()),
             ("flushes", self.flushes.get()),
+            ("discards", self.discards.get()),
+            ("discarded_bytes", self.discarded_bytes.get()),
+            ("write_zeroes", self.write_zeroes.get()),
+            ("zeroed_bytes", self.zeroed_bytes.get()),
             ("read_bytes", self.read_bytes.get()),
             ("written_bytes", self.written_bytes.get()),
             ("errors", self.errors.get()),

@@ -188,7 +188,7 @@ fn the_guest_learns_the_identity() {
 #[test]
 fn other_requests_are_unsupported() {
     let mut machine = Machine::new(false);
-    let answer = machine.request(&header(11, 0), &[0; 16], 0);
+    let answer = machine.request(&header(99, 0), &[0; 16], 0);
     assert_eq!((answer.0, answer.1), (UNSUPP, 1));
 }
 

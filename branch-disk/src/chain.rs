@@ -1,0 +1,228 @@
+//! A head and everything below it, open.
+
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::UNIX_EPOCH,
+};
+
+use crate::{
+    bits::Bits,
+    error::Error,
+    header::{Header, Parent, RawBase},
+    layer::Layer,
+    layout::SECTOR_BYTES,
+    map::{Map, Owner},
+    media::{Lock, Media},
+    stored_map,
+};
+
+/// What a disk is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Its head, which is not sealed, is written to.
+    Write,
+    /// It is only read; any layer can be the topmost.
+    Read,
+}
+
+/// Which files may be part of a disk, by their canonical paths: a layer comes from somebody, and names files.
+pub type Rule<'a> = dyn Fn(&Path) -> bool + 'a;
+
+/// The [`Rule`] of who opens only what is its own.
+pub fn anything(_: &Path) -> bool {
+    true
+}
+
+/// What is below all layers.
+#[derive(Debug)]
+pub(crate) struct Bottom {
+    pub(crate) media: Media,
+    /// Bytes, a multiple of [`SECTOR_BYTES`].
+    pub(crate) bytes: u64,
+}
+
+/// The files of a disk.
+#[derive(Debug)]
+pub(crate) struct Chain {
+    pub(crate) bottom: Option<Bottom>,
+    /// By depth, from 1 on.
+    pub(crate) layers: Vec<Arc<Layer>>,
+}
+
+impl Chain {
+    /// Opens the layer at `path` and all below it.
+    pub(crate) fn open(path: &Path, mode: Mode, rule: &Rule<'_>) -> Result<Self, Error> {
+        let path = permitted(path, rule)?;
+        let (write, lock) = match mode {
+            Mode::Write => (true, Lock::Alone),
+            Mode::Read => (false, Lock::Shared),
+        };
+        let head = Layer::open(&path, write, Lock::Not)?;
+        let locked = head.media.lock(lock);
+        // Rather than that others are in the way.
+        if write && head.sealed()? {
+            return Err(Error::Sealed { path });
+        }
+        locked?;
+        let (bottom, mut layers) = below(&head.header, &path, rule)?;
+        layers.push(Arc::new(head));
+        Ok(Self { bottom, layers })
+    }
+}
+
+/// Checks that what stands on a layer without a seal owns nothing: a crash leaves no other, as a layer's bits are made
+/// durable only after the seals below. Returns how many layers are sealed; `layers` ends with the head.
+pub(crate) fn sealed_below(layers: &[Arc<Layer>]) -> Result<usize, Error> {
+    let mut sealed = layers.len().saturating_sub(1);
+    for pair in layers.windows(2).rev() {
+        let [parent, child] = pair else { continue };
+        if parent.sealed()? {
+            break;
+        }
+        if !Bits::load(&child.media, &child.header)?.is_empty() {
+            return Err(Error::damaged(
+                parent.path(),
+                "it has a child and is not sealed",
+            ));
+        }
+        sealed -= 1;
+    }
+    Ok(sealed)
+}
+
+/// What `header`, of the layer at `path`, stands on; the layers by depth.
+fn below(
+    header: &Header,
+    path: &Path,
+    rule: &Rule<'_>,
+) -> Result<(Option<Bottom>, Vec<Arc<Layer>>), Error> {
+    let mut layers = Vec::new();
+    let mut header = header.clone();
+    let mut path = path.to_owned();
+    let mut below_sealed = false;
+    let bottom = loop {
+        let (parent, id, bytes) = match &header.parent {
+            Parent::Nothing => break None,
+            Parent::Raw(base) => {
+                break Some(open_base(&resolve(&path, &base.path), Some(base), rule)?);
+            }
+            Parent::Layer {
+                path: parent,
+                id,
+                bytes,
+            } => (resolve(&path, parent), *id, *bytes),
+        };
+        let parent = permitted(&parent, rule)?;
+        let layer = Layer::open(&parent, false, Lock::Shared)?;
+        if layer.header.id != id {
+            return Err(Error::OtherLayer {
+                path: parent,
+                expected: id,
+            });
+        }
+        // So a chain ends, whoever made it.
+        if layer.header.depth + 1 != header.depth || layer.header.geometry.bytes() != bytes {
+            return Err(Error::damaged(&path, "its parent contradicts it"));
+        }
+        let sealed = layer.sealed()?;
+        if below_sealed && !sealed {
+            return Err(Error::damaged(
+                &parent,
+                "it lies below a sealed layer and is not sealed",
+            ));
+        }
+        below_sealed = sealed;
+        header = layer.header.clone();
+        path = parent;
+        layers.push(Arc::new(layer));
+    };
+    layers.reverse();
+    Ok((bottom, layers))
+}
+
+/// Opens a raw image to stand on; `known` is what it was, if it already stands under a layer.
+pub(crate) fn open_base(
+    path: &Path,
+    known: Option<&RawBase>,
+    rule: &Rule<'_>,
+) -> Result<Bottom, Error> {
+    let path = permitted(path, rule)?;
+    let media = Media::open(&path, false, Lock::Shared, true)?;
+    let bytes = media.bytes()?;
+    let bottom = Bottom { media, bytes };
+    if let Some(known) = known {
+        let now = describe_base(&bottom)?;
+        let same_file = (known.device, known.inode) == (now.device, now.inode);
+        if bytes != known.bytes || (same_file && now.modified_ns != known.modified_ns) {
+            return Err(Error::BaseChanged { path });
+        }
+    }
+    if !bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(Error::Size(bytes));
+    }
+    Ok(bottom)
+}
+
+/// What is written down of a raw image.
+pub(crate) fn describe_base(base: &Bottom) -> Result<RawBase, Error> {
+    let path = base.media.path();
+    let metadata = base
+        .media
+        .file()
+        .metadata()
+        .map_err(Error::io("look at", path))?;
+    // The node of a block device does not tell of writes to the device.
+    let modified = metadata
+        .is_file()
+        .then(|| metadata.modified().ok())
+        .flatten();
+    let modified = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    Ok(RawBase {
+        path: path.to_owned(),
+        bytes: base.bytes,
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        modified_ns: modified.map_or(0, |time| time.as_nanos() as u64),
+    })
+}
+
+/// The canonical path of what may be opened.
+pub(crate) fn permitted(path: &Path, rule: &Rule<'_>) -> Result<PathBuf, Error> {
+    let path = path.canonicalize().map_err(Error::io("open", path))?;
+    if rule(&path) {
+        Ok(path)
+    } else {
+        Err(Error::NotAllowed { path })
+    }
+}
+
+/// What a layer at `path` means by `named`.
+fn resolve(path: &Path, named: &Path) -> PathBuf {
+    path.with_file_name("").join(named)
+}
+
+/// The map of `layers`, by depth: the highest that has one, and what those above it own.
+pub(crate) fn whole_map(layers: &[Arc<Layer>]) -> Result<Map, Error> {
+    let mut mapped = 0;
+    let mut map = Map::default();
+    for (index, layer) in layers.iter().enumerate().rev() {
+        if layer.sealed()?
+            && let Some(descriptor) = layer.descriptor()?
+        {
+            mapped = index + 1;
+            map = stored_map::load(&layers[..mapped], descriptor)?;
+            break;
+        }
+    }
+    for (layer, owner) in layers.iter().zip(1..).skip(mapped) {
+        overlay(&mut map, &Bits::load(&layer.media, &layer.header)?, owner);
+    }
+    Ok(map)
+}
+
+/// What `bits` say is `owner`'s.
+pub(crate) fn overlay(map: &mut Map, bits: &Bits, owner: Owner) {
+    bits.each_run(|start, end| map.set(start, end, owner));
+}

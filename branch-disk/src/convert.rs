@@ -1,0 +1,150 @@
+//! From and to other formats.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::Path,
+};
+
+use rustix::{fs::SeekFrom, io::Errno};
+
+use crate::{chain::Rule, create::Foundation, disk::Disk, error::Error, layout::SECTOR_BYTES};
+
+/// Copied at a time, in bytes.
+const PIECE_BYTES: u64 = 1 << 20;
+/// Where this much is zero, nothing is written.
+const BLOCK_BYTES: usize = 4096;
+
+/// How much was copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Size of the disk.
+    pub bytes: u64,
+    /// Bytes of it that are not zero.
+    pub data_bytes: u64,
+}
+
+/// Writes what a disk has into a new raw image, in which zeros are holes.
+///
+/// # Errors
+///
+/// [`Error`]; [`Error::Exists`] when there is anything at `to`.
+pub fn export_raw(disk: &Disk, to: &Path) -> Result<Copied, Error> {
+    let file = create_new(to)?;
+    let written = file.set_len(disk.bytes()).and_then(|()| {
+        let copied = copy(
+            disk.bytes(),
+            |offset| Ok(disk.next_data(offset)),
+            |offset, mut piece| disk.read(offset, &mut piece),
+            |offset, data| file.write_all_at(data, offset),
+        )?;
+        file.sync_all()?;
+        Ok(copied)
+    });
+    finish(written, "export to", to)
+}
+
+/// Makes a disk at `to` of the raw image `from`, on which it does not depend afterwards.
+///
+/// # Errors
+///
+/// [`Error`]; [`Error::Exists`] when there is anything at `to`.
+pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
+    let failed = || Error::io("import from", from);
+    let file = File::open(from).map_err(failed())?;
+    let bytes = file.metadata().map_err(failed())?.len();
+    let read = |offset: u64, piece: &mut [u8]| {
+        // What is missing of the last sector is zeros.
+        let there = bytes.saturating_sub(offset).min(piece.len() as u64) as usize;
+        let (there, missing) = piece.split_at_mut(there);
+        missing.fill(0);
+        file.read_exact_at(there, offset)
+    };
+    let next = |offset| match rustix::fs::seek(&file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(data),
+        Err(Errno::NXIO) => Ok(u64::MAX),
+        // A file system that does not know: everything may be data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
+        Err(errno) => Err(errno.into()),
+    };
+    import(bytes.next_multiple_of(SECTOR_BYTES), next, read, to, rule)
+}
+
+/// Makes a disk at `to` of what `read` gives, of `bytes`.
+pub(crate) fn import(
+    bytes: u64,
+    next: impl FnMut(u64) -> io::Result<u64>,
+    read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    to: &Path,
+    rule: &Rule<'_>,
+) -> Result<Copied, Error> {
+    let mut disk = Disk::create(to, Some(bytes), &Foundation::Nothing, rule)?;
+    let written = copy(bytes, next, read, |offset, mut data| {
+        disk.write(offset, &mut data)
+    });
+    let copied = finish(written, "import to", to)?;
+    disk.flush().inspect_err(|_| crate::name::discard(to))?;
+    Ok(copied)
+}
+
+pub(crate) fn create_new(path: &Path) -> Result<File, Error> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    opened.map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => Error::Exists {
+            path: path.to_owned(),
+        },
+        _ => Error::io("create", path)(error),
+    })
+}
+
+/// What became of a copy; one that failed is removed.
+pub(crate) fn finish(
+    written: io::Result<Copied>,
+    doing: &'static str,
+    to: &Path,
+) -> Result<Copied, Error> {
+    written.map_err(|source| {
+        crate::name::discard(to);
+        Error::io(doing, to)(source)
+    })
+}
+
+/// Copies `bytes`, all but the blocks of zeros. `next` says from where on, at or after an offset, there may be others.
+pub(crate) fn copy(
+    bytes: u64,
+    mut next: impl FnMut(u64) -> io::Result<u64>,
+    mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    mut write: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<Copied> {
+    let mut copied = Copied {
+        bytes,
+        data_bytes: 0,
+    };
+    let mut buffer = vec![0; PIECE_BYTES as usize];
+    let mut offset = 0;
+    loop {
+        // From a block's beginning, wherever the data's is.
+        offset = next(offset)?.max(offset) / BLOCK_BYTES as u64 * BLOCK_BYTES as u64;
+        if offset >= bytes {
+            return Ok(copied);
+        }
+        let piece = &mut buffer[..PIECE_BYTES.min(bytes - offset) as usize];
+        read(offset, piece)?;
+        for (block, at) in piece
+            .chunks(BLOCK_BYTES)
+            .zip((offset..).step_by(BLOCK_BYTES))
+        {
+            if block.iter().any(|byte| *byte != 0) {
+                write(at, block)?;
+                copied.data_bytes += block.len() as u64;
+            }
+        }
+        offset += PIECE_BYTES;
+    }
+}

@@ -1,0 +1,258 @@
+//! New heads.
+
+use std::{
+    fs::OpenOptions,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, CWD},
+    io::Errno,
+};
+
+use crate::{
+    chain::{Chain, Mode, Rule, describe_base, open_base},
+    disk::Disk,
+    error::Error,
+    header::{Header, LayerId, MAX_PATH_BYTES, Parent},
+    layout::{Geometry, MAX_DEPTH},
+    media::{Lock, Media, sync_directory_of},
+    name,
+};
+
+/// What a new disk stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Foundation {
+    /// Zeros.
+    Nothing,
+    /// A raw image: a file or a block device. It may not change as long as the disk is of use.
+    Raw(PathBuf),
+    /// A sealed layer, of this id if one is given.
+    Layer(PathBuf, Option<LayerId>),
+}
+
+impl Disk {
+    /// Makes a disk of `bytes`, or as large as what it stands on, and opens it. It is durable at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; [`Error::Exists`] when there is anything at `path`.
+    pub fn create(
+        path: &Path,
+        bytes: Option<u64>,
+        on: &Foundation,
+        rule: &Rule<'_>,
+    ) -> Result<Self, Error> {
+        let path = absolute(path)?;
+        if !rule(&path) {
+            return Err(Error::NotAllowed { path });
+        }
+        // What it stands on stays locked until it is locked through the new disk.
+        let mut depth = 1;
+        let (parent, _chain, _base) = match on {
+            Foundation::Nothing => (Parent::Nothing, None, None),
+            Foundation::Raw(base) => {
+                let base = open_base(base, None, rule)?;
+                let mut known = describe_base(&base)?;
+                known.path = reference(&path, &known.path);
+                (Parent::Raw(known), None, Some(base))
+            }
+            Foundation::Layer(parent, id) => {
+                let chain = Chain::open(parent, Mode::Read, rule)?;
+                let (parent, below) = on_layer(&path, &chain, *id)?;
+                depth = below + 1;
+                (parent, Some(chain), None)
+            }
+        };
+        let bytes = match (bytes, &parent) {
+            (Some(bytes), _) => bytes,
+            (None, Parent::Nothing) => return Err(Error::NoSize),
+            (None, parent) => parent.bytes(),
+        };
+        let geometry = Geometry::of(bytes).filter(|_| parent.bytes() <= bytes);
+        let header = Header {
+            id: new_id(&path)?,
+            geometry: geometry.ok_or(Error::Size(bytes))?,
+            depth,
+            parent,
+        };
+        let draft = Draft::write(&path, &header)?;
+        draft.publish(&path)?;
+        Self::open(&path, Mode::Write, rule)
+    }
+
+    /// Makes a disk that begins as the sealed layer `on` is, of this id if one is given, and opens it. Its head lies
+    /// beside that layer and has a name of its own. Dropped without anything ever written to it, it is removed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn branch(on: &Path, id: Option<LayerId>, rule: &Rule<'_>) -> Result<Self, Error> {
+        let on = on.canonicalize().map_err(Error::io("open", on))?;
+        let path = name::head_on(&on, new_id(&on)?)?;
+        let disk = Self::create(&path, None, &Foundation::Layer(on, id), rule)?;
+        Ok(disk.fleeting())
+    }
+}
+
+/// The last layer of `chain` as the parent of a layer at `path`, and its depth.
+fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, u32), Error> {
+    let Some(layer) = chain.layers.last() else {
+        return Err(Error::damaged(path, "it has no layers"));
+    };
+    let parent = layer.path();
+    if let Some(expected) = id
+        && layer.header.id != expected
+    {
+        return Err(Error::OtherLayer {
+            path: parent.to_owned(),
+            expected,
+        });
+    }
+    if !layer.sealed()? {
+        return Err(Error::NotSealed {
+            path: parent.to_owned(),
+        });
+    }
+    if layer.header.depth >= MAX_DEPTH {
+        return Err(Error::TooDeep {
+            path: path.to_owned(),
+        });
+    }
+    let reference = Parent::Layer {
+        path: reference(path, parent),
+        id: layer.header.id,
+        bytes: layer.header.geometry.bytes(),
+    };
+    Ok((reference, layer.header.depth))
+}
+
+/// How a layer at `path` names `other`: both are absolute.
+fn reference(path: &Path, other: &Path) -> PathBuf {
+    match other.file_name() {
+        Some(name) if path.parent() == other.parent() => name.into(),
+        _ => other.to_owned(),
+    }
+}
+
+/// The absolute path of what need not be there yet.
+fn absolute(path: &Path) -> Result<PathBuf, Error> {
+    let directory = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => Path::new("/"),
+    };
+    let directory = directory
+        .canonicalize()
+        .map_err(Error::io("open", directory))?;
+    let name = path.file_name().ok_or_else(|| Error::Path {
+        path: path.to_owned(),
+    })?;
+    Ok(directory.join(name))
+}
+
+pub(crate) fn new_id(path: &Path) -> Result<LayerId, Error> {
+    LayerId::random().map_err(Error::io("make an id for", path))
+}
+
+/// A head without its name. Dropped, it is removed.
+#[derive(Debug)]
+pub(crate) struct Draft {
+    pub(crate) media: Option<Media>,
+    path: PathBuf,
+}
+
+impl Draft {
+    /// Writes an empty layer that is to become `path`, and makes it durable.
+    pub(crate) fn write(path: &Path, header: &Header) -> Result<Self, Error> {
+        let page = header.encode().ok_or_else(|| Error::Path {
+            path: path.to_owned(),
+        })?;
+        // Its children will have to name it.
+        if path.as_os_str().len() + 64 > MAX_PATH_BYTES {
+            return Err(Error::Path {
+                path: path.to_owned(),
+            });
+        }
+        let draft = name::draft(path, header.id);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&draft)
+            .map_err(Error::io("create", &draft))?;
+        // From here on it is removed if anything fails.
+        let draft = Self {
+            media: Some(Media::new(file, path)),
+            path: draft,
+        };
+        if let Some(media) = &draft.media {
+            let bytes = header.geometry.map_at();
+            media
+                .file()
+                .set_len(bytes)
+                .map_err(Error::io("create", path))?;
+            #[cfg(test)]
+            {
+                crate::tape::created(media.file());
+                crate::tape::linked(media.file(), &draft.path);
+            }
+            media.write(&page[..], 0)?;
+            media
+                .file()
+                .sync_all()
+                .map_err(Error::io("make durable", path))?;
+            #[cfg(test)]
+            crate::tape::synced(media.file());
+            media.lock(Lock::Alone)?;
+        }
+        Ok(draft)
+    }
+
+    /// Gives it its name, which nothing may have.
+    fn publish(self, path: &Path) -> Result<(), Error> {
+        if let Some(media) = &self.media {
+            link(media, path).map_err(|errno| match errno {
+                Errno::EXIST => Error::Exists {
+                    path: path.to_owned(),
+                },
+                errno => Error::errno("name", path)(errno),
+            })?;
+        }
+        drop(self);
+        sync_directory_of(path)
+    }
+
+    /// Gives it the name of what it follows.
+    pub(crate) fn replace(mut self, path: &Path) -> Result<Media, (Error, Self)> {
+        if let Err(source) = std::fs::rename(&self.path, path) {
+            return Err((Error::io("rename a layer to", path)(source), self));
+        }
+        #[cfg(test)]
+        crate::tape::renamed(&self.path, path);
+        match self.media.take() {
+            Some(media) => Ok(media),
+            None => Err((Error::damaged(path, "its draft is gone"), self)),
+        }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // Renamed, it gave its file away.
+        if self.media.is_some() {
+            name::discard(&self.path);
+        }
+    }
+}
+
+/// Gives an open file a further name.
+pub(crate) fn link(media: &Media, path: &Path) -> Result<(), Errno> {
+    let ours = format!("/proc/self/fd/{}", media.file().as_raw_fd());
+    rustix::fs::linkat(CWD, &ours, CWD, path, AtFlags::SYMLINK_FOLLOW)?;
+    #[cfg(test)]
+    crate::tape::linked(media.file(), path);
+    Ok(())
+}

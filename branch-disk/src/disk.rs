@@ -1,0 +1,422 @@
+//! A disk that is open.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crate::{
+    bits::Bits,
+    chain::{Bottom, Chain, Mode, Rule, overlay, sealed_below, whole_map},
+    error::Error,
+    header::{LayerId, Parent},
+    io::{Sink, Source, Space},
+    layer::Layer,
+    layout::{Geometry, SECTOR_BYTES},
+    map::{BOTTOM, Map, Owner},
+    seal::{Cut, LayerRef, Next, Plan, Seal},
+};
+
+/// A disk that is open. Dropped, it is flushed as well as can be.
+#[derive(Debug)]
+pub struct Disk {
+    /// The head's.
+    path: PathBuf,
+    bottom: Option<Bottom>,
+    /// By depth; the last is the head.
+    layers: Vec<Arc<Layer>>,
+    geometry: Geometry,
+    map: Map,
+    /// What the head owns.
+    bits: Bits,
+    /// Whether the head's file may have anything that is not durable.
+    unsynced: bool,
+    /// Layers whose sealing is not finished, from the lowest.
+    seals: Vec<Arc<Seal>>,
+    mode: Mode,
+    /// A sync has failed: what is durable cannot be known any more.
+    failed: bool,
+    lookups: AtomicU64,
+    /// Nobody knows its name: it goes if nothing comes of it.
+    fleeting: bool,
+    /// Something was written to it.
+    touched: bool,
+}
+
+/// What a disk has done since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// How often the map was asked.
+    pub lookups: u64,
+    /// Reads of the raw image below all layers.
+    pub base_reads: u64,
+    /// Reads of layers.
+    pub layer_reads: u64,
+}
+
+impl Disk {
+    /// Opens a disk by its head or, to be read, by any of its layers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn open(path: &Path, mode: Mode, rule: &Rule<'_>) -> Result<Self, Error> {
+        let Chain { bottom, layers } = Chain::open(path, mode, rule)?;
+        let (Some(head), below) = (layers.last(), &layers[..layers.len() - 1]) else {
+            return Err(Error::damaged(path, "it has no layers"));
+        };
+        let bits = Bits::load(&head.media, &head.header)?;
+        let sealed = sealed_below(&layers)?;
+        if mode == Mode::Write {
+            complete(below, sealed)?;
+        }
+        let (path, geometry) = (head.path().to_owned(), head.header.geometry);
+        let map = if mode == Mode::Read && head.descriptor()?.is_some() {
+            whole_map(&layers)?
+        } else {
+            let mut map = whole_map(below)?;
+            overlay(&mut map, &bits, layers.len() as Owner);
+            map
+        };
+        Ok(Self {
+            path,
+            bottom,
+            geometry,
+            layers,
+            map,
+            bits,
+            // Another process may have written and not synced.
+            unsynced: true,
+            seals: Vec::new(),
+            mode,
+            failed: false,
+            lookups: AtomicU64::new(0),
+            fleeting: false,
+            touched: false,
+        })
+    }
+
+    /// When nothing is ever written to it, it is removed as it is dropped.
+    pub(crate) fn fleeting(mut self) -> Self {
+        self.fleeting = true;
+        self
+    }
+
+    /// The head's absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size of the disk.
+    pub fn bytes(&self) -> u64 {
+        self.geometry.bytes()
+    }
+
+    /// The id of the topmost layer.
+    pub fn id(&self) -> Option<LayerId> {
+        self.layers.last().map(|head| head.header.id)
+    }
+
+    /// Whether it is open for reading only.
+    pub fn read_only(&self) -> bool {
+        self.mode == Mode::Read
+    }
+
+    /// Reads at `offset` until `sink` is full; both whole sectors.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` beyond the disk; what the host says.
+    pub fn read(&self, offset: u64, sink: &mut (impl Sink + ?Sized)) -> io::Result<()> {
+        let (mut at, end) = self.sectors(offset, sink.len())?;
+        while at < end {
+            self.lookups.fetch_add(1, Ordering::Relaxed);
+            let run = self.map.run_at(at, end);
+            let (offset, len) = (at * SECTOR_BYTES, (run.end - at) * SECTOR_BYTES);
+            match run.owner.checked_sub(1) {
+                None => self.read_bottom(offset, len, sink)?,
+                Some(index) => {
+                    let layer = self.layers.get(usize::from(index));
+                    let layer = layer.ok_or(io::ErrorKind::InvalidData)?;
+                    let data_at = layer.header.geometry.data_at();
+                    layer.media.fill(sink, data_at + offset, len)?;
+                }
+            }
+            at = run.end;
+        }
+        Ok(())
+    }
+
+    /// What is below all layers: the base, and zeros where it has ended.
+    fn read_bottom(
+        &self,
+        offset: u64,
+        len: u64,
+        sink: &mut (impl Sink + ?Sized),
+    ) -> io::Result<()> {
+        let mut there = 0;
+        if let Some(base) = &self.bottom {
+            there = base.bytes.saturating_sub(offset).min(len);
+            if there > 0 {
+                base.media.fill(sink, offset, there)?;
+            }
+        }
+        sink.zero(len - there);
+        Ok(())
+    }
+
+    /// Writes all of `source` at `offset`; both whole sectors. Nothing is read for it.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` beyond the disk; what the host says. The sectors then have their old or their new content, each.
+    pub fn write(&mut self, offset: u64, source: &mut (impl Source + ?Sized)) -> io::Result<()> {
+        let (start, end) = self.sectors(offset, source.len())?;
+        let head = self.writable()?;
+        let at = head.header.geometry.data_at() + offset;
+        self.unsynced = true;
+        head.media.drain(source, at)?;
+        self.own(start, end);
+        Ok(())
+    }
+
+    /// Makes `len` bytes at `offset` read as zeros, and gives their space back.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Disk::write`].
+    pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.write_zeroes(offset, len, Space::Free)
+    }
+
+    /// Makes `len` bytes at `offset` read as zeros.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Disk::write`].
+    pub fn write_zeroes(&mut self, offset: u64, len: u64, space: Space) -> io::Result<()> {
+        let (start, end) = self.sectors(offset, len)?;
+        if start == end {
+            return Ok(());
+        }
+        let head = self.writable()?;
+        if space == Space::Free && self.is_zeros(start, end) {
+            return Ok(());
+        }
+        // Also where the head owns nothing: a process that ended early may have left something there.
+        let at = head.header.geometry.data_at() + offset;
+        self.unsynced = true;
+        head.media.zero(at, len, space)?;
+        self.own(start, end);
+        Ok(())
+    }
+
+    /// Whether these sectors are zeros because nothing is there.
+    fn is_zeros(&self, start: u64, end: u64) -> bool {
+        let run = self.map.run_at(start, end);
+        let base = self.bottom.as_ref().map_or(0, |base| base.bytes);
+        run.owner == BOTTOM && run.end == end && base <= start * SECTOR_BYTES
+    }
+
+    fn own(&mut self, start: u64, end: u64) {
+        self.touched = true;
+        self.map.set(start, end, self.layers.len() as Owner);
+        self.bits.set(start, end);
+    }
+
+    /// The first byte at or after `offset` that may be other than zero; the disk's end, if none is.
+    pub(crate) fn next_data(&self, offset: u64) -> u64 {
+        let base = self.bottom.as_ref().map_or(0, |base| base.bytes);
+        let end = self.geometry.sectors();
+        let run = self.map.run_at(offset / SECTOR_BYTES, end);
+        match run.owner {
+            _ if offset >= self.bytes() => self.bytes(),
+            BOTTOM if offset >= base => run.end * SECTOR_BYTES,
+            _ => offset,
+        }
+    }
+
+    /// Makes everything durable that was written before.
+    ///
+    /// # Errors
+    ///
+    /// What the host says. From then on every write and every flush fails.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        if self.mode == Mode::Read {
+            return Ok(());
+        }
+        if self.failed {
+            return Err(Error::damaged(&self.path, "an earlier sync of it failed"));
+        }
+        let flushed = self.flush_all();
+        self.failed = flushed.is_err();
+        flushed
+    }
+
+    fn flush_all(&mut self) -> Result<(), Error> {
+        for seal in &self.seals {
+            seal.make_durable()?;
+        }
+        self.seals.retain(|seal| !seal.is_finished());
+        let Some(head) = self.layers.last() else {
+            return Ok(());
+        };
+        if self.unsynced {
+            head.media.sync()?;
+            self.unsynced = false;
+        }
+        if self.bits.is_dirty() {
+            self.bits.write(&head.media, head.header.id)?;
+            head.media.sync()?;
+        }
+        Ok(())
+    }
+
+    /// From which the next head can be made, without holding this disk up.
+    pub fn plan(&self) -> Plan {
+        Plan {
+            path: self.path.clone(),
+            layers: self.layers.clone(),
+        }
+    }
+
+    /// Makes the next head ready.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn prepare(&self) -> Result<Next, Error> {
+        self.plan().prepare()
+    }
+
+    /// Ends the head and goes on with `next`, in constant time. When nothing was written to the head, it stays and the cut is
+    /// the layer below. When this fails, nothing has changed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; [`Error::OtherLayer`] when `next` is not the next of this head.
+    pub fn cut(&mut self, mut next: Next) -> Result<Cut, Error> {
+        let Some(head) = self.layers.last() else {
+            return Err(Error::damaged(&self.path, "it has no layers"));
+        };
+        let follows =
+            matches!(&next.header.parent, Parent::Layer { id, .. } if *id == head.header.id);
+        if !follows || self.mode == Mode::Read {
+            return Err(Error::OtherLayer {
+                path: self.path.clone(),
+                expected: head.header.id,
+            });
+        }
+        if self.bits.is_empty()
+            && let [.., below, _] = &*self.layers
+        {
+            let layer = LayerRef {
+                path: below.path().to_owned(),
+                id: below.header.id,
+            };
+            return Ok(Cut {
+                layer,
+                seals: self.seals.clone(),
+            });
+        }
+        let Some(draft) = next.draft.take() else {
+            return Err(Error::damaged(&self.path, "its draft is gone"));
+        };
+        let media = draft.replace(&self.path).map_err(|(error, draft)| {
+            next.draft = Some(draft);
+            error
+        })?;
+        head.rename(&next.sealed);
+        let bits = std::mem::replace(&mut self.bits, Bits::none(self.geometry));
+        let layers = std::mem::take(&mut next.layers);
+        let seal = Seal::new(layers, Arc::clone(head), next.sealed.clone(), bits);
+        let layer = seal.reference();
+        self.seals.push(Arc::new(seal));
+        let header = next.header.clone();
+        self.layers.push(Arc::new(Layer::new(media, header)));
+        self.unsynced = false;
+        Ok(Cut {
+            layer,
+            seals: self.seals.clone(),
+        })
+    }
+
+    /// What it has done since it was opened.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            lookups: self.lookups.load(Ordering::Relaxed),
+            base_reads: self.bottom.as_ref().map_or(0, |base| base.media.reads()),
+            layer_reads: self.layers.iter().map(|layer| layer.media.reads()).sum(),
+        }
+    }
+
+    pub(crate) fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
+    }
+
+    pub(crate) fn bottom(&self) -> Option<&Bottom> {
+        self.bottom.as_ref()
+    }
+
+    /// The head, if it may be written to.
+    fn writable(&self) -> io::Result<Arc<Layer>> {
+        if self.mode == Mode::Read {
+            return Err(io::ErrorKind::ReadOnlyFilesystem.into());
+        }
+        if self.failed {
+            return Err(io::Error::other("an earlier sync failed"));
+        }
+        self.layers
+            .last()
+            .cloned()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// The sectors from and before which `len` bytes at `offset` lie.
+    fn sectors(&self, offset: u64, len: u64) -> io::Result<(u64, u64)> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.bytes());
+        match end {
+            Some(end)
+                if offset.is_multiple_of(SECTOR_BYTES) && end.is_multiple_of(SECTOR_BYTES) =>
+            {
+                Ok((offset / SECTOR_BYTES, end / SECTOR_BYTES))
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+impl Drop for Disk {
+    /// What the guest has not flushed may be lost, but need not be.
+    fn drop(&mut self) {
+        if self.fleeting && !self.touched {
+            crate::name::discard(&self.path);
+            return;
+        }
+        if !self.failed
+            && let Err(error) = self.flush()
+        {
+            tracing::warn!(path = %self.path.display(), "what was not flushed may be lost: {error}");
+        }
+    }
+}
+
+/// Completes what a crash left of sealing the layers of `below`, of which the first `sealed` are.
+fn complete(below: &[Arc<Layer>], sealed: usize) -> Result<(), Error> {
+    for end in sealed + 1..=below.len() {
+        Seal::resume(&below[..end])?.finish()?;
+    }
+    if sealed == below.len()
+        && let Some(parent) = below.last()
+        && parent.descriptor()?.is_none()
+        && let Err(error) = Seal::resume(below).and_then(|seal| seal.finish())
+    {
+        // Without its map it is only slower to open, and it may be somebody else's.
+        tracing::debug!("a sealed layer stays without a map: {error}");
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! A file of a chain.
+
+use std::{
+    fs::{File, TryLockError},
+    io::{self, Seek, SeekFrom},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::{
+    error::Error,
+    io::{Sink, Source, Space, zero_range},
+};
+
+/// How a file is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Nobody else has it.
+    Alone,
+    /// Others only read it.
+    Shared,
+    /// Somebody sees to it already.
+    Not,
+}
+
+/// A file, open and locked.
+#[derive(Debug)]
+pub(crate) struct Media {
+    file: File,
+    path: PathBuf,
+    reads: AtomicU64,
+}
+
+impl Media {
+    /// Opens what is at `path`, whose last component is no link: a regular file or, if `device`, a block device.
+    pub(crate) fn open(path: &Path, write: bool, lock: Lock, device: bool) -> Result<Self, Error> {
+        let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        // A pipe without a writer is opened, too, and at once; then it is seen that it is one.
+        let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(path, flags, Mode::empty());
+        let file = File::from(file.map_err(Error::errno("open", path))?);
+        let kind = file
+            .metadata()
+            .map_err(Error::io("look at", path))?
+            .file_type();
+        let fits = kind.is_file() || (device && kind.is_block_device());
+        if !fits {
+            return Err(Error::NotAFile {
+                path: path.to_owned(),
+            });
+        }
+        let media = Self::new(file, path);
+        media.lock(lock)?;
+        Ok(media)
+    }
+
+    pub(crate) fn new(file: File, path: &Path) -> Self {
+        Self {
+            file,
+            path: path.to_owned(),
+            reads: AtomicU64::new(0),
+        }
+    }
+
+    /// Locks it, or changes its lock.
+    pub(crate) fn lock(&self, lock: Lock) -> Result<(), Error> {
+        let locked = match lock {
+            Lock::Alone => self.file.try_lock(),
+            Lock::Shared => self.file.try_lock_shared(),
+            Lock::Not => Ok(()),
+        };
+        locked.map_err(|error| match error {
+            TryLockError::WouldBlock => Error::InUse {
+                path: self.path.clone(),
+            },
+            TryLockError::Error(source) => Error::io("lock", &self.path)(source),
+        })
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where its data ends; unlike the metadata, right for a block device, too.
+    pub(crate) fn bytes(&self) -> Result<u64, Error> {
+        let end = (&self.file).seek(SeekFrom::End(0));
+        end.map_err(Error::io("look at", &self.path))
+    }
+
+    /// Device and inode.
+    pub(crate) fn identity(&self) -> Result<(u64, u64), Error> {
+        let metadata = self
+            .file
+            .metadata()
+            .map_err(Error::io("look at", &self.path))?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// How often data was read from it.
+    pub(crate) fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn fill(
+        &self,
+        sink: &mut (impl Sink + ?Sized),
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        sink.fill(&self.file, offset, len)
+    }
+
+    pub(crate) fn drain(&self, source: &mut (impl Source + ?Sized), offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        let len = source.len();
+        let done = source.drain(&self.file, offset);
+        #[cfg(test)]
+        crate::tape::wrote(&self.file, offset, len);
+        done
+    }
+
+    pub(crate) fn zero(&self, offset: u64, len: u64, space: Space) -> io::Result<()> {
+        let done = zero_range(&self.file, offset, len, space);
+        #[cfg(test)]
+        crate::tape::zeroed(&self.file, offset, len);
+        done
+    }
+
+    /// Writes what is not data.
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {
+        let written = self.file.write_all_at(bytes, offset);
+        #[cfg(test)]
+        crate::tape::wrote(&self.file, offset, bytes.len() as u64);
+        written.map_err(Error::io("write to", &self.path))
+    }
+
+    pub(crate) fn sync(&self) -> Result<(), Error> {
+        let synced = self.file.sync_data();
+        #[cfg(test)]
+        crate::tape::synced(&self.file);
+        synced.map_err(Error::io("make durable", &self.path))
+    }
+}
+
+/// Makes the names in the directory of `path` durable.
+pub(crate) fn sync_directory_of(path: &Path) -> Result<(), Error> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    #[cfg(test)]
+    crate::tape::synced_names();
+    synced.map_err(Error::io("make durable", directory))
+}

@@ -1,0 +1,105 @@
+//! What the files of a chain are called.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use crate::{error::Error, header::LayerId};
+
+const LAYER: &str = ".layer";
+const HEAD: &str = ".head";
+const PARTIAL: &str = ".partial";
+const ID_DIGITS: usize = 32;
+
+/// The name that a head called `path` gets when it is sealed.
+pub(crate) fn sealed(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
+    named(path, |stem| format!("{stem}.{id}{LAYER}"))
+}
+
+/// A name for a head on the sealed layer `path`.
+pub(crate) fn head_on(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
+    named(path, |stem| format!("{stem}.{id}{HEAD}"))
+}
+
+fn named(path: &Path, name: impl FnOnce(&str) -> String) -> Result<PathBuf, Error> {
+    let own = path.file_name().and_then(|name| name.to_str());
+    let own = own.ok_or_else(|| Error::Path {
+        path: path.to_owned(),
+    })?;
+    Ok(path.with_file_name(name(stem(own))))
+}
+
+/// A name without what was put behind it here.
+fn stem(name: &str) -> &str {
+    let bare = [LAYER, HEAD]
+        .iter()
+        .find_map(|ending| name.strip_suffix(ending));
+    match bare.and_then(|bare| bare.rsplit_once('.')) {
+        Some((stem, id)) if is_id(id) && !stem.is_empty() => stem,
+        _ => name,
+    }
+}
+
+/// The name of what is to become `path`.
+pub(crate) fn draft(path: &Path, id: LayerId) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{id}{PARTIAL}"));
+    path.with_file_name(name)
+}
+
+/// Removes the drafts of `path` that a crash has left. Only who has locked `path` may do so.
+pub(crate) fn sweep(path: &Path) {
+    let Some((directory, name)) = path.parent().zip(path.file_name()) else {
+        return;
+    };
+    let Ok(entries) = std::fs::read_dir(directory) else {
+        return;
+    };
+    let prefix = [b".", name.as_encoded_bytes(), b"."].concat();
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let middle = found.as_encoded_bytes().strip_prefix(prefix.as_slice());
+        let id = middle.and_then(|middle| middle.strip_suffix(PARTIAL.as_bytes()));
+        if id.and_then(|id| str::from_utf8(id).ok()).is_some_and(is_id) {
+            discard(&entry.path());
+        }
+    }
+}
+
+/// Removes a file that nobody needs any more.
+pub(crate) fn discard(path: &Path) {
+    match std::fs::remove_file(path) {
+        Ok(()) => {
+            #[cfg(test)]
+            crate::tape::removed(path);
+        }
+        Err(e) => tracing::warn!(path = %path.display(), "a file is left behind: {e}"),
+    }
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() == ID_DIGITS && text.bytes().all(|digit| digit.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_do_not_grow() {
+        let [one, two] = [1, 2].map(|n| LayerId([n; 16]));
+        let layer = sealed(Path::new("/d/web.disk"), one).unwrap();
+        assert_eq!(layer, Path::new(&format!("/d/web.disk.{one}.layer")));
+        let head = head_on(&layer, two).unwrap();
+        assert_eq!(head, Path::new(&format!("/d/web.disk.{two}.head")));
+        assert_eq!(
+            sealed(&head, two).unwrap(),
+            Path::new(&format!("/d/web.disk.{two}.layer"))
+        );
+        // A user's own name is not taken apart.
+        assert_eq!(stem("my.layer"), "my.layer");
+        assert_eq!(stem(&format!(".{one}.layer")), format!(".{one}.layer"));
+    }
+}

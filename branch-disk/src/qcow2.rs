@@ -1,0 +1,125 @@
+//! From and to qcow2.
+
+use std::{fs::File, io, path::Path};
+
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder,
+    file::File as ImageFile, qcow2::Qcow2,
+};
+
+use crate::{
+    chain::Rule,
+    convert::{Copied, copy, create_new, finish, import},
+    disk::Disk,
+    error::Error,
+};
+
+type Image = FormatAccess<ImageFile>;
+
+/// Makes a disk at `to` of the qcow2 image `from`, on which it does not depend afterwards. An image that needs another file,
+/// a backing image or one with its data, is refused: convert it first.
+///
+/// # Errors
+///
+/// [`Error`]; [`Error::Exists`] when there is anything at `to`.
+pub fn import_qcow2(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
+    let file = File::open(from).map_err(Error::io("import from", from))?;
+    let image = open(file, false).map_err(Error::io("import from", from))?;
+    let read = |offset: u64, piece: &mut [u8]| image.read(piece, offset);
+    import(image.size(), Ok, read, to, rule)
+}
+
+/// Writes what a disk has into a new qcow2 image.
+///
+/// # Errors
+///
+/// [`Error`]; [`Error::Exists`] when there is anything at `to`.
+pub fn export_qcow2(disk: &Disk, to: &Path) -> Result<Copied, Error> {
+    let file = create_new(to)?;
+    finish(write(disk, &file), "export to", to)
+}
+
+fn write(disk: &Disk, file: &File) -> io::Result<Copied> {
+    let storage = ImageFile::try_from(file.try_clone()?)?;
+    Qcow2::<ImageFile, Image>::create_builder(storage)
+        .size(disk.bytes())
+        .create()?;
+    let image = open(file.try_clone()?, true)?;
+    let copied = copy(
+        disk.bytes(),
+        |offset| Ok(disk.next_data(offset)),
+        |offset, mut piece| disk.read(offset, &mut piece),
+        |offset, data| image.write(data, offset),
+    )?;
+    image.flush()?;
+    drop(image);
+    file.sync_all()?;
+    Ok(copied)
+}
+
+/// Opens the image in `file` and nothing that it names.
+fn open(file: File, write: bool) -> io::Result<Image> {
+    let storage = ImageFile::try_from(file)?;
+    let image = Qcow2::<ImageFile, Image>::builder(storage)
+        .write(write)
+        .open(DenyImplicitOpenGate::default())?;
+    Ok(FormatAccess::new(image))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Foundation, Mode, anything};
+
+    fn pattern(bytes: usize) -> Vec<u8> {
+        (0..bytes)
+            .map(|at| {
+                if at / 5000 % 3 == 0 {
+                    (at % 251) as u8
+                } else {
+                    0
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_goes_out_comes_in_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let content = pattern(3 << 20);
+        std::fs::write(path("base"), &content[..1 << 20]).unwrap();
+        let on = Foundation::Raw(path("base"));
+        let mut disk = Disk::create(&path("d"), Some(3 << 20), &on, &anything).unwrap();
+        disk.write(1 << 20, &mut &content[1 << 20..]).unwrap();
+        let out = export_qcow2(&disk, &path("q")).unwrap();
+        assert!(matches!(
+            export_qcow2(&disk, &path("q")),
+            Err(Error::Exists { .. })
+        ));
+        let copied = import_qcow2(&path("q"), &path("again"), &anything).unwrap();
+        assert_eq!(copied, out);
+        let again = Disk::open(&path("again"), Mode::Read, &anything).unwrap();
+        let mut found = vec![1; 3 << 20];
+        again.read(0, &mut &mut found[..]).unwrap();
+        assert!(found == content);
+    }
+
+    #[test]
+    fn another_file_is_not_opened_for_an_image_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("secret"), [7; 65536]).unwrap();
+        let file = create_new(&path("q")).unwrap();
+        let secret = path("secret").to_str().unwrap().to_owned();
+        Qcow2::<ImageFile, Image>::create_builder(ImageFile::try_from(file).unwrap())
+            .size(65536)
+            .backing(secret, "raw".to_owned())
+            .create()
+            .unwrap();
+        import_qcow2(&path("q"), &path("d"), &anything).unwrap_err();
+        assert!(!path("d").exists());
+        std::fs::write(path("q"), [0; 512]).unwrap();
+        import_qcow2(&path("q"), &path("d"), &anything).unwrap_err();
+    }
+}

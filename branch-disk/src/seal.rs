@@ -1,0 +1,251 @@
+//! The end of one head and the beginning of the next.
+
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustix::io::Errno;
+
+use crate::{
+    bits::Bits,
+    chain::whole_map,
+    create::{Draft, link, new_id},
+    error::Error,
+    header::{Header, LayerId, Parent},
+    layer::Layer,
+    layout::MAX_DEPTH,
+    media::{Lock, sync_directory_of},
+    name, stored_map,
+};
+
+/// A sealed layer: where it is, and which.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerRef {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Its id.
+    pub id: LayerId,
+}
+
+/// A head, from which the next can be made while it is in use.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub(crate) path: PathBuf,
+    pub(crate) layers: Vec<Arc<Layer>>,
+}
+
+/// The next head, ready and durable, but without its name. Dropped, it is removed.
+#[derive(Debug)]
+pub struct Next {
+    pub(crate) draft: Option<Draft>,
+    pub(crate) header: Header,
+    /// What stays below it.
+    pub(crate) layers: Vec<Arc<Layer>>,
+    /// The name that the present head has been given besides its own.
+    pub(crate) sealed: PathBuf,
+}
+
+impl Plan {
+    /// Makes the next head. This syncs files; the disk may be in use meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; nothing has changed then.
+    pub fn prepare(self) -> Result<Next, Error> {
+        let Self { path, layers } = self;
+        let Some(head) = layers.last() else {
+            return Err(Error::damaged(&path, "it has no layers"));
+        };
+        if head.header.depth >= MAX_DEPTH {
+            return Err(Error::TooDeep { path });
+        }
+        name::sweep(&path);
+        let sealed = name::sealed(&path, head.header.id)?;
+        match link(&head.media, &sealed) {
+            Ok(()) => {}
+            // From a seal that did not come about.
+            Err(Errno::EXIST) if is(&sealed, head)? => {}
+            Err(Errno::EXIST) => return Err(Error::Exists { path: sealed }),
+            Err(errno) => return Err(Error::errno("name", &sealed)(errno)),
+        }
+        let parent = Parent::Layer {
+            path: sealed.file_name().unwrap_or_default().into(),
+            id: head.header.id,
+            bytes: head.header.geometry.bytes(),
+        };
+        let mut next = Next {
+            draft: None,
+            header: Header {
+                id: new_id(&path)?,
+                depth: head.header.depth + 1,
+                geometry: head.header.geometry,
+                parent,
+            },
+            layers,
+            sealed,
+        };
+        next.draft = Some(Draft::write(&path, &next.header)?);
+        sync_directory_of(&path)?;
+        Ok(next)
+    }
+}
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        if self.draft.is_some() {
+            name::discard(&self.sealed);
+        }
+    }
+}
+
+/// Whether what is at `path` is the file of `layer`.
+fn is(path: &Path, layer: &Layer) -> Result<bool, Error> {
+    let found = std::fs::symlink_metadata(path).map_err(Error::io("look at", path))?;
+    Ok((found.dev(), found.ino()) == layer.media.identity()?)
+}
+
+/// A layer that is being sealed.
+#[derive(Debug)]
+pub(crate) struct Seal {
+    /// The sealed layer, the last, and what is below it. It can be written to.
+    layers: Vec<Arc<Layer>>,
+    sealed: Arc<Layer>,
+    path: PathBuf,
+    /// What it owns; `None` when it cannot be told any more what of it is durable.
+    bits: Mutex<Option<Bits>>,
+    durable: AtomicBool,
+    finished: Mutex<bool>,
+}
+
+impl Seal {
+    /// Of the last of `layers`, which now has the name `path` and owns `bits`.
+    pub(crate) fn new(
+        layers: Vec<Arc<Layer>>,
+        sealed: Arc<Layer>,
+        path: PathBuf,
+        bits: Bits,
+    ) -> Self {
+        Self {
+            layers,
+            sealed,
+            path,
+            bits: Mutex::new(Some(bits)),
+            durable: AtomicBool::new(false),
+            finished: Mutex::new(false),
+        }
+    }
+
+    /// Of a layer that a crash left without a seal, or without a map.
+    pub(crate) fn resume(layers: &[Arc<Layer>]) -> Result<Self, Error> {
+        let Some(layer) = layers.last() else {
+            return Err(Error::damaged(Path::new("/"), "it has no layers"));
+        };
+        // The locks are held already.
+        let writable = Layer::open(layer.path(), true, Lock::Not)?;
+        let bits = Bits::load(&writable.media, &writable.header)?;
+        let sealed = Arc::new(writable);
+        let path = layer.path().to_owned();
+        Ok(Self::new(layers.to_vec(), sealed, path, bits))
+    }
+
+    pub(crate) fn reference(&self) -> LayerRef {
+        LayerRef {
+            path: self.path.clone(),
+            id: self.sealed.header.id,
+        }
+    }
+
+    pub(crate) fn is_durable(&self) -> bool {
+        self.durable.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        *lock(&self.finished)
+    }
+
+    /// Makes everything that the layer owns durable, and that it is sealed.
+    pub(crate) fn make_durable(&self) -> Result<(), Error> {
+        if self.is_durable() {
+            return Ok(());
+        }
+        let mut held = lock(&self.bits);
+        if self.is_durable() {
+            return Ok(());
+        }
+        // Put back only if all goes well: after a sync that failed nobody knows what is durable.
+        let mut bits = held
+            .take()
+            .ok_or_else(|| Error::damaged(&self.path, "an earlier sync of it failed"))?;
+        let media = &self.sealed.media;
+        media.sync()?;
+        // The next head's name, before this one's seal.
+        sync_directory_of(&self.path)?;
+        bits.write(media, self.sealed.header.id)?;
+        self.sealed.write_seal(media)?;
+        media.sync()?;
+        *held = Some(bits);
+        self.durable.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// As after a sync that failed.
+    #[cfg(test)]
+    pub(crate) fn fail(&self) {
+        lock(&self.bits).take();
+    }
+
+    /// As [`Seal::make_durable`]; then gives the layer its map, so that others can stand on it.
+    pub(crate) fn finish(&self) -> Result<(), Error> {
+        self.make_durable()?;
+        let mut finished = lock(&self.finished);
+        if !*finished {
+            let media = &self.sealed.media;
+            let map = whole_map(&self.layers)?;
+            let descriptor = stored_map::write(&self.sealed, media, &map)?;
+            media.sync()?;
+            self.sealed.write_descriptor(media, descriptor)?;
+            media.sync()?;
+            media.lock(Lock::Shared)?;
+            *finished = true;
+        }
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What it guards is either whole or gone.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An instant of a disk, at which a layer ended. Others can stand on that layer once this is finished.
+#[derive(Debug)]
+#[must_use = "the layer is of use once this is finished"]
+pub struct Cut {
+    pub(crate) layer: LayerRef,
+    /// Its seal, after those before it that are not finished.
+    pub(crate) seals: Vec<Arc<Seal>>,
+}
+
+impl Cut {
+    /// The layer that ended; not to be used before [`Cut::finish`] has returned.
+    pub fn layer(&self) -> &LayerRef {
+        &self.layer
+    }
+
+    /// Makes the layer durable and writes its map. The disk may be in use meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; the disk goes on, but nobody should stand on the layer. It can be tried again.
+    pub fn finish(self) -> Result<LayerRef, Error> {
+        for seal in &self.seals {
+            seal.finish()?;
+        }
+        Ok(self.layer)
+    }
+}

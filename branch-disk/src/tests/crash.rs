@@ -1,0 +1,425 @@
+//! Crashes of the host at any point, with any part of what was not synced on the disk.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::unix::fs::FileExt,
+};
+
+use proptest::{collection::vec, prelude::*};
+
+use super::*;
+use crate::{
+    Cut, Space,
+    tape::{self, Event, Told},
+};
+
+const SECTORS: u64 = 160;
+const BASE_SECTORS: usize = 100;
+const BASE_STAMP: u32 = 1 << 20;
+
+#[derive(Clone, Debug)]
+enum Op {
+    Write(u64, u64),
+    Zero(u64, u64, Space),
+    Flush,
+    Cut,
+    /// Finishes the cuts so far.
+    Finish,
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let range = || (0..SECTORS, 1..24u64).prop_map(|(at, len)| (at, len.min(SECTORS - at)));
+    let space = prop_oneof![Just(Space::Free), Just(Space::Keep)];
+    prop_oneof![
+        6 => range().prop_map(|(at, len)| Op::Write(at, len)),
+        2 => (range(), space).prop_map(|((at, len), space)| Op::Zero(at, len, space)),
+        3 => Just(Op::Flush),
+        2 => Just(Op::Cut),
+        2 => Just(Op::Finish),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+fn stamped(stamps: &[u32]) -> Vec<u8> {
+    stamps
+        .iter()
+        .flat_map(|stamp| stamp.to_le_bytes().repeat(128))
+        .collect()
+}
+
+/// The stamp of each sector, all of which must be of one.
+fn stamps(bytes: &[u8]) -> Vec<u32> {
+    bytes
+        .chunks_exact(512)
+        .map(|sector| {
+            let stamp: [u8; 4] = sector[..4].try_into().unwrap();
+            assert!(
+                sector.chunks_exact(4).all(|word| word == stamp),
+                "a torn sector"
+            );
+            u32::from_le_bytes(stamp)
+        })
+        .collect()
+}
+
+fn base() -> Vec<u32> {
+    (0..BASE_SECTORS as u32)
+        .map(|sector| BASE_STAMP + sector)
+        .collect()
+}
+
+/// Works on a disk `d`, and returns what was done.
+fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
+    std::fs::write(dir.join("base"), stamped(&base())).unwrap();
+    tape::start();
+    let path = dir.join("d");
+    let on = Foundation::Raw(dir.join("base"));
+    let mut disk = Disk::create(&path, Some(SECTORS * 512), &on, &anything).unwrap();
+    let mut content = base();
+    content.resize(SECTORS as usize, 0);
+    tape::note(Event::Told(Told::Flushed));
+    let mut cuts: Vec<(Cut, Vec<u32>)> = Vec::new();
+    let finish = |cuts: &mut Vec<(Cut, Vec<u32>)>| {
+        for (cut, content) in cuts.drain(..) {
+            let layer = cut.finish().unwrap().path.file_name().unwrap().into();
+            tape::note(Event::Told(Told::Snapshot { layer, content }));
+        }
+    };
+    for (op, stamp) in ops.iter().zip(1..) {
+        let begins = |at: u64, len: u64, stamp| {
+            tape::note(Event::Told(Told::Begins {
+                start: at,
+                end: at + len,
+                stamp,
+            }));
+        };
+        match *op {
+            Op::Write(at, len) => {
+                begins(at, len, stamp);
+                content[at as usize..(at + len) as usize].fill(stamp);
+                write(&mut disk, at * 512, &stamped(&vec![stamp; len as usize]));
+            }
+            Op::Zero(at, len, space) => {
+                begins(at, len, 0);
+                content[at as usize..(at + len) as usize].fill(0);
+                disk.write_zeroes(at * 512, len * 512, space).unwrap();
+            }
+            Op::Flush => {
+                disk.flush().unwrap();
+                tape::note(Event::Told(Told::Flushed));
+            }
+            Op::Cut => cuts.push((disk.cut(disk.prepare().unwrap()).unwrap(), content.clone())),
+            Op::Finish => finish(&mut cuts),
+            Op::Reopen => {
+                finish(&mut cuts);
+                drop(disk);
+                tape::note(Event::Told(Told::Flushed));
+                disk = Disk::open(&path, Mode::Write, &anything).unwrap();
+            }
+        }
+        assert!(stamps(&all(&disk)) == content);
+    }
+    let events = tape::stop();
+    drop(disk);
+    events
+}
+
+/// What of a file is on the disk, and what may be.
+#[derive(Default)]
+struct Inode {
+    durable: Vec<u8>,
+    pending: Vec<(u64, Vec<u8>)>,
+}
+
+/// The state that a crash leaves.
+#[derive(Default)]
+struct Host {
+    inodes: BTreeMap<u64, Inode>,
+    names: BTreeMap<PathBuf, u64>,
+    pending_names: Vec<Event>,
+}
+
+impl Host {
+    fn take(&mut self, event: &Event) {
+        match event {
+            Event::Created { inode, bytes } => {
+                let durable = vec![0; *bytes as usize];
+                self.inodes.insert(
+                    *inode,
+                    Inode {
+                        durable,
+                        pending: Vec::new(),
+                    },
+                );
+            }
+            Event::Wrote {
+                inode,
+                offset,
+                bytes,
+            } => self.pend(*inode, *offset, bytes.clone()),
+            Event::Zeroed { inode, offset, len } => {
+                self.pend(*inode, *offset, vec![0; *len as usize])
+            }
+            Event::Synced { inode } => {
+                if let Some(inode) = self.inodes.get_mut(inode) {
+                    for (offset, bytes) in std::mem::take(&mut inode.pending) {
+                        inode.put(offset, &bytes);
+                    }
+                }
+            }
+            Event::Linked { .. } | Event::Renamed { .. } | Event::Removed { .. } => {
+                self.pending_names.push(event.clone());
+            }
+            Event::SyncedNames => {
+                for event in std::mem::take(&mut self.pending_names) {
+                    self.name(&event);
+                }
+            }
+            Event::Told(_) => {}
+        }
+    }
+
+    fn pend(&mut self, inode: u64, offset: u64, bytes: Vec<u8>) {
+        self.inodes
+            .entry(inode)
+            .or_default()
+            .pending
+            .push((offset, bytes));
+    }
+
+    fn name(&mut self, event: &Event) {
+        match event {
+            Event::Linked { inode, name } => {
+                self.names.insert(name.clone(), *inode);
+            }
+            Event::Renamed { from, to } => {
+                if let Some(inode) = self.names.remove(from) {
+                    self.names.insert(to.clone(), inode);
+                }
+            }
+            Event::Removed { name } => {
+                self.names.remove(name);
+            }
+            _ => {}
+        }
+    }
+
+    /// Some of what is pending reaches the disk, by the sector; of the names, those of the first operations.
+    fn crash(mut self, dir: &Path, mut random: impl FnMut() -> u32) {
+        let names = std::mem::take(&mut self.pending_names);
+        let kept = random() as usize % (names.len() + 1);
+        for event in &names[..kept] {
+            self.name(event);
+        }
+        let geometry = crate::layout::Geometry::of(SECTORS * 512).unwrap();
+        let data = geometry.data_at()..geometry.map_at();
+        for inode in self.inodes.values_mut() {
+            // Sometimes all or nothing of it.
+            let kind = random() % 4;
+            for (offset, bytes) in std::mem::take(&mut inode.pending) {
+                // Data by the sector; of what is not data, nothing is taken for granted.
+                let piece = if data.contains(&offset) { 512 } else { 16 };
+                for (piece, at) in bytes.chunks(piece).zip((offset..).step_by(piece)) {
+                    if kind == 0 || (kind != 1 && random().is_multiple_of(2)) {
+                        inode.put(at, piece);
+                    }
+                }
+            }
+        }
+        let mut written: BTreeMap<u64, PathBuf> = BTreeMap::new();
+        for (name, inode) in &self.names {
+            let path = dir.join(name.file_name().unwrap());
+            match written.get(inode) {
+                Some(other) => std::fs::hard_link(other, &path).unwrap(),
+                None => {
+                    std::fs::write(&path, &self.inodes[inode].durable).unwrap();
+                    written.insert(*inode, path);
+                }
+            }
+        }
+    }
+}
+
+impl Inode {
+    fn put(&mut self, offset: u64, bytes: &[u8]) {
+        let end = offset as usize + bytes.len();
+        if self.durable.len() < end {
+            self.durable.resize(end, 0);
+        }
+        self.durable[offset as usize..end].copy_from_slice(bytes);
+    }
+}
+
+/// What may be read after a crash behind `events`, and the snapshots that must be there.
+type Expected = (Vec<BTreeSet<u32>>, Vec<(PathBuf, Vec<u32>)>);
+
+fn expected(events: &[Event]) -> Expected {
+    let mut content = base();
+    content.resize(SECTORS as usize, 0);
+    let mut possible: Vec<BTreeSet<u32>> = content.iter().map(|stamp| [*stamp].into()).collect();
+    let mut snapshots = Vec::new();
+    for event in events {
+        let Event::Told(told) = event else { continue };
+        match told {
+            Told::Begins { start, end, stamp } => {
+                for sector in *start..*end {
+                    content[sector as usize] = *stamp;
+                    possible[sector as usize].insert(*stamp);
+                }
+            }
+            Told::Flushed => {
+                possible = content.iter().map(|stamp| [*stamp].into()).collect();
+            }
+            Told::Snapshot { layer, content } => snapshots.push((layer.clone(), content.clone())),
+        }
+    }
+    (possible, snapshots)
+}
+
+fn crash_and_look(events: &[Event], at: usize, seed: u32) {
+    let dir = in_memory();
+    std::fs::write(dir.path().join("base"), stamped(&base())).unwrap();
+    let mut host = Host::default();
+    for event in &events[..at] {
+        host.take(event);
+    }
+    let mut state = seed | 1;
+    host.crash(dir.path(), || {
+        // xorshift
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state
+    });
+    let (possible, snapshots) = expected(&events[..at]);
+    let path = dir.path().join("d");
+    sound(&path);
+    // Who only looks sees the same as who goes on.
+    let looked = stamps(&all(&Disk::open(&path, Mode::Read, &anything).unwrap()));
+    let mut disk = Disk::open(&path, Mode::Write, &anything).unwrap();
+    let found = stamps(&all(&disk));
+    assert!(looked == found);
+    for (sector, (found, possible)) in found.iter().zip(&possible).enumerate() {
+        assert!(
+            possible.contains(found),
+            "sector {sector} is {found} and not of {possible:?}"
+        );
+    }
+    for (layer, content) in &snapshots {
+        let branch = Disk::branch(&dir.path().join(layer), None, &anything).unwrap();
+        assert!(stamps(&all(&branch)) == *content, "{}", layer.display());
+    }
+    // And it goes on.
+    write(&mut disk, 0, &stamped(&[77; 9]));
+    disk.discard(20 * 512, 512).unwrap();
+    let layer = sealed(&mut disk);
+    let mut content = found;
+    content[..9].fill(77);
+    content[20] = 0;
+    drop(disk);
+    for path in [&path, &layer.path] {
+        sound(path);
+        assert!(stamps(&all(&Disk::open(path, Mode::Read, &anything).unwrap())) == content);
+    }
+}
+
+/// The first point at which the disk is there.
+fn begin(events: &[Event]) -> usize {
+    let flushed = |event: &Event| matches!(event, Event::Told(Told::Flushed));
+    events.iter().position(flushed).unwrap() + 1
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_crash_loses_nothing_that_was_flushed(
+        ops in vec(op(), 1..24),
+        crashes in vec((any::<prop::sample::Index>(), any::<u32>()), 12),
+    ) {
+        let dir = in_memory();
+        let events = work(dir.path(), &ops);
+        let begin = begin(&events);
+        for (at, seed) in crashes {
+            crash_and_look(&events, begin + at.index(events.len() + 1 - begin), seed);
+        }
+    }
+}
+
+#[test]
+fn every_point_of_a_seal_and_a_flush_can_be_the_last() {
+    let ops = [
+        Op::Write(3, 9),
+        Op::Flush,
+        Op::Write(8, 20),
+        Op::Cut,
+        Op::Write(5, 5),
+        Op::Flush,
+        Op::Zero(0, 4, Space::Free),
+        Op::Finish,
+        Op::Cut,
+        Op::Write(70, 24),
+        Op::Finish,
+        Op::Write(1, 2),
+        Op::Flush,
+    ];
+    let dir = in_memory();
+    let events = work(dir.path(), &ops);
+    for at in begin(&events)..=events.len() {
+        for seed in 0..6u32 {
+            crash_and_look(
+                &events,
+                at,
+                (seed + 1).wrapping_mul(0x9e37_79b9u32.rotate_left(at as u32)),
+            );
+        }
+    }
+}
+
+/// A process that is killed leaves all that it wrote to files, in order.
+#[test]
+fn what_a_killed_process_leaves_is_made_durable_before_it_is_relied_upon() {
+    let dir = in_memory();
+    let events = work(dir.path(), &[Op::Write(3, 9), Op::Flush]);
+    // Killed between the page of the bitmap and the sync of it.
+    let last_sync = events
+        .iter()
+        .rposition(|event| matches!(event, Event::Synced { .. }))
+        .unwrap();
+    let there = in_memory();
+    std::fs::write(there.path().join("base"), stamped(&base())).unwrap();
+    let mut host = Host::default();
+    events[..last_sync]
+        .iter()
+        .for_each(|event| host.take(event));
+    host.take(&Event::SyncedNames);
+    let inodes: Vec<u64> = host.inodes.keys().copied().collect();
+    inodes
+        .iter()
+        .for_each(|inode| host.take(&Event::Synced { inode: *inode }));
+    host.crash(there.path(), || 1);
+    let path = there.path().join("d");
+    let mut disk = Disk::open(&path, Mode::Write, &anything).unwrap();
+    assert_eq!(stamps(&all(&disk))[3..12], [1; 9]);
+    tape::start();
+    disk.flush().unwrap();
+    let synced = tape::stop();
+    assert!(matches!(synced[..], [Event::Synced { .. }]), "{synced:?}");
+}
+
+#[test]
+fn after_a_sync_that_failed_nothing_is_promised() {
+    let bench = Bench::new(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let cut = disk.cut(disk.prepare().unwrap()).unwrap();
+    // As after an error of the sync within.
+    cut.seals[0].fail();
+    assert!(disk.flush().is_err());
+    assert!(disk.flush().is_err());
+    assert!(disk.write(0, &mut &[1; 512][..]).is_err());
+    assert!(cut.finish().is_err());
+    let file = std::fs::File::open(bench.path("base")).unwrap();
+    file.read_exact_at(&mut [0; 512], 0).unwrap();
+}

@@ -1,0 +1,181 @@
+//! Files that somebody made who means no good.
+
+use std::os::unix::fs::FileExt;
+
+use proptest::{collection::vec, prelude::*};
+
+use super::*;
+use crate::page;
+
+const SECTORS: u64 = 2000;
+
+/// A disk with a base and two sealed layers; the paths of all three layers.
+fn chain(bench: &Bench) -> [PathBuf; 3] {
+    let on = Foundation::Raw(bench.path("base"));
+    let mut disk = Disk::create(&bench.path("d"), Some(SECTORS * 512), &on, &anything).unwrap();
+    let layers = [3, 5].map(|step: u64| {
+        for at in (0..SECTORS).step_by(step as usize * 7) {
+            let len = step.min(SECTORS - at) as usize * 512;
+            write(&mut disk, at * 512, &vec![step as u8; len]);
+        }
+        sealed(&mut disk).path
+    });
+    write(&mut disk, 512, &[7; 1024]);
+    let [one, two] = layers;
+    [one, two, bench.path("d")]
+}
+
+/// Uses a disk in every way; what comes of it does not matter.
+fn use_it(path: &Path) {
+    let rule = |path: &Path| !path.starts_with("/dev") && !path.starts_with("/proc");
+    let _ = crate::check(path, &rule);
+    for mode in [Mode::Read, Mode::Write] {
+        let Ok(mut disk) = Disk::open(path, mode, &rule) else {
+            continue;
+        };
+        let end = disk.bytes();
+        for offset in [0, end / 1024 * 512, end.saturating_sub(65536)] {
+            let mut bytes = vec![0; (end - offset).min(65536) as usize];
+            let _ = disk.read(offset, &mut &mut bytes[..]);
+        }
+        let _ = disk.info();
+        let _ = disk.write(0, &mut &[1; 512][..]);
+        let _ = disk.discard(512, 512);
+        let _ = disk.flush();
+        if let Ok(next) = disk.prepare() {
+            let _ = disk.cut(next).map(crate::Cut::finish);
+        }
+    }
+    let _ = Disk::branch(path, None, &rule);
+}
+
+#[derive(Clone, Debug)]
+struct Change {
+    file: usize,
+    page: prop::sample::Index,
+    bytes: Vec<(usize, u8)>,
+    /// Whether its checksum is made to fit.
+    forged: bool,
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    // Where a page tells something, more than where its content is.
+    let at = prop_oneof![0..128usize, 0..4096usize];
+    let bytes = vec((at, any::<u8>()), 1..4);
+    let forged = prop::bool::weighted(0.8);
+    (0..3usize, any::<prop::sample::Index>(), bytes, forged).prop_map(
+        |(file, page, bytes, forged)| Change {
+            file,
+            page,
+            bytes,
+            forged,
+        },
+    )
+}
+
+fn apply(path: &Path, change: &Change) {
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let end = file.metadata().unwrap().len();
+    let map_at = crate::layout::Geometry::of(SECTORS * 512).unwrap().map_at();
+    // Header, seal, descriptor, the bitmap's pair, and the map's pages.
+    let mut pages: Vec<u64> = vec![0, 4096, 8192, 16_384, 20_480];
+    pages.extend((map_at..end).step_by(4096));
+    let at = *change.page.get(&pages);
+    let mut page = [0; 4096];
+    file.read_exact_at(&mut page, at).unwrap();
+    for (at, byte) in &change.bytes {
+        page[*at] = *byte;
+    }
+    if change.forged && at == 0 {
+        let digest = page::digest(&page[..4080]);
+        page[4080..].copy_from_slice(&digest);
+    } else if change.forged {
+        let digest = page::digest(&page[16..]);
+        page[..16].copy_from_slice(&digest);
+    }
+    file.write_all_at(&page, at).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_change_of_a_layer_makes_a_panic(changes in vec(change(), 1..4)) {
+        let bench = Bench::in_memory(500);
+        let paths = chain(&bench);
+        for change in &changes {
+            apply(&paths[change.file], change);
+        }
+        for path in paths {
+            use_it(&path);
+        }
+    }
+
+    #[test]
+    fn no_bytes_make_a_panic(bytes in vec(any::<u8>(), 0..9000)) {
+        let bench = Bench::in_memory(1);
+        let path = bench.path("d");
+        std::fs::write(&path, [b"FERMDISK".as_slice(), &bytes].concat()).unwrap();
+        use_it(&path);
+    }
+}
+
+#[test]
+fn every_byte_that_is_damaged_is_noticed_or_means_nothing() {
+    let bench = Bench::in_memory(500);
+    let [_, layer, head] = chain(&bench);
+    let content = all(&Disk::open(&head, Mode::Read, &anything).unwrap());
+    let map_at = crate::layout::Geometry::of(SECTORS * 512).unwrap().map_at();
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&layer)
+        .unwrap();
+    for page in [0, 4096, 8192, map_at] {
+        for at in (page..page + 4096).step_by(37) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at).unwrap();
+            file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+            if let Ok(disk) = Disk::open(&head, Mode::Read, &anything) {
+                assert!(all(&disk) == content, "byte {at}");
+            }
+            file.write_all_at(&byte, at).unwrap();
+        }
+    }
+    assert!(all(&Disk::open(&head, Mode::Read, &anything).unwrap()) == content);
+}
+
+#[test]
+fn a_file_cut_short_is_refused() {
+    let bench = Bench::in_memory(500);
+    for path in chain(&bench) {
+        let whole = std::fs::read(&path).unwrap();
+        for len in [0, 100, 4096, 16_384, 65_536, whole.len() - 4097] {
+            let cut = bench.path("cut");
+            std::fs::write(&cut, &whole[..len]).unwrap();
+            assert!(Disk::open(&cut, Mode::Read, &anything).is_err(), "{len}");
+        }
+    }
+}
+
+#[test]
+fn a_pipe_and_a_directory_are_no_disks() {
+    let bench = Bench::in_memory(1);
+    let pipe = bench.path("pipe");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &pipe,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )
+    .unwrap();
+    for path in [pipe, bench.path(".")] {
+        assert!(Disk::open(&path, Mode::Read, &anything).is_err());
+        assert!(Disk::create(&bench.path("d"), None, &Foundation::Raw(path), &anything).is_err());
+    }
+}

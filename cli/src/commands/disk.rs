@@ -1,0 +1,316 @@
+//! `fermata disk`: disks that branch.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, anyhow};
+use branch_disk::{BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, anything};
+use clap::{Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::{machine, output};
+
+/// The exit code when a check finds something.
+const DAMAGED: u8 = 2;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Prints JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes a disk: of zeros, or on a raw image, which must not change as long as the disk is of use.
+    Create {
+        /// The disk.
+        #[arg(value_parser = machine::absolute())]
+        disk: PathBuf,
+        /// Its size in bytes, or with K, M, G or T behind it in units of 1024; by default the base's.
+        #[arg(long, value_parser = size, required_unless_present = "base")]
+        size: Option<u64>,
+        /// The raw image that it begins as.
+        #[arg(long, value_name = "FILE", value_parser = machine::absolute())]
+        base: Option<PathBuf>,
+    },
+    /// Makes a disk that begins as another is now. What the two have in common is kept once.
+    Branch {
+        /// The other: a disk that no machine uses, or a sealed layer of one.
+        #[arg(value_parser = machine::absolute())]
+        from: PathBuf,
+        /// The new disk.
+        #[arg(value_parser = machine::absolute())]
+        disk: PathBuf,
+        /// Its size, if it is to be larger.
+        #[arg(long, value_parser = size)]
+        size: Option<u64>,
+    },
+    /// Shows a disk's layers, from the top, and what each takes.
+    Info {
+        /// The disk, or one of its layers.
+        disk: PathBuf,
+    },
+    /// Makes a disk of an image, on which it does not depend afterwards.
+    Import {
+        /// The image.
+        image: PathBuf,
+        /// The disk.
+        #[arg(value_parser = machine::absolute())]
+        disk: PathBuf,
+        /// What the image is.
+        #[arg(long, value_enum, default_value_t = Format::Raw)]
+        format: Format,
+    },
+    /// Writes a disk's content into an image.
+    Export {
+        /// The disk, or one of its layers.
+        disk: PathBuf,
+        /// The image.
+        #[arg(value_parser = machine::absolute())]
+        image: PathBuf,
+        /// What the image is to be.
+        #[arg(long, value_enum, default_value_t = Format::Raw)]
+        format: Format,
+    },
+    /// Checks everything of a disk but its data. The exit code is 2 when something is wrong.
+    Check {
+        /// The disk, or one of its layers.
+        disk: PathBuf,
+    },
+}
+
+/// What an image that is not ours can be.
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    Raw,
+    Qcow2,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let json = args.json;
+    match &args.command {
+        Command::Create { disk, size, base } => {
+            let on = base.clone().map_or(Foundation::Nothing, Foundation::Raw);
+            made(&Disk::create(disk, *size, &on, &anything)?, json)
+        }
+        Command::Branch { from, disk, size } => {
+            let on = Foundation::Layer(sealed(from)?, None);
+            made(&Disk::create(disk, *size, &on, &anything)?, json)
+        }
+        Command::Info { disk } => info(&read(disk)?, json),
+        Command::Import {
+            image,
+            disk,
+            format,
+        } => {
+            let copied = match format {
+                Format::Raw => branch_disk::import_raw(image, disk, &anything),
+                Format::Qcow2 => branch_disk::import_qcow2(image, disk, &anything),
+            };
+            report_copy(copied?, json)
+        }
+        Command::Export {
+            disk,
+            image,
+            format,
+        } => {
+            let disk = read(disk)?;
+            let copied = match format {
+                Format::Raw => branch_disk::export_raw(&disk, image),
+                Format::Qcow2 => branch_disk::export_qcow2(&disk, image),
+            };
+            report_copy(copied?, json)
+        }
+        Command::Check { disk } => check(disk, json),
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Disk> {
+    Ok(Disk::open(path, Mode::Read, &anything)?)
+}
+
+/// A sealed layer with what is in the disk `from` now.
+fn sealed(from: &Path) -> anyhow::Result<PathBuf> {
+    let mut disk = match Disk::open(from, Mode::Write, &anything) {
+        Ok(disk) => disk,
+        Err(Error::Sealed { path }) => return Ok(path),
+        Err(error) => return Err(error.into()),
+    };
+    let next = disk.prepare()?;
+    Ok(disk.cut(next)?.finish()?.path)
+}
+
+fn made(disk: &Disk, json: bool) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Made {
+        path: PathBuf,
+        bytes: u64,
+    }
+    let made = Made {
+        path: disk.path().to_owned(),
+        bytes: disk.bytes(),
+    };
+    if json {
+        output::print_json(&made)?;
+    } else {
+        let (path, size) = (made.path.display(), output::bytes(made.bytes));
+        output::print(&format!(
+            "{path}: {size}; attach it with `--disk path={path},format=branch`\n"
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn info(disk: &Disk, json: bool) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Report {
+        bytes: u64,
+        layers: Vec<Layer>,
+        base: Option<Base>,
+    }
+    #[derive(Serialize)]
+    struct Layer {
+        path: PathBuf,
+        id: String,
+        bytes: u64,
+        owned_bytes: u64,
+        allocated_bytes: u64,
+        sealed: bool,
+        mapped: bool,
+    }
+    #[derive(Serialize)]
+    struct Base {
+        path: PathBuf,
+        bytes: u64,
+    }
+    let Info {
+        bytes,
+        layers,
+        base,
+    } = disk.info()?;
+    if json {
+        let layers = layers.into_iter().map(|layer| Layer {
+            path: layer.path,
+            id: layer.id.to_string(),
+            bytes: layer.bytes,
+            owned_bytes: layer.owned_bytes,
+            allocated_bytes: layer.allocated_bytes,
+            sealed: layer.sealed,
+            mapped: layer.mapped,
+        });
+        let base = base.map(|BaseInfo { path, bytes }| Base { path, bytes });
+        output::print_json(&Report {
+            bytes,
+            layers: layers.collect(),
+            base,
+        })?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut rows: Vec<_> = layers.iter().map(row).collect();
+    if let Some(base) = base {
+        let taken = output::bytes(base.bytes);
+        rows.push([
+            base.path.display().to_string(),
+            "base".to_owned(),
+            taken.clone(),
+            taken,
+        ]);
+    }
+    let heading = ["FILE", "STATE", "OWNS", "TAKES"];
+    let table = output::table(heading, &rows);
+    output::print(&format!("size  {}\n\n{table}", output::bytes(bytes)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(layer: &LayerInfo) -> [String; 4] {
+    let state = if layer.sealed { "sealed" } else { "head" };
+    [
+        layer.path.display().to_string(),
+        state.to_owned(),
+        output::bytes(layer.owned_bytes),
+        output::bytes(layer.allocated_bytes),
+    ]
+}
+
+fn report_copy(copied: Copied, json: bool) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Report {
+        bytes: u64,
+        data_bytes: u64,
+    }
+    let Copied { bytes, data_bytes } = copied;
+    if json {
+        output::print_json(&Report { bytes, data_bytes })?;
+    } else {
+        let (size, data) = (output::bytes(bytes), output::bytes(data_bytes));
+        output::print(&format!("{size}, of which {data} are not zeros\n"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Report {
+        layers: usize,
+        without_map: usize,
+        problems: Vec<String>,
+    }
+    let branch_disk::Checked {
+        layers,
+        problems,
+        without_map,
+    } = branch_disk::check(path, &anything)?;
+    let code = if problems.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(DAMAGED)
+    };
+    if json {
+        output::print_json(&Report {
+            layers,
+            without_map,
+            problems,
+        })?;
+    } else if problems.is_empty() {
+        output::print(&format!("{layers} layers, nothing wrong\n"))?;
+    } else {
+        output::print(&(problems.join("\n") + "\n"))?;
+    }
+    Ok(code)
+}
+
+/// Parses a size: `2G`.
+fn size(text: &str) -> anyhow::Result<u64> {
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
+    let unit: u64 = match &text[digits.len()..] {
+        "" => 1,
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        "T" => 1 << 40,
+        _ => return Err(anyhow!("a size has one unit: 2G")),
+    };
+    let number: u64 = digits.parse().context("a size is a number, like 2G")?;
+    number.checked_mul(unit).context("no disk is so large")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may")]
+
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size("512").unwrap(), 512);
+        assert_eq!(size("2G").unwrap(), 2 << 30);
+        for wrong in ["", "G", "2GG", "-1", "99999999999T", "2.5G"] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+}
