@@ -1,7 +1,7 @@
 //! Arbitrary payloads under right checksums: what somebody who forges a state file could have decoded.
 #![no_main]
 
-use devices::virtio::block::SavedBlock;
+use devices::virtio::{block::SavedBlock, net::SavedNet, vsock::SavedVsock};
 use hypervisor::{VcpuState, VmState};
 use libfuzzer_sys::fuzz_target;
 use saved_state::{SavedState, Section};
@@ -20,4 +20,6 @@ fuzz_target!(|payload: &[u8]| {
     decode::<VcpuState>(payload);
     decode::<VmState>(payload);
     decode::<SavedBlock>(payload);
+    decode::<SavedNet>(payload);
+    decode::<SavedVsock>(payload);
 });

@@ -17,13 +17,17 @@ pub const READY: &str = "fermata-guest: ready";
 const INIT: &str = include_str!("../../resources/guest/init");
 
 /// fermata's bus is virtio-mmio; QEMU's machines offer PCI.
-const MODULES: [&str; 5] = [
+const MODULES: [&str; 6] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "vmw_vsock_virtio_transport",
 ];
+
+/// The program that guests test their vsock device with.
+const VSOCK: &str = include_str!("../../resources/guest/vsock.rs");
 
 const DISK_MIB: u64 = 64;
 
@@ -38,6 +42,8 @@ pub enum Role {
     Cpu,
     /// Carries bytes over its network device in both directions.
     Net,
+    /// Echoes streams of its vsock device, and has its own echoed.
+    Vsock,
     /// Powers off through ACPI.
     PowerOff,
     /// Reboots through the keyboard controller.
@@ -55,6 +61,7 @@ impl fmt::Display for Role {
             Self::Clocks => "clocks",
             Self::Cpu => "cpu",
             Self::Net => "net",
+            Self::Vsock => "vsock",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
             Self::Panic => "panic",
@@ -69,7 +76,8 @@ pub fn command_line(role: Role) -> String {
     let reboot = match role {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
-        Role::Counter | Role::Clocks | Role::Cpu | Role::Net | Role::PowerOff | Role::Shell => "",
+        Role::Counter | Role::Clocks | Role::Cpu | Role::Net | Role::Vsock => "",
+        Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -97,6 +105,7 @@ pub fn build() -> Result<Guest> {
     let initrd = directory.join("guest-initramfs.cpio");
     let mut initramfs = Initramfs::new(INIT)?;
     initramfs.modules(&Modules::of_kernel(&kernel.release)?.read(&MODULES)?)?;
+    initramfs.file("bin/vsock", 0o755, &compiled(VSOCK)?)?;
     initramfs.write(&initrd)?;
 
     let disk = directory.join("guest-disk.raw");
@@ -106,6 +115,30 @@ pub fn build() -> Result<Guest> {
         initrd,
         disk,
     })
+}
+
+/// A program of one file, linked with nothing that the guest would need to have.
+fn compiled(source: &str) -> Result<Vec<u8>> {
+    let directory = cache::directory()?;
+    let (input, output) = (
+        cache::temporary_file_in(&directory)?,
+        cache::temporary_file_in(&directory)?,
+    );
+    std::fs::write(input.path(), source).context("cannot write a program for the guest")?;
+    // Cargo names the compiler that it was built with itself.
+    let compiler = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let result = Command::new(compiler)
+        .args(["--edition", "2024", "--crate-name", "guest", "-O"])
+        .args(["-C", "target-feature=+crt-static", "-C", "strip=symbols"])
+        .arg("-o")
+        .args([output.path(), input.path()])
+        .output()
+        .context("cannot run rustc")?;
+    if !result.status.success() {
+        let said = String::from_utf8_lossy(&result.stderr);
+        bail!("rustc cannot build a program for the guest: {said}");
+    }
+    std::fs::read(output.path()).context("cannot read a program for the guest")
 }
 
 fn make_disk(path: &Path) -> Result<()> {
@@ -161,6 +194,7 @@ mod tests {
             Role::Clocks,
             Role::Cpu,
             Role::Net,
+            Role::Vsock,
             Role::PowerOff,
             Role::Reboot,
             Role::Panic,

@@ -26,3 +26,5 @@ mod pause;
 mod same_again;
 #[path = "level3/stored.rs"]
 mod stored;
+#[path = "level3/vsock.rs"]
+mod vsock;

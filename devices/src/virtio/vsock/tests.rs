@@ -316,6 +316,14 @@ fn what_is_no_connection_is_reset() {
 }
 
 #[test]
+fn an_answer_does_not_wait_for_the_next_notification() {
+    let mut bench = Bench::new();
+    assert!(bench.get().is_none(), "and leaves room for the answer");
+    bench.say(Ports { host: 53, guest: 1 }, REQUEST);
+    assert_eq!(bench.receive.used(), 1);
+}
+
+#[test]
 fn the_guest_is_sent_no_more_than_it_has_room_for() {
     let mut bench = Bench::new();
     let (ports, mut stream) = bench.connected();
