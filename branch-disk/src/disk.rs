@@ -18,7 +18,7 @@ use crate::{
     layer::Layer,
     layout::{Geometry, SECTOR_BYTES},
     map::{BOTTOM, Map, Owner},
-    seal::{Cut, LayerRef, Next, Plan, Seal},
+    seal::{Cut, LayerRef, Next, Plan, Seal, is},
 };
 
 /// A disk that is open. Dropped, it is flushed as well as can be.
@@ -321,6 +321,13 @@ impl Disk {
             return Ok(Cut {
                 layer,
                 seals: self.seals.clone(),
+            });
+        }
+        // Whatever somebody has put in its place is not to be replaced.
+        if !is(&self.path, head)? {
+            return Err(Error::OtherLayer {
+                path: self.path.clone(),
+                expected: head.header.id,
             });
         }
         let Some(draft) = next.draft.take() else {

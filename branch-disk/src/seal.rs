@@ -104,7 +104,7 @@ impl Drop for Next {
 }
 
 /// Whether what is at `path` is the file of `layer`.
-fn is(path: &Path, layer: &Layer) -> Result<bool, Error> {
+pub(crate) fn is(path: &Path, layer: &Layer) -> Result<bool, Error> {
     let found = std::fs::symlink_metadata(path).map_err(Error::io("look at", path))?;
     Ok((found.dev(), found.ino()) == layer.media.identity()?)
 }

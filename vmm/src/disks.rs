@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use branch_disk::{Cut, Disk, LayerRef, Mode, Next, anything};
+use branch_disk::{Cut, Disk, LayerId, LayerRef, Mode, Next, anything};
 use control::{Confinement, DiskConfig, DiskFormat};
 use devices::virtio::block::SharedDisk;
 
@@ -64,16 +64,23 @@ pub(crate) fn reattach(
                     path: state.path.clone(),
                 });
             }
-            let branch = match (config.format, layer) {
-                (DiskFormat::Raw, _) => None,
-                (DiskFormat::Branch, Some(id)) => {
+            let branch = match layer {
+                None => None,
+                Some(id) if config.read_only => {
+                    let disk = open(&config, confinement)?;
+                    if lock(&disk).id() != Some(id) {
+                        return Err(Error::DiskChanged {
+                            path: state.path.clone(),
+                        });
+                    }
+                    Some(disk)
+                }
+                Some(id) => {
                     let rule = |path: &Path| allows(confinement, path);
                     let disk = Disk::branch(&config.path, Some(id), &rule)?;
                     config.path = disk.path().to_owned();
                     Some(Arc::new(Mutex::new(disk)))
                 }
-                (DiskFormat::Branch, None) if config.read_only => Some(open(&config, confinement)?),
-                (DiskFormat::Branch, None) => return Err(impossible()),
             };
             Ok(AttachedDisk { config, branch })
         })
@@ -154,6 +161,12 @@ pub(crate) fn writable_images(disks: &[AttachedDisk]) -> Vec<PathBuf> {
         .filter(|disk| !disk.config.read_only)
         .map(|disk| disk.config.path.clone())
         .collect()
+}
+
+/// The layer of a disk that branches and is only read.
+pub(crate) fn read_layer(disk: &AttachedDisk) -> Option<LayerId> {
+    let branch = disk.branch.as_ref().filter(|_| disk.config.read_only);
+    branch.and_then(|branch| lock(branch).id())
 }
 
 /// Brings what a guest wrote to raw images to the host's disks.

@@ -485,13 +485,15 @@ impl Drop for Held<'_> {
 
 fn disk_state(disk: &AttachedDisk, ended: Option<&LayerRef>) -> Result<DiskState, Error> {
     let config = &disk.config;
-    match ended {
-        Some(layer) => Ok(DiskState::of_layer(config, layer)),
-        None => DiskState::of(config).map_err(|source| Error::DiskSync {
-            path: config.path.display().to_string(),
-            source,
-        }),
-    }
+    let state = match (ended, disks::read_layer(disk)) {
+        (Some(layer), _) => Ok(DiskState::of_layer(config, layer)),
+        (None, Some(read)) => DiskState::of_read_layer(config, read),
+        (None, None) => DiskState::of(config),
+    };
+    state.map_err(|source| Error::DiskSync {
+        path: config.path.display().to_string(),
+        source,
+    })
 }
 
 /// Whether what a state file asks for is what this process may give: the file may come from anybody.

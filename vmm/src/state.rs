@@ -47,7 +47,7 @@ pub(crate) struct DiskState {
     /// What it is: 0 a raw image, 1 a disk that branches.
     #[version(start = 2)]
     format: u8,
-    /// Of a disk that branches and was written to: the id of the layer that ended at the cut, which is at `path`.
+    /// Of a disk that branches: the id of the layer at `path`. If it is written to, that layer ended at the cut.
     #[version(start = 2)]
     layer: Vec<u8>,
 }
@@ -70,6 +70,14 @@ impl DiskState {
                 DiskFormat::Branch => BRANCH,
             },
             layer: Vec::new(),
+        })
+    }
+
+    /// A disk that branches and is only read: it is what the layer `id` is.
+    pub(crate) fn of_read_layer(disk: &DiskConfig, id: LayerId) -> io::Result<Self> {
+        Ok(Self {
+            layer: id.0.to_vec(),
+            ..Self::of(disk)?
         })
     }
 
@@ -102,13 +110,11 @@ impl DiskState {
         })
     }
 
-    /// The layer that it stands on, if it branches and was written to. `Err` when there can be no such.
+    /// The layer that it was, if it branches. `Err` when there can be no such.
     pub(crate) fn layer(&self) -> Result<Option<LayerId>, ()> {
         match (self.format, &*self.layer) {
-            (_, []) => Ok(None),
-            (BRANCH, layer) if !self.read_only => {
-                layer.try_into().map(|id| Some(LayerId(id))).map_err(|_| ())
-            }
+            (RAW, []) => Ok(None),
+            (BRANCH, layer) => layer.try_into().map(|id| Some(LayerId(id))).map_err(|_| ()),
             _ => Err(()),
         }
     }
@@ -198,7 +204,7 @@ mod tests {
                 ..state.clone()
             },
             DiskState {
-                read_only: true,
+                layer: Vec::new(),
                 ..state.clone()
             },
         ] {

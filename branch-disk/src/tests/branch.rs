@@ -474,3 +474,17 @@ fn a_branch_that_nobody_wrote_to_leaves_nothing() {
     drop(branch);
     assert_eq!(bench.names().len(), names.len() + 2);
 }
+
+#[test]
+fn what_was_put_in_the_place_of_a_head_is_not_replaced() {
+    let bench = Bench::new(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let next = disk.prepare().unwrap();
+    fs::rename(bench.path("d"), bench.path("moved")).unwrap();
+    fs::write(bench.path("d"), "something else").unwrap();
+    assert!(matches!(disk.cut(next), Err(Error::OtherLayer { .. })));
+    assert_eq!(fs::read(bench.path("d")).unwrap(), b"something else");
+    drop(disk);
+    assert_eq!(all(&bench.open("moved"))[..512], [1; 512]);
+}

@@ -71,7 +71,9 @@ proptest! {
                 Op::Cut => layers.push((sealed(&mut disk), content.clone())),
                 Op::Branch(which) if !layers.is_empty() => {
                     let (layer, then) = which.get(&layers);
-                    disk = Disk::branch(&layer.path, Some(layer.id), &anything).unwrap();
+                    let path = bench.path(&format!("d{}", bench.names().len()));
+                    let on = Foundation::Layer(layer.path.clone(), Some(layer.id));
+                    disk = Disk::create(&path, None, &on, &anything).unwrap();
                     content = then.clone();
                 }
                 Op::Branch(_) => {}

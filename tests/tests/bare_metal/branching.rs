@@ -127,3 +127,24 @@ fn a_disk_that_names_a_file_outside_of_the_tree_is_refused() {
     let answer = server.client.post("/create", &body).unwrap();
     assert_eq!(answer.status, 400, "{answer:?}");
 }
+
+#[test]
+fn a_disk_that_is_only_read_must_be_the_one_it_was() {
+    let Some((server, cli)) = bench() else { return };
+    let client = &server.client;
+    let mut more = disk(&server, "d");
+    more["disks"][0]["read_only"] = json!(true);
+    let machine = client.boot(&server.path("kernel"), &more).unwrap();
+    counts(&server, machine);
+    let (state, memory) = (server.path("state"), server.path("memory"));
+    client.snapshot(machine, &state, &memory, false).unwrap();
+    assert_eq!(named(&server, ".layer"), [""; 0]);
+    let restored = client.restore(&state, &memory).unwrap();
+    counts(&server, restored);
+    let end = client.delete(&format!("/vms/{}", restored.pid)).unwrap();
+    assert_eq!(end.status, 200);
+    // Another head has its name now.
+    cli.run(&["disk", "branch", "d", "e"]).unwrap();
+    let answer = client.try_restore(&state, &memory).unwrap();
+    assert_eq!(answer.status, 409, "{answer:?}");
+}
