@@ -18,9 +18,9 @@ impl Borg {
     /// Those that serve images of machines best: by size, and by speed with less and less compression.
     pub const ALL: [Self; 5] = [
         Self {
-            setting: "zstd-19, CDC 16 KiB",
+            setting: "zstd-9, CDC 16 KiB",
             chunker: "buzhash,12,16,14,4095",
-            compression: "zstd,19",
+            compression: "zstd,9",
             once: true,
         },
         Self {

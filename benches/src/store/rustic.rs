@@ -29,7 +29,7 @@ impl Rustic {
             once,
         };
         vec![
-            at("zstd-22, fixed 4 KiB", true, &["22", FIXED, SIZE, "4kiB"]),
+            at("zstd-3, fixed 4 KiB", true, &["3", FIXED, SIZE, "4kiB"]),
             at("zstd-1, fixed 4 KiB", true, &["1", FIXED, SIZE, "4kiB"]),
             at("zstd-1, fixed 64 KiB", false, &["1", FIXED, SIZE, "64kiB"]),
             at("zstd-1, CDC 1 MiB", false, &["1"]),

@@ -134,13 +134,17 @@ fn a_linux_guest_stands_still_or_follows_as_it_is_told() {
         assert_eq!(after.copies, 0, "a guest that was held is no copy");
     }
 
+    // Saved after a hold: what follows, follows from when it began.
+    let pause = format!("/vms/{}/pause", machine.pid);
+    let answer = server.client.post(&pause, &serde_json::json!({})).unwrap();
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let before = console.last(told).unwrap();
+    sleep(HOLD);
     let (state, memory) = (server.path("state"), server.path("memory"));
     server
         .client
         .snapshot(machine, &state, &memory, false)
         .unwrap();
-    let before = console.last(told).unwrap();
-    sleep(HOLD);
     for (word, clock) in [
         ("stand-still", GuestClock::StandStill),
         ("follow", GuestClock::Follow),
