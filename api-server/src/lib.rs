@@ -23,7 +23,7 @@ pub use openapi::document;
 
 use std::io;
 
-use control::{RegistryError, StoreLocation};
+use control::{DiskConfig, DiskFormat, RegistryError, StoreLocation};
 use rocket::{
     Build, Rocket,
     config::{Ident, LogLevel},
@@ -58,6 +58,17 @@ pub enum SetupError {
         /// The tree.
         root: std::path::PathBuf,
     },
+    /// A disk that branches would get its layers where no restore may reach them.
+    #[error(
+        "the branching disk {} does not lie in the tree {}, so that no machine on it could be restored; put it there, with what it stands on",
+        path.display(), root.display()
+    )]
+    BranchOutside {
+        /// The disk.
+        path: std::path::PathBuf,
+        /// The tree.
+        root: std::path::PathBuf,
+    },
     /// The run directory cannot be used.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -86,11 +97,28 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
     if let Some(store) = &config.store {
         keep_apart(&tree, store)?;
     }
+    for disk in &config.defaults.disks {
+        within(&tree, disk)?;
+    }
     let machines = Machines::new(config, tree)?;
     Ok(rocket::custom(listen)
         .manage(machines)
         .mount("/", routes::all())
         .register("/", catchers::all()))
+}
+
+/// A machine's snapshot names a layer beside its disk, and a restore takes no file from outside the tree.
+fn within(tree: &Tree, disk: &DiskConfig) -> Result<(), SetupError> {
+    // One that is not there is refused when it is opened.
+    let real = disk.path.canonicalize();
+    let real = real.unwrap_or_else(|_| disk.path.clone());
+    if disk.format == DiskFormat::Branch && !real.starts_with(tree.resolved()) {
+        return Err(SetupError::BranchOutside {
+            path: disk.path.clone(),
+            root: tree.resolved().to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// Clients name files in the tree to be read, written and attached: none of the store may be among them.
@@ -115,6 +143,27 @@ fn keep_apart(tree: &Tree, store: &StoreLocation) -> Result<(), SetupError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_branching_disk_outside_the_tree_is_refused_and_a_raw_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("tree")).unwrap();
+        let tree = Tree::open(&dir.path().join("tree")).unwrap();
+        let check = |name: &str, format| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").unwrap();
+            let disk = DiskConfig {
+                path,
+                read_only: false,
+                format,
+                serial: None,
+            };
+            within(&tree, &disk).is_ok()
+        };
+        assert!(check("tree/disk", DiskFormat::Branch));
+        assert!(check("disk", DiskFormat::Raw));
+        assert!(!check("disk", DiskFormat::Branch));
+    }
 
     #[test]
     fn a_store_that_clients_could_reach_into_is_refused() {

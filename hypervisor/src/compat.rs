@@ -4,7 +4,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 
 use crate::{
     Error, GuestCpuid, VcpuState,
-    cpuid::{find, vendor},
+    cpuid::{address_bits, find, vendor},
     feature_names,
 };
 
@@ -85,7 +85,6 @@ fn missing(guest: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Vec<String>
         let set = (0..32).filter(|bit| lacking & (1 << bit) != 0);
         names.extend(set.map(|bit| feature_names::name(function, index, register, bit)));
     }
-    let address_bits = |entries| find(entries, 0x8000_0008, 0).map_or(36, |entry| entry.eax & 0xff);
     if address_bits(guest) > address_bits(host) {
         names.push(format!("{} bits of physical address", address_bits(guest)));
     }

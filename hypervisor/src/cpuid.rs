@@ -58,6 +58,11 @@ impl GuestCpuid {
         &self.entries
     }
 
+    /// Bits of a guest-physical address.
+    pub fn address_bits(&self) -> u32 {
+        address_bits(&self.entries)
+    }
+
     /// The same, with other entries.
     pub(crate) fn map_entries(&self, change: impl FnOnce(&mut Vec<kvm_cpuid_entry2>)) -> Self {
         let mut other = self.clone();
@@ -162,6 +167,11 @@ pub(crate) fn find(
     entries
         .iter()
         .find(|entry| entry.function == function && entry.index == index)
+}
+
+/// Bits of a physical address; CPUs that do not say have 36.
+pub(crate) fn address_bits(entries: &[kvm_cpuid_entry2]) -> u32 {
+    find(entries, 0x8000_0008, 0).map_or(36, |entry| entry.eax & 0xff)
 }
 
 /// Who made the CPU, by leaf 0.

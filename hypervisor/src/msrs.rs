@@ -110,7 +110,8 @@ pub(crate) fn get_one(vcpu: &VcpuFd, index: u32) -> Result<u64, Error> {
         ))
 }
 
-/// Sets `entries` in their order. A register that cannot be set is fine if it has its value already.
+/// Sets `entries` in their order. A register that cannot be set is fine if it has its value already, and so is one that
+/// this vCPU does not have if the value is zero: KVM reads as zero what it lists and the guest does not have.
 pub(crate) fn set(vcpu: &VcpuFd, entries: &[MsrEntry]) -> Result<(), Error> {
     let mut rest = entries;
     while !rest.is_empty() {
@@ -129,7 +130,8 @@ pub(crate) fn set(vcpu: &VcpuFd, entries: &[MsrEntry]) -> Result<(), Error> {
             continue;
         }
         let refused = &rest[count];
-        if get(vcpu, &[refused.index])?.first() != Some(refused) {
+        let has = get(vcpu, &[refused.index])?;
+        if has.first().map_or(0, |entry| entry.value) != refused.value {
             return Err(Error::Msr {
                 index: refused.index,
                 value: refused.value,

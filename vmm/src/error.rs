@@ -20,6 +20,10 @@ pub(crate) enum Error {
     #[error("a machine can have {max} disks, network and vsock devices together; leave some out", max = crate::device_set::MAX_DEVICES)]
     TooManyDevices,
     #[error(
+        "a CPU with {bits} bits of physical address cannot reach {mib} MiB of memory; give the machine less, or a CPU with all that the host has"
+    )]
+    NoAddressBits { mib: u64, bits: u32 },
+    #[error(
         "the snapshot's machine has {has} network devices, and {named} were named; name no more than it has"
     )]
     NoSuchNet { has: usize, named: usize },
@@ -90,7 +94,9 @@ impl Error {
     fn kind(&self) -> FailureKind {
         use hypervisor::Error as Kvm;
         match self {
-            Self::Size(_) | Self::TooManyDevices => FailureKind::BadRequest,
+            Self::Size(_) | Self::TooManyDevices | Self::NoAddressBits { .. } => {
+                FailureKind::BadRequest
+            }
             Self::NoSuchNet { .. } | Self::NetNotNamed { .. } | Self::NetPath(_) => {
                 FailureKind::BadRequest
             }

@@ -11,7 +11,8 @@ use branch_disk::LayerRef;
 use control::{Confinement, CpuModel, GuestClock, LaunchSpec, MachineConfig};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{
-    ClockPlan, ClockStart, CpuLevel, VcpuState, Vm, VmState, cpu_identity, missing_features,
+    ClockPlan, ClockStart, CpuLevel, GuestCpuid, VcpuState, Vm, VmState, cpu_identity,
+    missing_features,
 };
 use memory::{Layout, MachineMemory};
 use saved_state::{Container, Header, SnapshotId};
@@ -19,7 +20,7 @@ use snapshot::{Progress, Snapshot};
 
 use crate::{
     boot, console,
-    device_set::DeviceSet,
+    device_set::{DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk, Cuts},
     error::Error,
     metrics::{ExitCounts, MachineCounts},
@@ -156,6 +157,7 @@ impl Machine {
         let registers = boot::load(&memory, config, &devices.described())?;
         devices.generation.begin(memory.guest())?;
         let cpuid = vm.cpuid().at_level(level(config.cpu))?;
+        addressable(&memory, &cpuid)?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
             let mut vcpu = vm.create_vcpu(id)?;
@@ -194,6 +196,10 @@ impl Machine {
         layout_of(saved.state.header.memory_bytes)?;
         let mut state = saved.take_state();
         let MachineState { disks } = state.take(0)?;
+        // Before any is opened, for a state file may name very many.
+        if disks.len() > MAX_DEVICES {
+            return Err(Error::TooManyDevices);
+        }
         if let Some(confinement) = confinement {
             confined(confinement, &state.header, &disks)?;
         }
@@ -329,7 +335,7 @@ impl Machine {
             match self.quiesce() {
                 Ok(quiesced) => self.quiesced = Some(quiesced),
                 Err(error) => {
-                    self.let_run_after_failure(self.clock.start(CLOCK_LEAD, Duration::ZERO));
+                    self.let_run_after_failure(self.clock.never_stopped(CLOCK_LEAD));
                     return Err(error);
                 }
             }
@@ -523,6 +529,19 @@ fn level(model: CpuModel) -> CpuLevel {
         CpuModel::Host => CpuLevel::Host,
         CpuModel::V2 => CpuLevel::V2,
         CpuModel::V3 => CpuLevel::V3,
+    }
+}
+
+/// Whether the guest's CPUs have address bits for all of its memory.
+fn addressable(memory: &MachineMemory, cpuid: &GuestCpuid) -> Result<(), Error> {
+    let regions = memory.layout().regions();
+    let end = regions.iter().map(|region| region.gpa + region.bytes).max();
+    match end {
+        Some(end) if end > 1 << cpuid.address_bits() => Err(Error::NoAddressBits {
+            mib: memory.layout().bytes() >> 20,
+            bits: cpuid.address_bits(),
+        }),
+        _ => Ok(()),
     }
 }
 

@@ -87,7 +87,7 @@ fn connections_of_a_linux_guest_go_on_on_another_tap_device() {
     // Half of either direction; of the other half the guest does not know yet, or cannot get rid of.
     let mut from_guest = accept(&receiving);
     let mut to_guest = accept(&sending);
-    let theirs: Vec<u8> = (0..SENT).map(|i| (i * 7 / 5 ^ i >> 9) as u8).collect();
+    let theirs: Vec<u8> = (0..SENT).map(|i| ((i * 7 / 5) ^ (i >> 9)) as u8).collect();
     let mut ours = vec![0; SENT / 2];
     from_guest.read_exact(&mut ours).unwrap();
     to_guest.write_all(&theirs[..SENT / 2]).unwrap();

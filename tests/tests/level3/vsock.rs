@@ -8,8 +8,8 @@ use std::{
 };
 
 use control::{
-    AfterSnapshot, Client, Console, Destination, LaunchSpec, Log, MachineConfig, Origin, Registry,
-    Secret, SnapshotRequest, VsockChange, VsockConfig, spawn,
+    AfterSnapshot, Client, Console, CpuModel, Destination, GuestClock, LaunchSpec, Log,
+    MachineConfig, Origin, Registry, Secret, SnapshotRequest, VsockChange, VsockConfig, spawn,
 };
 use system_tests::{
     cli::Cli,
@@ -42,7 +42,7 @@ fn echoed_by_guest(path: &Path) {
     from.read_line(&mut answer).unwrap();
     assert!(answer.starts_with("OK "), "{answer}");
     let sent: Vec<u8> = (0..1_000_000u32)
-        .map(|i| (i * 7 / 5 ^ i >> 9) as u8)
+        .map(|i| ((i * 7 / 5) ^ (i >> 9)) as u8)
         .collect();
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -61,6 +61,7 @@ fn boot(server: &Server, path: &Path) -> (u16, Secret, console::Console) {
     let spec = LaunchSpec {
         secret: secret.clone(),
         origin: Origin::Boot(MachineConfig {
+            cpu: CpuModel::Host,
             vcpus: 2,
             memory_mib: 256,
             kernel: server.tree().join("vmlinuz"),
@@ -76,6 +77,7 @@ fn boot(server: &Server, path: &Path) -> (u16, Secret, console::Console) {
         console: Console::File(file.clone()),
         registry: server.run_directory(),
         paused: false,
+        clock: GuestClock::StandStill,
         confinement: None,
         net_changes: Vec::new(),
         vsock_change: VsockChange::default(),

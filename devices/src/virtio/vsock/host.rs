@@ -88,7 +88,8 @@ impl Host {
         };
         // One that a VMM left behind that was killed is nobody's; one that answers is somebody's.
         if let Ok(found) = fs::symlink_metadata(path) {
-            match UnixStream::connect(path) {
+            // Without waiting for who is there and does not answer.
+            match dial(path) {
                 Err(error)
                     if error.kind() == io::ErrorKind::ConnectionRefused
                         // A file refuses too.
@@ -206,6 +207,13 @@ impl Host {
                 Greeting::Nonsense => self.forget(token),
             }
         } else {
+            // Who has gone for good does not wait for the guest to accept.
+            if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR)
+                && let Role::Connected { connection, .. } = &mut stream.role
+                && connection.stage == Stage::Asked
+            {
+                connection.reset();
+            }
             flush(stream, &self.metrics);
             self.note(token);
         }
@@ -249,9 +257,14 @@ impl Host {
 
     fn forget(&mut self, token: u64) {
         // Closed with it, and thereby not watched any more.
-        if let Some(stream) = self.streams.remove(&token)
-            && let Role::Connected { ports, .. } = stream.role
-        {
+        let Some(stream) = self.streams.remove(&token) else {
+            return;
+        };
+        if stream.queued {
+            // Or a guest that takes no answers could have the queue grow for ever.
+            self.due.retain(|due| *due != token);
+        }
+        if let Role::Connected { ports, .. } = stream.role {
             self.by_ports.remove(&ports);
         }
     }
