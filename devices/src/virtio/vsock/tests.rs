@@ -570,3 +570,28 @@ proptest! {
         while bench.get().is_some() {}
     }
 }
+
+/// A guest that offers no buffers takes no answers: what waits for it must not grow with what it asks.
+#[test]
+fn connections_that_the_guest_gives_up_leave_nothing_that_waits() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let _listener = UnixListener::bind(path("v_52")).unwrap();
+    let mut host = host::Host::listen(&path("v"), std::sync::Arc::default()).unwrap();
+    for guest in 0..100 {
+        for operation in [REQUEST, RESET] {
+            let header = Header {
+                src_cid: CID,
+                dst_cid: HOST_CID,
+                src_port: guest,
+                dst_port: 52,
+                kind: STREAM,
+                operation,
+                buffer_bytes: ROOM,
+                ..Header::default()
+            };
+            host.take(&header, |_| Vec::new());
+        }
+    }
+    assert!(!host.has_due());
+}
