@@ -139,22 +139,27 @@ impl Bits {
     }
 
     /// Writes what the disk lacks, each pair to the page that does not hold. Nothing of it may be taken for durable
-    /// before a sync that succeeds; if that fails, this bitmap is of no more use.
+    /// before a sync that succeeds; if that fails, this bitmap is of no more use. If a page cannot be written, this can
+    /// be tried again, but only after such a sync, too: those before it hold now, and their twins are all that is durable.
     pub(crate) fn write(&mut self, media: &Media, id: LayerId) -> Result<(), Error> {
-        for number in std::mem::take(&mut self.dirty) {
+        while let Some(number) = self.dirty.first().copied() {
             let Some(pair) = self.pairs.get_mut(&number) else {
+                self.dirty.remove(&number);
                 continue;
             };
             let first = u64::from(number) * PAIR_SECTORS;
             let size = PAIR_SECTORS.min(self.geometry.sectors() - first);
             let label = label(id, number);
-            if pair.generation > 0 {
-                pair.slot = 1 - pair.slot;
-            }
-            pair.generation += 1;
-            let page = page::encode(label, pair.generation, &pair.content(size));
-            let at = self.geometry.pair_at(number) + pair.slot * PAGE_BYTES as u64;
+            let (slot, generation) = match pair.generation {
+                0 => (0, 1),
+                last => (1 - pair.slot, last + 1),
+            };
+            let page = page::encode(label, generation, &pair.content(size));
+            let at = self.geometry.pair_at(number) + slot * PAGE_BYTES as u64;
             media.write(&page[..], at)?;
+            // Not before: a page that is half written must not hold, or the next would go over its twin.
+            (pair.slot, pair.generation) = (slot, generation);
+            self.dirty.remove(&number);
         }
         Ok(())
     }

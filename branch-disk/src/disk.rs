@@ -244,34 +244,46 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// What the host says. From then on every write and every flush fails.
+    /// What the host says. It can be tried again; but if it was a sync that failed, then every write, every flush and every
+    /// cut fails from then on.
     pub fn flush(&mut self) -> Result<(), Error> {
         if self.mode == Mode::Read {
             return Ok(());
         }
-        if self.failed {
-            return Err(Error::damaged(&self.path, "an earlier sync of it failed"));
-        }
-        let flushed = self.flush_all();
-        self.failed = flushed.is_err();
-        flushed
-    }
-
-    fn flush_all(&mut self) -> Result<(), Error> {
+        self.trusted()?;
         for seal in &self.seals {
-            seal.make_durable()?;
+            if let Err(error) = seal.make_durable() {
+                self.failed = seal.has_failed();
+                return Err(error);
+            }
         }
         self.seals.retain(|seal| !seal.is_finished());
-        let Some(head) = self.layers.last() else {
-            return Ok(());
-        };
         if self.unsynced {
-            head.media.sync()?;
-            self.unsynced = false;
+            self.sync_head()?;
         }
         if self.bits.is_dirty() {
-            self.bits.write(&head.media, head.header.id)?;
-            head.media.sync()?;
+            // Also if this fails: pages that were written must be durable before anything is written over their twins.
+            self.unsynced = true;
+            if let Some(head) = self.layers.last() {
+                self.bits.write(&head.media, head.header.id)?;
+            }
+            self.sync_head()?;
+        }
+        Ok(())
+    }
+
+    fn sync_head(&mut self) -> Result<(), Error> {
+        if let Some(head) = self.layers.last() {
+            head.media.sync().inspect_err(|_| self.failed = true)?;
+        }
+        self.unsynced = false;
+        Ok(())
+    }
+
+    /// Fails if a sync has.
+    fn trusted(&self) -> Result<(), Error> {
+        if self.failed {
+            return Err(Error::damaged(&self.path, "an earlier sync of it failed"));
         }
         Ok(())
     }
@@ -293,13 +305,14 @@ impl Disk {
         self.plan().prepare()
     }
 
-    /// Ends the head and goes on with `next`, in constant time. When nothing was written to the head, it stays and the cut is
-    /// the layer below. When this fails, nothing has changed.
+    /// Ends the head and goes on with `next`, in constant time. When nothing was written to the head and it is as large as the
+    /// layer below, it stays and the cut is that layer. When this fails, nothing has changed.
     ///
     /// # Errors
     ///
     /// [`Error`]; [`Error::OtherLayer`] when `next` is not the next of this head.
     pub fn cut(&mut self, mut next: Next) -> Result<Cut, Error> {
+        self.trusted()?;
         let Some(head) = self.layers.last() else {
             return Err(Error::damaged(&self.path, "it has no layers"));
         };
@@ -313,6 +326,7 @@ impl Disk {
         }
         if self.bits.is_empty()
             && let [.., below, _] = &*self.layers
+            && below.header.geometry == self.geometry
         {
             let layer = LayerRef {
                 path: below.path().to_owned(),

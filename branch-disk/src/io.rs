@@ -98,8 +98,7 @@ pub fn zero_range(file: &File, offset: u64, len: u64, space: Space) -> io::Resul
         return match rustix::fs::fallocate(file, flags, offset, len) {
             Ok(()) => Ok(()),
             Err(Errno::INTR) => continue,
-            // Not every file system and no old block device knows how.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => write_zeros(file, offset, len),
+            Err(errno) if cannot(errno) => write_zeros(file, offset, len),
             Err(errno) => Err(errno.into()),
         };
     }
@@ -119,10 +118,20 @@ pub fn discard_range(file: &File, offset: u64, len: u64) -> io::Result<()> {
     loop {
         return match rustix::fs::fallocate(file, flags, offset, len) {
             Err(Errno::INTR) => continue,
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => Ok(()),
+            Ok(()) => Ok(()),
+            Err(errno) if cannot(errno) => Ok(()),
             Err(errno) => Err(errno.into()),
         };
     }
+}
+
+/// Whether `fallocate` says that it does not know how. Not every file system does and no old block device, and one of
+/// larger logical blocks refuses a range that is not of whole blocks as invalid.
+fn cannot(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL
+    )
 }
 
 fn write_zeros(file: &File, offset: u64, len: u64) -> io::Result<()> {

@@ -10,6 +10,8 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
+#[cfg(test)]
+use crate::tape::Call;
 use crate::{
     error::Error,
     io::{Sink, Source, Space, zero_range},
@@ -136,25 +138,70 @@ impl Media {
 
     /// Writes what is not data.
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {
-        let written = self.file.write_all_at(bytes, offset);
+        let written = self.put(bytes, offset);
         #[cfg(test)]
         crate::tape::wrote(&self.file, offset, bytes.len() as u64);
         written.map_err(Error::io("write to", &self.path))
     }
 
+    fn put(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        if let Err(error) = crate::tape::ask(Call::Write) {
+            // As where the space ends within it: behind the digest, before what it is of.
+            self.file.write_all_at(&bytes[..bytes.len() / 64], offset)?;
+            return Err(error);
+        }
+        self.file.write_all_at(bytes, offset)
+    }
+
+    /// Makes its data durable. When this fails, what is durable cannot be known any more, and a later call that does not
+    /// fail tells nothing.
     pub(crate) fn sync(&self) -> Result<(), Error> {
         let synced = self.file.sync_data();
         #[cfg(test)]
-        crate::tape::synced(&self.file);
+        let synced = synced.and(crate::tape::ask(Call::Sync));
+        #[cfg(test)]
+        if synced.is_ok() {
+            crate::tape::synced(&self.file);
+        }
+        synced.map_err(Error::io("make durable", &self.path))
+    }
+}
+
+/// Where files have their names.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    file: File,
+    path: PathBuf,
+}
+
+impl Directory {
+    /// That of `path`.
+    pub(crate) fn of(path: &Path) -> Result<Self, Error> {
+        let path = path.parent().unwrap_or(Path::new("/"));
+        let file = File::open(path);
+        #[cfg(test)]
+        let file = file.and_then(|file| crate::tape::ask(Call::OpenNames).map(|()| file));
+        Ok(Self {
+            file: file.map_err(Error::io("open", path))?,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Makes its names durable. When this fails, it is as with [`Media::sync`].
+    pub(crate) fn sync(&self) -> Result<(), Error> {
+        let synced = self.file.sync_all();
+        #[cfg(test)]
+        let synced = synced.and(crate::tape::ask(Call::SyncNames));
+        #[cfg(test)]
+        if synced.is_ok() {
+            crate::tape::synced_names();
+        }
         synced.map_err(Error::io("make durable", &self.path))
     }
 }
 
 /// Makes the names in the directory of `path` durable.
 pub(crate) fn sync_directory_of(path: &Path) -> Result<(), Error> {
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let synced = File::open(directory).and_then(|directory| directory.sync_all());
-    #[cfg(test)]
-    crate::tape::synced_names();
-    synced.map_err(Error::io("make durable", directory))
+    Directory::of(path)?.sync()
 }

@@ -19,7 +19,7 @@ use crate::{
     header::{Header, LayerId, Parent},
     layer::Layer,
     layout::MAX_DEPTH,
-    media::{Lock, sync_directory_of},
+    media::{Directory, Lock, sync_directory_of},
     name, stored_map,
 };
 
@@ -119,7 +119,9 @@ pub(crate) struct Seal {
     /// What it owns; `None` when it cannot be told any more what of it is durable.
     bits: Mutex<Option<Bits>>,
     durable: AtomicBool,
-    finished: Mutex<bool>,
+    finished: AtomicBool,
+    /// Held by who finishes it.
+    finishing: Mutex<()>,
 }
 
 impl Seal {
@@ -136,7 +138,8 @@ impl Seal {
             path,
             bits: Mutex::new(Some(bits)),
             durable: AtomicBool::new(false),
-            finished: Mutex::new(false),
+            finished: AtomicBool::new(false),
+            finishing: Mutex::new(()),
         }
     }
 
@@ -164,11 +167,17 @@ impl Seal {
         self.durable.load(Ordering::Acquire)
     }
 
+    /// Waits for nobody, as a guest may be waiting for this.
     pub(crate) fn is_finished(&self) -> bool {
-        *lock(&self.finished)
+        self.finished.load(Ordering::Acquire)
     }
 
-    /// Makes everything that the layer owns durable, and that it is sealed.
+    /// Whether a sync of it has failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        lock(&self.bits).is_none()
+    }
+
+    /// Makes everything that the layer owns durable, and that it is sealed. It can be tried again, unless a sync failed.
     pub(crate) fn make_durable(&self) -> Result<(), Error> {
         if self.is_durable() {
             return Ok(());
@@ -177,33 +186,32 @@ impl Seal {
         if self.is_durable() {
             return Ok(());
         }
-        // Put back only if all goes well: after a sync that failed nobody knows what is durable.
-        let mut bits = held
-            .take()
-            .ok_or_else(|| Error::damaged(&self.path, "an earlier sync of it failed"))?;
+        let Some(bits) = &mut *held else {
+            return Err(Error::damaged(&self.path, "an earlier sync of it failed"));
+        };
         let media = &self.sealed.media;
-        media.sync()?;
+        let directory = Directory::of(&self.path)?;
         // The next head's name, before this one's seal.
-        sync_directory_of(&self.path)?;
-        bits.write(media, self.sealed.header.id)?;
-        self.sealed.write_seal(media)?;
-        media.sync()?;
-        *held = Some(bits);
-        self.durable.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    /// As after a sync that failed.
-    #[cfg(test)]
-    pub(crate) fn fail(&self) {
-        lock(&self.bits).take();
+        let mut synced = media.sync().and_then(|()| directory.sync());
+        if synced.is_ok() {
+            bits.write(media, self.sealed.header.id)?;
+            self.sealed.write_seal(media)?;
+            synced = media.sync();
+        }
+        if synced.is_ok() {
+            self.durable.store(true, Ordering::Release);
+        } else {
+            // Nobody knows what is durable, and the next sync need not tell.
+            *held = None;
+        }
+        synced
     }
 
     /// As [`Seal::make_durable`]; then gives the layer its map, so that others can stand on it.
     pub(crate) fn finish(&self) -> Result<(), Error> {
         self.make_durable()?;
-        let mut finished = lock(&self.finished);
-        if !*finished {
+        let _finishing = lock(&self.finishing);
+        if !self.is_finished() {
             let media = &self.sealed.media;
             let map = whole_map(&self.layers)?;
             let descriptor = stored_map::write(&self.sealed, media, &map)?;
@@ -211,7 +219,7 @@ impl Seal {
             self.sealed.write_descriptor(media, descriptor)?;
             media.sync()?;
             media.lock(Lock::Shared)?;
-            *finished = true;
+            self.finished.store(true, Ordering::Release);
         }
         Ok(())
     }

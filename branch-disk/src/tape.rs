@@ -1,8 +1,9 @@
-//! What a test's thread did to files, in order, so that a crash can be played at any point of it.
+//! What a test's thread did to files, in order, so that a crash can be played at any point of it; and errors of the host.
 
 use std::{
     cell::RefCell,
     fs::File,
+    io,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
@@ -50,9 +51,24 @@ pub(crate) enum Told {
     Flushed,
     /// This layer can be relied upon, and has this content.
     Snapshot { layer: PathBuf, content: Vec<u32> },
+    /// The host refused something.
+    Refused,
 }
 
+/// What is about to be done, and can be refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    /// Of what is not data; refused, the beginning of it is written.
+    Write,
+    Sync,
+    OpenNames,
+    SyncNames,
+}
+
+type Host = Box<dyn FnMut(Call) -> io::Result<()>>;
+
 thread_local! {
+    static HOST: RefCell<Option<Host>> = const { RefCell::new(None) };
     static TAPE: RefCell<Option<Vec<Event>>> = const { RefCell::new(None) };
 }
 
@@ -60,7 +76,35 @@ pub(crate) fn start() {
     TAPE.set(Some(Vec::new()));
 }
 
+/// From now on `host` says what becomes of this thread's calls.
+pub(crate) fn answer(host: impl FnMut(Call) -> io::Result<()> + 'static) {
+    HOST.set(Some(Box::new(host)));
+}
+
+/// After `skip` more calls that `which` means, the next fails, and none after it.
+pub(crate) fn fail(which: impl Fn(Call) -> bool + 'static, mut skip: u32, kind: io::ErrorKind) {
+    let mut done = false;
+    answer(move |call| {
+        if done || !which(call) {
+            return Ok(());
+        }
+        done = skip == 0;
+        skip = skip.saturating_sub(1);
+        if done { Err(kind.into()) } else { Ok(()) }
+    });
+}
+
+/// The host refuses nothing any more.
+pub(crate) fn permit() {
+    HOST.set(None);
+}
+
+pub(crate) fn ask(call: Call) -> io::Result<()> {
+    HOST.with_borrow_mut(|host| host.as_mut().map_or(Ok(()), |host| host(call)))
+}
+
 pub(crate) fn stop() -> Vec<Event> {
+    permit();
     TAPE.take().unwrap_or_default()
 }
 
@@ -91,7 +135,9 @@ pub(crate) fn created(file: &File) {
 
 pub(crate) fn wrote(file: &File, offset: u64, len: u64) {
     if running() {
-        let mut bytes = vec![0; len as usize];
+        // Less was written if it failed where the file ended.
+        let there = file.metadata().unwrap().len().saturating_sub(offset);
+        let mut bytes = vec![0; len.min(there) as usize];
         file.read_exact_at(&mut bytes, offset).unwrap();
         note(Event::Wrote {
             inode: inode(file),

@@ -25,7 +25,7 @@ pub enum Error {
     VcpuCount(u32),
     /// The host lacks what a level of CPUs asks for.
     #[error(
-        "this host's CPU is not {level}: it lacks {}; choose a lower level, or host",
+        "this host's KVM does not give guests all of {level}: it lacks {}; choose a lower level, or host",
         .missing.join(", ")
     )]
     CpuLevel {

@@ -238,15 +238,19 @@ mod tests {
     fn equal_pages_are_stored_once_and_needed_by_both() {
         let page = |value: u8| vec![value; PAGE];
         let mut stored = Stored::default();
-        let first: Vec<_> = (0..20).map(page).collect();
+        // A frame, and one page more.
+        let count = FRAME_PAGES as u8 + 1;
+        let first: Vec<_> = (0..count).map(page).collect();
         let pages: Vec<&[u8]> = first.iter().map(Vec::as_slice).collect();
-        let ids: Vec<_> = (0..20).map(|n| [n; 32]).collect();
+        let ids: Vec<_> = (0..count).map(|n| [n; 32]).collect();
         assert_eq!(stored.add(&ids, &pages), HashSet::from([0, 1]));
         let full = stored.take_full_frames();
         assert_eq!(full.len(), 1);
         stored.frames.extend(full);
-        assert_eq!(stored.add(&ids[18..], &pages[18..]), HashSet::from([1]));
-        assert_eq!(stored.open.len(), 4 * PAGE);
+        let last = FRAME_PAGES..;
+        let again = stored.add(&ids[last.clone()], &pages[last]);
+        assert_eq!(again, HashSet::from([1]));
+        assert_eq!(stored.open.len(), PAGE);
     }
 
     #[test]

@@ -207,6 +207,24 @@ fn nothing_written_is_nothing_sealed() {
 }
 
 #[test]
+fn a_larger_head_is_sealed_even_if_nothing_was_written_to_it() {
+    let bench = Bench::new(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let small = sealed(&mut disk);
+    let on = Foundation::Layer(small.path.clone(), None);
+    let mut large = Disk::create(&bench.path("large"), Some(1 << 20), &on, &anything).unwrap();
+    let layer = sealed(&mut large);
+    assert_ne!(layer, small);
+    let branch = Disk::branch(&layer.path, Some(layer.id), &anything).unwrap();
+    assert_eq!(branch.bytes(), 1 << 20);
+    assert!(all(&branch) == all(&large));
+    sound(&layer.path);
+    // What is above it is as large as it is.
+    assert_eq!(sealed(&mut large), layer);
+}
+
+#[test]
 fn a_cut_that_does_not_come_about_leaves_nothing() {
     let bench = Bench::new(8);
     let mut disk = bench.on_base("d");

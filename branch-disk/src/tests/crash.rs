@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::unix::fs::FileExt,
+    io::ErrorKind,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use proptest::{collection::vec, prelude::*};
@@ -10,7 +13,7 @@ use proptest::{collection::vec, prelude::*};
 use super::*;
 use crate::{
     Cut, Space,
-    tape::{self, Event, Told},
+    tape::{self, Call, Event, Told},
 };
 
 const SECTORS: u64 = 160;
@@ -26,6 +29,8 @@ enum Op {
     /// Finishes the cuts so far.
     Finish,
     Reopen,
+    /// After so many more writes of what is not data there is no space for one.
+    NoSpace(u32),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -38,6 +43,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Cut),
         2 => Just(Op::Finish),
         1 => Just(Op::Reopen),
+        2 => (0..5u32).prop_map(Op::NoSpace),
     ]
 }
 
@@ -82,10 +88,20 @@ fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
     let mut cuts: Vec<(Cut, Vec<u32>)> = Vec::new();
     let finish = |cuts: &mut Vec<(Cut, Vec<u32>)>| {
         for (cut, content) in cuts.drain(..) {
-            let layer = cut.finish().unwrap().path.file_name().unwrap().into();
+            let again = Cut {
+                layer: cut.layer.clone(),
+                seals: cut.seals.clone(),
+            };
+            let finished = cut.finish().or_else(|_| {
+                tape::note(Event::Told(Told::Refused));
+                again.finish()
+            });
+            let layer = finished.unwrap().path.file_name().unwrap().into();
             tape::note(Event::Told(Told::Snapshot { layer, content }));
         }
     };
+    // Whether the host refuses nothing.
+    let mut permitted = true;
     for (op, stamp) in ops.iter().zip(1..) {
         let begins = |at: u64, len: u64, stamp| {
             tape::note(Event::Told(Told::Begins {
@@ -106,12 +122,27 @@ fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
                 disk.write_zeroes(at * 512, len * 512, space).unwrap();
             }
             Op::Flush => {
-                disk.flush().unwrap();
-                tape::note(Event::Told(Told::Flushed));
+                let flushed = disk.flush();
+                assert!(flushed.is_ok() || !permitted);
+                permitted |= flushed.is_err();
+                tape::note(Event::Told(match flushed {
+                    Ok(()) => Told::Flushed,
+                    Err(_) => Told::Refused,
+                }));
             }
-            Op::Cut => cuts.push((disk.cut(disk.prepare().unwrap()).unwrap(), content.clone())),
+            Op::Cut => {
+                tape::permit();
+                permitted = true;
+                cuts.push((disk.cut(disk.prepare().unwrap()).unwrap(), content.clone()));
+            }
             Op::Finish => finish(&mut cuts),
+            Op::NoSpace(skip) => {
+                tape::fail(|call| call == Call::Write, skip, ErrorKind::StorageFull);
+                permitted = false;
+            }
             Op::Reopen => {
+                tape::permit();
+                permitted = true;
                 finish(&mut cuts);
                 drop(disk);
                 tape::note(Event::Told(Told::Flushed));
@@ -272,6 +303,7 @@ fn expected(events: &[Event]) -> Expected {
                 possible = content.iter().map(|stamp| [*stamp].into()).collect();
             }
             Told::Snapshot { layer, content } => snapshots.push((layer.clone(), content.clone())),
+            Told::Refused => {}
         }
     }
     (possible, snapshots)
@@ -365,11 +397,15 @@ fn every_point_of_a_seal_and_a_flush_can_be_the_last() {
         Op::Flush,
     ];
     let dir = in_memory();
-    let events = work(dir.path(), &ops);
-    for at in begin(&events)..=events.len() {
+    everywhere(&work(dir.path(), &ops));
+}
+
+/// Crashes at every point.
+fn everywhere(events: &[Event]) {
+    for at in begin(events)..=events.len() {
         for seed in 0..6u32 {
             crash_and_look(
-                &events,
+                events,
                 at,
                 (seed + 1).wrapping_mul(0x9e37_79b9u32.rotate_left(at as u32)),
             );
@@ -408,18 +444,136 @@ fn what_a_killed_process_leaves_is_made_durable_before_it_is_relied_upon() {
     assert!(matches!(synced[..], [Event::Synced { .. }]), "{synced:?}");
 }
 
+/// Flushes, or says why not.
+fn flush(disk: &mut Disk) -> Result<(), String> {
+    disk.flush().map_err(|error| error.to_string())
+}
+
 #[test]
 fn after_a_sync_that_failed_nothing_is_promised() {
-    let bench = Bench::new(8);
+    let syncs = |call| matches!(call, Call::Sync | Call::SyncNames);
+    let written = |bench: &Bench| {
+        let mut disk = bench.on_base("d");
+        write(&mut disk, 0, &[1; 512]);
+        disk
+    };
+    // Of the head: of its data, and of its bits.
+    for skip in 0..2 {
+        let bench = Bench::in_memory(8);
+        let mut disk = written(&bench);
+        let next = disk.prepare().unwrap();
+        tape::fail(syncs, skip, ErrorKind::Other);
+        assert!(flush(&mut disk).is_err());
+        assert!(flush(&mut disk).is_err());
+        assert!(disk.write(0, &mut &[1; 512][..]).is_err());
+        assert!(disk.cut(next).is_err());
+        tape::permit();
+    }
+    // Of a sealed layer: of its data, of the names, and of its bits; whoever comes first.
+    for skip in 0..3 {
+        let bench = Bench::in_memory(8);
+        let mut disk = written(&bench);
+        let cut = disk.cut(disk.prepare().unwrap()).unwrap();
+        tape::fail(syncs, skip, ErrorKind::Other);
+        assert!(flush(&mut disk).is_err());
+        assert!(cut.finish().is_err(), "{skip}");
+        assert!(disk.write(0, &mut &[1; 512][..]).is_err());
+        tape::permit();
+
+        let bench = Bench::in_memory(8);
+        let mut disk = written(&bench);
+        let cut = disk.cut(disk.prepare().unwrap()).unwrap();
+        tape::fail(syncs, skip, ErrorKind::Other);
+        assert!(cut.finish().is_err());
+        assert!(flush(&mut disk).is_err(), "{skip}");
+        assert!(disk.write(0, &mut &[1; 512][..]).is_err());
+        tape::permit();
+    }
+}
+
+#[test]
+fn a_directory_that_cannot_be_opened_ends_one_flush_and_not_the_disk() {
+    let bench = Bench::in_memory(8);
     let mut disk = bench.on_base("d");
     write(&mut disk, 0, &[1; 512]);
     let cut = disk.cut(disk.prepare().unwrap()).unwrap();
-    // As after an error of the sync within.
-    cut.seals[0].fail();
-    assert!(disk.flush().is_err());
-    assert!(disk.flush().is_err());
-    assert!(disk.write(0, &mut &[1; 512][..]).is_err());
-    assert!(cut.finish().is_err());
-    let file = std::fs::File::open(bench.path("base")).unwrap();
-    file.read_exact_at(&mut [0; 512], 0).unwrap();
+    tape::fail(|call| call == Call::OpenNames, 0, ErrorKind::Other);
+    assert!(flush(&mut disk).is_err());
+    write(&mut disk, 512, &[2; 512]);
+    assert_eq!(flush(&mut disk), Ok(()));
+    let layer = cut.finish().unwrap();
+    tape::permit();
+    assert_eq!(read(&disk, 512, 512), [2; 512]);
+    sound(&layer.path);
+}
+
+#[test]
+fn what_there_was_no_space_for_is_written_when_there_is() {
+    let ops = [
+        Op::Write(3, 9),
+        Op::Flush,
+        Op::Write(8, 20),
+        // The page of the bitmap.
+        Op::NoSpace(0),
+        Op::Flush,
+        Op::Flush,
+        Op::Write(40, 3),
+        Op::NoSpace(0),
+        Op::Flush,
+        Op::Write(50, 3),
+        Op::Cut,
+        // That of the sealed layer, then its seal.
+        Op::NoSpace(0),
+        Op::Flush,
+        Op::NoSpace(1),
+        Op::Flush,
+        Op::Write(60, 3),
+        Op::Flush,
+        Op::Cut,
+        // The descriptor of the first, after its map.
+        Op::NoSpace(1),
+        Op::Finish,
+        Op::Write(70, 3),
+        Op::Cut,
+        // The map, after bitmap and seal.
+        Op::NoSpace(2),
+        Op::Finish,
+    ];
+    let dir = in_memory();
+    let events = work(dir.path(), &ops);
+    let refused = |event: &&Event| matches!(event, Event::Told(Told::Refused));
+    assert_eq!(events.iter().filter(refused).count(), 6);
+    everywhere(&events);
+}
+
+/// The map of a sealed layer may be large, and who writes it waits for the disk.
+#[test]
+fn a_flush_does_not_wait_for_a_map() {
+    const HANG: Duration = Duration::from_secs(60);
+    let bench = Bench::in_memory(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let cut = disk.cut(disk.prepare().unwrap()).unwrap();
+    write(&mut disk, 0, &[2; 512]);
+    let (at_map, is_at_map) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel::<()>();
+    let finisher = thread::spawn(move || {
+        let mut syncs = 0;
+        tape::answer(move |call| {
+            syncs += u32::from(call == Call::Sync);
+            // Of the data, of the bits, of the map.
+            if call == Call::Sync && syncs == 3 {
+                at_map.send(()).unwrap();
+                may_go_on.recv().unwrap();
+            }
+            Ok(())
+        });
+        cut.finish().unwrap()
+    });
+    is_at_map.recv_timeout(HANG).unwrap();
+    let (flushed, is_flushed) = mpsc::channel();
+    thread::spawn(move || flushed.send(flush(&mut disk)));
+    assert_eq!(is_flushed.recv_timeout(HANG), Ok(Ok(())));
+    go_on.send(()).unwrap();
+    sound(&finisher.join().unwrap().path);
 }
