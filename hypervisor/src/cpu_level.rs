@@ -66,7 +66,8 @@ const fn bits<const N: usize>(numbers: [u32; N]) -> u32 {
     mask
 }
 
-/// Every x86-64 CPU has these in leaf 1, EDX; AMD's repeat some of them in leaf 0x8000_0001.
+/// Any x86-64 CPU can have these in leaf 1, EDX, and emulated ones lack some; AMD's repeat some of them in leaf
+/// 0x8000_0001.
 const BASELINE: u32 = 0x078b_fbff;
 const REPEATED: u32 = 0x0183_f3ff;
 
@@ -83,8 +84,17 @@ const SHOWN: [Shown; 10] = [
             bits([21, 24, 27, 31]),
         ],
     ),
-    // HTT says how many vCPUs there are.
-    shown(1, 0, Edx, [BASELINE, 0, bits([28])]),
+    // FPU, TSC, MSR, PAE, CX8, APIC, CMOV, MMX, FXSR, SSE, SSE2; HTT says how many vCPUs there are.
+    shown(
+        1,
+        0,
+        Edx,
+        [
+            bits([0, 4, 5, 6, 8, 9, 15, 23, 24, 25, 26]),
+            0,
+            BASELINE | bits([28]),
+        ],
+    ),
     // ARAT: the local APIC's timer never stops, which is KVM's.
     shown(6, 0, Eax, [0, 0, bits([2])]),
     // BMI1, AVX2, BMI2; TSC_ADJUST.
