@@ -58,18 +58,15 @@ impl Net {
         // The field means something in the other direction only.
         copy[BUFFERS_AT].fill(0);
         let bytes = len - HEADER_BYTES as u64;
-        let sent = self.backend.send(copy);
-        if let Err(Refused::Later) = sent {
-            self.metrics.send_waits.add(1);
-            return Ok(Outcome::Later);
-        }
-        self.charge(bytes);
-        match sent {
+        match self.backend.send(copy) {
             Ok(()) => {
                 self.metrics.sent_packets.add(1);
                 self.metrics.sent_bytes.add(bytes);
             }
-            Err(Refused::Later) => {}
+            Err(Refused::Later) => {
+                self.metrics.send_waits.add(1);
+                return Ok(Outcome::Later);
+            }
             Err(Refused::Frame(error)) => {
                 self.metrics.send_drops.add(1);
                 tracing::debug!(bytes, %error, "a frame of the guest's was not taken");
@@ -79,6 +76,7 @@ impl Net {
                 self.link_lost(&error);
             }
         }
+        self.charge(bytes);
         Ok(SENT)
     }
 
