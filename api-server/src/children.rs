@@ -156,6 +156,7 @@ mod tests {
             vcpus: None,
             memory_mib: None,
             uptime_ms: None,
+            lost_memory: None,
             release: None,
             origin: VmOrigin::Restore {
                 cpu_snapshot_path: String::new(),

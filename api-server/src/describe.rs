@@ -2,10 +2,10 @@
 
 use std::{path::Path, time::Duration};
 
-use api_types::{AttachedNet, Disk, Vm, VmOrigin, VmState};
+use api_types::{AttachedNet, Balloon, BalloonStatistics, Disk, Vm, VmOrigin, VmState};
 use control::{
-    Client, Console, MachineState, NetAttachment, NetConfig, Origin, Record, Registry, Source,
-    Status,
+    BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
+    Registry, Source, Status,
 };
 use tokio::time::timeout;
 use tracing::debug;
@@ -45,6 +45,9 @@ pub fn describe(registry: &Registry, record: &Record, status: Option<Status>) ->
         vcpus: Some(record.vcpus),
         memory_mib: Some(record.memory_mib),
         uptime_ms: status.as_ref().map(|status| status.uptime_ms),
+        lost_memory: status
+            .as_ref()
+            .and_then(|status| status.lost_memory.clone()),
         release: status.map(|status| status.release),
         origin: origin(&record.origin),
         console: console(&record.console),
@@ -75,14 +78,44 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
                 .collect(),
             nets: machine.nets.iter().map(net).collect(),
         },
-        Origin::Restore(Source::Files { state, memory, .. }) => VmOrigin::Restore {
+        Origin::Restore(source) => saved(source),
+        Origin::Fork(Parent::Machine { pid }) => VmOrigin::Fork { of: *pid },
+        // It is one of those that go on from there.
+        Origin::Fork(Parent::Saved(source)) => saved(source),
+    }
+}
+
+fn saved(source: &Source) -> VmOrigin {
+    match source {
+        Source::Files { state, memory, .. } => VmOrigin::Restore {
             cpu_snapshot_path: text(state),
             memory_snapshot_path: text(memory),
         },
-        Origin::Restore(Source::Stored { store, name }) => VmOrigin::Stored {
+        Source::Stored { store, name } => VmOrigin::Stored {
             snapshot: name.clone(),
             store: text(&store.directory),
         },
+    }
+}
+
+/// A balloon as clients see it.
+pub fn balloon_of(status: BalloonStatus) -> Balloon {
+    let BalloonStatus {
+        driver,
+        target_mib,
+        actual_bytes,
+        statistics_interval_s,
+        statistics,
+    } = status;
+    Balloon {
+        driver,
+        target_mib,
+        actual_bytes,
+        statistics_interval_s,
+        statistics: statistics.map(|told| BalloonStatistics {
+            age_ms: told.age_ms,
+            values: told.values,
+        }),
     }
 }
 

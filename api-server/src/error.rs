@@ -29,7 +29,7 @@ impl ApiError {
     }
 
     /// An error with what caused it, which a client needs to know as much as the operator does.
-    fn with_causes(code: ErrorCode, error: &dyn std::error::Error) -> Self {
+    pub(crate) fn with_causes(code: ErrorCode, error: &dyn std::error::Error) -> Self {
         let mut message = error.to_string();
         let mut cause = error.source();
         while let Some(error) = cause {

@@ -11,6 +11,7 @@ mod children;
 mod config;
 mod describe;
 mod error;
+mod forks;
 mod machines;
 mod openapi;
 mod plan;
@@ -18,7 +19,7 @@ mod routes;
 mod tree;
 
 pub use config::{Defaults, Limits, ServerConfig};
-pub use describe::{describe, status_of};
+pub use describe::{balloon_of, describe, status_of};
 pub use openapi::document;
 
 use std::io;

@@ -6,11 +6,12 @@ use std::{
 };
 
 use api_types::{
-    CreateAnswer, CreateRequest, DeleteAnswer, ErrorCode, GuestClock, Health, Metric, Vm, VmState,
+    Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorCode,
+    GuestClock, Health, Metric, Vm, VmState,
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
-    Registry, Secret, Stopped, spawn,
+    Registry, Secret, Spawned, Stopped, spawn,
 };
 use futures::future::join_all;
 use tokio::task::{JoinError, spawn_blocking};
@@ -19,8 +20,9 @@ use tracing::{Span, info, instrument, warn};
 use crate::{
     ServerConfig, SetupError,
     children::{Children, why},
-    describe::{console, describe, origin, status_of, text},
+    describe::{balloon_of, console, describe, origin, status_of, text},
     error::ApiError,
+    forks::Forks,
     plan,
     tree::Tree,
 };
@@ -32,10 +34,11 @@ const REAP_BOUND: Duration = Duration::from_secs(2);
 /// The machines of this host and user, and how to get more.
 #[derive(Debug)]
 pub(crate) struct Machines {
-    config: Arc<ServerConfig>,
-    tree: Arc<Tree>,
-    registry: Registry,
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) tree: Arc<Tree>,
+    pub(crate) registry: Registry,
     children: Children,
+    pub(crate) forks: Forks,
     /// How many are being launched. Held while the living are counted, so that the limit holds.
     launching: Mutex<usize>,
 }
@@ -43,6 +46,7 @@ pub(crate) struct Machines {
 impl Machines {
     pub(crate) fn new(config: ServerConfig, tree: Tree) -> Result<Self, SetupError> {
         Ok(Self {
+            forks: Forks::new(&config)?,
             registry: Registry::open(&config.run_dir)?,
             config: Arc::new(config),
             tree: Arc::new(tree),
@@ -59,27 +63,31 @@ impl Machines {
         let plan = spawn_blocking(move || plan::create(&config, &tree, &request))
             .await
             .map_err(broken)??;
-        let _admitted = self.admit()?;
+        let _admitted = self.admit(1)?;
         self.launch(plan).await
     }
 
-    /// Counts one more launch, if there may be one.
-    fn admit(&self) -> Result<Admitted<'_>, ApiError> {
+    /// Counts `count` more launches, if there may be as many.
+    pub(crate) fn admit(&self, count: usize) -> Result<Admitted<'_>, ApiError> {
         let mut launching = lock(&self.launching);
         let most = self.config.limits.vms;
-        if self.registry.list()?.len() + *launching >= most {
+        let now = self.registry.list()?.len() + *launching;
+        if now + count > most {
             return Err(ApiError::new(
                 ErrorCode::TooManyVms,
-                format!("there are {most} VMs already; end one with DELETE /vms/<pid>"),
+                format!("there are {now} VMs and may be {most}; end some with DELETE /vms/<pid>"),
             ));
         }
-        *launching += 1;
-        Ok(Admitted(&self.launching))
+        *launching += count;
+        Ok(Admitted {
+            launching: &self.launching,
+            count,
+        })
     }
 
     /// What a state file may ask for: disks in the tree or the operator's own, and no more than a
     /// request could.
-    fn confinement(&self) -> Confinement {
+    pub(crate) fn confinement(&self) -> Confinement {
         let (defaults, limits) = (&self.config.defaults, &self.config.limits);
         let resolved = |disk: &DiskConfig| disk.path.canonicalize().ok();
         let mut disks: Vec<_> = defaults.disks.iter().filter_map(resolved).collect();
@@ -92,30 +100,57 @@ impl Machines {
     }
 
     async fn launch(&self, plan: plan::Plan) -> Result<CreateAnswer, ApiError> {
-        let host = |e: std::io::Error| ApiError::new(ErrorCode::Internal, e.to_string());
         let spec = LaunchSpec {
-            secret: Secret::random().map_err(host)?,
-            origin: plan.origin,
-            console: Console::File(self.registry.new_console().map_err(host)?),
-            registry: self.registry.dir().to_owned(),
-            paused: false,
+            hugepages: plan.hugepages,
+            on_demand: plan.on_demand,
             clock: plan.clock,
-            confinement: Some(self.confinement()),
             net_changes: plan.net_changes,
-            vsock_change: control::VsockChange::default(),
+            disk_directory: plan.disk_directory,
+            ..self.spec(plan.origin)?
         };
         let program = &self.config.vmm_binary;
         let limits = &self.config.limits;
         let bound = match spec.origin {
             Origin::Boot(_) => limits.launch,
-            Origin::Restore(_) => limits.restore,
+            Origin::Restore(_) | Origin::Fork(_) => limits.restore,
         };
         let vmm = spawn(program, &spec, Log::File, bound).await?;
-        let (pid, port) = (vmm.pid, vmm.port);
-        Span::current().record("pid", pid);
+        Span::current().record("pid", vmm.pid);
         for note in &plan.notes {
             warn!(note, "a request asked for more than there is");
         }
+        let answer = self.adopt(&spec, vmm, plan.notes);
+        info!(port = answer.port, "a VM runs");
+        Ok(answer)
+    }
+
+    /// What every VMM is told that this server starts.
+    pub(crate) fn spec(&self, origin: Origin) -> Result<LaunchSpec, ApiError> {
+        let host = |e: std::io::Error| ApiError::new(ErrorCode::Internal, e.to_string());
+        Ok(LaunchSpec {
+            secret: Secret::random().map_err(host)?,
+            origin,
+            console: Console::File(self.registry.new_console().map_err(host)?),
+            registry: self.registry.dir().to_owned(),
+            hugepages: false,
+            on_demand: false,
+            paused: false,
+            clock: control::GuestClock::default(),
+            confinement: Some(self.confinement()),
+            net_changes: Vec::new(),
+            vsock_change: control::VsockChange::default(),
+            disk_directory: None,
+        })
+    }
+
+    /// Takes over a VMM that was told `spec` and runs; `notes` say what it was not told.
+    pub(crate) fn adopt(
+        &self,
+        spec: &LaunchSpec,
+        vmm: Spawned,
+        notes: Vec<String>,
+    ) -> CreateAnswer {
+        let (pid, port) = (vmm.pid, vmm.port);
         let record = self.registry.find_pid(pid).unwrap_or_default();
         let vm = Vm {
             pid,
@@ -125,15 +160,15 @@ impl Machines {
             memory_mib: record.as_ref().map(|record| record.memory_mib),
             uptime_ms: None,
             release: None,
+            lost_memory: None,
             origin: origin(&spec.origin),
             console: console(&spec.console),
             log: text(&self.registry.log_of(pid)),
-            notes: plan.notes,
+            notes,
             ended: None,
         };
         self.children.adopt(vm, vmm.child);
-        info!(port, "a VM runs");
-        Ok(CreateAnswer { pid, port })
+        CreateAnswer { pid, port }
     }
 
     /// Saves a machine; returns once both files are durable.
@@ -230,6 +265,19 @@ impl Machines {
         Ok(self.living(&record).await)
     }
 
+    /// Makes a disk of a machine larger.
+    #[instrument(skip(self))]
+    pub(crate) async fn resize_disk(
+        &self,
+        pid: u32,
+        disk: u32,
+        size: DiskSize,
+    ) -> Result<DiskSize, ApiError> {
+        let client = connect(&self.record(pid)?).await?;
+        client.resize_disk(disk, size.size_bytes).await?;
+        Ok(size)
+    }
+
     /// Ends a machine; returns once its process is gone.
     #[instrument(skip(self))]
     pub(crate) async fn delete(&self, pid: u32) -> Result<DeleteAnswer, ApiError> {
@@ -257,6 +305,25 @@ impl Machines {
             .collect())
     }
 
+    /// Changes a machine's balloon, if anything is to change, and says how it stands with it.
+    #[instrument(skip(self))]
+    pub(crate) async fn balloon(
+        &self,
+        pid: u32,
+        change: BalloonChange,
+    ) -> Result<Balloon, ApiError> {
+        let client = connect(&self.record(pid)?).await?;
+        let BalloonChange {
+            target_mib,
+            statistics_interval_s,
+        } = change;
+        let change = control::BalloonChange {
+            target_mib,
+            statistics_interval_s,
+        };
+        Ok(balloon_of(client.balloon(change).await?))
+    }
+
     /// Whether the server can do its work.
     pub(crate) fn health(&self) -> Result<Health, ApiError> {
         Ok(Health {
@@ -266,7 +333,7 @@ impl Machines {
     }
 
     /// The record of a machine that lives.
-    fn record(&self, pid: u32) -> Result<Record, ApiError> {
+    pub(crate) fn record(&self, pid: u32) -> Result<Record, ApiError> {
         if let Some(record) = self.registry.find_pid(pid)? {
             return Ok(record);
         }
@@ -280,12 +347,15 @@ impl Machines {
     }
 }
 
-/// A launch that counts against the limit until it is dropped.
-struct Admitted<'a>(&'a Mutex<usize>);
+/// Launches that count against the limit until this is dropped.
+pub(crate) struct Admitted<'a> {
+    launching: &'a Mutex<usize>,
+    count: usize,
+}
 
 impl Drop for Admitted<'_> {
     fn drop(&mut self) {
-        *lock(self.0) -= 1;
+        *lock(self.launching) -= self.count;
     }
 }
 
@@ -306,6 +376,6 @@ fn unknown(pid: u32) -> ApiError {
 }
 
 /// A task of ours panicked, or the runtime is shutting down.
-fn broken(error: JoinError) -> ApiError {
+pub(crate) fn broken(error: JoinError) -> ApiError {
     ApiError::new(ErrorCode::Internal, error.to_string())
 }

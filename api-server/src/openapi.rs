@@ -14,11 +14,15 @@ use crate::routes;
     paths(
         routes::create,
         routes::snapshot,
+        routes::fork,
         routes::list,
         routes::show,
         routes::metrics,
+        routes::balloon,
+        routes::change_balloon,
         routes::pause,
         routes::resume,
+        routes::resize_disk,
         routes::end,
         routes::healthz,
         routes::openapi_json
@@ -85,6 +89,7 @@ mod tests {
         [
             item.get.as_ref().map(|_| "GET"),
             item.post.as_ref().map(|_| "POST"),
+            item.patch.as_ref().map(|_| "PATCH"),
             item.delete.as_ref().map(|_| "DELETE"),
         ]
         .into_iter()

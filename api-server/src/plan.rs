@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use api_types::{CreateRequest, ErrorCode, Net};
+use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
-    AfterSnapshot, CpuModel, Destination, DiskConfig, DiskFormat, GuestClock, MacAddress,
-    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit,
-    SnapshotRequest, Source,
+    AfterSnapshot, BalloonConfig, CpuModel, Destination, DiskConfig, DiskFormat, GuestClock,
+    MacAddress, MachineConfig, MemoryCopy, NetAttachment, NetChange, NetConfig, NotAMac, Origin,
+    RateLimit, SnapshotRequest, Source, VsockChange, of_their_own,
 };
 
 use crate::{
@@ -23,8 +23,14 @@ const MIN_MEMORY_MIB: u64 = 64;
 pub(crate) struct Plan {
     pub(crate) origin: Origin,
     pub(crate) clock: GuestClock,
+    /// Whether its memory is made of huge pages that the host has reserved.
+    pub(crate) hugepages: bool,
+    /// Whether a restored machine's memory comes when it is touched.
+    pub(crate) on_demand: bool,
     /// What the network devices of a restored machine are attached to.
     pub(crate) net_changes: Vec<NetChange>,
+    /// Where disks of a restored machine are made that are not here: beside its memory file.
+    pub(crate) disk_directory: Option<PathBuf>,
     /// What was asked for and is not done.
     pub(crate) notes: Vec<String>,
 }
@@ -36,10 +42,7 @@ pub(crate) fn create(
 ) -> Result<Plan, ApiError> {
     let nets = nets(request)?;
     let (origin, net_changes) = if request.resume {
-        let changes = nets.into_iter().map(|(attachment, mac)| NetChange {
-            attachment: Some(attachment),
-            mac,
-        });
+        let changes = nets.into_iter().map(net_change);
         (restore(config, tree, request)?, changes.collect())
     } else {
         let nets = nets.into_iter().map(|(attachment, mac)| NetConfig {
@@ -51,11 +54,102 @@ pub(crate) fn create(
         let machine = boot(config, tree, request, nets.collect())?;
         (Origin::Boot(machine), Vec::new())
     };
+    let disk_directory = match &origin {
+        Origin::Restore(Source::Files { memory, .. }) => memory.parent().map(Path::to_owned),
+        _ => None,
+    };
     Ok(Plan {
+        disk_directory,
         origin,
         clock: guest_clock(request.clock),
+        hugepages: request.hugepages,
+        on_demand: request.resume && request.on_demand,
         net_changes,
         notes: notes(request),
+    })
+}
+
+/// What a `POST /fork` comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Fork {
+    pub(crate) of: Forked,
+    pub(crate) count: u32,
+    pub(crate) clock: GuestClock,
+    /// What the network devices are attached to, with what stands for a fork's number.
+    pub(crate) net_changes: Vec<NetChange>,
+}
+
+/// What is forked.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Forked {
+    /// The machine whose VMM has this process id.
+    Machine(u32),
+    /// A saved one.
+    Saved(Source),
+}
+
+pub(crate) fn fork(
+    config: &ServerConfig,
+    tree: &Tree,
+    request: &ForkRequest,
+) -> Result<Fork, ApiError> {
+    let ForkRequest {
+        pid,
+        cpu_snapshot_path,
+        memory_snapshot_path,
+        count,
+        nets,
+        clock,
+    } = request;
+    let saved = cpu_snapshot_path.is_some() || memory_snapshot_path.is_some();
+    let of = match pid {
+        Some(_) if saved => {
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                "pid and the two paths both say what is forked; leave one out",
+            ));
+        }
+        Some(pid) => Forked::Machine(*pid),
+        None => Forked::Saved(saved_files(
+            config,
+            tree,
+            cpu_snapshot_path,
+            memory_snapshot_path,
+        )?),
+    };
+    let count = count.unwrap_or(1);
+    within("count", count.into(), 1, config.limits.vms as u64)?;
+    let net_changes: Vec<_> = attached(nets)?.into_iter().map(net_change).collect();
+    of_their_own(&net_changes, &VsockChange::default(), count)
+        .map_err(|not| ApiError::new(ErrorCode::BadRequest, not.to_string()))?;
+    Ok(Fork {
+        of,
+        count,
+        clock: guest_clock(*clock),
+        net_changes,
+    })
+}
+
+fn net_change((attachment, mac): (NetAttachment, Option<MacAddress>)) -> NetChange {
+    NetChange {
+        attachment: Some(attachment),
+        mac,
+    }
+}
+
+fn saved_files(
+    config: &ServerConfig,
+    tree: &Tree,
+    state: &Option<String>,
+    memory: &Option<String>,
+) -> Result<Source, ApiError> {
+    let state = input(tree, "cpu_snapshot_path", state)?;
+    let memory = input(tree, "memory_snapshot_path", memory)?;
+    different(&state, &memory)?;
+    Ok(Source::Files {
+        state,
+        memory,
+        store: config.store.clone(),
     })
 }
 
@@ -64,14 +158,8 @@ fn restore(
     tree: &Tree,
     request: &CreateRequest,
 ) -> Result<Origin, ApiError> {
-    let state = input(tree, "cpu_snapshot_path", &request.cpu_snapshot_path)?;
-    let memory = input(tree, "memory_snapshot_path", &request.memory_snapshot_path)?;
-    different(&state, &memory)?;
-    Ok(Origin::Restore(Source::Files {
-        state,
-        memory,
-        store: config.store.clone(),
-    }))
+    let (state, memory) = (&request.cpu_snapshot_path, &request.memory_snapshot_path);
+    Ok(Origin::Restore(saved_files(config, tree, state, memory)?))
 }
 
 /// The network devices that a request names, in either way.
@@ -84,16 +172,20 @@ fn nets(request: &CreateRequest) -> Result<Vec<(NetAttachment, Option<MacAddress
             "tap_device and nets both say what the network is; leave one out".to_owned(),
         )),
         (Some(tap), None) => Ok(vec![(NetAttachment::Tap(tap.clone()), None)]),
-        (None, nets) => nets
-            .iter()
-            .flatten()
-            .map(|Net { tap_device, mac }| {
-                let mac = mac.as_deref().map(str::parse).transpose();
-                let mac = mac.map_err(|not: NotAMac| wrong(format!("nets: {not}")))?;
-                Ok((NetAttachment::Tap(tap_device.clone()), mac))
-            })
-            .collect(),
+        (None, nets) => attached(nets),
     }
+}
+
+fn attached(nets: &Option<Vec<Net>>) -> Result<Vec<(NetAttachment, Option<MacAddress>)>, ApiError> {
+    nets.iter()
+        .flatten()
+        .map(|Net { tap_device, mac }| {
+            let mac = mac.as_deref().map(str::parse).transpose();
+            let wrong = |not| ApiError::new(ErrorCode::BadRequest, format!("nets: {not}"));
+            let mac = mac.map_err(|not: NotAMac| wrong(not))?;
+            Ok((NetAttachment::Tap(tap_device.clone()), mac))
+        })
+        .collect()
 }
 
 fn boot(
@@ -145,13 +237,32 @@ fn boot(
         disks,
         nets,
         vsock: None,
+        balloon: request.balloon.map(balloon),
     })
+}
+
+fn balloon(options: api_types::BalloonOptions) -> BalloonConfig {
+    let api_types::BalloonOptions {
+        target_mib,
+        deflate_on_oom,
+        free_page_reporting,
+        statistics_interval_s,
+    } = options;
+    BalloonConfig {
+        target_mib,
+        deflate_on_oom,
+        free_page_reporting,
+        statistics_interval_s,
+    }
 }
 
 fn notes(request: &CreateRequest) -> Vec<String> {
     let mut notes = Vec::new();
     if request.config.is_some() {
         notes.push("config is not used: this release does not configure guests".to_owned());
+    }
+    if request.on_demand && !request.resume {
+        notes.push("on_demand is not used: a booted machine has no memory to load".to_owned());
     }
     let shape = [
         ("vcpus", request.vcpus.is_some()),
@@ -160,6 +271,7 @@ fn notes(request: &CreateRequest) -> Vec<String> {
         ("initrd_path", request.initrd_path.is_some()),
         ("cmdline", request.cmdline.is_some()),
         ("disks", request.disks.is_some()),
+        ("balloon", request.balloon.is_some()),
     ];
     for (field, given) in shape {
         if request.resume && given {
@@ -194,6 +306,10 @@ pub(crate) fn snapshot(
         } else {
             AfterSnapshot::Halt
         },
+        copy: request.copy.map(|copy| match copy {
+            api_types::MemoryCopy::StopAndCopy => MemoryCopy::StopAndCopy,
+            api_types::MemoryCopy::CopyOnWrite => MemoryCopy::CopyOnWrite,
+        }),
     })
 }
 
@@ -307,7 +423,7 @@ mod tests {
         let plan = bench
             .create(
                 r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
-                    "initrd_path": "initrd", "cmdline": "quiet", "disks": [
+                    "initrd_path": "initrd", "cmdline": "quiet", "balloon": {"deflate_on_oom": true}, "disks": [
                     {"path": "disk"}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
             )
             .unwrap();
@@ -334,6 +450,10 @@ mod tests {
             ],
             nets: Vec::new(),
             vsock: None,
+            balloon: Some(BalloonConfig {
+                deflate_on_oom: true,
+                ..BalloonConfig::default()
+            }),
         };
         assert_eq!(plan.origin, Origin::Boot(expected));
         let plan = bench
@@ -373,6 +493,21 @@ mod tests {
         assert_eq!(plan.notes.len(), 1);
         assert!(plan.notes[0].starts_with("config is not used"));
         assert!(!format!("{:?}", plan.notes).contains("hunter2"));
+    }
+
+    #[test]
+    fn only_a_restored_machine_has_memory_that_comes_on_demand() {
+        let bench = Bench::new();
+        let plan = |rest: &str| {
+            let json = format!(r#"{{"on_demand": true, {rest}}}"#);
+            bench.create(&json).unwrap()
+        };
+        let restored = r#""cpu_snapshot_path": "state", "memory_snapshot_path": "memory""#;
+        let plan_of_restore = plan(&format!(r#"{restored}, "resume": true"#));
+        assert!(plan_of_restore.on_demand && plan_of_restore.notes.is_empty());
+        let plan_of_boot = plan(r#""kernel_path": "kernel", "resume": false"#);
+        assert!(!plan_of_boot.on_demand);
+        assert!(plan_of_boot.notes[0].starts_with("on_demand is not used"));
     }
 
     #[test]
@@ -492,6 +627,7 @@ mod tests {
             rpc_port: 1,
             resume: true,
             clock: api_types::GuestClock::Follow,
+            copy: Some(api_types::MemoryCopy::StopAndCopy),
         };
         let plan = |request: &_| snapshot(&bench.config, &bench.tree, request);
         let planned = plan(&request).unwrap();
@@ -500,12 +636,48 @@ mod tests {
         };
         assert_eq!(state.parent(), bench.path("kernel").parent());
         assert_eq!(planned.then, AfterSnapshot::Resume(GuestClock::Follow));
+        assert_eq!(planned.copy, Some(MemoryCopy::StopAndCopy));
         request.resume = false;
         assert_eq!(plan(&request).unwrap().then, AfterSnapshot::Halt);
         request.memory_snapshot_path = "./new-state".to_owned();
         assert_eq!(plan(&request).unwrap_err().code, ErrorCode::BadRequest);
         request.memory_snapshot_path = "no/such/directory".to_owned();
         assert_eq!(plan(&request).unwrap_err().code, ErrorCode::NotFound);
+    }
+
+    #[test]
+    fn a_fork_is_of_a_machine_or_of_two_files() {
+        let bench = Bench::new();
+        let plan = |json: &str| {
+            let request = serde_json::from_str(json).unwrap();
+            fork(&bench.config, &bench.tree, &request)
+        };
+        let running = plan(r#"{"pid": 7, "nets": [{"tap_device": "t{n}"}]}"#).unwrap();
+        assert_eq!((running.of, running.count), (Forked::Machine(7), 1));
+        let tap = NetAttachment::Tap("t{n}".to_owned());
+        assert_eq!(running.net_changes[0].attachment, Some(tap));
+        let files = r#""cpu_snapshot_path": "state", "memory_snapshot_path": "memory""#;
+        let saved = plan(&format!(r#"{{{files}, "count": 512, "clock": "follow"}}"#)).unwrap();
+        let source = Source::files(bench.path("state"), bench.path("memory"));
+        assert_eq!(saved.of, Forked::Saved(source));
+        assert_eq!((saved.count, saved.clock), (512, GuestClock::Follow));
+        for (json, said) in [
+            ("{}".to_owned(), "cpu_snapshot_path is missing"),
+            (format!(r#"{{"pid": 7, {files}}}"#), "leave one out"),
+            (
+                r#"{"pid": 7, "count": 0}"#.to_owned(),
+                "count is 0; ask for 1 to 512",
+            ),
+            (
+                r#"{"pid": 7, "count": 2, "nets": [{"tap_device": "t"}]}"#.to_owned(),
+                "put {n} into the name",
+            ),
+            (r#"{"pid": 7, "count": 513}"#.to_owned(), "count is 513"),
+        ] {
+            let refused = plan(&json).unwrap_err();
+            assert_eq!(refused.code, ErrorCode::BadRequest);
+            assert!(refused.message.contains(said), "{json}: {refused}");
+        }
     }
 
     #[test]
@@ -522,6 +694,7 @@ mod tests {
             rpc_port: 1,
             resume: true,
             clock: api_types::GuestClock::Follow,
+            copy: Some(api_types::MemoryCopy::StopAndCopy),
         };
         let planned = snapshot(&bench.config, &bench.tree, &request).unwrap();
         assert!(

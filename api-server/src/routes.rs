@@ -1,13 +1,14 @@
 //! The routes. Each says what it takes and answers, which is also what the OpenAPI document says.
 
 use api_types::{
-    CreateAnswer, CreateRequest, DeleteAnswer, ErrorBody, ErrorCode, GuestClock, Health, Metric,
-    SNAPSHOT_TAKEN, SnapshotRequest, Vm,
+    Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorBody,
+    ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, SNAPSHOT_TAKEN,
+    SnapshotRequest, Vm,
 };
 use rocket::{
     Route, State, delete, get,
     http::ContentType,
-    post, routes,
+    patch, post, routes,
     serde::json::{self, Json},
 };
 
@@ -20,11 +21,15 @@ pub(crate) fn all() -> Vec<Route> {
     routes![
         create,
         snapshot,
+        fork,
         list,
         show,
         metrics,
+        balloon,
+        change_balloon,
         pause,
         resume,
+        resize_disk,
         end,
         healthz,
         openapi_json
@@ -51,6 +56,29 @@ pub(crate) fn all() -> Vec<Route> {
 #[post("/create", data = "<body>")]
 async fn create(machines: &State<Machines>, body: Body<'_, CreateRequest>) -> Answer<CreateAnswer> {
     machines.create(meant(body)?).await.map(Json)
+}
+
+/// Has one machine go on as many, from one instant; answers once all of them run, or leaves none.
+#[utoipa::path(
+    tag = "machines",
+    request_body = ForkRequest,
+    responses(
+        (status = 200, description = "The machines run.", body = ForkAnswer),
+        (status = 400, description = "The request cannot be meant, or the machine writes to a raw disk.", body = ErrorBody),
+        (status = 404, description = "There is no such machine or file.", body = ErrorBody),
+        (status = 409, description = "The machine is busy with a snapshot, or something of its forks is in use.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 422, description = "A file is not a snapshot that this host can run.", body = ErrorBody),
+        (status = 500, description = "The host refused.", body = ErrorBody),
+        (status = 502, description = "A VMM died.", body = ErrorBody),
+        (status = 503, description = "There would be too many machines.", body = ErrorBody),
+        (status = 504, description = "A machine did not start in time.", body = ErrorBody),
+        (status = 507, description = "The file system is full.", body = ErrorBody),
+    )
+)]
+#[post("/fork", data = "<body>")]
+async fn fork(machines: &State<Machines>, body: Body<'_, ForkRequest>) -> Answer<ForkAnswer> {
+    machines.fork(meant(body)?).await.map(Json)
 }
 
 /// Saves a machine into two files; answers once both are complete and durable.
@@ -125,6 +153,50 @@ async fn metrics(machines: &State<Machines>, pid: &str) -> Answer<Vec<Metric>> {
     machines.metrics(process_id(pid)?).await.map(Json)
 }
 
+/// How it stands with a machine's balloon. A guest that runs is asked for its statistics.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    responses(
+        (status = 200, description = "The balloon.", body = Balloon),
+        (status = 400, description = "That is not a process id.", body = ErrorBody),
+        (status = 404, description = "There is no such machine, or it has no balloon.", body = ErrorBody),
+        (status = 500, description = "The run directory cannot be read.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+    )
+)]
+#[get("/vms/<pid>/balloon")]
+async fn balloon(machines: &State<Machines>, pid: &str) -> Answer<Balloon> {
+    let change = BalloonChange::default();
+    machines.balloon(process_id(pid)?, change).await.map(Json)
+}
+
+/// Changes a machine's balloon. Its guest follows in its own time: the answer says how it stands now.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    request_body = BalloonChange,
+    responses(
+        (status = 200, description = "The balloon.", body = Balloon),
+        (status = 400, description = "That is not a process id, or the balloon would be larger than the machine.", body = ErrorBody),
+        (status = 404, description = "There is no such machine, or it has no balloon.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 500, description = "The run directory cannot be read.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+    )
+)]
+#[patch("/vms/<pid>/balloon", data = "<body>")]
+async fn change_balloon(
+    machines: &State<Machines>,
+    pid: &str,
+    body: Body<'_, BalloonChange>,
+) -> Answer<Balloon> {
+    let pid = process_id(pid)?;
+    machines.balloon(pid, meant(body)?).await.map(Json)
+}
+
 /// Holds a machine: no instruction of its guest is executed until it goes on. One that is held stays so.
 #[utoipa::path(
     tag = "machines",
@@ -165,6 +237,37 @@ async fn pause(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
 async fn resume(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> Answer<Vm> {
     let clock = guest_clock(clock)?;
     machines.resume(process_id(pid)?, clock).await.map(Json)
+}
+
+/// Makes a disk of a machine larger, whether it runs or is held; the guest is told. Disks never become smaller.
+#[utoipa::path(
+    tag = "machines",
+    params(
+        ("pid" = u32, Path, description = "The VMM's process id."),
+        ("disk" = u32, Path, description = "The disk's number, from 0 in the order of the disks."),
+    ),
+    request_body = DiskSize,
+    responses(
+        (status = 200, description = "The disk has the size.", body = DiskSize),
+        (status = 400, description = "The request cannot be meant: a smaller disk, or not of whole sectors.", body = ErrorBody),
+        (status = 404, description = "There is no such machine, or it has no such disk.", body = ErrorBody),
+        (status = 409, description = "The machine is being saved, or has ended.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 500, description = "The host refused.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+        (status = 507, description = "The file system is full.", body = ErrorBody),
+    )
+)]
+#[patch("/vms/<pid>/disks/<disk>", data = "<body>")]
+async fn resize_disk(
+    machines: &State<Machines>,
+    pid: &str,
+    disk: &str,
+    body: Body<'_, DiskSize>,
+) -> Answer<DiskSize> {
+    let (pid, disk, size) = (process_id(pid)?, disk_number(disk)?, meant(body)?);
+    machines.resize_disk(pid, disk, size).await.map(Json)
 }
 
 /// Ends a machine without asking its guest; answers once its process is gone.
@@ -230,6 +333,15 @@ fn guest_clock(text: Option<&str>) -> Result<GuestClock, ApiError> {
         ApiError::new(
             ErrorCode::BadRequest,
             format!("{text:?} is not what clocks do; say stand-still or follow"),
+        )
+    })
+}
+
+fn disk_number(text: &str) -> Result<u32, ApiError> {
+    text.parse().map_err(|_| {
+        ApiError::new(
+            ErrorCode::BadRequest,
+            format!("{text:?} is not the number of a disk; the first has number 0"),
         )
     })
 }

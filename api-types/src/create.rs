@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::GuestClock;
+use crate::{BalloonOptions, GuestClock};
 
 /// Asks for a machine: booted afresh, or restored.
 ///
@@ -35,6 +35,13 @@ pub struct CreateRequest {
     pub vcpus: Option<u32>,
     /// Guest memory to boot with, in MiB, at least 64; the server has a default.
     pub memory_mib: Option<u64>,
+    /// Whether its memory is made of huge pages that the host has reserved, booted or restored.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Whether a restored machine runs at once, and its memory comes from the server's store when it is touched. The memory
+    /// file must be a reference to the store.
+    #[serde(default)]
+    pub on_demand: bool,
     /// What its CPUs are: `host` if nothing is said. A machine of a level can be restored on any host of that level.
     pub cpu: Option<CpuModel>,
     /// The initial RAM disk to boot with; an empty string for none. The server has a default.
@@ -46,6 +53,8 @@ pub struct CreateRequest {
     /// Network devices, in the order of their names in the guest; instead of `tap_device`. Of a restored machine
     /// these are the ones that it has, and what they have now.
     pub nets: Option<Vec<Net>>,
+    /// A balloon to boot with: memory that the guest gives back. A restored machine has one if it was saved with one.
+    pub balloon: Option<BalloonOptions>,
     /// What the clocks of a restored machine have done since it was saved.
     #[serde(default)]
     pub clock: GuestClock,

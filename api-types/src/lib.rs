@@ -5,14 +5,20 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod clock;
 mod create;
 mod error;
+mod fork;
 mod snapshot;
 mod vm;
 
+pub use balloon::{Balloon, BalloonChange, BalloonOptions, BalloonStatistics};
 pub use clock::GuestClock;
 pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, GuestConfig, Net};
 pub use error::{ErrorBody, ErrorCode};
-pub use snapshot::{SNAPSHOT_TAKEN, SnapshotRequest};
-pub use vm::{AttachedNet, DeleteAnswer, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState};
+pub use fork::{ForkAnswer, ForkRequest};
+pub use snapshot::{MemoryCopy, SNAPSHOT_TAKEN, SnapshotRequest};
+pub use vm::{
+    AttachedNet, DeleteAnswer, DiskSize, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState,
+};

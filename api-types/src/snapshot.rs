@@ -25,4 +25,17 @@ pub struct SnapshotRequest {
     /// If it goes on: what its clocks have done meanwhile.
     #[serde(default)]
     pub clock: GuestClock,
+    /// How its memory is saved. If it is not said: by copy-on-write where the machine goes on and its memory permits it.
+    pub copy: Option<MemoryCopy>,
+}
+
+/// How memory is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryCopy {
+    /// The guest stands still until all of it is written.
+    StopAndCopy,
+    /// The guest goes on at once. What it writes to is copied before it does. It takes a machine that goes on, and whose memory
+    /// is neither mapped from a memory file nor made of huge pages that were reserved.
+    CopyOnWrite,
 }

@@ -28,6 +28,10 @@ pub struct Vm {
     /// The release of fermata that it runs; missing when it does not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub release: Option<String>,
+    /// A page of its memory that is to come from the store and cannot be had, and why; missing when there is none. If the guest
+    /// waits for it, the machine is paused, and to resume it is to try again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_memory: Option<String>,
     /// Where it came from.
     pub origin: VmOrigin,
     /// The file that its serial console is written to; missing when that is a terminal.
@@ -41,6 +45,13 @@ pub struct Vm {
     /// How it ended, if it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
+}
+
+/// How large a disk is, or is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskSize {
+    /// Its bytes; a multiple of 512.
+    pub size_bytes: u64,
 }
 
 /// What a machine is doing.
@@ -90,6 +101,11 @@ pub enum VmOrigin {
         snapshot: String,
         /// The store's directory.
         store: String,
+    },
+    /// A machine that ran was forked.
+    Fork {
+        /// The process id of its VMM.
+        of: u32,
     },
 }
 

@@ -56,6 +56,17 @@ impl Console {
         &self.path
     }
 
+    /// How many bytes have been printed.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be looked at.
+    pub fn printed_bytes(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        let metadata = metadata.with_context(|| format!("cannot read {}", self.path.display()))?;
+        Ok(metadata.len())
+    }
+
     /// Waits until something has been printed.
     ///
     /// # Errors
@@ -90,6 +101,36 @@ impl Console {
         Ok(if has(&self.text, one) { one } else { other })
     }
 
+    /// Waits for `count` whole lines since what was forgotten, and gives them.
+    ///
+    /// # Errors
+    ///
+    /// When they are not printed within three minutes; with what was printed instead.
+    pub fn next_lines(&mut self, count: usize) -> Result<Vec<String>> {
+        let ends = |text: &[u8]| text.iter().filter(|byte| **byte == b'\n').count();
+        self.wait_until("lines", PATIENCE, |text| ends(text) >= count)?;
+        let text = String::from_utf8_lossy(&self.text);
+        Ok(text.lines().take(count).map(str::to_owned).collect())
+    }
+
+    /// Forgets what has been printed so far.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read.
+    pub fn forget(&mut self) -> Result<()> {
+        self.read()?;
+        self.text.clear();
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<()> {
+        self.file
+            .read_to_end(&mut self.text)
+            .with_context(|| format!("cannot read {}", self.path.display()))?;
+        Ok(())
+    }
+
     fn wait_until(
         &mut self,
         what: &str,
@@ -99,9 +140,7 @@ impl Console {
         let deadline = Instant::now() + patience;
         loop {
             // The watch began before the first byte, so that what is read too early is told again.
-            self.file
-                .read_to_end(&mut self.text)
-                .with_context(|| format!("cannot read {}", self.path.display()))?;
+            self.read()?;
             if found(&self.text) {
                 return Ok(());
             }

@@ -14,7 +14,7 @@ use testbed::{
 use crate::{Bench, Console, MEMORY_MIB, Samples, System};
 
 /// A line of the guest that it prints once everything it does is under way: it has counted to three.
-const SETTLED: &str = "fermata-guest: count 3 ";
+pub(crate) const SETTLED: &str = "fermata-guest: count 3 ";
 
 /// Half of the guest's nap between two lines.
 const HALF_A_NAP: Duration = Duration::from_millis(100);
@@ -50,6 +50,9 @@ pub trait Machine {
     ///
     /// When it is not taken.
     fn snapshot(&mut self, files: &Files) -> Result<Saved>;
+
+    /// Its process.
+    fn pid(&self) -> u32;
 }
 
 /// What a snapshot took.

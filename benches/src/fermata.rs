@@ -8,8 +8,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use control::{
-    AfterSnapshot, Client, CpuModel, Destination, GuestClock, LaunchSpec, Log, MachineConfig,
-    Origin, Secret, SnapshotRequest, Source, Spawned,
+    AfterSnapshot, Client, CpuModel, Destination, GuestClock, HotImage, LaunchSpec, Log,
+    MachineConfig, MemoryCopy, Origin, Pool, Registry, Secret, SnapshotReport, SnapshotRequest,
+    Source, Spawned, StoreLocation,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -18,6 +19,9 @@ use crate::{Files, LinuxGuest, Machine, Monitor, Saved, System, VCPUS};
 
 /// An emulated machine is some fifty times slower than hardware.
 const START_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long to wait between two looks at a figure.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The VMM program and what its processes share.
 #[derive(Debug)]
@@ -71,23 +75,100 @@ impl Fermata {
     ///
     /// When it does not start, with what the VMM said.
     pub fn start(&self, origin: Origin, console: &Path) -> Result<FermataMachine> {
-        let secret = Secret::random().context("the kernel has no random numbers")?;
-        let spec = LaunchSpec {
-            secret: secret.clone(),
+        self.launch(self.spec(origin, console)?)
+    }
+
+    /// Starts a process in which the snapshot at `source` runs, and its memory comes when it is touched.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Fermata::start`].
+    pub fn restore_on_demand(&self, source: Source, console: &Path) -> Result<FermataMachine> {
+        self.launch(LaunchSpec {
+            on_demand: true,
+            ..self.spec(Origin::Restore(source), console)?
+        })
+    }
+
+    fn launch(&self, spec: LaunchSpec) -> Result<FermataMachine> {
+        let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
+        Ok(self.machine(self.runtime.block_on(starting)?, &spec))
+    }
+
+    /// Makes a hot image of `machine`, which goes on, and tells how long it stood still.
+    ///
+    /// # Errors
+    ///
+    /// When it is not made.
+    pub fn image(&self, machine: &FermataMachine) -> Result<(HotImage, Duration)> {
+        let record = Registry::open(&self.registry)?.find_pid(machine.process.pid)?;
+        let record = record.context("the machine is not registered")?;
+        let making = HotImage::of_machine(&record, GuestClock::StandStill);
+        let (image, report) = self.runtime.block_on(making)?;
+        Ok((image, Duration::from_micros(report.downtime_us)))
+    }
+
+    /// A pool for forks, in which nothing is prepared yet.
+    ///
+    /// # Errors
+    ///
+    /// When the run directory cannot be used.
+    pub fn pool(&self, most: usize) -> Result<Pool> {
+        Ok(Pool::new(&self.program, &self.registry, most)?)
+    }
+
+    /// Prepares as many processes as `pool` takes for forks of `image`.
+    pub fn fill(&self, pool: &Pool, image: &HotImage) {
+        self.runtime.block_on(pool.fill(image.shape()));
+    }
+
+    /// Has `count` machines begin on `image`, in processes of `pool`, with their consoles in `scratch`.
+    ///
+    /// # Errors
+    ///
+    /// When one does not.
+    pub fn fork(
+        &self,
+        pool: &Pool,
+        image: &HotImage,
+        count: u32,
+        scratch: &Path,
+    ) -> Result<Vec<FermataMachine>> {
+        let specs = (0..count).map(|number| {
+            let console = scratch.join(format!("fork{number}.console"));
+            self.spec(Origin::Fork(image.parent().clone()), &console)
+        });
+        let specs = specs.collect::<Result<Vec<_>>>()?;
+        let forking = pool.fork(image, specs.clone(), START_DEADLINE);
+        let forks = self.runtime.block_on(forking)?.into_iter();
+        Ok(forks
+            .zip(&specs)
+            .map(|(process, spec)| self.machine(process, spec))
+            .collect())
+    }
+
+    fn machine(&self, process: Spawned, spec: &LaunchSpec) -> FermataMachine {
+        FermataMachine {
+            runtime: Rc::clone(&self.runtime),
+            process,
+            secret: spec.secret.clone(),
+        }
+    }
+
+    fn spec(&self, origin: Origin, console: &Path) -> Result<LaunchSpec> {
+        Ok(LaunchSpec {
+            secret: Secret::random().context("the kernel has no random numbers")?,
             origin,
             console: control::Console::File(console.to_owned()),
             registry: self.registry.clone(),
+            hugepages: false,
+            on_demand: false,
             paused: false,
             clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
+            disk_directory: None,
             vsock_change: control::VsockChange::default(),
-        };
-        let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
-        Ok(FermataMachine {
-            process: self.runtime.block_on(starting)?,
-            runtime: Rc::clone(&self.runtime),
-            secret,
         })
     }
 }
@@ -107,6 +188,7 @@ impl Monitor for Fermata {
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
+            balloon: None,
         };
         self.start(Origin::Boot(config), console)
     }
@@ -134,15 +216,41 @@ impl FermataMachine {
         })
     }
 
+    /// Holds the guest, calls `then`, sleeps for `time`, and lets the guest go on, its clocks from where they stood.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be held, or `then` fails.
+    pub fn hold_for(&mut self, time: Duration, then: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.runtime.block_on(async {
+            let client = self.connect().await?;
+            client.pause().await?;
+            then()?;
+            tokio::time::sleep(time).await;
+            client.resume(GuestClock::StandStill).await?;
+            Ok(())
+        })
+    }
+
     /// Takes a snapshot, after which the guest goes on or its process ends.
     ///
     /// # Errors
     ///
     /// When it is not taken.
     pub fn snapshot_then(&mut self, files: &Files, then: AfterSnapshot) -> Result<Saved> {
+        self.save(Destination::files(&files.state, &files.memory), then)
+    }
+
+    /// The same, wherever the snapshot goes. The guest stands still until its memory is written.
+    ///
+    /// # Errors
+    ///
+    /// When it is not taken.
+    pub fn save(&mut self, to: Destination, then: AfterSnapshot) -> Result<Saved> {
         let request = SnapshotRequest {
-            to: Destination::files(&files.state, &files.memory),
+            to,
             then,
+            copy: Some(MemoryCopy::StopAndCopy),
         };
         self.runtime.block_on(async {
             let client = self.connect().await?;
@@ -155,6 +263,49 @@ impl FermataMachine {
         })
     }
 
+    /// Saves it into `store` as `name`, and the guest goes on.
+    ///
+    /// # Errors
+    ///
+    /// When it is not saved.
+    pub fn store(&mut self, store: &Path, name: &str) -> Result<SnapshotReport> {
+        let request = SnapshotRequest {
+            to: Destination::Stored {
+                store: StoreLocation {
+                    directory: store.to_owned(),
+                    key_file: None,
+                },
+                name: name.to_owned(),
+            },
+            then: AfterSnapshot::Resume(GuestClock::StandStill),
+            copy: None,
+        };
+        self.runtime
+            .block_on(async { Ok(self.connect().await?.snapshot(request).await?) })
+    }
+
+    /// Waits until all of its memory has come.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be asked.
+    pub fn wait_for_memory(&self) -> Result<()> {
+        self.runtime.block_on(async {
+            let client = self.connect().await?;
+            loop {
+                let metrics = client.metrics().await?;
+                let gauge = |name: &str| {
+                    let found = metrics.iter().find(|metric| metric.name == name);
+                    found.map(|metric| metric.value)
+                };
+                if gauge("fermata_arrived_bytes") == gauge("fermata_arriving_total_bytes") {
+                    return Ok(());
+                }
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        })
+    }
+
     async fn connect(&self) -> Result<Client> {
         Ok(Client::connect(self.process.port, &self.secret).await?)
     }
@@ -163,6 +314,10 @@ impl FermataMachine {
 impl Machine for FermataMachine {
     fn snapshot(&mut self, files: &Files) -> Result<Saved> {
         self.snapshot_then(files, AfterSnapshot::Resume(GuestClock::StandStill))
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid
     }
 }
 

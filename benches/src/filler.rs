@@ -10,10 +10,13 @@ use std::{arch::global_asm, slice};
 
 use crate::elf;
 
+/// The most that it fills: what the page tables that it begins with reach.
+pub(crate) const MAX_BYTES: u64 = 3 << 30;
+
 /// What the guest is to do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Filler {
-    /// End of its memory, at most 1 GiB.
+    /// End of the memory that it fills, at most [`MAX_BYTES`].
     pub(crate) memory_bytes: u64,
     /// How many pages it writes to between two ticks, one after the other, round and round.
     pub(crate) pages_a_tick: u64,
@@ -42,16 +45,19 @@ global_asm!(
     "mov esp, 0x80000",
     "cmp qword ptr [rip + 5b], 0",
     "je 20f",
-    // Page tables down to the directory of the first GiB become the user's as well.
+    // Page tables down to the directories of the first 4 GiB, which lie one behind the other, become the user's as well.
     "mov rdi, cr3",
     "and rdi, -4096",
     "or qword ptr [rdi], 4",
     "mov rdi, [rdi]",
     "and rdi, -4096",
     "or qword ptr [rdi], 4",
+    "or qword ptr [rdi + 8], 4",
+    "or qword ptr [rdi + 16], 4",
+    "or qword ptr [rdi + 24], 4",
     "mov rdi, [rdi]",
     "and rdi, -4096",
-    "mov ecx, 512",
+    "mov ecx, 2048",
     "11:",
     "or qword ptr [rdi + rcx * 8 - 8], 4",
     "dec ecx",

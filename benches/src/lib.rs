@@ -2,13 +2,19 @@
 //!
 //! `cargo xtask bench` runs the programs in `src/bin`; `docs/benchmarks.md` says what each row means.
 
+pub mod chain;
+mod chronometer;
 mod console;
 mod cycle;
 mod elf;
 mod fermata;
 mod filler;
+pub mod forks;
 pub mod images;
+pub mod instant;
+pub mod io;
 pub mod native;
+pub mod on_demand;
 pub mod qemu;
 pub mod report;
 mod row;
@@ -17,7 +23,7 @@ pub mod store;
 pub use console::Console;
 pub use cycle::{Files, LinuxGuest, Machine, Monitor, Saved, measure};
 pub use fermata::Fermata;
-pub use row::{Bench, Row, Samples, System};
+pub use row::{Bench, Figures, Row, Samples, System};
 
 /// Guest memory of the machines that are measured, in MiB.
 pub const MEMORY_MIB: [u64; 3] = [256, 512, 1024];

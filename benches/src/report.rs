@@ -105,6 +105,46 @@ pub fn store_table(rows: &[Row]) -> String {
     table
 }
 
+/// The rows of disks and networks as a table in Markdown: each of QEMU beside fermata's of the same benchmark, and how many
+/// times better fermata's is.
+pub fn io_table(rows: &[Row]) -> String {
+    let mut table = String::from("| row | fermata | QEMU | times better |\n|---|---:|---:|---:|\n");
+    for peer in rows.iter().filter(|row| row.system == System::Qemu) {
+        let Some(ours) = rows.iter().find(|row| is_peer(row, peer)) else {
+            continue;
+        };
+        let times = if ours.unit == "MB/s" {
+            ours.median / peer.median
+        } else {
+            peer.median / ours.median
+        };
+        let of = |row: &Row| {
+            let setting = row.setting.as_deref().map(|setting| format!("{setting}: "));
+            format!("{}{}", setting.unwrap_or_default(), cell(row))
+        };
+        let _ = writeln!(
+            table,
+            "| `{}`, {} | {} | {} | {times:.2} |",
+            ours.bench,
+            ours.unit,
+            of(ours),
+            of(peer)
+        );
+    }
+    table
+}
+
+/// Whether a row of ours is what a row of QEMU's is held against: a qcow2 is the peer of a disk that branches.
+fn is_peer(ours: &Row, theirs: &Row) -> bool {
+    let layered = |row: &Row, word: &str| {
+        let setting = row.setting.as_deref().unwrap_or_default();
+        setting.starts_with(word)
+    };
+    ours.system == System::Fermata
+        && ours.bench == theirs.bench
+        && layered(ours, "branch") == layered(theirs, "qcow2")
+}
+
 fn best_peer(rows: &[Row], bench: Bench) -> Option<&Row> {
     rows.iter()
         .filter(|row| row.bench == bench && row.system != System::Fermata)
@@ -241,6 +281,34 @@ mod tests {
             "| `save`, MB/s | 2000 | 400 | 500 | 4.00 | 80 % |"
         );
         assert!(line("`load-one`").ends_with("| – | – | – | – | – |"));
+    }
+
+    #[test]
+    fn each_disk_of_qemu_s_is_held_against_ours_of_its_kind() {
+        let row = |bench, system, setting: &str, figure| {
+            let row = Row::of(bench, system, 512, &[figure]).unwrap();
+            if setting.is_empty() {
+                row
+            } else {
+                row.at(setting)
+            }
+        };
+        let rows = [
+            row(Bench::SeqRead, System::Fermata, "branch", 30.0),
+            row(Bench::SeqRead, System::Fermata, "raw", 50.0),
+            row(Bench::SeqRead, System::Qemu, "qcow2, threads", 10.0),
+            row(Bench::SeqRead, System::Qemu, "raw, threads", 20.0),
+            row(Bench::Pss, System::Fermata, "", 3.0),
+            row(Bench::Pss, System::Qemu, "", 30.0),
+        ];
+        let table = io_table(&rows);
+        let times: Vec<_> = table
+            .lines()
+            .skip(2)
+            .map(|line| line.split('|').nth(4).unwrap().trim())
+            .collect();
+        assert_eq!(times, ["3.00", "2.50", "10.00"]);
+        assert!(table.contains("| branch: 30.0 (30.0–30.0) | qcow2, threads: 10.0 (10.0–10.0) |"));
     }
 
     #[test]

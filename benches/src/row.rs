@@ -18,6 +18,12 @@ pub enum Bench {
     Downtime,
     /// From the start of the VMM's process to the restored guest's first output.
     Restore,
+    /// From the start of the VMM's process to the first thing that the restored guest does.
+    RestoreFirst,
+    /// From the start of the VMM's process until all of the restored guest's memory is there.
+    RestoreAll,
+    /// What the guest's clock goes forward while it is held, in microseconds.
+    ClockStep,
     /// What the images take in a store, in MiB.
     Size,
     /// Saving all images, in MB/s.
@@ -46,6 +52,42 @@ pub enum Bench {
     CourseSize,
     /// Saving them, in seconds.
     CourseSave,
+    /// Reading a disk of a guest's from one end to the other, in MB/s.
+    SeqRead,
+    /// Writing it so.
+    SeqWrite,
+    /// Reading 4 KiB anywhere on it.
+    RandRead,
+    /// Writing them.
+    RandWrite,
+    /// One TCP connection from the host to a guest, in MB/s.
+    TcpToGuest,
+    /// One from a guest to the host.
+    TcpFromGuest,
+    /// Reading 4 KiB anywhere on a disk that branches, in MB/s.
+    ChainRandRead,
+    /// Reading it from one end to the other.
+    ChainSeqRead,
+    /// How long the guest stands still for a snapshot that it goes on beside.
+    CowStop,
+    /// The 99th percentile of that.
+    CowStopP99,
+    /// From the request for such a snapshot until it is durable.
+    CowTotal,
+    /// What such a snapshot saves of a guest's memory, in MiB.
+    CowSaved,
+    /// How fast a guest writes beside one snapshot after the other, of how fast it does without, in percent.
+    CowShare,
+    /// From the request for one fork until who asked is told that its guest runs.
+    Fork,
+    /// The 99th percentile of that.
+    ForkP99,
+    /// From the request for a hundred until all run.
+    Fork100,
+    /// Memory that each of a hundred has of its own, in KiB.
+    ForkPrivate,
+    /// What an idle VMM takes beside its guest's memory, in MiB.
+    Pss,
 }
 
 /// Whose time was taken.
@@ -131,16 +173,38 @@ impl Bench {
     /// The unit of its figures.
     pub fn unit(self) -> &'static str {
         match self {
-            Self::Boot | Self::Pause | Self::Snapshot | Self::Downtime | Self::Restore => "ms",
-            Self::Size | Self::FourSize | Self::CourseSize => "MiB",
+            Self::Boot
+            | Self::Pause
+            | Self::Snapshot
+            | Self::Downtime
+            | Self::Restore
+            | Self::CowStop
+            | Self::CowStopP99
+            | Self::RestoreFirst
+            | Self::RestoreAll
+            | Self::Fork
+            | Self::ForkP99
+            | Self::Fork100
+            | Self::CowTotal => "ms",
+            Self::CowShare => "%",
+            Self::ForkPrivate => "KiB",
+            Self::Size | Self::FourSize | Self::CourseSize | Self::Pss | Self::CowSaved => "MiB",
             Self::LoadOne | Self::FourSave | Self::CourseSave => "s",
-            Self::ReadAt | Self::ReadAtP99 => "µs",
+            Self::ReadAt | Self::ReadAtP99 | Self::ClockStep => "µs",
             Self::Save
             | Self::SaveAgain
             | Self::Load
             | Self::SaveBound
             | Self::SaveAgainBound
-            | Self::LoadBound => "MB/s",
+            | Self::LoadBound
+            | Self::SeqRead
+            | Self::SeqWrite
+            | Self::RandRead
+            | Self::RandWrite
+            | Self::TcpToGuest
+            | Self::TcpFromGuest
+            | Self::ChainRandRead
+            | Self::ChainSeqRead => "MB/s",
         }
     }
 }
@@ -153,6 +217,9 @@ impl fmt::Display for Bench {
             Self::Snapshot => "snapshot",
             Self::Downtime => "downtime",
             Self::Restore => "restore",
+            Self::RestoreFirst => "restore-first",
+            Self::RestoreAll => "restore-all",
+            Self::ClockStep => "clock-step",
             Self::Size => "size",
             Self::Save => "save",
             Self::SaveAgain => "save-again",
@@ -167,6 +234,24 @@ impl fmt::Display for Bench {
             Self::FourSave => "four-save",
             Self::CourseSize => "course-size",
             Self::CourseSave => "course-save",
+            Self::SeqRead => "seq-read",
+            Self::SeqWrite => "seq-write",
+            Self::RandRead => "rand-read",
+            Self::RandWrite => "rand-write",
+            Self::TcpToGuest => "tcp-to-guest",
+            Self::TcpFromGuest => "tcp-from-guest",
+            Self::ChainRandRead => "chain-rand-read",
+            Self::ChainSeqRead => "chain-seq-read",
+            Self::CowStop => "cow-stop",
+            Self::CowStopP99 => "cow-stop-p99",
+            Self::CowTotal => "cow-total",
+            Self::CowSaved => "cow-saved",
+            Self::CowShare => "cow-share",
+            Self::Fork => "fork",
+            Self::ForkP99 => "fork-p99",
+            Self::Fork100 => "fork-100",
+            Self::ForkPrivate => "fork-private",
+            Self::Pss => "pss",
         })
     }
 }
@@ -205,10 +290,47 @@ impl Samples {
     }
 }
 
+/// Figures so far, each in the unit of its benchmark, of systems at several settings; `""` is none.
+#[derive(Clone, Debug, Default)]
+pub struct Figures(BTreeMap<(Bench, System, &'static str), Vec<f64>>);
+
+impl Figures {
+    /// Adds one.
+    pub fn add(&mut self, bench: Bench, system: System, setting: &'static str, figure: f64) {
+        let figures = self.0.entry((bench, system, setting)).or_default();
+        figures.push(figure);
+    }
+
+    /// The rows, by benchmark, then system, then setting, of guests with `mem_mib`.
+    pub fn rows(&self, mem_mib: u64) -> Vec<Row> {
+        let rows = self.0.iter();
+        rows.filter_map(|(&(bench, system, setting), figures)| {
+            let row = Row::of(bench, system, mem_mib, figures)?;
+            Some(if setting.is_empty() {
+                row
+            } else {
+                row.at(setting)
+            })
+        })
+        .collect()
+    }
+}
+
 /// Milliseconds, to the microsecond: what is behind that is noise.
 fn in_ms(times: &[Duration]) -> Vec<f64> {
     let micros = times.iter().map(Duration::as_micros);
     micros.map(|micros| micros as f64 / 1000.0).collect()
+}
+
+/// The least of `figures` that so much of them does not exceed.
+pub(crate) fn percentile(figures: &[f64], part: f64) -> f64 {
+    let mut sorted = figures.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = (sorted.len() as f64 * part).ceil() as usize;
+    sorted
+        .get(at.saturating_sub(1))
+        .copied()
+        .unwrap_or(f64::NAN)
 }
 
 fn median(sorted: &[f64]) -> Option<f64> {
@@ -247,6 +369,19 @@ mod tests {
             "n": 3, "min": 1.5, "median": 3.0, "max": 20000.123,
         }]);
         assert_eq!(serde_json::to_value(samples.rows()).unwrap(), expected);
+    }
+
+    #[test]
+    fn figures_of_one_setting_are_one_row() {
+        let mut figures = Figures::default();
+        for figure in [5.0, 1.0, 3.0] {
+            figures.add(Bench::SeqRead, System::Fermata, "raw", figure);
+        }
+        figures.add(Bench::SeqRead, System::Qemu, "", 7.0);
+        let rows = figures.rows(512);
+        assert_eq!((rows[0].n, rows[0].median, rows[0].unit), (3, 3.0, "MB/s"));
+        let settings: Vec<_> = rows.iter().map(|row| row.setting.as_deref()).collect();
+        assert_eq!(settings, [Some("raw"), None]);
     }
 
     #[test]

@@ -137,7 +137,7 @@ fn reference(path: &Path, other: &Path) -> PathBuf {
 }
 
 /// The absolute path of what need not be there yet.
-fn absolute(path: &Path) -> Result<PathBuf, Error> {
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Error> {
     let directory = match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,
@@ -211,8 +211,18 @@ impl Draft {
         Ok(draft)
     }
 
+    /// Where it is as long as it has no name.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Changes its lock.
+    pub(crate) fn lock(&self, lock: Lock) -> Result<(), Error> {
+        self.media.as_ref().map_or(Ok(()), |media| media.lock(lock))
+    }
+
     /// Gives it its name, which nothing may have.
-    fn publish(self, path: &Path) -> Result<(), Error> {
+    pub(crate) fn publish(self, path: &Path) -> Result<(), Error> {
         if let Some(media) = &self.media {
             link(media, path).map_err(|errno| match errno {
                 Errno::EXIST => Error::Exists {

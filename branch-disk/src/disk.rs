@@ -25,26 +25,26 @@ use crate::{
 #[derive(Debug)]
 pub struct Disk {
     /// The head's.
-    path: PathBuf,
-    bottom: Option<Bottom>,
+    pub(crate) path: PathBuf,
+    pub(crate) bottom: Option<Arc<Bottom>>,
     /// By depth; the last is the head.
-    layers: Vec<Arc<Layer>>,
-    geometry: Geometry,
-    map: Map,
+    pub(crate) layers: Vec<Arc<Layer>>,
+    pub(crate) geometry: Geometry,
+    pub(crate) map: Map,
     /// What the head owns.
-    bits: Bits,
+    pub(crate) bits: Bits,
     /// Whether the head's file may have anything that is not durable.
-    unsynced: bool,
+    pub(crate) unsynced: bool,
     /// Layers whose sealing is not finished, from the lowest.
-    seals: Vec<Arc<Seal>>,
-    mode: Mode,
+    pub(crate) seals: Vec<Arc<Seal>>,
+    pub(crate) mode: Mode,
     /// A sync has failed: what is durable cannot be known any more.
-    failed: bool,
-    lookups: AtomicU64,
+    pub(crate) failed: bool,
+    pub(crate) lookups: AtomicU64,
     /// Nobody knows its name: it goes if nothing comes of it.
-    fleeting: bool,
+    pub(crate) fleeting: bool,
     /// Something was written to it.
-    touched: bool,
+    pub(crate) touched: bool,
 }
 
 /// What a disk has done since it was opened.
@@ -84,7 +84,7 @@ impl Disk {
         };
         Ok(Self {
             path,
-            bottom,
+            bottom: bottom.map(Arc::new),
             geometry,
             layers,
             map,
@@ -293,6 +293,7 @@ impl Disk {
         Plan {
             path: self.path.clone(),
             layers: self.layers.clone(),
+            geometry: self.geometry,
         }
     }
 
@@ -306,7 +307,7 @@ impl Disk {
     }
 
     /// Ends the head and goes on with `next`, in constant time. When nothing was written to the head and it is as large as the
-    /// layer below, it stays and the cut is that layer. When this fails, nothing has changed.
+    /// layer below and as `next`, it stays and the cut is that layer. When this fails, nothing has changed.
     ///
     /// # Errors
     ///
@@ -327,6 +328,7 @@ impl Disk {
         if self.bits.is_empty()
             && let [.., below, _] = &*self.layers
             && below.header.geometry == self.geometry
+            && next.header.geometry == self.geometry
         {
             let layer = LayerRef {
                 path: below.path().to_owned(),
@@ -352,6 +354,7 @@ impl Disk {
             error
         })?;
         head.rename(&next.sealed);
+        self.geometry = next.header.geometry;
         let bits = std::mem::replace(&mut self.bits, Bits::none(self.geometry));
         let layers = std::mem::take(&mut next.layers);
         let seal = Seal::new(layers, Arc::clone(head), next.sealed.clone(), bits);
@@ -380,7 +383,7 @@ impl Disk {
     }
 
     pub(crate) fn bottom(&self) -> Option<&Bottom> {
-        self.bottom.as_ref()
+        self.bottom.as_deref()
     }
 
     /// The head, if it may be written to.

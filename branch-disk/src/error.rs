@@ -103,6 +103,19 @@ pub enum Error {
         "a disk of {0} bytes cannot be: it must be a multiple of {SECTOR_BYTES}, at least as large as what it stands on, and at most {MAX_BYTES}"
     )]
     Size(u64),
+    /// It would lose what is at its end.
+    #[error(
+        "the disk {} has {now} bytes and cannot be made to have {bytes}; disks only grow",
+        path.display()
+    )]
+    Smaller {
+        /// The head.
+        path: PathBuf,
+        /// The size that it was to have.
+        bytes: u64,
+        /// The size that it has.
+        now: u64,
+    },
     /// There is nothing that gives a new disk its size.
     #[error("a disk that stands on nothing needs a size")]
     NoSize,

@@ -18,7 +18,7 @@ use crate::{
     error::Error,
     header::{Header, LayerId, Parent},
     layer::Layer,
-    layout::MAX_DEPTH,
+    layout::{Geometry, MAX_DEPTH},
     media::{Directory, Lock, sync_directory_of},
     name, stored_map,
 };
@@ -37,6 +37,8 @@ pub struct LayerRef {
 pub struct Plan {
     pub(crate) path: PathBuf,
     pub(crate) layers: Vec<Arc<Layer>>,
+    /// Of the next head.
+    pub(crate) geometry: Geometry,
 }
 
 /// The next head, ready and durable, but without its name. Dropped, it is removed.
@@ -51,13 +53,32 @@ pub struct Next {
 }
 
 impl Plan {
+    /// The same with a disk of `bytes` from the next head on. What is new of it reads as zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Smaller`], [`Error::Size`].
+    pub fn grown_to(self, bytes: u64) -> Result<Self, Error> {
+        let geometry = Geometry::of(bytes).ok_or(Error::Size(bytes))?;
+        let now = self.geometry.bytes();
+        if bytes < now {
+            let path = self.path;
+            return Err(Error::Smaller { path, bytes, now });
+        }
+        Ok(Self { geometry, ..self })
+    }
+
     /// Makes the next head. This syncs files; the disk may be in use meanwhile.
     ///
     /// # Errors
     ///
     /// [`Error`]; nothing has changed then.
     pub fn prepare(self) -> Result<Next, Error> {
-        let Self { path, layers } = self;
+        let Self {
+            path,
+            layers,
+            geometry,
+        } = self;
         let Some(head) = layers.last() else {
             return Err(Error::damaged(&path, "it has no layers"));
         };
@@ -83,7 +104,7 @@ impl Plan {
             header: Header {
                 id: new_id(&path)?,
                 depth: head.header.depth + 1,
-                geometry: head.header.geometry,
+                geometry,
                 parent,
             },
             layers,

@@ -1,26 +1,24 @@
 //! Machines as the command line names them, and how it starts them.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
-    Client, Console, CpuModel, DiskConfig, DiskFormat, GuestClock, LaunchSpec, NetChange, Origin,
+    Client, Console, DiskConfig, DiskFormat, GuestClock, LaunchSpec, NetChange, Origin, Parent,
     Record, Registry, Secret, Source, VsockChange,
 };
-use schemars::JsonSchema;
-use serde::Deserialize;
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
 pub(crate) fn launch_bound(origin: &Origin) -> Duration {
     match origin {
         Origin::Boot(_) => Duration::from_secs(120),
-        Origin::Restore(_) => Duration::from_secs(6 * 3600),
+        Origin::Restore(_) | Origin::Fork(_) => READ_ALL,
     }
 }
+
+/// How long it may take to read all of a machine's memory, from a slow disk.
+pub(crate) const READ_ALL: Duration = Duration::from_secs(6 * 3600);
 
 /// How long a VMM may take to stop before it is killed.
 pub(crate) const STOP: Duration = Duration::from_secs(10);
@@ -34,21 +32,23 @@ pub(crate) struct Name {
 }
 
 impl Name {
-    /// The machine of that name. A process id counts before a port.
+    /// The machine of that name.
     pub(crate) fn find(self, registry: &Registry) -> anyhow::Result<Record> {
-        if let Some(record) = registry.find_pid(self.number)? {
-            return Ok(record);
-        }
-        if let Ok(port) = u16::try_from(self.number)
-            && let Some(record) = registry.find_port(port)?
-        {
-            return Ok(record);
-        }
-        bail!(
-            "no machine has process id or port {}; `fermata ps` lists those that run",
-            self.number
-        )
+        find(self.number, registry)
     }
+}
+
+/// The machine with process id or port `number`. A process id counts before a port.
+pub(crate) fn find(number: u32, registry: &Registry) -> anyhow::Result<Record> {
+    if let Some(record) = registry.find_pid(number)? {
+        return Ok(record);
+    }
+    if let Ok(port) = u16::try_from(number)
+        && let Some(record) = registry.find_port(port)?
+    {
+        return Ok(record);
+    }
+    bail!("no machine has process id or port {number}; `fermata ps` lists those that run")
 }
 
 /// What the guest's clocks have done while it stood still.
@@ -81,33 +81,6 @@ pub(crate) async fn connect(record: &Record) -> anyhow::Result<Client> {
     Ok(Client::connect(record.port, &record.secret).await?)
 }
 
-/// What a machine's CPUs are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Deserialize, JsonSchema)]
-pub(crate) enum Cpu {
-    /// All that the host has.
-    #[default]
-    #[serde(rename = "host")]
-    Host,
-    /// Level 2 of the x86-64 psABI: SSE4.2.
-    #[value(name = "x86-64-v2")]
-    #[serde(rename = "x86-64-v2")]
-    V2,
-    /// Level 3: AVX2.
-    #[value(name = "x86-64-v3")]
-    #[serde(rename = "x86-64-v3")]
-    V3,
-}
-
-impl Cpu {
-    pub(crate) fn model(self) -> CpuModel {
-        match self {
-            Self::Host => CpuModel::Host,
-            Self::V2 => CpuModel::V2,
-            Self::V3 => CpuModel::V3,
-        }
-    }
-}
-
 /// What a restored machine has otherwise than it was saved with.
 #[derive(Default)]
 pub(crate) struct Changes {
@@ -116,6 +89,12 @@ pub(crate) struct Changes {
     /// Its network devices, in their order.
     pub(crate) nets: Vec<NetChange>,
     pub(crate) vsock: VsockChange,
+    /// Whether its memory is made of huge pages that the host has reserved: it may have been of others.
+    pub(crate) hugepages: bool,
+    /// Whether its memory comes when it is touched.
+    pub(crate) on_demand: bool,
+    /// Where disks are made that are not here.
+    pub(crate) disk_directory: Option<PathBuf>,
 }
 
 /// What a VMM is told that is started from here.
@@ -130,11 +109,14 @@ pub(crate) fn launch_spec(
         origin,
         console,
         registry: registry.dir().to_owned(),
+        hugepages: changes.hugepages,
+        on_demand: changes.on_demand,
         paused: false,
         clock: changes.clock,
         confinement: None,
         net_changes: changes.nets,
         vsock_change: changes.vsock,
+        disk_directory: changes.disk_directory,
     })
 }
 
@@ -173,11 +155,15 @@ pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
 
 /// Where a machine came from, in short.
 pub(crate) fn origin(origin: &Origin) -> String {
-    let name = |path: &Path| path.display().to_string();
+    let name = |source: &Source| match source {
+        Source::Files { state, .. } => state.display().to_string(),
+        Source::Stored { name, .. } => name.clone(),
+    };
     match origin {
-        Origin::Boot(machine) => name(&machine.kernel),
-        Origin::Restore(Source::Files { state, .. }) => format!("restored from {}", name(state)),
-        Origin::Restore(Source::Stored { name, .. }) => format!("restored from {name}"),
+        Origin::Boot(machine) => machine.kernel.display().to_string(),
+        Origin::Restore(source) => format!("restored from {}", name(source)),
+        Origin::Fork(Parent::Machine { pid }) => format!("forked from {pid}"),
+        Origin::Fork(Parent::Saved(source)) => format!("forked from {}", name(source)),
     }
 }
 

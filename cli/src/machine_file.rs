@@ -2,21 +2,14 @@
 //!
 //! The schema is published as `docs/machine.schema.json`.
 
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::Context;
 use control::{DiskConfig, DiskFormat, NetConfig};
 use schemars::JsonSchema;
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 
-use crate::{machine::Cpu, net::Net, vsock::Vsock};
-
-/// A longer file is not a machine's.
-const MAX_BYTES: u64 = 1 << 20;
+use crate::{balloon::Balloon, cpu::Cpu, net::Net, text_file, vsock::Vsock};
 
 /// A machine. Paths are relative to the file's directory; what is left out is as the flags have it.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -35,7 +28,10 @@ pub(crate) struct MachineFile {
     /// The memory in MiB.
     #[schemars(range(min = 64))]
     pub(crate) memory_mib: Option<u64>,
-    /// What the CPUs are: a machine of a level can be restored on any host of that level.
+    /// Whether the memory is made of huge pages that the host has reserved.
+    #[serde(default)]
+    pub(crate) hugepages: bool,
+    /// What the CPUs are. A machine of a level can be restored on any host of that level.
     pub(crate) cpu: Option<Cpu>,
     /// The disks, in the order of their names in the guest.
     #[serde(default)]
@@ -45,6 +41,8 @@ pub(crate) struct MachineFile {
     pub(crate) nets: Vec<Net>,
     /// Streams between guest and host.
     pub(crate) vsock: Option<Vsock>,
+    /// Memory that the guest gives back.
+    pub(crate) balloon: Option<Balloon>,
 }
 
 /// A disk.
@@ -77,22 +75,9 @@ enum Format {
 impl MachineFile {
     /// Reads a file; what ends in `.json` is JSON, anything else TOML. All paths become absolute.
     pub(crate) fn read(path: &Path) -> anyhow::Result<Self> {
-        let failed = || format!("cannot read {}", path.display());
-        let mut text = String::new();
-        let mut file = File::open(path).with_context(failed)?.take(MAX_BYTES + 1);
-        file.read_to_string(&mut text).with_context(failed)?;
-        ensure!(
-            text.len() as u64 <= MAX_BYTES,
-            "{} is longer than {MAX_BYTES} bytes, too long for a machine's file",
-            path.display()
-        );
-        let parsed = if path.extension().is_some_and(|ending| ending == "json") {
-            from_json(&text)
-        } else {
-            from_toml(&text)
-        };
-        let mut file: Self = parsed.map_err(|wrong| anyhow!("{}:{wrong}", path.display()))?;
-        let directory = std::path::absolute(path).with_context(failed)?;
+        let mut file: Self = text_file::read(path)?;
+        let directory =
+            std::path::absolute(path).with_context(|| format!("cannot read {}", path.display()))?;
         file.resolve(directory.parent().unwrap_or(Path::new("/")));
         Ok(file)
     }
@@ -103,7 +88,13 @@ impl MachineFile {
         let sockets = self.nets.iter_mut().filter_map(|net| net.socket.as_mut());
         let paths = self.kernel.iter_mut().chain(&mut self.initrd);
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.path);
-        for path in paths.chain(disks).chain(sockets).chain(vsock) {
+        let template = self.cpu.as_mut().and_then(Cpu::file_mut);
+        for path in paths
+            .chain(disks)
+            .chain(sockets)
+            .chain(vsock)
+            .chain(template)
+        {
             *path = directory.join(&*path);
         }
     }
@@ -130,39 +121,6 @@ impl MachineFile {
     }
 }
 
-fn from_toml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    toml::from_str(text).map_err(|wrong: toml::de::Error| {
-        let at = wrong.span().map_or(0, |span| span.start);
-        point_at(text, at, wrong.message())
-    })
-}
-
-fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
-    serde_json::from_str(text).map_err(|wrong| {
-        let before: usize = text
-            .split_inclusive('\n')
-            .take(wrong.line().saturating_sub(1))
-            .map(str::len)
-            .sum();
-        // The message ends with the place, which is told in another way.
-        let message = wrong.to_string();
-        let bare = message
-            .rsplit_once(" at line ")
-            .map_or(&*message, |parts| parts.0);
-        point_at(text, before + wrong.column().saturating_sub(1), bare)
-    })
-}
-
-/// A message with its line and column, and the line, in which the key is to be seen.
-fn point_at(text: &str, at: usize, message: &str) -> String {
-    let before = text.get(..at).unwrap_or(text);
-    let begin = before.rfind('\n').map_or(0, |newline| newline + 1);
-    let line = before.matches('\n').count() + 1;
-    let column = before[begin..].chars().count() + 1;
-    let shown = text[begin..].lines().next().unwrap_or_default();
-    format!("{line}:{column}: {message}\n  {shown}")
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may")]
@@ -170,6 +128,7 @@ mod tests {
     use std::{env, fs};
 
     use super::*;
+    use crate::text_file::{from_json, from_toml};
 
     const COMMITTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/machine.schema.json");
 

@@ -2,7 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod commands;
+mod cpu;
 mod doctor;
 mod foreground;
 mod machine;
@@ -13,16 +15,18 @@ mod program;
 mod progress;
 mod store;
 mod terminal;
+mod text_file;
 mod vsock;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use control::{LOG_VARIABLE, Registry};
+use control::{LOG_VARIABLE, Registry, allow_many_files};
 use tracing_subscriber::EnvFilter;
 
 use commands::{
-    disk, inspect, pause, ps, restore, run, serve, snapshot, stop, store as store_commands,
+    balloon as balloon_commands, disk, fork, inspect, pause, ps, restore, run, serve, snapshot,
+    stop, store as store_commands,
 };
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
@@ -53,10 +57,14 @@ enum Command {
     Snapshot(snapshot::Args),
     /// Lets a saved machine go on.
     Restore(restore::Args),
+    /// Has one machine go on as many, from one instant: one that runs, or a saved one.
+    Fork(fork::Args),
     /// Looks into a store of snapshots, and keeps it in order.
     Store(store_commands::Args),
     /// Makes and looks into disks that branch.
     Disk(disk::Args),
+    /// Shows a machine's balloon and what its guest tells of its memory, and has it give memory back.
+    Balloon(balloon_commands::Args),
     /// Ends a machine without asking its guest.
     Stop(stop::Args),
     /// Shows what is in a state file.
@@ -68,6 +76,9 @@ enum Command {
 fn main() -> ExitCode {
     let Cli { run_dir, command } = Cli::parse();
     start_log(&command);
+    if matches!(command, Command::Serve(_) | Command::Fork(_)) {
+        allow_many_files();
+    }
     let run_dir = run_dir.unwrap_or_else(Registry::default_dir);
     match dispatch(run_dir, command) {
         Ok(code) => code,
@@ -87,8 +98,10 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Resume(args) => wait(pause::resume(&args, run_dir)),
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
+        Command::Fork(args) => wait(fork::fork(args, run_dir)),
         Command::Store(args) => store_commands::run(&args),
-        Command::Disk(args) => disk::run(&args),
+        Command::Disk(args) => wait(disk::run(&args, run_dir)),
+        Command::Balloon(args) => wait(balloon_commands::balloon(&args, run_dir)),
         Command::Stop(args) => wait(stop::stop(&args, run_dir)),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Doctor(args) => doctor::doctor(&args, &run_dir),

@@ -10,7 +10,8 @@ use tarpc::{client::RpcError, context::Context};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    Failure, GuestClock, Metric, Secret, SnapshotReport, SnapshotRequest, Status, VmmClient,
+    BalloonChange, BalloonStatus, Failure, GuestClock, Metric, Secret, SnapshotReport,
+    SnapshotRequest, Status, VmmClient,
     wire::{self, HANDSHAKE_DEADLINE},
 };
 
@@ -122,6 +123,18 @@ impl Client {
         .await??)
     }
 
+    /// Has the disk of this number, from 0, have so many bytes, which are not less than it has.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Client::status`], and [`ClientError::Refused`].
+    pub async fn resize_disk(&self, disk: u32, bytes: u64) -> Result<(), ClientError> {
+        Ok(answer(ANSWER_DEADLINE, |context| {
+            self.0.resize_disk(context, disk, bytes)
+        })
+        .await??)
+    }
+
     /// Ends the machine and its process.
     ///
     /// # Errors
@@ -129,6 +142,15 @@ impl Client {
     /// Those of [`Client::status`], and [`ClientError::Refused`].
     pub async fn stop(&self) -> Result<(), ClientError> {
         Ok(answer(ANSWER_DEADLINE, |context| self.0.stop(context)).await??)
+    }
+
+    /// Changes the machine's balloon, if anything is to change, and says how it stands with it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Client::status`], and [`ClientError::Refused`].
+    pub async fn balloon(&self, change: BalloonChange) -> Result<BalloonStatus, ClientError> {
+        Ok(answer(ANSWER_DEADLINE, |context| self.0.balloon(context, change)).await??)
     }
 
     /// Counters since the process began.

@@ -1,11 +1,13 @@
-//! How a VMM process is started: a [`LaunchSpec`] in JSON on its standard input, then end of file;
-//! one line of JSON back on its standard output, a [`Launched`].
+//! What a VMM process is told of its machine, a [`LaunchSpec`], and what it answers: one line of JSON on its standard output, a
+//! [`Launched`].
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Failure, GuestClock, NetChange, NetConfig, Secret, Source};
+use crate::{
+    BalloonConfig, Failure, GuestClock, NetChange, NetConfig, Secret, Source, net::numbered_path,
+};
 
 /// Everything a VMM process needs to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -19,6 +21,12 @@ pub struct LaunchSpec {
     pub console: Console,
     /// The directory in which it registers itself while it lives; see [`Registry`](crate::Registry).
     pub registry: PathBuf,
+    /// Whether its memory is made of huge pages that the host has reserved.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Whether a restored machine runs at once, and its memory comes from the store when it is touched.
+    #[serde(default)]
+    pub on_demand: bool,
     /// Whether it stays held until a client lets it go.
     #[serde(default)]
     pub paused: bool,
@@ -35,6 +43,10 @@ pub struct LaunchSpec {
     /// What the vsock device of a restored machine has instead of what it was saved with.
     #[serde(default)]
     pub vsock_change: VsockChange,
+    /// Where disks that branch are made, as the snapshot in a store has them, that are not here; absolute. A snapshot may come
+    /// from anybody and does not say where files are made.
+    #[serde(default)]
+    pub disk_directory: Option<PathBuf>,
 }
 
 /// What a restored machine may have: its state file may come from anybody.
@@ -61,10 +73,35 @@ pub enum Origin {
     Boot(MachineConfig),
     /// A snapshot goes on.
     Restore(Source),
+    /// It goes on from a hot image, beside others.
+    Fork(Parent),
+}
+
+/// Whose hot image machines begin on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Parent {
+    /// A machine's that ran.
+    Machine {
+        /// The process id of its VMM.
+        pid: u32,
+    },
+    /// A saved machine's.
+    Saved(Source),
+}
+
+/// The size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shape {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
 }
 
 /// What a machine's CPUs are: what runs on one host of a level runs on any.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CpuModel {
     /// All that the host has.
     #[default]
@@ -76,6 +113,60 @@ pub enum CpuModel {
     /// Level 3: AVX2.
     #[serde(rename = "x86-64-v3")]
     V3,
+    /// One of these with changes.
+    #[serde(rename = "template")]
+    Template(Box<CpuTemplate>),
+}
+
+/// Changes of what a guest sees of a CPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuTemplate {
+    /// What is changed.
+    pub base: CpuModel,
+    /// Changes of CPUID.
+    pub cpuid: Vec<CpuidChange>,
+    /// Changes of the model-specific registers that a vCPU begins with.
+    pub msrs: Vec<MsrChange>,
+}
+
+/// A change of one register of CPUID: bits that are cleared, and then bits that are set, which the host must have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuidChange {
+    /// The leaf.
+    pub leaf: u32,
+    /// The sub-leaf; 0 where there are none.
+    pub subleaf: u32,
+    /// The register.
+    pub register: CpuidRegister,
+    /// Bits that are cleared.
+    pub clear: u32,
+    /// Bits that are set.
+    pub set: u32,
+}
+
+/// A register in which CPUID answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "they are called what they are")]
+pub enum CpuidRegister {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// A change of a model-specific register: bits that are cleared, and then bits that are set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsrChange {
+    /// Its number.
+    pub index: u32,
+    /// Bits that are cleared.
+    pub clear: u64,
+    /// Bits that are set.
+    pub set: u64,
 }
 
 /// A machine that is to be booted.
@@ -103,6 +194,9 @@ pub struct MachineConfig {
     /// Streams between guest and host.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
+    /// Memory that its guest gives back.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
 }
 
 /// A vsock device.
@@ -126,6 +220,18 @@ pub struct VsockChange {
     /// The Unix socket; absolute.
     #[serde(default)]
     pub path: Option<PathBuf>,
+}
+
+impl VsockChange {
+    /// What the fork of this number has, from 0: `{n}` in the socket's name stands for the number.
+    #[must_use]
+    pub fn of_fork(&self, number: u32) -> Self {
+        let path = self.path.as_deref();
+        Self {
+            cid: self.cid,
+            path: path.map(|path| numbered_path(path, number)),
+        }
+    }
 }
 
 /// A disk.
@@ -165,7 +271,7 @@ pub enum Console {
     Terminal,
 }
 
-/// The line with which a VMM answers its [`LaunchSpec`].
+/// The line with which a VMM answers its [`Errand`](crate::Errand).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Launched {
@@ -174,6 +280,12 @@ pub enum Launched {
         /// Loopback port of the control service.
         port: u16,
     },
+    /// What is prepared waits for its machine.
+    Prepared,
+    /// The machine is made, and stands still until it is told to begin.
+    Made,
+    /// The hot image of a machine of this size is written, and the process exits with [`Exit::PowerOff`](crate::Exit::PowerOff).
+    Written(Shape),
     /// It did not come to that; the process exits with [`Exit::Failed`](crate::Exit::Failed).
     Failed(Failure),
 }

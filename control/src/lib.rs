@@ -5,35 +5,51 @@
 
 #![forbid(unsafe_code)]
 
+mod balloon;
 mod client;
+mod errand;
 mod exit;
+mod files;
+mod hot_image;
 mod launch;
 mod net;
+mod own;
 mod place;
+mod pool;
 mod process;
 mod registry;
 mod secret;
 mod server;
 mod service;
 mod spawn;
+mod started;
 mod stop;
 mod wire;
 
+pub use balloon::{BalloonChange, BalloonConfig, BalloonStatistics, BalloonStatus};
 pub use client::{Client, ClientError};
+pub use errand::{Errand, receive};
 pub use exit::Exit;
+pub use files::allow_many_files;
+pub use hot_image::{HotImage, ImageError};
 pub use launch::{
-    Confinement, Console, CpuModel, DiskConfig, DiskFormat, LaunchSpec, Launched, MachineConfig,
-    Origin, VsockChange, VsockConfig,
+    Confinement, Console, CpuModel, CpuTemplate, CpuidChange, CpuidRegister, DiskConfig,
+    DiskFormat, LaunchSpec, Launched, MachineConfig, MsrChange, Origin, Parent, Shape, VsockChange,
+    VsockConfig,
 };
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
+pub use own::{NotTheirOwn, of_their_own};
 pub use place::{Destination, Source, StoreLocation};
+pub use pool::Pool;
 pub use process::{ProcessHandle, ProcessId};
 pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, Metric, SNAPSHOT_BYTES_DONE,
-    SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status, StoredReport, Vmm, VmmClient,
+    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, MemoryCopy, Metric,
+    SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status,
+    StoredReport, Vmm, VmmClient,
 };
-pub use spawn::{LOG_VARIABLE, Log, SpawnError, Spawned, spawn};
+pub use spawn::{Log, SpawnError, Spawned, fork, spawn};
+pub use started::LOG_VARIABLE;
 pub use stop::{Stopped, stop};

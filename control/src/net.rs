@@ -1,6 +1,11 @@
 //! Network devices, as a VMM is told of them.
 
-use std::{fmt, num::NonZeroU64, path::PathBuf, str::FromStr};
+use std::{
+    fmt,
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +69,33 @@ pub struct NetChange {
     /// Its address, which the guest learns of when its driver is bound anew.
     #[serde(default)]
     pub mac: Option<MacAddress>,
+}
+
+impl NetChange {
+    /// What the fork of this number has, from 0: `{n}` in the name that it is attached to stands for the number.
+    #[must_use]
+    pub fn of_fork(&self, number: u32) -> Self {
+        let attachment = self.attachment.as_ref();
+        Self {
+            attachment: attachment.map(|attachment| match attachment {
+                NetAttachment::Tap(name) => NetAttachment::Tap(numbered(name, number)),
+                NetAttachment::Socket(path) => NetAttachment::Socket(numbered_path(path, number)),
+            }),
+            mac: self.mac,
+        }
+    }
+}
+
+/// The name `name` of what belongs to the fork of this number.
+fn numbered(name: &str, number: u32) -> String {
+    name.replace("{n}", &number.to_string())
+}
+
+/// The same of a path.
+pub(crate) fn numbered_path(path: &Path, number: u32) -> PathBuf {
+    // What is no text has no such mark that anybody meant.
+    let text = path.to_str();
+    text.map_or_else(|| path.to_owned(), |text| numbered(text, number).into())
 }
 
 /// The address of one network device: six bytes, written in hexadecimal like `02:00:5e:10:00:01`.

@@ -42,6 +42,11 @@ pub enum Destination {
         /// Where the memory file goes; absolute, and not the same.
         memory: PathBuf,
     },
+    /// Into a memfd: a hot image, which who made the memfd seals.
+    Image {
+        /// Where the memfd is open, like `/proc/<pid>/fd/<number>`; absolute.
+        path: PathBuf,
+    },
 }
 
 /// Where a saved machine comes from.
@@ -93,6 +98,7 @@ impl Destination {
     #[must_use]
     pub fn is_absolute(&self) -> bool {
         let (store, files) = match self {
+            Self::Image { path } => return path.is_absolute(),
             Self::Files { state, memory } => (None, Some((state, memory))),
             Self::Stored { store, .. } => (Some(store), None),
             Self::Referenced {

@@ -7,6 +7,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -24,6 +25,9 @@ const MAX_RECORD_BYTES: u64 = 1 << 20;
 /// What the names of logs and consoles end with.
 const LOG: &str = "log";
 const CONSOLE: &str = "console";
+
+/// How long a VMM may have a log and a console and no record yet: until its machine is made. With many at once, that takes time.
+const UNRECORDED: Duration = Duration::from_secs(60);
 
 /// What is added to the name of a console that grew too long, to put it aside.
 const PUT_ASIDE: &str = "1";
@@ -135,8 +139,7 @@ impl Registry {
         let write = || -> io::Result<()> {
             // Made with mode 0600; renamed into place whole.
             let mut file = tempfile::NamedTempFile::new_in(&self.dir)?;
-            serde_json::to_writer(&mut file, record)?;
-            file.flush()?;
+            file.write_all(&serde_json::to_vec(record)?)?;
             file.persist(&path)?;
             Ok(())
         };
@@ -183,7 +186,7 @@ impl Registry {
     }
 
     /// Removes the oldest logs and consoles that VMMs left here, all but the newest `keep`; those of
-    /// VMMs that live stay.
+    /// VMMs that live stay, or that may not have come to their record yet.
     pub(crate) fn prune(&self, keep: usize) -> Result<(), RegistryError> {
         let mut in_use = HashSet::new();
         for record in self.list()? {
@@ -202,8 +205,11 @@ impl Registry {
                     kind if kind == LOG || kind == CONSOLE => path.clone(),
                     _ => return None,
                 };
+                if is_log_of_the_living(&path) {
+                    return None;
+                }
                 let written = entry.metadata().ok()?.modified().ok()?;
-                (!in_use.contains(&owner)).then_some((written, path))
+                (!in_use.contains(&owner) && is_old(written)).then_some((written, path))
             })
             .collect();
         left.sort();
@@ -240,6 +246,19 @@ impl Registry {
             source,
         }
     }
+}
+
+/// Whether a VMM that wrote this has ended, if it has no record.
+fn is_old(written: SystemTime) -> bool {
+    // A clock that was set back makes it stay a while longer.
+    written.elapsed().is_ok_and(|age| age > UNRECORDED)
+}
+
+/// Whether this is the log of a process that lives, which may be one that has no machine yet.
+fn is_log_of_the_living(path: &Path) -> bool {
+    let stem = path.file_stem().and_then(|stem| stem.to_str());
+    let pid = stem.and_then(|stem| stem.parse().ok());
+    pid.is_some_and(|pid| matches!(ProcessId::alive(pid), Ok(Some(_))))
 }
 
 /// Keeps a record in place.
@@ -284,7 +303,7 @@ fn living(path: &Path) -> Option<Record> {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::PermissionsExt, time::Duration};
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
     use crate::Source;
@@ -350,7 +369,11 @@ mod tests {
         let guard = registry.register(&living).unwrap();
         let log = registry.log_of(living.process.pid);
         let aside = console.with_extension("console.1");
-        let (older, newer) = (registry.log_of(1), registry.log_of(2));
+        // Of processes that there are not.
+        let log_of = |nth| registry.log_of(u32::MAX - nth);
+        let (older, newer) = (log_of(1), log_of(2));
+        // Of a process that has no record.
+        let waiting = registry.log_of(std::os::unix::process::parent_id());
         let older_aside = registry.dir().join("x.console.1");
         let age = |days: u64| std::time::SystemTime::now() - Duration::from_secs(days * 86_400);
         let files = [
@@ -360,14 +383,20 @@ mod tests {
             (&older_aside, 3),
             (&older, 2),
             (&newer, 1),
+            (&waiting, 9),
         ];
+        let new = [3, 4].map(log_of);
         for (path, days) in files {
             let file = fs::File::create(path).unwrap();
             file.set_modified(age(days)).unwrap();
         }
+        for path in &new {
+            fs::File::create(path).unwrap();
+        }
         registry.prune(1).unwrap();
         let left: Vec<_> = files.map(|(path, _)| path.exists()).into();
-        assert_eq!(left, [true, true, true, false, false, true]);
+        assert_eq!(left, [true, true, true, false, false, true, true]);
+        assert!(new.iter().all(|path| path.exists()));
         drop(guard);
     }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Destination;
+use crate::{BalloonChange, BalloonStatus, Destination};
 
 /// What a VMM does on request. The definition serves both sides.
 #[tarpc::service]
@@ -15,8 +15,14 @@ pub trait Vmm {
     async fn resume(clock: GuestClock) -> Result<(), Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
+    /// Has the disk of this number, from 0 in the order in which the machine was given them, have so many bytes. Disks only
+    /// grow.
+    async fn resize_disk(disk: u32, bytes: u64) -> Result<(), Failure>;
     /// Ends the machine and its process, at once and without asking the guest.
     async fn stop() -> Result<(), Failure>;
+    /// Changes the machine's balloon, if anything is to change, and says how it stands with it; with statistics that the guest
+    /// is asked for now, if it runs and answers within a second.
+    async fn balloon(change: BalloonChange) -> Result<BalloonStatus, Failure>;
     /// Counters since the process began.
     async fn metrics() -> Vec<Metric>;
 }
@@ -50,6 +56,10 @@ pub struct Status {
     pub memory_mib: u64,
     /// Milliseconds since the process began.
     pub uptime_ms: u64,
+    /// A page of its memory that is to come and cannot be had, and why. If its guest waits for it, the machine stands still;
+    /// to let it go on is to try again.
+    #[serde(default)]
+    pub lost_memory: Option<String>,
 }
 
 /// What a guest's clocks do while it is held: from when the last of its vCPUs is stopped until it goes on, or from when it
@@ -70,8 +80,20 @@ pub enum GuestClock {
 pub enum AfterSnapshot {
     /// It goes on.
     Resume(GuestClock),
+    /// It goes on if it ran before, and else stays held.
+    AsBefore(GuestClock),
     /// It ends, and its process with it, with [`Exit::Halted`](crate::Exit::Halted).
     Halt,
+}
+
+/// How memory is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemoryCopy {
+    /// The guest stands still until all of it is written.
+    StopAndCopy,
+    /// The guest goes on at once. What it writes to is copied before it does.
+    CopyOnWrite,
 }
 
 /// Argument of [`Vmm::snapshot`].
@@ -81,6 +103,9 @@ pub struct SnapshotRequest {
     pub to: Destination,
     /// What happens next.
     pub then: AfterSnapshot,
+    /// How memory is saved. If it is not said: by copy-on-write where the machine goes on and its memory permits it.
+    #[serde(default)]
+    pub copy: Option<MemoryCopy>,
 }
 
 /// Answer of [`Vmm::snapshot`].
@@ -94,6 +119,12 @@ pub struct SnapshotReport {
     pub memory_bytes: u64,
     /// Bytes of guest memory that were not zero.
     pub written_bytes: u64,
+    /// How memory was saved.
+    pub copy: MemoryCopy,
+    /// How often memory was gone through before the guest stood still.
+    pub rounds: u32,
+    /// Bytes of guest memory that were left to be looked at while it stood still.
+    pub last_round_bytes: u64,
     /// How long the guest stood still, in microseconds.
     pub downtime_us: u64,
     /// From the request until the snapshot was durable, in microseconds.

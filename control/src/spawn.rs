@@ -1,35 +1,23 @@
-//! How a VMM process is started.
+//! How VMM processes are started.
 
 use std::{
-    env,
-    fs::File,
     io,
-    os::fd::OwnedFd,
+    os::fd::{BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    process::{ExitStatus, Stdio},
+    process::ExitStatus,
     time::Duration,
 };
 
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    process::{Child, Command},
-    time::timeout,
+use futures::future::join_all;
+use tokio::{process::Child, time::timeout};
+
+use crate::{
+    Client, Errand, Failure, HotImage, LaunchSpec, Registry, RegistryError, Secret, Shape,
+    started::{EXIT_BOUND, Made, Started, end},
 };
-
-use crate::{Failure, LaunchSpec, Launched, Registry, RegistryError};
-
-/// The environment variable that says which messages a program of fermata's writes to standard error, in
-/// the syntax of `tracing_subscriber`'s `EnvFilter`.
-pub const LOG_VARIABLE: &str = "FERMATA_LOG";
 
 /// How many logs and consoles of ended VMMs are kept.
 const KEPT_LOGS: usize = 128;
-
-/// The longest answer that is read.
-const MAX_ANSWER_BYTES: u64 = 64 << 10;
-
-/// How long a VMM that has said that it failed may take to exit.
-const EXIT_BOUND: Duration = Duration::from_secs(5);
 
 /// Where a VMM's standard error goes.
 #[derive(Debug)]
@@ -108,7 +96,7 @@ pub enum SpawnError {
     },
 }
 
-/// Starts the VMM program `program` with `spec` and waits until it serves, though not longer than
+/// Starts the VMM program `program` with `spec`, whose origin is no fork, and waits until it serves, though not longer than
 /// `deadline`.
 ///
 /// It gets a process group of its own, so that a Ctrl-C for its parent is not one for it.
@@ -122,106 +110,109 @@ pub async fn spawn(
     log: Log,
     deadline: Duration,
 ) -> Result<Spawned, SpawnError> {
-    let registry = Registry::open(&spec.registry)?;
-    registry.prune(KEPT_LOGS)?;
-    let (mut child, pid) = start(program, &registry, log)?;
-    let answer = match timeout(deadline, launch(&mut child, spec)).await {
-        Ok(answer) => answer,
-        Err(_) => {
-            end(&mut child, Duration::ZERO).await;
-            return Err(SpawnError::Deadline { pid, deadline });
+    let registry = open_pruned(&spec.registry)?;
+    let started = Started::new(program, &registry, log)?;
+    started.run(spec.clone(), None, deadline).await
+}
+
+/// Starts a VMM for each of `specs` on `image`, all at once: all of them serve when this returns, or none is left. None runs before
+/// all are made, so that of those that cannot all be there no guest has done anything. Each step may take as long as `deadline`.
+///
+/// # Errors
+///
+/// The first [`SpawnError`].
+pub async fn fork(
+    program: &Path,
+    image: &HotImage,
+    specs: Vec<LaunchSpec>,
+    deadline: Duration,
+) -> Result<Vec<Spawned>, SpawnError> {
+    let Some(first) = specs.first() else {
+        return Ok(Vec::new());
+    };
+    let registry = open_pruned(&first.registry)?;
+    let start = || Started::new(program, &registry, Log::File);
+    fork_in(start, image, specs, deadline).await
+}
+
+/// As [`fork`], in processes that `start` gives.
+pub(crate) async fn fork_in(
+    start: impl Fn() -> Result<Started, SpawnError>,
+    image: &HotImage,
+    specs: Vec<LaunchSpec>,
+    deadline: Duration,
+) -> Result<Vec<Spawned>, SpawnError> {
+    if let [spec] = &specs[..] {
+        let forked = start()?.run(spec.clone(), Some(image), deadline).await?;
+        return Ok(vec![forked]);
+    }
+    let secrets: Vec<_> = specs.iter().map(|spec| spec.secret.clone()).collect();
+    let makes = specs
+        .into_iter()
+        .map(async |spec| start()?.make(spec, image, deadline).await);
+    let made = match all(join_all(makes).await) {
+        Ok(made) => made,
+        Err((made, error)) => {
+            join_all(made.into_iter().flatten().map(Made::call_off)).await;
+            return Err(error);
         }
     };
-    match answer {
-        Ok(Some(Launched::Ready { port })) => Ok(Spawned { pid, port, child }),
-        Ok(Some(Launched::Failed(failure))) => {
-            end(&mut child, EXIT_BOUND).await;
-            Err(SpawnError::Refused(failure))
-        }
-        answer => {
-            let path = program.to_owned();
-            Err(match (end(&mut child, EXIT_BOUND).await, answer) {
-                (Some(status), Ok(_)) => SpawnError::Died { pid, status },
-                (None, Ok(_)) => SpawnError::Protocol {
-                    path,
-                    source: io::ErrorKind::UnexpectedEof.into(),
-                },
-                (_, Err(source)) => SpawnError::Protocol { path, source },
-            })
+    let begins = made.into_iter().map(|made| made.begin(deadline));
+    match all(join_all(begins).await) {
+        Ok(forked) => Ok(forked),
+        Err((forked, error)) => {
+            let both = forked.into_iter().zip(secrets);
+            let stops = both.filter_map(|(forked, secret)| Some(stop(forked?, secret)));
+            join_all(stops).await;
+            Err(error)
         }
     }
 }
 
-fn start(program: &Path, registry: &Registry, log: Log) -> Result<(Child, u32), SpawnError> {
-    let log_error = |source| SpawnError::Log {
-        dir: registry.dir().to_owned(),
-        source,
-    };
-    // The log is named after the process, whose id is known only when it has its log.
-    let mut command = Command::new(program);
-    let unnamed = match log {
-        Log::Terminal(terminal) => {
-            command.stderr(Stdio::from(terminal));
-            // Its usual messages would stand between what the guest writes.
-            if env::var_os(LOG_VARIABLE).is_none() {
-                command.env(LOG_VARIABLE, "warn");
+/// All of `results`, or those that there are, each in its place, and the first error.
+fn all<T>(results: Vec<Result<T, SpawnError>>) -> Result<Vec<T>, (Vec<Option<T>>, SpawnError)> {
+    let mut failed = None;
+    let mut there = Vec::new();
+    for result in results {
+        there.push(match result {
+            Ok(one) => Some(one),
+            Err(error) => {
+                failed = failed.or(Some(error));
+                None
             }
-            None
-        }
-        Log::File => {
-            let file = tempfile::NamedTempFile::new_in(registry.dir()).map_err(log_error)?;
-            let stderr = File::try_clone(file.as_file()).map_err(log_error)?;
-            command.stderr(Stdio::from(stderr));
-            Some(file)
-        }
-    };
-    let child = command
-        .current_dir("/")
-        .process_group(0)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|source| SpawnError::Program {
-            path: program.to_owned(),
-            source,
-        })?;
-    // A child that has not been waited for has an id.
-    let pid = child.id().unwrap_or_default();
-    if let Some(file) = unnamed {
-        file.persist(registry.log_of(pid))
-            .map_err(|e| log_error(e.error))?;
+        });
     }
-    Ok((child, pid))
+    match failed {
+        None => Ok(there.into_iter().flatten().collect()),
+        Some(error) => Err((there, error)),
+    }
 }
 
-/// Hands over the spec and reads the answer: `None` if the process closed its output without one.
-async fn launch(child: &mut Child, spec: &LaunchSpec) -> io::Result<Option<Launched>> {
-    let (Some(mut stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-        return Err(io::Error::other("the child has no pipes"));
+/// Ends a machine that runs and is not wanted, so that it clears up; or kills it.
+async fn stop(mut spawned: Spawned, secret: Secret) {
+    let ask = async {
+        let client = Client::connect(spawned.port, &secret).await?;
+        client.stop().await
     };
-    let spec = serde_json::to_vec(spec)?;
-    match stdin.write_all(&spec).await {
-        // It ended without reading; that it gave no answer says more.
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
-        written => written?,
-    }
-    drop(stdin);
-    let mut answer = Vec::new();
-    BufReader::new(stdout)
-        .take(MAX_ANSWER_BYTES)
-        .read_until(b'\n', &mut answer)
-        .await?;
-    if answer.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(serde_json::from_slice(&answer)?))
+    // One that does not answer is killed.
+    let _ = timeout(EXIT_BOUND, ask).await;
+    end(&mut spawned.child, EXIT_BOUND).await;
 }
 
-/// Waits for the process to exit by itself within `bound` and returns how it did; else kills it.
-async fn end(child: &mut Child, bound: Duration) -> Option<ExitStatus> {
-    if let Ok(Ok(status)) = timeout(bound, child.wait()).await {
-        return Some(status);
-    }
-    let _ = child.kill().await;
-    None
+/// Has a process of `program` do `errand`, which is to write a saved machine into `memory`.
+pub(crate) async fn make_image(
+    program: &Path,
+    registry: &Path,
+    errand: &Errand,
+    memory: BorrowedFd<'_>,
+    deadline: Duration,
+) -> Result<Shape, SpawnError> {
+    let started = Started::new(program, &open_pruned(registry)?, Log::File)?;
+    started.write_image(errand, memory, deadline).await
+}
+
+pub(crate) fn open_pruned(registry: &Path) -> Result<Registry, SpawnError> {
+    let registry = Registry::open(registry)?;
+    registry.prune(KEPT_LOGS)?;
+    Ok(registry)
 }

@@ -9,9 +9,9 @@
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use control::{
-    AfterSnapshot, Client, ClientError, Console, Destination, Failure, FailureKind, GuestClock,
-    MachineState, Metric, Origin, ProcessId, Record, Secret, SnapshotReport, SnapshotRequest,
-    Source, Status, Stopped, Vmm,
+    AfterSnapshot, BalloonChange, BalloonStatus, Client, ClientError, Console, Destination,
+    Failure, FailureKind, GuestClock, MachineState, Metric, Origin, ProcessId, Record, Secret,
+    SnapshotReport, SnapshotRequest, Source, Status, Stopped, Vmm,
 };
 use tarpc::context::Context;
 use tokio::{
@@ -40,6 +40,7 @@ impl Vmm for Service {
             vcpus: 2,
             memory_mib: 256,
             uptime_ms: 1,
+            lost_memory: None,
         }
     }
 
@@ -68,15 +69,32 @@ impl Vmm for Service {
             state_bytes: 0,
             memory_bytes: 0,
             written_bytes: 0,
+            copy: control::MemoryCopy::StopAndCopy,
+            rounds: 0,
+            last_round_bytes: 0,
             downtime_us: 0,
             total_us: left.as_micros() as u64,
             stored: None,
         })
     }
 
+    async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
+        Err(Failure {
+            kind: FailureKind::NotFound,
+            message: format!("{disk} {bytes}"),
+        })
+    }
+
     async fn stop(self, _: Context) -> Result<(), Failure> {
         self.shutdown.notify_one();
         Ok(())
+    }
+
+    async fn balloon(self, _: Context, _: BalloonChange) -> Result<BalloonStatus, Failure> {
+        Err(Failure {
+            kind: FailureKind::NotFound,
+            message: "it has none".to_owned(),
+        })
     }
 
     async fn metrics(self, _: Context) -> Vec<Metric> {
@@ -130,6 +148,7 @@ async fn a_snapshot_has_hours() {
     let request = SnapshotRequest {
         to: Destination::files("/s", "/m"),
         then: AfterSnapshot::Resume(GuestClock::StandStill),
+        copy: None,
     };
     let given = client.snapshot(request).await.unwrap().total_us;
     assert!(given > 3_600_000_000, "{given} us");

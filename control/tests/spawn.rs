@@ -10,8 +10,8 @@ use std::{
 };
 
 use control::{
-    Console, FailureKind, GuestClock, LaunchSpec, Log, Origin, ProcessId, Registry, Secret, Source,
-    SpawnError, Spawned, spawn,
+    Console, Errand, FailureKind, GuestClock, HotImage, LaunchSpec, Log, Origin, Pool, ProcessId,
+    Registry, Secret, Shape, Source, SpawnError, Spawned, spawn,
 };
 use tempfile::TempDir;
 
@@ -31,10 +31,13 @@ impl Bench {
             origin: Origin::Restore(Source::files("/s", "/m")),
             console: Console::File(dir.path().join("console")),
             registry: dir.path().join("run"),
+            hugepages: false,
+            on_demand: false,
             paused: false,
             clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
+            disk_directory: None,
             vsock_change: control::VsockChange::default(),
         };
         Self { dir, spec }
@@ -134,7 +137,10 @@ async fn the_spec_arrives_whole_and_the_child_outlives_its_handle() {
     ));
     let vmm = bench.spawn(&program, BOUND).await.unwrap();
     assert_eq!(vmm.port, 4711);
-    let spec: LaunchSpec = serde_json::from_slice(&fs::read(copy).unwrap()).unwrap();
+    let errand = serde_json::from_slice(&fs::read(copy).unwrap());
+    let Errand::Run(spec) = errand.unwrap() else {
+        panic!("it is another errand");
+    };
     assert_eq!(spec.secret, bench.spec.secret);
     assert_eq!(spec.origin, bench.spec.origin);
     let id = ProcessId::alive(vmm.pid).unwrap().unwrap();
@@ -142,4 +148,73 @@ async fn the_spec_arrives_whole_and_the_child_outlives_its_handle() {
     let process = id.open().unwrap().expect("it lives on");
     process.kill().unwrap();
     assert!(process.ended_within(BOUND).await.unwrap());
+}
+
+/// A program that does every errand as a VMM would, but for the machine.
+const OBEDIENT: &str = r#"while read -r line; do case $line in
+    *prepare*) echo '"prepared"';;
+    *image*) echo '{"written":{"vcpus":1,"memory_mib":64}}'; exit;;
+    *make*) echo '"made"';;
+    *) echo '{"ready":{"port":4711}}'; exec sleep 1000;;
+esac; done"#;
+
+/// The processes that live and have a log.
+fn living(bench: &Bench) -> Vec<u32> {
+    let names = fs::read_dir(&bench.spec.registry).unwrap();
+    let pids = names.filter_map(|entry| entry.unwrap().path().file_stem()?.to_str()?.parse().ok());
+    let lives = |pid: &u32| ProcessId::alive(*pid).unwrap().is_some();
+    pids.filter(lives).collect()
+}
+
+#[tokio::test]
+async fn a_pool_gives_what_is_prepared_and_then_what_is_new() {
+    let bench = Bench::new();
+    let program = bench.script(OBEDIENT);
+    let source = Source::files("/s", "/m");
+    let image = HotImage::of_saved(&program, &bench.spec.registry, source, None, BOUND);
+    let image = image.await.unwrap();
+    let shape = image.shape();
+    assert_eq!((shape.vcpus, shape.memory_mib), (1, 64));
+    let pool = Pool::new(&program, &bench.spec.registry, 2).unwrap();
+    pool.fill(shape).await;
+    pool.fill(shape).await;
+    let prepared = living(&bench);
+    assert_eq!(prepared.len(), 2);
+    let specs = vec![bench.spec.clone(); 3];
+    let mut forks = pool.fork(&image, specs, BOUND).await.unwrap();
+    let pids: Vec<_> = forks.iter().map(|fork| fork.pid).collect();
+    assert!(
+        prepared.iter().all(|pid| pids.contains(pid)),
+        "{pids:?} {prepared:?}"
+    );
+    // What has ended while it waited is passed over.
+    pool.fill(shape).await;
+    let waiting = living(&bench).into_iter().filter(|pid| !pids.contains(pid));
+    for pid in waiting {
+        let process = ProcessId::alive(pid)
+            .unwrap()
+            .unwrap()
+            .open()
+            .unwrap()
+            .unwrap();
+        process.kill().unwrap();
+        process.ended_within(BOUND).await.unwrap();
+    }
+    let one = pool.fork(&image, vec![bench.spec.clone()], BOUND).await;
+    forks.extend(one.unwrap());
+    // Those for another size take the place of those for this one, and all end with the pool.
+    pool.fill(shape).await;
+    let larger = Shape { vcpus: 2, ..shape };
+    pool.fill(larger).await;
+    drop(pool);
+    for _ in 0..600 {
+        if living(&bench).len() == forks.len() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(living(&bench).len(), forks.len());
+    for fork in &mut forks {
+        fork.child.kill().await.unwrap();
+    }
 }

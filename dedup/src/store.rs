@@ -433,6 +433,12 @@ impl SnapshotReader {
         self.snapshot.manifest()
     }
 
+    /// What it says about itself.
+    #[must_use]
+    pub fn facts(&self) -> &Facts {
+        &self.snapshot.facts
+    }
+
     /// The names of its images, in the order in which they were saved.
     pub fn images(&self) -> impl Iterator<Item = &str> {
         self.snapshot

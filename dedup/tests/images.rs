@@ -5,7 +5,7 @@
 mod support;
 
 use dedup::backend::Memory;
-use dedup::{CreateOptions, Error, GcOptions, Store, Zeros};
+use dedup::{Around, CreateOptions, Error, GcOptions, ImageReader, Store, Zeros};
 use proptest::prelude::*;
 use support::{Random, create, create_options, fill_page, image, load, options, save, touch};
 
@@ -383,4 +383,86 @@ proptest! {
             prop_assert!(buf == expected[at..at + len]);
         }
     }
+}
+
+/// What an image is, read by parts.
+fn by_parts(reader: &ImageReader) -> Vec<u8> {
+    let mut image = vec![0; reader.size() as usize];
+    let mut part_reader = reader.part_reader().unwrap();
+    for part in reader.parts() {
+        let put = |at: u64, bytes: &[u8]| {
+            image[at as usize..][..bytes.len()].copy_from_slice(bytes);
+            Ok::<_, Error>(())
+        };
+        part_reader.read(part, |_| true, put).unwrap();
+    }
+    image
+}
+
+/// Whether what is around `offset` is what the image has there.
+fn is_around(reader: &ImageReader, offset: u64, image: &[u8]) -> bool {
+    let (range, found) = match reader.around(offset).unwrap() {
+        Around::Zeros(range) => (range.clone(), vec![0; (range.end - range.start) as usize]),
+        Around::Data(decoded) => {
+            let bytes = decoded.bytes().to_vec();
+            (decoded.offset..decoded.offset + bytes.len() as u64, bytes)
+        }
+    };
+    range.contains(&offset) && image[range.start as usize..range.end as usize] == found
+}
+
+#[test]
+fn what_is_read_by_parts_and_by_places_is_the_image() {
+    for chunk_size in [512, 4096, 8192, 1 << 20] {
+        let create = CreateOptions {
+            chunk_size,
+            key: support::key(),
+            ..CreateOptions::default()
+        };
+        let store = Store::create(Memory::new(), &create, options()).unwrap();
+        for (name, pages, less) in [("one", 1, 0), ("block", 1024, 0), ("odd", 3001, 700)] {
+            let mut image = image(pages, 7);
+            image.truncate(pages * 4096 - less);
+            save(&store, name, &image).unwrap();
+            let reader = store.image(name, "memory").unwrap();
+            assert!(by_parts(&reader) == image, "{name} of {chunk_size}");
+            let chunks = (0..reader.size()).step_by(chunk_size as usize);
+            // From anywhere in a chunk.
+            for offset in chunks.map(|at| (at + 5).min(reader.size() - 1)) {
+                let found = is_around(&reader, offset, &image);
+                assert!(found, "{offset} of {name} of {chunk_size}");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_zeros_are_known_and_what_is_not_wanted_is_not_read() {
+    let store = create(Memory::new());
+    let mut image = vec![0; 5 * 1024 * 4096];
+    for page in [1030, 1031, 3500] {
+        fill_page(&mut image[page * 4096..][..4096], page as u64);
+    }
+    save(&store, "a", &image).unwrap();
+    let reader = store.image("a", "memory").unwrap();
+    assert_eq!(reader.parts().collect::<Vec<_>>(), [1, 3]);
+    assert_eq!(reader.part(1), reader.part_bytes()..2 * reader.part_bytes());
+    let mut got = Vec::new();
+    let mut part_reader = reader.part_reader().unwrap();
+    let wanted = |range: &std::ops::Range<u64>| range.start != 1031 * 4096;
+    part_reader
+        .read(1, wanted, |at, bytes| {
+            got.push((at, bytes.len()));
+            Ok::<_, Error>(())
+        })
+        .unwrap();
+    assert_eq!(got, [(1030 * 4096, 4096)]);
+    for beyond in [5, u64::MAX] {
+        let read = part_reader.read(beyond, |_| true, |_, _| Ok(()));
+        assert!(matches!(read, Err(Error::OutOfRange { .. })));
+    }
+    assert!(matches!(
+        reader.around(image.len() as u64),
+        Err(Error::OutOfRange { .. })
+    ));
 }

@@ -28,6 +28,9 @@ pub const THREAD_NAME: &str = "devices";
 /// and is saved with it.
 const DRAIN_TIME: Duration = Duration::from_millis(200);
 
+/// How long one that is dropped is waited for: less than a VMM may take that is asked to stop.
+const END_BOUND: Duration = Duration::from_secs(5);
+
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 type Workers = Arc<[Arc<Mutex<Worker>>]>;
 
@@ -165,10 +168,11 @@ impl EventLoop {
     /// whenever the device it is in lets it.
     pub fn stop(mut self, timeout: Duration) -> Result<(), EventLoopError> {
         self.request_stop();
+        let thread = self.thread.take();
         if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(timeout) {
             return Err(EventLoopError::NotAnswering(timeout));
         }
-        match self.thread.take().map(JoinHandle::join) {
+        match thread.map(JoinHandle::join) {
             Some(Err(_)) => Err(EventLoopError::Ended),
             _ => Ok(()),
         }
@@ -185,8 +189,20 @@ impl EventLoop {
 }
 
 impl Drop for EventLoop {
+    /// Waits for the thread, though not for long: with what it has of the devices go files that are there only while they are, like
+    /// a vsock device's socket, and a process that ends does not wait for its threads.
     fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
         self.request_stop();
+        match self.ended.recv_timeout(END_BOUND) {
+            Err(RecvTimeoutError::Timeout) => {
+                tracing::warn!("thread {THREAD_NAME} is left behind; a disk is slow or hangs");
+            }
+            // That it panicked was said.
+            _ => drop(thread.join()),
+        }
     }
 }
 

@@ -192,20 +192,25 @@ fn nanoseconds(ticks: u64, khz: u32) -> u64 {
 }
 
 impl Vcpu {
-    /// Stops its clock, if it runs: says when, by the host's counter, and disarms its timer, which would go off while
-    /// the guest cannot see time pass. It must not be in the guest.
+    /// Stops its clock, if it runs, as of `at`: says when it was stopped, by the host's counter, and disarms its timer, which
+    /// would go off while the guest cannot see time pass. It must not have been in the guest since.
     ///
     /// # Errors
     ///
     /// When KVM refuses.
-    pub fn stop_clock(&mut self) -> Result<HostTsc, Error> {
+    pub(crate) fn stop_clock(&mut self, at: HostTsc) -> Result<HostTsc, Error> {
         match &self.clock {
             ClockOf::Stopped(_, at) => return Ok(*at),
             ClockOf::Restored(_) => return Ok(HostTsc::now()),
             ClockOf::Running => {}
         }
-        let clock = self.read_clock()?;
-        let at = HostTsc::now();
+        // A kick can come while the vCPU waits for the instant at which guest time goes on: it has not gone on then, and
+        // would go back if it ended before.
+        let at = self.started.map_or(at, |started| at.max(started));
+        let mut clock = self.read_clock()?;
+        let since = HostTsc::now().since(at);
+        let since = scaled(since, clock.tsc_khz, self.host_tsc_khz);
+        clock.tsc = clock.tsc.wrapping_sub(since);
         if clock.deadline != 0 {
             self.set_deadline(0)?;
         }
@@ -270,7 +275,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Has a clock that was stopped go on, and returns when it is time to enter the guest.
+    /// Has a clock that was stopped go on from the start on.
     pub(crate) fn start_clock(&mut self, start: ClockStart) -> Result<(), Error> {
         let (ClockOf::Stopped(clock, _) | ClockOf::Restored(clock)) =
             std::mem::take(&mut self.clock)
@@ -282,7 +287,7 @@ impl Vcpu {
         if clock.deadline != 0 {
             self.set_deadline(clock.deadline)?;
         }
-        start.at.wait();
+        self.started = Some(start.at);
         Ok(())
     }
 
@@ -353,6 +358,11 @@ impl Vm {
 }
 
 impl ClockStart {
+    /// Returns when guest time goes on, and the guest may be entered.
+    pub fn wait(&self) {
+        self.at.wait();
+    }
+
     /// What a clock shows at `now` that shows `at_start` at the start.
     fn clock_at(&self, at_start: u64, now: HostTsc) -> u64 {
         let (lead, late) = (self.at.since(now), now.since(self.at));

@@ -3,7 +3,7 @@
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-use crate::{Error, error::Asked};
+use crate::{Error, error::Asked, probe::open};
 
 /// Leaf 1, ECX.
 const VMX: u32 = 1 << 5;
@@ -51,6 +51,20 @@ impl GuestCpuid {
             }
         }
         Ok(Self { entries, vcpus })
+    }
+
+    /// What a machine with so many vCPUs would be shown on this host, for who has no machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Open`] when `/dev/kvm` is not to be had.
+    pub fn of_host(vcpus: u32) -> Result<Self, Error> {
+        Self::new(&open()?, vcpus)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_entries(entries: Vec<kvm_cpuid_entry2>) -> Self {
+        Self { entries, vcpus: 1 }
     }
 
     /// The entries of vCPU 0.

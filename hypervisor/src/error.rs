@@ -34,6 +34,25 @@ pub enum Error {
         /// What it lacks, by name.
         missing: Vec<String>,
     },
+    /// The host lacks what a CPU template sets.
+    #[error(
+        "this host's KVM does not give guests all that the CPU template sets: it lacks {}; leave that out of the template",
+        .missing.join(", ")
+    )]
+    TemplateBits {
+        /// What it lacks, by name.
+        missing: Vec<String>,
+    },
+    /// A CPU template changes a leaf of CPUID that belongs to the machine.
+    #[error(
+        "the CPU template changes CPUID leaf {0:#x}, which says who made the CPU or how the vCPUs are arranged; leave it out"
+    )]
+    TemplateLeaf(u32),
+    /// A CPU template changes a model-specific register in a way that cannot be.
+    #[error(
+        "this host's KVM does not let guests have MSR {0:#x} as the CPU template sets it; leave it out of the template"
+    )]
+    TemplateMsr(u32),
     /// A saved structure of KVM's has the wrong size.
     #[error(
         "the saved {what} has {found} bytes instead of {expected}; the state was not saved by fermata on x86_64"

@@ -13,9 +13,13 @@ use kvm_bindings::kvm_run;
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::HostTsc;
+
 thread_local! {
     /// The shared page of the vCPU that this thread runs.
     static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+    /// When the last kick came that has not been answered.
+    static KICKED: Cell<Option<HostTsc>> = const { Cell::new(None) };
 }
 
 /// Installs the handler of SIGRTMIN for the whole process. Once is enough; more does no harm.
@@ -28,9 +32,11 @@ pub fn install_kick_handler() -> io::Result<()> {
         .map_err(|e| io::Error::from_raw_os_error(e.errno()))
 }
 
-/// Only stores a byte: safe in a signal handler. The thread-local has a constant initial value and
-/// no destructor, so that reaching it neither allocates nor takes a lock.
+/// Only stores a byte and a number: safe in a signal handler. The thread-locals have constant initial values and
+/// no destructors, so that reaching them neither allocates nor takes a lock.
 extern "C" fn on_kick(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void) {
+    // First: the guest's time is to end as close to its last instruction as can be told.
+    KICKED.set(Some(HostTsc::now()));
     store(RUN.get(), 1);
 }
 
@@ -60,10 +66,12 @@ impl Bound {
         }
     }
 
-    /// Arms `KVM_RUN` again, after a kick. Whatever the kick announced must be looked at after
-    /// this: a kick that comes in between is then not lost but answered once too often.
-    pub(crate) fn rearm(&self) {
+    /// Arms `KVM_RUN` again, after a kick, and tells when that came: the guest has not run since. Whatever the kick announced
+    /// must be looked at after this: a kick that comes in between is then not lost but answered once too often.
+    pub(crate) fn rearm(&self) -> HostTsc {
         store(RUN.get(), 0);
+        // Taken, so that none is ever told of two kicks: the guest may have run between them.
+        KICKED.take().unwrap_or_else(HostTsc::now)
     }
 }
 

@@ -24,7 +24,7 @@ pub struct HostSupport {
 ///
 /// [`Error::Open`] when `/dev/kvm` is not to be had.
 pub fn probe() -> Result<HostSupport, Error> {
-    let kvm = Kvm::new().map_err(|e| Error::Open(std::io::Error::from_raw_os_error(e.errno())))?;
+    let kvm = open()?;
     Ok(HostSupport {
         api_version: kvm.get_api_version(),
         max_vcpus: kvm.get_max_vcpus(),
@@ -35,6 +35,11 @@ pub fn probe() -> Result<HostSupport, Error> {
             .as_slice()
             .len(),
     })
+}
+
+/// Opens `/dev/kvm`.
+pub(crate) fn open() -> Result<Kvm, Error> {
+    Kvm::new().map_err(|e| Error::Open(std::io::Error::from_raw_os_error(e.errno())))
 }
 
 /// The CPU that guests see on this host, for the header of a state file.

@@ -82,6 +82,8 @@ pub struct Vcpu {
     pub(crate) msr_indices: Arc<[u32]>,
     pub(crate) host_tsc_khz: u32,
     pub(crate) clock: ClockOf,
+    /// When its clock last went on, or will, if it was ever stopped.
+    pub(crate) started: Option<HostTsc>,
 }
 
 /// A virtual processor and the thread that runs it.
@@ -90,6 +92,8 @@ pub struct BoundVcpu {
     // Before the vCPU, so that kicks stop before its page is unmapped.
     bound: Bound,
     vcpu: Vcpu,
+    /// When the kick came that it was brought back by, if it was by one.
+    kicked: Option<HostTsc>,
 }
 
 impl Vcpu {
@@ -184,6 +188,7 @@ impl Vcpu {
         BoundVcpu {
             bound: Bound::new(self.fd.get_kvm_run()),
             vcpu: self,
+            kicked: None,
         }
     }
 }
@@ -200,6 +205,7 @@ impl BoundVcpu {
     ///
     /// [`Error::Run`] when the vCPU cannot go on.
     pub fn run(&mut self, io: &impl IoHandler) -> Result<Ran, Error> {
+        self.kicked = None;
         match self.vcpu.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.fill(0xff);
@@ -225,7 +231,7 @@ impl BoundVcpu {
                 Err(self.cannot_run(reason))
             }
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
-                self.bound.rearm();
+                self.kicked = Some(self.bound.rearm());
                 Ok(Ran::Kicked)
             }
             Err(e) => Err(self.cannot_run(e.to_string())),
@@ -243,16 +249,17 @@ impl BoundVcpu {
         }
     }
 
-    /// Stops its clock, if it runs; says when.
+    /// Stops its clock, if it runs, as of the kick that it was brought back by, if it was; says when that was.
     ///
     /// # Errors
     ///
     /// When KVM refuses.
     pub fn stop_clock(&mut self) -> Result<HostTsc, Error> {
-        self.vcpu.stop_clock()
+        self.vcpu
+            .stop_clock(self.kicked.unwrap_or_else(HostTsc::now))
     }
 
-    /// Has a clock that was stopped go on, and returns when it is time to run; does nothing to one that runs.
+    /// Has a clock that was stopped go on from [`ClockStart::wait`] on; does nothing to one that runs.
     ///
     /// # Errors
     ///

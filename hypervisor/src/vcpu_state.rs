@@ -85,6 +85,7 @@ impl Vcpu {
             msr_indices,
             host_tsc_khz: _,
             clock: _,
+            started: _,
         } = self;
         let intel = cpuid::vendor(cpuid) == "GenuineIntel";
         // First, because KVM takes in pending INIT and start-up interrupts when it is asked this.

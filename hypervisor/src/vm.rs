@@ -71,7 +71,6 @@ impl Vm {
             ..Default::default()
         };
         fd.create_pit2(timer).asked("create the interval timer")?;
-        drop_missed_ticks(&fd)?;
         Ok(Self {
             cpuid: GuestCpuid::new(&kvm, vcpus)?,
             msr_indices: msrs::saved_indices(&kvm)?.into(),
@@ -84,6 +83,29 @@ impl Vm {
     /// The CPUID that the machine's vCPUs have when they boot on this host.
     pub fn cpuid(&self) -> &GuestCpuid {
         &self.cpuid
+    }
+
+    /// Has ticks of the interval timer be lost that a guest has no time for: after a hold they would come in a burst. It is for
+    /// before the first hold, and need not be before the guest runs: KVM waits here, some 13 ms, for all readers of its lists.
+    /// (Documentation/virt/kvm/api.rst, `KVM_REINJECT_CONTROL`, which kvm-ioctls does not have.)
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    #[allow(unsafe_code)]
+    pub fn drop_missed_ticks(&self) -> Result<(), Error> {
+        let control = kvm_reinject_control {
+            pit_reinject: 0,
+            ..Default::default()
+        };
+        // SAFETY: the kernel reads the structure, which outlives the call.
+        match unsafe { ioctl_with_ref(&self.fd, KVM_REINJECT_CONTROL(), &control) } {
+            0 => Ok(()),
+            _ => Err(Error::Kvm {
+                what: "drop missed ticks",
+                source: std::io::Error::last_os_error(),
+            }),
+        }
     }
 
     /// Creates vCPU `id`.
@@ -102,6 +124,7 @@ impl Vm {
             msr_indices: Arc::clone(&self.msr_indices),
             host_tsc_khz,
             clock: ClockOf::default(),
+            started: None,
         })
     }
 
@@ -151,24 +174,6 @@ fn check_capabilities(kvm: &Kvm) -> Result<(), Error> {
     match needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
         None => Ok(()),
         Some((_, name)) => Err(Error::Missing(name)),
-    }
-}
-
-/// Has ticks of the interval timer be lost that a guest has no time for: after a hold they would come in a burst.
-/// (Documentation/virt/kvm/api.rst, `KVM_REINJECT_CONTROL`, which kvm-ioctls does not have.)
-#[allow(unsafe_code)]
-fn drop_missed_ticks(fd: &VmFd) -> Result<(), Error> {
-    let control = kvm_reinject_control {
-        pit_reinject: 0,
-        ..Default::default()
-    };
-    // SAFETY: the kernel reads the structure, which outlives the call.
-    match unsafe { ioctl_with_ref(fd, KVM_REINJECT_CONTROL(), &control) } {
-        0 => Ok(()),
-        _ => Err(Error::Kvm {
-            what: "drop missed ticks",
-            source: std::io::Error::last_os_error(),
-        }),
     }
 }
 

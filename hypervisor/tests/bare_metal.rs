@@ -10,10 +10,11 @@ use std::sync::{
     Mutex,
     atomic::{AtomicU32, Ordering},
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hypervisor::{
-    BootRegisters, ClockPlan, HostTsc, IoHandler, Ran, VcpuState, Vm, VmState, install_kick_handler,
+    BootRegisters, ClockPlan, CpuTemplate, CpuidChange, Error, GuestCpuid, HostTsc, IoHandler,
+    MsrChange, Ran, Register, Vcpu, VcpuState, Vm, VmState, install_kick_handler,
 };
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use saved_state::Section;
@@ -82,6 +83,16 @@ fn no_kvm() -> bool {
         eprintln!("there is no /dev/kvm here, so nothing was tested");
     }
     missing
+}
+
+/// A vCPU that spins, with its machine.
+fn spinner() -> (MachineMemory, Vm, Vcpu) {
+    let memory = memory_with(&SPINNER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    vcpu.boot(&boot_registers()).unwrap();
+    (memory, vm, vcpu)
 }
 
 /// Encodes and decodes, as a state file would.
@@ -204,16 +215,69 @@ fn clocks_that_were_stopped_go_on_from_where_they_stood() {
 }
 
 #[test]
+fn a_clock_is_stopped_as_of_the_last_kick() {
+    if no_kvm() {
+        return;
+    }
+    install_kick_handler().unwrap();
+    let (_memory, _vm, vcpu) = spinner();
+    let plan = ClockPlan::new(&vcpu).unwrap();
+    let mut vcpu = vcpu.bind();
+    vcpu.kick().kick();
+    assert_eq!(vcpu.run(&Counted::default()).unwrap(), Ran::Kicked);
+    let back = HostTsc::now();
+    let stopped = vcpu.stop_clock().unwrap();
+    assert!(stopped < back, "{stopped:?} is after {back:?}");
+
+    let start = plan.held(stopped).start(Duration::ZERO, Duration::ZERO);
+    vcpu.start_clock(start).unwrap();
+    let before = HostTsc::now();
+    vcpu.kick().kick();
+    let back = vcpu
+        .run(&Counted::default())
+        .map(|_| HostTsc::now())
+        .unwrap();
+    let stopped = vcpu.stop_clock().unwrap();
+    assert!(
+        (before..back).contains(&stopped),
+        "an old kick was believed"
+    );
+}
+
+#[test]
+fn a_kick_before_guest_time_goes_on_does_not_end_it_earlier() {
+    if no_kvm() {
+        return;
+    }
+    install_kick_handler().unwrap();
+    let (_memory, _vm, vcpu) = spinner();
+    let plan = ClockPlan::new(&vcpu).unwrap();
+    let mut vcpu = vcpu.bind();
+    let stopped = vcpu.stop_clock().unwrap();
+    let lead = Duration::from_millis(100);
+    let planned = Instant::now();
+    let start = plan.held(stopped).start(lead, Duration::ZERO);
+    vcpu.start_clock(start).unwrap();
+    vcpu.kick().kick();
+    let kicked = HostTsc::now();
+    // A host under load may have let the instant pass before the kick.
+    let late = planned.elapsed() >= lead;
+    start.wait();
+    assert_eq!(vcpu.run(&Counted::default()).unwrap(), Ran::Kicked);
+    let stopped = vcpu.stop_clock().unwrap();
+    assert!(
+        late || stopped > kicked,
+        "{stopped:?} is not after {kicked:?}"
+    );
+}
+
+#[test]
 fn a_kick_ends_a_spinning_guest_and_a_kick_before_it_runs_is_not_lost() {
     if no_kvm() {
         return;
     }
     install_kick_handler().unwrap();
-    let memory = memory_with(&SPINNER);
-    let vm = Vm::new(&memory, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    vcpu.initialise(vm.cpuid()).unwrap();
-    vcpu.boot(&boot_registers()).unwrap();
+    let (_memory, _vm, vcpu) = spinner();
     let mut vcpu = vcpu.bind();
     let kick = vcpu.kick();
     let io = Counted::default();
@@ -244,4 +308,67 @@ fn a_host_has_what_it_gave() {
     assert_eq!(types.map(|entry| entry.value), Some(0x806));
     let missing = hypervisor::missing_features(&saved, vm.cpuid()).unwrap();
     assert_eq!(missing, Vec::<String>::new());
+}
+
+#[test]
+fn a_vcpu_of_a_template_is_what_the_template_says_and_no_other_value_is_believed() {
+    const MISC_ENABLE: u32 = 0x1a0;
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&SPINNER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let leaf_1 = |cpuid: &GuestCpuid| cpuid.entries().iter().find(|it| it.function == 1).copied();
+    let shown = leaf_1(vm.cpuid()).unwrap().edx;
+    let hidden = 1 << shown.trailing_zeros();
+    let template = CpuTemplate {
+        cpuid: vec![CpuidChange {
+            leaf: 1,
+            subleaf: 0,
+            register: Register::Edx,
+            clear: hidden,
+            set: 0,
+        }],
+        msrs: vec![MsrChange {
+            index: MISC_ENABLE,
+            clear: 1,
+            set: 0,
+        }],
+        ..CpuTemplate::default()
+    };
+    template.check().unwrap();
+    let cpuid = vm.cpuid().of_template(&template).unwrap();
+    assert_eq!(leaf_1(&cpuid).unwrap().edx, shown & !hidden);
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(&cpuid).unwrap();
+    let enabled = |saved: &VcpuState| {
+        let entry = saved.msrs.iter().find(|entry| entry.index == MISC_ENABLE);
+        entry.map(|entry| entry.value & 1)
+    };
+    assert_eq!(enabled(&vcpu.save(HostTsc::now()).unwrap()), Some(1));
+    vcpu.change_msrs(&template.msrs).unwrap();
+    let saved = vcpu.save(HostTsc::now()).unwrap();
+    assert_eq!(enabled(&saved), Some(0));
+    // A host with all of it can go on with it.
+    let missing = hypervisor::missing_features(&saved, vm.cpuid()).unwrap();
+    assert_eq!(missing, Vec::<String>::new());
+
+    // One that no vCPU has, and the time stamp counter, which is the clock's.
+    for index in [0xdead_beef, 0x10] {
+        let change = MsrChange {
+            index,
+            clear: 0,
+            set: 1,
+        };
+        let refused = vcpu.change_msrs(&[change]);
+        assert!(
+            matches!(refused, Err(Error::TemplateMsr(at)) if at == index),
+            "{refused:?}"
+        );
+        let template = CpuTemplate {
+            msrs: vec![change],
+            ..CpuTemplate::default()
+        };
+        assert!(template.check().is_err());
+    }
 }

@@ -2,18 +2,30 @@
 //!
 //! The mappings are never undone: vCPUs, devices and the kernel hold addresses into them, and a
 //! process has one machine, so that they end when it does. That is what makes handing out
-//! [`GuestMemory`] sound.
+//! [`GuestMemory`] sound. Part of one may be replaced by fresh memory, in one step of the kernel's, when its guest gives
+//! pages back ([`Discarder`]): every address stays one of guest memory.
 
-use std::{fs::File, io, ops::Range, ptr};
+use std::{
+    fs::File,
+    io::{self, Write},
+    ops::Range,
+    process, ptr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
+};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion};
+use rustix::{
+    io::Errno,
+    mm::{Advice, MapFlags, ProtFlags},
+};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion, VolatileSlice};
 
-use crate::{GuestMemory, Layout, Region};
+use crate::{
+    Discarder, GuestMemory, Layout, Region, backed::Backed, live::Shared, settled::Settled,
+};
 
 /// Guest memory begins at such a boundary of the host's address space, so that the kernel can back
 /// and KVM can map it with huge pages.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Why memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -28,9 +40,37 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There are no huge pages for it.
+    #[error(
+        "the host has no {count} free huge pages of 2 MiB for the guest's memory; reserve them (`sysctl vm.nr_hugepages={count}`, or more with other machines), or do without"
+    )]
+    HugePages {
+        /// How many it takes.
+        count: u64,
+    },
+    /// What the guest writes to cannot be known.
+    #[error("what the guest writes to its memory cannot be known: {0}")]
+    Untracked(#[source] io::Error),
+    /// The host does not let this process resolve page faults.
+    #[error(
+        "the guest's memory cannot come on demand, for the host does not permit it (userfaultfd): {0}; run as root or with access to /dev/userfaultfd, or restore without it"
+    )]
+    Userfault(#[source] io::Error),
     /// vm-memory refused the regions.
     #[error("the regions of guest memory are not accepted: {0}")]
     Regions(String),
+}
+
+/// What pages of the host's guest memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HostPages {
+    /// Any, taken when they are touched. Transparent huge pages are asked for: they make the guest's first touch of memory
+    /// more than ten times cheaper.
+    #[default]
+    Any,
+    /// Huge pages that the host has reserved (hugetlbfs). They are the machine's from the beginning, so that touching them
+    /// never fails, and until it ends.
+    Reserved,
 }
 
 /// A machine's memory.
@@ -38,39 +78,155 @@ pub enum Error {
 pub struct MachineMemory {
     layout: Layout,
     guest: GuestMemory,
-    /// Ranges of the image below a private file mapping: pages there have content even if they
-    /// were never touched.
-    backed: Vec<Range<u64>>,
+    host: Host,
+}
+
+/// Where a machine's memory is on the host: all of it as one memory image.
+#[derive(Clone, Debug)]
+pub(crate) struct Host {
+    /// Host-virtual address of the image's first byte.
+    address: usize,
+    /// Bytes of the image.
+    bytes: u64,
+    pages: HostPages,
+    backed: Arc<Mutex<Backed>>,
+    /// Who knows what is written to, if anybody does.
+    tracker: Arc<RwLock<Weak<Shared>>>,
+    /// Of memory whose content comes while its machine runs.
+    settled: Option<Arc<Settled>>,
+}
+
+impl Host {
+    /// The host-virtual address of the byte at `image_offset`.
+    pub(crate) fn at(&self, image_offset: u64) -> *mut u8 {
+        ptr::with_exposed_provenance_mut::<u8>(self.address).wrapping_add(image_offset as usize)
+    }
+
+    /// The image offset of the byte at a host-virtual address.
+    pub(crate) fn offset(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.address as u64)?;
+        (offset < self.bytes).then_some(offset)
+    }
+
+    /// Bytes of the image.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// What it is made of.
+    pub(crate) fn pages(&self) -> HostPages {
+        self.pages
+    }
+
+    /// Who knows what is written to, and has to be told before memory is changed by any other way than writing to it; while this
+    /// is held, it is nobody else.
+    pub(crate) fn tracker(&self) -> RwLockReadGuard<'_, Weak<Shared>> {
+        self.tracker.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn tracker_alone(&self) -> RwLockWriteGuard<'_, Weak<Shared>> {
+        self.tracker.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fills `content` with what is at `offset` of the image.
+    ///
+    /// # Errors
+    ///
+    /// When the image ends before.
+    #[allow(unsafe_code)]
+    pub(crate) fn read(&self, offset: u64, content: &mut [u8]) -> io::Result<()> {
+        let end = offset.checked_add(content.len() as u64);
+        if end.is_none_or(|end| end > self.bytes) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: it lies within the mapping, which is never undone; whoever else has it takes it for something that can
+        // change at any time, as this does.
+        let memory = unsafe { VolatileSlice::new(self.at(offset), content.len()) };
+        memory.copy_to(content);
+        Ok(())
+    }
+
+    /// Has the kernel merge no pages of it with equal ones (KSM), which a process can inherit.
+    #[allow(unsafe_code)]
+    pub(crate) fn keep_pages_apart(&self) -> io::Result<()> {
+        let start = self.at(0).cast();
+        // SAFETY: it lies within the mapping, and its content does not change.
+        let asked =
+            unsafe { rustix::mm::madvise(start, self.bytes as usize, Advice::LinuxUnmergeable) };
+        match asked {
+            // A kernel that merges nothing.
+            Err(Errno::INVAL) => Ok(()),
+            asked => Ok(asked?),
+        }
+    }
+
+    /// Has every page of `image` be there: one that was not is the page of zeros that everybody shares.
+    #[allow(unsafe_code)]
+    pub(crate) fn populate(&self, image: &Range<u64>) -> io::Result<()> {
+        if image.start > image.end || image.end > self.bytes {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let bytes = (image.end - image.start) as usize;
+        let start = self.at(image.start).cast();
+        // SAFETY: it lies within the mapping, and its content does not change.
+        unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxPopulateRead) }?;
+        Ok(())
+    }
+
+    /// Which pages have come, if they come while the machine runs.
+    pub(crate) fn settled(&self) -> Option<&Settled> {
+        self.settled.as_deref()
+    }
+
+    /// Whether no content is still to come.
+    pub(crate) fn has_all(&self) -> bool {
+        self.settled().is_none_or(Settled::is_complete)
+    }
+
+    /// The ranges that are mapped from a file. While this is held, none of them changes.
+    pub(crate) fn backed(&self) -> MutexGuard<'_, Backed> {
+        // A range is put in or taken out whole.
+        self.backed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl MachineMemory {
-    /// Fresh memory, all zero and not yet taken from the host. Transparent huge pages are asked for:
-    /// they make the guest's first touch of memory more than ten times cheaper.
+    /// Fresh memory, all zero and not yet taken from the host.
     ///
     /// # Errors
     ///
     /// [`Error::Map`] when the host has no room for it.
     pub fn zeroed(layout: Layout) -> Result<Self, Error> {
-        let host = map_anonymous(layout.bytes())?;
-        Self::at(host, layout, Vec::new())
+        Self::zeroed_of(HostPages::Any, layout)
     }
 
-    /// Fresh memory that `fill` writes to, before anybody else knows it: all of it as one memory image, zero
-    /// where it is not written to.
+    /// As [`MachineMemory::zeroed`], of such pages.
     ///
     /// # Errors
     ///
-    /// [`Error::Map`] when the host has no room for it; what `fill` fails with.
+    /// [`Error::Map`] and [`Error::HugePages`] when the host has no room for it.
+    pub fn zeroed_of(pages: HostPages, layout: Layout) -> Result<Self, Error> {
+        let host = map_anonymous(layout.bytes(), pages)?;
+        Self::at(host, layout, pages, Vec::new())
+    }
+
+    /// Fresh memory that `fill` writes to, before anybody else knows it: all of it as one memory image, zero
+    /// where it is not written to. It is made of `pages`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`] and [`Error::HugePages`] when the host has no room for it; what `fill` fails with.
     #[allow(unsafe_code)]
     pub fn filled<E: From<Error>>(
         layout: Layout,
+        pages: HostPages,
         fill: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<Self, E> {
         let bytes = layout.bytes();
-        let host = map_anonymous(bytes)?;
+        let host = map_anonymous(bytes, pages)?;
         // SAFETY: the memory was mapped just now, and nobody is told of it before `fill` has returned.
         fill(unsafe { fresh(host, bytes) })?;
-        Ok(Self::at(host, layout, Vec::new())?)
+        Ok(Self::at(host, layout, pages, Vec::new())?)
     }
 
     /// The content of `image`, whose bytes from 0 on are a memory image of this layout. It is mapped
@@ -85,16 +241,40 @@ impl MachineMemory {
     ///
     /// [`Error::Map`] when the host has no room for it.
     pub fn from_image(layout: Layout, image: &File, data: &[Range<u64>]) -> Result<Self, Error> {
-        let host = map_anonymous(layout.bytes())?;
-        let backed = round_out(data, HUGE_PAGE_BYTES as u64, layout.bytes());
+        let memory = Self::zeroed(layout)?;
+        memory.map_over(image, data)?;
+        Ok(memory)
+    }
+
+    /// Gives memory of any pages that is all zero, and that no guest and no device has come to yet, the content of `image`, as
+    /// [`MachineMemory::from_image`] does: it stays where it is, so that a machine can be made around it before there is an image.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`] when the host has no room for it; the memory is of no use then.
+    pub fn map_over(&self, image: &File, data: &[Range<u64>]) -> Result<(), Error> {
+        let backed = round_out(data, HUGE_PAGE_BYTES as u64, self.layout.bytes());
         for range in &backed {
-            map_image(host, image, range)?;
+            map_image(self.host.at(0), image, range)?;
         }
-        Self::at(host, layout, backed)
+        *self.host.backed() = Backed::new(backed);
+        Ok(())
+    }
+
+    /// Fresh memory, of which `settled` says what has come.
+    pub(crate) fn to_be_settled(layout: Layout, settled: Arc<Settled>) -> Result<Self, Error> {
+        let mut memory = Self::zeroed(layout)?;
+        memory.host.settled = Some(settled);
+        Ok(memory)
     }
 
     /// Takes the memory image at `host` for a machine's.
-    fn at(host: *mut u8, layout: Layout, backed: Vec<Range<u64>>) -> Result<Self, Error> {
+    fn at(
+        host: *mut u8,
+        layout: Layout,
+        pages: HostPages,
+        backed: Vec<Range<u64>>,
+    ) -> Result<Self, Error> {
         let regions: Result<_, _> = layout
             .regions()
             .iter()
@@ -102,10 +282,18 @@ impl MachineMemory {
             .collect();
         let guest =
             GuestMemory::from_regions(regions?).map_err(|e| Error::Regions(e.to_string()))?;
+        let bytes = layout.bytes();
         Ok(Self {
             layout,
             guest,
-            backed,
+            host: Host {
+                address: host.expose_provenance(),
+                bytes,
+                pages,
+                backed: Arc::new(Mutex::new(Backed::new(backed))),
+                tracker: Arc::default(),
+                settled: None,
+            },
         })
     }
 
@@ -119,6 +307,19 @@ impl MachineMemory {
         &self.guest
     }
 
+    /// Fills `content` with what is at `offset` of the memory image.
+    ///
+    /// # Errors
+    ///
+    /// When the image ends before.
+    pub fn read_image(&self, offset: u64, content: &mut [u8]) -> io::Result<()> {
+        self.host.read(offset, content)
+    }
+
+    pub(crate) fn host(&self) -> &Host {
+        &self.host
+    }
+
     /// Host-virtual address of each region, in the layout's order.
     pub fn host_addresses(&self) -> impl Iterator<Item = (Region, u64)> + '_ {
         self.layout
@@ -128,13 +329,18 @@ impl MachineMemory {
             .zip(self.guest.iter().map(|region| region.as_ptr() as u64))
     }
 
-    pub(crate) fn backed(&self) -> &[Range<u64>] {
-        &self.backed
+    /// What takes pages that its guest gives back.
+    pub fn discarder(&self) -> Discarder {
+        Discarder::new(self.layout.clone(), self.guest.clone(), self.host.clone())
+    }
+
+    pub(crate) fn backed(&self) -> Vec<Range<u64>> {
+        self.host.backed().ranges()
     }
 }
 
 /// Rounds `ranges` out to multiples of `unit`, not past `end`, and joins those that touch.
-fn round_out(ranges: &[Range<u64>], unit: u64, end: u64) -> Vec<Range<u64>> {
+pub(crate) fn round_out(ranges: &[Range<u64>], unit: u64, end: u64) -> Vec<Range<u64>> {
     let mut rounded: Vec<Range<u64>> = Vec::new();
     for range in ranges {
         let start = range.start - range.start % unit;
@@ -147,10 +353,13 @@ fn round_out(ranges: &[Range<u64>], unit: u64, end: u64) -> Vec<Range<u64>> {
     rounded
 }
 
-/// Maps `bytes` of zeroed memory at a huge page boundary. Regions lie in it as in a memory image, so that each
+/// Maps `bytes` of zeroed memory, made of `pages`, at a huge page boundary. Regions lie in it as in a memory image, so that each
 /// of them begins at such a boundary too: the hole does, and memory behind it follows what is before it.
 #[allow(unsafe_code)]
-fn map_anonymous(bytes: u64) -> Result<*mut u8, Error> {
+fn map_anonymous(bytes: u64, pages: HostPages) -> Result<*mut u8, Error> {
+    if pages == HostPages::Reserved {
+        return map_reserved(bytes);
+    }
     let refused = |source| Error::Map { bytes, source };
     let too_many = || refused(io::ErrorKind::OutOfMemory.into());
     let size = usize::try_from(bytes).map_err(|_| too_many())?;
@@ -167,10 +376,47 @@ fn map_anonymous(bytes: u64) -> Result<*mut u8, Error> {
     };
     let head = start.align_offset(HUGE_PAGE_BYTES);
     let host = start.cast::<u8>().wrapping_add(head);
-    // A host without transparent huge pages refuses; the guest works, only more slowly.
-    // SAFETY: the range lies in the mapping just made, and the advice does not change its content.
-    let _ = unsafe { rustix::mm::madvise(host.cast(), size, Advice::LinuxHugepage) };
+    ask_for_huge_pages(host, bytes);
     Ok(host)
+}
+
+/// Maps `bytes` of zeroed memory, made of huge pages that the host has reserved: so many, or it fails. The end of the last may be of
+/// no use.
+#[allow(unsafe_code)]
+fn map_reserved(bytes: u64) -> Result<*mut u8, Error> {
+    let count = bytes.div_ceil(HUGE_PAGE_BYTES as u64);
+    let size = usize::try_from(count).ok();
+    let size = size.and_then(|count| count.checked_mul(HUGE_PAGE_BYTES));
+    let size = size.ok_or(Error::HugePages { count })?;
+    // Without `MAP_NORESERVE`, so that there is a page for every touch.
+    let flags = MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let host = unsafe {
+        rustix::mm::mmap_anonymous(
+            ptr::null_mut(),
+            size,
+            ProtFlags::READ | ProtFlags::WRITE,
+            flags,
+        )
+    };
+    host.map(<*mut _>::cast)
+        .map_err(|_| Error::HugePages { count })
+}
+
+/// Asks for transparent huge pages in `bytes` of guest memory at `host`.
+#[allow(unsafe_code)]
+pub(crate) fn ask_for_huge_pages(host: *mut u8, bytes: u64) {
+    // A host without them refuses; the guest works, only more slowly.
+    // SAFETY: guest memory is never unmapped, and the advice does not change its content.
+    let _ = unsafe { rustix::mm::madvise(host.cast(), bytes as usize, Advice::LinuxHugepage) };
+}
+
+/// Asks for no transparent huge pages there.
+#[allow(unsafe_code)]
+pub(crate) fn ask_for_small_pages(host: *mut u8, bytes: u64) {
+    // A host without huge pages refuses, and gives none.
+    // SAFETY: as of `ask_for_huge_pages`.
+    let _ = unsafe { rustix::mm::madvise(host.cast(), bytes as usize, Advice::LinuxNoHugepage) };
 }
 
 /// The memory at `host`.
@@ -189,8 +435,8 @@ unsafe fn fresh<'a>(host: *mut u8, bytes: u64) -> &'a mut [u8] {
 fn map_image(host: *mut u8, image: &File, range: &Range<u64>) -> Result<(), Error> {
     let bytes = range.end - range.start;
     let at = host.wrapping_add(range.start as usize);
-    // SAFETY: the range lies in the anonymous mapping that `map_anonymous` has just made at `host` and nobody
-    // else knows yet.
+    // SAFETY: the range lies in the mapping of guest memory at `host`, which stays mapped throughout and which nobody has references
+    // into: whoever reads or writes there does so as if another thread could write at any time.
     unsafe {
         rustix::mm::mmap(
             at.cast(),
@@ -206,6 +452,40 @@ fn map_image(host: *mut u8, image: &File, range: &Range<u64>) -> Result<(), Erro
         bytes,
         source: errno.into(),
     })
+}
+
+/// Gives `bytes` of guest memory at `host` back to the kernel. They are zero then, unless they are mapped from a file,
+/// whose content they have again.
+#[allow(unsafe_code)]
+pub(crate) fn forget(host: *mut u8, bytes: u64) -> io::Result<()> {
+    // SAFETY: the range is guest memory, which is never unmapped and which nobody has references into: whoever
+    // reads or writes there does so as if another thread could write at any time.
+    unsafe { rustix::mm::madvise(host.cast(), bytes as usize, Advice::LinuxDontNeed) }?;
+    Ok(())
+}
+
+/// Puts fresh memory, all zero, in the place of `bytes` of guest memory at `host`. If the kernel cannot, the process ends.
+#[allow(unsafe_code)]
+pub(crate) fn renew(host: *mut u8, bytes: u64) {
+    // SAFETY: as of `forget`. The kernel replaces one mapping by the other in one step, so that no address is
+    // without memory meanwhile. If it fails, Linux before 6.12 may have taken the old one away already; nobody sees that hole,
+    // nor what could come into it, for the process does not go on.
+    let renewed = unsafe {
+        rustix::mm::mmap_anonymous(
+            host.cast(),
+            bytes as usize,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+        )
+    };
+    if let Err(error) = renewed {
+        let _ = writeln!(
+            io::stderr(),
+            "the host cannot replace {bytes} bytes of guest memory, of which some may be gone: {error}"
+        );
+        process::abort();
+    }
+    ask_for_huge_pages(host, bytes);
 }
 
 /// Makes a region of vm-memory of its part of the mapping at `host`.
@@ -228,12 +508,40 @@ fn guest_region(host: *mut u8, region: &Region) -> Result<GuestRegionMmap<()>, E
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, os::unix::fs::FileExt};
+    use std::{
+        os::unix::{fs::FileExt, process::ExitStatusExt},
+        process::Command,
+    };
 
     use vm_memory::Bytes;
 
     use super::*;
     use crate::{MIN_MEMORY_BYTES, PAGE_BYTES};
+
+    #[test]
+    fn a_process_that_cannot_replace_memory_ends() {
+        const CHILD: &str = "FERMATA_TEST_RENEW";
+        if std::env::var_os(CHILD).is_some() {
+            // No address of a page's.
+            renew(
+                ptr::without_provenance_mut(PAGE_BYTES as usize + 1),
+                PAGE_BYTES,
+            );
+            return;
+        }
+        let ended = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "host::tests::a_process_that_cannot_replace_memory_ends",
+                "--nocapture",
+            ])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert_eq!(ended.status.signal(), Some(libc::SIGABRT), "{ended:?}");
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert!(said.contains("cannot replace 4096 bytes"), "{said}");
+    }
 
     #[test]
     fn ranges_are_rounded_out_and_joined() {
@@ -248,7 +556,7 @@ mod tests {
     fn what_fills_memory_is_where_the_guest_looks_for_it() {
         // A page behind the hole; only what is touched is taken from the host.
         let layout = Layout::new(crate::HOLE_START + PAGE_BYTES).unwrap();
-        let memory = MachineMemory::filled(layout, |image| {
+        let memory = MachineMemory::filled(layout, HostPages::Any, |image| {
             image[7] = 1;
             image[crate::HOLE_START as usize] = 2;
             Ok::<_, Error>(())
@@ -271,7 +579,7 @@ mod tests {
             }
         }
         let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
-        let failed = MachineMemory::filled(layout, |_| Err(Failed::Fill));
+        let failed = MachineMemory::filled(layout, HostPages::Any, |_| Err(Failed::Fill));
         assert!(matches!(failed, Err(Failed::Fill)));
     }
 

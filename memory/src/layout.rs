@@ -1,5 +1,7 @@
 //! Where guest memory lies in the guest-physical address space.
 
+use std::ops::Range;
+
 use crate::PAGE_BYTES;
 
 /// First address of the hole below 4 GiB that is kept for devices: virtio-mmio, IOAPIC, LAPIC, and
@@ -75,6 +77,16 @@ impl Layout {
         self.regions.iter().map(|region| region.bytes).sum()
     }
 
+    /// The parts of a memory image that the guest sees at the guest-physical addresses `gpas`, as far as there is memory.
+    pub fn image_ranges(&self, gpas: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        self.regions.iter().filter_map(move |region| {
+            let start = gpas.start.max(region.gpa);
+            let end = gpas.end.min(region.gpa + region.bytes);
+            let offset = |gpa| region.image_offset + (gpa - region.gpa);
+            (start < end).then(|| offset(start)..offset(end))
+        })
+    }
+
     /// Guest-physical address of the byte at `image_offset`, if the image has one there.
     pub fn gpa(&self, image_offset: u64) -> Option<u64> {
         self.regions
@@ -116,6 +128,20 @@ mod tests {
         ] {
             assert_eq!(Layout::new(bytes), Err(InvalidSize(bytes)));
         }
+    }
+
+    #[test]
+    fn addresses_without_memory_are_nowhere_in_the_image() {
+        let layout = Layout::new(HOLE_START + 2 * PAGE_BYTES).unwrap();
+        let ranges = |gpas| layout.image_ranges(gpas).collect::<Vec<_>>();
+        let page = PAGE_BYTES;
+        assert_eq!(ranges(page..3 * page), vec![page..3 * page; 1]);
+        let below = HOLE_START - page..HOLE_START;
+        let behind = HOLE_START..HOLE_START + page;
+        assert_eq!(ranges(below.start..HOLE_END + page), [below, behind]);
+        assert_eq!(ranges(HOLE_START..HOLE_END), []);
+        assert_eq!(ranges(HOLE_END + 2 * page..u64::MAX), []);
+        assert_eq!(ranges(page..page), []);
     }
 
     proptest! {

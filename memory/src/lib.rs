@@ -4,12 +4,21 @@
 //! guest sees it. Its *image offset* is where it lies in a memory image: the regions one after the
 //! other, without the hole. [`Layout`] translates between them.
 
+mod arrivals;
+mod backed;
+mod discard;
 mod host;
 mod layout;
+mod live;
 mod populated;
+mod settled;
+mod userfault;
 
-pub use host::{Error, MachineMemory};
+pub use arrivals::Arrivals;
+pub use discard::Discarder;
+pub use host::{Error, HostPages, MachineMemory};
 pub use layout::{HOLE_END, HOLE_START, InvalidSize, Layout, MIN_MEMORY_BYTES, Region};
+pub use live::{Armed, AtCut, Outcome, Part, PartKind, Tracker};
 
 /// Bytes of a page, the unit in which memory is saved.
 pub const PAGE_BYTES: u64 = 4096;

@@ -7,7 +7,10 @@
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
-use crate::{MachineMemory, PAGE_BYTES, Region};
+use crate::{
+    MachineMemory, PAGE_BYTES, Region,
+    host::{HUGE_PAGE_BYTES, Host},
+};
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -20,27 +23,60 @@ impl MachineMemory {
     ///
     /// # Errors
     ///
-    /// When the kernel's page map cannot be read.
+    /// When the kernel's page map cannot be read, or knows nothing of content that has not come yet ([`Arrivals`](crate::Arrivals)).
     pub fn populated(&self) -> io::Result<Vec<Range<u64>>> {
-        let pagemap = File::open("/proc/self/pagemap")?;
+        if !self.host().has_all() {
+            return Err(io::Error::other("not all of it has come yet"));
+        }
+        let page_map = PageMap::open()?;
         let mut ranges = Runs::default();
-        let mut backed = self.backed().iter().peekable();
+        let mut backed = self.backed().into_iter().peekable();
         for (region, host) in self.host_addresses() {
-            touched(&pagemap, &region, host, |touched| {
+            touched(&page_map, &region, host, |touched| {
                 while let Some(range) = backed.next_if(|range| range.start <= touched.start) {
-                    ranges.push(range.clone());
+                    ranges.push(range);
                 }
                 ranges.push(touched);
             })?;
         }
-        backed.for_each(|range| ranges.push(range.clone()));
+        backed.for_each(|range| ranges.push(range));
         Ok(ranges.joined)
     }
 }
 
+/// What the host has of this process's pages.
+#[derive(Debug)]
+pub(crate) struct PageMap(File);
+
+impl PageMap {
+    pub(crate) fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
+    }
+
+    /// Fills `entries`, whole ones, with those of the pages from a host-virtual address on.
+    fn read(&self, address: u64, entries: &mut [u8]) -> io::Result<()> {
+        let at = address / PAGE_BYTES * ENTRY_BYTES as u64;
+        self.0.read_exact_at(entries, at)
+    }
+
+    /// Whether the host has any page of `image`, which is not more than a huge page.
+    pub(crate) fn holds_any(&self, host: &Host, image: &Range<u64>) -> io::Result<bool> {
+        let mut buffer = [0; (HUGE_PAGE_BYTES as u64 / PAGE_BYTES) as usize * ENTRY_BYTES];
+        let pages = (image.end - image.start).div_ceil(PAGE_BYTES) as usize;
+        let bytes = buffer.get_mut(..pages * ENTRY_BYTES);
+        let bytes = bytes.ok_or(io::ErrorKind::InvalidInput)?;
+        self.read(host.at(image.start) as u64, bytes)?;
+        Ok(bytes.as_chunks().0.iter().any(is_there))
+    }
+}
+
+fn is_there(entry: &[u8; ENTRY_BYTES]) -> bool {
+    u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0
+}
+
 /// Calls `found` with each run of pages of `region` that the host holds, as a range of the image.
 fn touched(
-    pagemap: &File,
+    page_map: &PageMap,
     region: &Region,
     host: u64,
     mut found: impl FnMut(Range<u64>),
@@ -51,13 +87,11 @@ fn touched(
     while page < pages {
         let batch = (pages - page).min(PAGES_A_READ) as usize;
         let bytes = &mut buffer[..batch * ENTRY_BYTES];
-        pagemap.read_exact_at(bytes, (host / PAGE_BYTES + page) * ENTRY_BYTES as u64)?;
+        page_map.read(host + page * PAGE_BYTES, bytes)?;
         let (entries, _) = bytes.as_chunks::<ENTRY_BYTES>();
         let mut start = None;
         for at in 0..=batch {
-            let there = entries
-                .get(at)
-                .is_some_and(|entry| u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0);
+            let there = entries.get(at).is_some_and(is_there);
             match (there, start) {
                 (true, None) => start = Some(at as u64),
                 (false, Some(first)) => {

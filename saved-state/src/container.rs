@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Error, Header, Kind, SavedState, Section,
+    Error, FORGED, Header, Kind, SavedState, Section,
     cursor::Cursor,
     header::{Body, HEADER_BYTES},
 };
@@ -139,7 +139,7 @@ impl Container {
         if body.bytes > MAX_BODY_BYTES || body.sections > MAX_SECTIONS {
             return Err(Error::Malformed("it is larger than any machine's state"));
         }
-        if *blake3::hash(rest).as_bytes() != body.checksum {
+        if !FORGED && *blake3::hash(rest).as_bytes() != body.checksum {
             return Err(Error::DamagedBody);
         }
         let mut container = Self::new(header);

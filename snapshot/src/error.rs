@@ -83,6 +83,24 @@ pub enum Error {
         /// The memory file.
         path: PathBuf,
     },
+    /// What was given as a hot image can still be changed.
+    #[error(
+        "the hot image is not a sealed memfd, so that nobody can know what is in it; `fermata fork` makes one"
+    )]
+    NotSealed,
+    /// Memory is to come on demand, and cannot.
+    #[error("the memory of {what} cannot come on demand: {reason}; restore it without that")]
+    NotOnDemand {
+        /// The memory file, or the snapshot.
+        what: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// There is no thread to bring memory.
+    #[error(
+        "a thread that brings the guest's memory cannot be started: {0}; the host is out of threads"
+    )]
+    Thread(#[source] io::Error),
     /// Guest memory could not be had or read.
     #[error("{0}")]
     GuestMemory(#[from] memory::Error),
@@ -92,7 +110,7 @@ pub enum Error {
 }
 
 /// An error with what it came from: a client gets nothing but the text.
-fn in_full(error: &dedup::Error) -> String {
+pub(crate) fn in_full(error: &dedup::Error) -> String {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(source) = cause {

@@ -6,30 +6,31 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use memory::{Layout, MachineMemory};
+use memory::{HostPages, Layout, MachineMemory};
 use saved_state::SnapshotId;
 
 use crate::{
-    Error, Progress, Written,
+    Content, Error, Progress, Written,
     durable::{Pending, open_for_reading},
     table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
     transfer,
 };
 
-/// Writes `memory` as the memory file of snapshot `id`. It is complete, but not yet durable.
+/// Writes `memory`, of `memory_bytes` bytes, as the memory file of snapshot `id`. It is complete, but not yet durable.
 pub(crate) fn write_image(
     pending: &Pending,
-    memory: &MachineMemory,
+    memory: &impl Content,
+    memory_bytes: u64,
     id: SnapshotId,
     progress: &Progress,
 ) -> Result<Written, Error> {
     let target = pending.target();
     let file = pending.file();
-    let memory_bytes = memory.layout().bytes();
     let failed = || Error::io("write", target);
     file.set_len(Footer::file_bytes(memory_bytes))
         .map_err(failed())?;
-    let (table, written) = transfer::write_memory(memory, file, progress).map_err(failed())?;
+    let (table, written) =
+        transfer::write_memory(memory, memory_bytes, file, progress).map_err(failed())?;
     let table = table.to_bytes();
     let footer = Footer::new(id, memory_bytes, &table);
     file.write_all_at(&table, memory_bytes).map_err(failed())?;
@@ -105,18 +106,40 @@ impl Image {
         self.footer.id
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.footer.memory_bytes
     }
 
-    /// Reads all that is not a hole, compares it with the table, and maps it as the memory of a machine.
-    pub(crate) fn load(&self) -> Result<MachineMemory, Error> {
+    /// Reads all that is not a hole, compares it with the table, and maps it as the memory of a machine, or copies it
+    /// into one of reserved huge pages.
+    pub(crate) fn load(&self, pages: HostPages) -> Result<MachineMemory, Error> {
         self.verify()?;
-        self.map()
+        match pages {
+            HostPages::Any => self.map(),
+            HostPages::Reserved => self.copy(pages),
+        }
+    }
+
+    /// What of it is no hole.
+    pub(crate) fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// Copies all that is not a hole to `file`, which has the same length or more, and compares it with the table on the way.
+    pub(crate) fn copy_to(&self, file: &File) -> Result<(), Error> {
+        self.compare(Some(file))
     }
 
     fn verify(&self) -> Result<(), Error> {
-        let damage = transfer::find_damage(&self.file, &self.table, self.memory_bytes())
+        self.compare(None)
+    }
+
+    fn compare(&self, copy: Option<&File>) -> Result<(), Error> {
+        let damage = transfer::find_damage(&self.file, &self.table, self.memory_bytes(), copy)
             .map_err(Error::io("read", &self.path))?;
         match damage {
             None => Ok(()),
@@ -131,14 +154,27 @@ impl Image {
     }
 
     fn map(&self) -> Result<MachineMemory, Error> {
-        let bad = |reason: String| Error::Memory {
+        let data = self.table.data(self.memory_bytes());
+        MachineMemory::from_image(self.layout()?, &self.file, &data)
+            .map_err(|e| self.bad(format!("cannot be mapped: {e}")))
+    }
+
+    fn copy(&self, pages: HostPages) -> Result<MachineMemory, Error> {
+        MachineMemory::filled(self.layout()?, pages, |image| {
+            let data = self.table.data(self.memory_bytes());
+            transfer::read_data(&self.file, &self.path, &data, image)
+        })
+    }
+
+    fn layout(&self) -> Result<Layout, Error> {
+        let layout = Layout::new(self.memory_bytes());
+        layout.map_err(|e| self.bad(format!("cannot be used: {e}")))
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        Error::Memory {
             path: self.path.clone(),
             reason,
-        };
-        let layout =
-            Layout::new(self.memory_bytes()).map_err(|e| bad(format!("cannot be used: {e}")))?;
-        let data = self.table.data(self.memory_bytes());
-        MachineMemory::from_image(layout, &self.file, &data)
-            .map_err(|e| bad(format!("cannot be mapped: {e}")))
+        }
     }
 }

@@ -4,24 +4,25 @@ use std::{
     fmt,
     fs::File,
     io::Read,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
 use dedup::Store;
-use memory::MachineMemory;
+use memory::{HostPages, MachineMemory};
 use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES, SnapshotId};
 
 use crate::{
-    Error,
+    Error, OnDemand, OnLoss, Progress, StoredDisk,
     durable::hidden_name,
     files::Files,
+    hot::{self, Hot},
     image::{self, Image},
     reference::Reference,
     stored::{StoreAt, Stored},
 };
 
 /// Where a saved machine is.
-#[derive(Clone, Copy)]
 pub enum Source<'a> {
     /// In two files.
     Files {
@@ -37,6 +38,8 @@ pub enum Source<'a> {
         /// The snapshot's name, tag or id.
         name: &'a str,
     },
+    /// In memory: a hot image.
+    Hot(OwnedFd),
 }
 
 /// A saved machine that has been opened: the state is checked, and the memory is of the same snapshot.
@@ -59,6 +62,7 @@ impl fmt::Debug for Snapshot {
 enum Memory {
     Image(Box<Image>),
     Stored(Box<Stored>),
+    Hot(Hot),
 }
 
 impl Snapshot {
@@ -68,33 +72,56 @@ impl Snapshot {
     ///
     /// An [`Error`] that names the file or the snapshot and says what is wrong with it.
     pub fn open(from: Source<'_>) -> Result<Self, Error> {
-        let opened = match from {
-            Source::Files { files, store } => open_files(files, store)?,
+        let other_size = |path: &Path| Error::Memory {
+            path: path.to_owned(),
+            reason: "holds another amount of memory than its state file says; take another copy"
+                .to_owned(),
+        };
+        let (opened, wrong_size) = match from {
+            Source::Files { files, store } => (open_files(files, store)?, other_size(files.memory)),
             Source::Stored { store, name } => {
                 let (stored, state) = Stored::open(store, name)?;
                 let memory = Memory::Stored(Box::new(stored));
-                Snapshot { state, memory }
+                let wrong_size = Error::NotAMachine {
+                    name: name.to_owned(),
+                    reason: "its memory is not of the size that its state says".to_owned(),
+                };
+                (Snapshot { state, memory }, wrong_size)
+            }
+            Source::Hot(fd) => {
+                let (hot, state) = Hot::open(fd)?;
+                let memory = Memory::Hot(hot);
+                (
+                    Snapshot { state, memory },
+                    other_size(Path::new("the hot image")),
+                )
             }
         };
         let held = match &opened.memory {
             Memory::Image(image) => image.memory_bytes(),
             Memory::Stored(stored) => stored.memory_bytes(),
+            Memory::Hot(hot) => hot.memory_bytes(),
         };
         if held != opened.state.header.memory_bytes {
-            return Err(match from {
-                Source::Files { files, .. } => Error::Memory {
-                    path: files.memory.to_owned(),
-                    reason:
-                        "holds another amount of memory than its state file says; take another copy"
-                            .to_owned(),
-                },
-                Source::Stored { name, .. } => Error::NotAMachine {
-                    name: name.to_owned(),
-                    reason: "its memory is not of the size that its state says".to_owned(),
-                },
-            });
+            return Err(wrong_size);
         }
         Ok(opened)
+    }
+
+    /// Writes the machine into `file`, which is empty, as a hot image: all of its memory is verified on the way. Who made the file
+    /// seals it.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Snapshot::load`]; what was written is of no use then.
+    pub fn write_hot(&self, file: &File) -> Result<(), Error> {
+        match &self.memory {
+            Memory::Image(image) => hot::write_image(file, &self.state, image),
+            // A store verifies what it reads, and the rest needs no more than the seals.
+            Memory::Stored(_) | Memory::Hot(_) => {
+                hot::write(file, &self.state, &self.load()?, &Progress::default()).map(drop)
+            }
+        }
     }
 
     /// Takes the state out, to be consumed section by section.
@@ -106,8 +133,20 @@ impl Snapshot {
     /// The id of the snapshot in a store from which it is read, if it is: the parent of what the machine will be.
     pub fn stored_as(&self) -> Option<&str> {
         match &self.memory {
-            Memory::Image(_) => None,
+            Memory::Image(_) | Memory::Hot(_) => None,
             Memory::Stored(stored) => Some(stored.id()),
+        }
+    }
+
+    /// The content of the machine's disk with this number, if it was saved.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Store`].
+    pub fn disk(&self, number: usize) -> Result<Option<StoredDisk>, Error> {
+        match &self.memory {
+            Memory::Image(_) | Memory::Hot(_) => Ok(None),
+            Memory::Stored(stored) => stored.disk(number),
         }
     }
 
@@ -118,9 +157,56 @@ impl Snapshot {
     ///
     /// [`Error::Memory`] or [`Error::Store`] says where it is damaged; the host may have no room for it.
     pub fn load(&self) -> Result<MachineMemory, Error> {
+        self.load_into(HostPages::Any)
+    }
+
+    /// As [`Snapshot::load`], into memory of such pages. Huge pages cannot be those of a file, so that all of the memory is read
+    /// into them.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Snapshot::load`].
+    pub fn load_into(&self, pages: HostPages) -> Result<MachineMemory, Error> {
         match &self.memory {
-            Memory::Image(image) => image.load(),
-            Memory::Stored(stored) => stored.load(),
+            Memory::Image(image) => image.load(pages),
+            Memory::Stored(stored) => stored.load(pages),
+            Memory::Hot(hot) => hot.load(pages),
+        }
+    }
+
+    /// Gives `memory`, which is as of [`MachineMemory::map_over`], the content of the memory; returns whether that was done, which
+    /// takes a hot image and memory of its size.
+    ///
+    /// # Errors
+    ///
+    /// The host may have no room for it; `memory` is of no use then.
+    pub fn load_over(&self, memory: &MachineMemory) -> Result<bool, Error> {
+        match &self.memory {
+            Memory::Hot(hot) if hot.memory_bytes() == memory.layout().bytes() => {
+                hot.load_over(memory)?;
+                Ok(true)
+            }
+            Memory::Hot(_) | Memory::Image(_) | Memory::Stored(_) => Ok(false),
+        }
+    }
+
+    /// The memory of a store, none of which is there yet: it comes when it is touched, each page verified, and what nobody
+    /// touches by the way ([`OnDemand::bring_the_rest`]). `on_loss` is told when somebody waits for a page that cannot be had.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotOnDemand`], [`Error::GuestMemory`] where this cannot be; as of [`Snapshot::load`].
+    pub fn load_on_demand(&self, on_loss: OnLoss) -> Result<(MachineMemory, OnDemand), Error> {
+        match &self.memory {
+            Memory::Image(image) => Err(Error::NotOnDemand {
+                what: image.path().display().to_string(),
+                reason: "it is a file, which is mapped anyway",
+            }),
+            Memory::Stored(stored) => stored.load_on_demand(on_loss),
+            Memory::Hot(_) => Err(Error::NotOnDemand {
+                what: hot::NAME.to_owned(),
+                reason: "it is in memory, which is mapped anyway",
+            }),
         }
     }
 }

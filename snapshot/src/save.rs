@@ -1,14 +1,15 @@
 //! Saving a machine: to two files, into a store, or both.
 
-use std::{fmt, io::Write};
+use std::{fmt, fs::File, io::Write};
 
 use dedup::{Saved, Store, Writer};
 use memory::MachineMemory;
-use saved_state::{Container, Header};
+use saved_state::{Container, Header, SnapshotId};
 
 use crate::{
-    Error, Progress, Written,
+    Content, Error, Progress, Written, content, disk,
     files::{Files, PendingFiles},
+    hot,
     image::write_image,
     reference::Reference,
     stored,
@@ -33,6 +34,8 @@ pub enum Destination<'a> {
         /// The two files.
         files: Files<'a>,
     },
+    /// In this file, which is empty: a hot image. Who made the file seals it.
+    Hot(&'a File),
 }
 
 /// A store, and what it holds already of the machine.
@@ -40,79 +43,184 @@ pub enum Destination<'a> {
 pub struct StorePlace<'a> {
     /// The store.
     pub store: &'a Store,
-    /// The machine's last snapshot there: its name, tag or id. It need not be there any more.
+    /// The machine's last snapshot there, by its id. It need not be there any more.
     pub parent: Option<&'a str>,
+}
+
+/// A snapshot that has its place and nothing in it. Dropped, it leaves nothing.
+pub struct Draft {
+    id: SnapshotId,
+    place: Place,
 }
 
 /// A snapshot whose bytes are written but neither durable nor visible. Dropped, it leaves nothing but, in a
 /// store, packs that its next garbage collection removes.
 pub struct Unpublished {
     header: Header,
-    files: Option<PendingFiles>,
-    /// The store's id, and the snapshot in work there.
-    stored: Option<([u8; 16], Writer)>,
+    place: Place,
     /// How much memory was written.
     pub written: Written,
     /// Bytes of the machine's state.
     pub state_bytes: u64,
 }
 
-impl fmt::Debug for Unpublished {
+/// Where a snapshot in work is.
+enum Place {
+    Files(PendingFiles),
+    Stored(InStore),
+    Referenced {
+        stored: InStore,
+        files: PendingFiles,
+    },
+    Hot(File),
+}
+
+/// A snapshot in work in a store.
+struct InStore {
+    /// The store's id.
+    store: [u8; 16],
+    /// Bytes of the store's chunks.
+    unit: u64,
+    writer: Writer,
+}
+
+impl fmt::Debug for Draft {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Unpublished")
-            .field("header", &self.header)
-            .field("files", &self.files)
-            .field("stored", &self.stored.is_some())
+        f.debug_struct("Draft")
+            .field("id", &self.id)
             .finish_non_exhaustive()
     }
 }
 
-/// Writes `state` and `memory` to where they are not seen yet. The machine may run on when this returns:
-/// what is left, [`Unpublished::publish`], does not look at it.
+impl fmt::Debug for Unpublished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unpublished")
+            .field("header", &self.header)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Takes the place of the snapshot `id`, where it is not seen yet.
 ///
 /// # Errors
 ///
 /// An [`Error`] that names the file or the snapshot; nothing is left behind, and what was there is untouched.
+pub fn begin(to: Destination<'_>, id: SnapshotId) -> Result<Draft, Error> {
+    let begin = |place: StorePlace<'_>, name: &str| {
+        stored::begin(place, name).map(|writer| InStore {
+            store: place.store.id(),
+            unit: place.store.chunk_size().into(),
+            writer,
+        })
+    };
+    let place = match to {
+        Destination::Files(files) => Place::Files(PendingFiles::create(files)?),
+        Destination::Stored { place, name } => Place::Stored(begin(place, name)?),
+        Destination::Referenced { place, files } => Place::Referenced {
+            files: PendingFiles::create(files)?,
+            stored: begin(place, &format!("vm-{id}"))?,
+        },
+        Destination::Hot(file) => {
+            Place::Hot(file.try_clone().map_err(Error::io("write", hot::NAME))?)
+        }
+    };
+    Ok(Draft { id, place })
+}
+
+/// Writes `state` and `memory`, all of which is in memory, to where they are not seen yet.
+///
+/// # Errors
+///
+/// As of [`begin`] and [`Draft::write`].
 pub fn write(
     to: Destination<'_>,
     state: &Container,
     memory: &MachineMemory,
     progress: &Progress,
 ) -> Result<Unpublished, Error> {
-    let id = state.header.id;
-    let into = |place: StorePlace<'_>, name: &str| {
-        stored::write(place, name, state, memory, progress)
-            .map(|(writer, written)| (Some((place.store.id(), writer)), written))
-    };
-    let (files, (stored, written)) = match to {
-        Destination::Files(files) => {
-            let files = PendingFiles::create(files)?;
-            let written = write_image(&files.memory, memory, id, progress)?;
-            (Some(files), (None, written))
+    begin(to, state.header.id)?.write(state, memory, progress)
+}
+
+impl Draft {
+    /// Whether memory of so many bytes that did not change since the parent can be kept from there, if it is in whole parts of
+    /// `unit` bytes.
+    pub fn can_keep(&self, memory_bytes: u64, unit: u64) -> bool {
+        match &self.place {
+            Place::Files(_) | Place::Hot(_) => false,
+            Place::Stored(stored) | Place::Referenced { stored, .. } => {
+                let parent = stored.writer.parent_size(stored::MEMORY_IMAGE);
+                parent == Some(memory_bytes) && unit.is_multiple_of(stored.unit)
+            }
         }
-        Destination::Stored { place, name } => (None, into(place, name)?),
-        Destination::Referenced { place, files } => {
-            let files = PendingFiles::create(files)?;
-            (Some(files), into(place, &format!("vm-{id}"))?)
-        }
-    };
-    let bytes = state.to_bytes();
-    if let Some(PendingFiles { state, .. }) = &files {
-        state
-            .file()
-            .write_all(&bytes)
-            .map_err(Error::io("write", state.target()))?;
     }
-    Ok(Unpublished {
-        header: state.header.clone(),
-        files,
-        stored,
-        written,
-        state_bytes: bytes.len() as u64,
-    })
+
+    /// Writes `state`, which has this snapshot's id, and `memory` to where they are not seen yet. A machine that stands still
+    /// for it may run on when this returns: what is left, [`Unpublished::publish`], does not look at it.
+    ///
+    /// # Errors
+    ///
+    /// An [`Error`] that names the file or the snapshot; nothing is left behind, and what was there is untouched.
+    pub fn write(
+        self,
+        state: &Container,
+        memory: &impl Content,
+        progress: &Progress,
+    ) -> Result<Unpublished, Error> {
+        let Self { id, mut place } = self;
+        let memory_bytes = state.header.memory_bytes;
+        let bytes = state.to_bytes();
+        let written = match &mut place {
+            Place::Files(files) => write_image(&files.memory, memory, memory_bytes, id, progress)?,
+            Place::Hot(file) => hot::write(file, state, memory, progress)?,
+            Place::Stored(stored) | Place::Referenced { stored, .. } => {
+                let InStore { unit, writer, .. } = stored;
+                writer.set_manifest(bytes.clone());
+                stored::write_memory(writer, *unit, memory_bytes, memory, progress)?
+            }
+        };
+        if let Place::Files(files) | Place::Referenced { files, .. } = &place {
+            let state = &files.state;
+            state
+                .file()
+                .write_all(&bytes)
+                .map_err(Error::io("write", state.target()))?;
+        }
+        Ok(Unpublished {
+            header: state.header.clone(),
+            place,
+            written,
+            state_bytes: bytes.len() as u64,
+        })
+    }
 }
 
 impl Unpublished {
+    /// Whether it goes into a store.
+    pub fn is_in_store(&self) -> bool {
+        matches!(self.place, Place::Stored(_) | Place::Referenced { .. })
+    }
+
+    /// Saves the machine's disk with this number too, if the snapshot goes into a store; elsewhere there is no place for it.
+    ///
+    /// # Errors
+    ///
+    /// An [`Error`] that names the image; the snapshot is then useless.
+    pub fn write_disk(
+        &mut self,
+        number: usize,
+        content: &impl Content,
+        progress: &Progress,
+    ) -> Result<(), Error> {
+        match &mut self.place {
+            Place::Files(_) | Place::Hot(_) => Ok(()),
+            Place::Stored(stored) | Place::Referenced { stored, .. } => {
+                let InStore { unit, writer, .. } = stored;
+                let name = disk::image_name(number);
+                content::write(writer, *unit, &name, content, progress).map(drop)
+            }
+        }
+    }
+
     /// Makes the snapshot durable and gives it its names. When it returns, a power cut does not take it away;
     /// when it fails, what was at the paths is still there, and a store may have it under the name of its id.
     /// Returns what became of it in the store, if that is where it went.
@@ -121,25 +229,33 @@ impl Unpublished {
     ///
     /// An [`Error`] that names the file or the snapshot.
     pub fn publish(self) -> Result<Option<Saved>, Error> {
-        let mut saved = None;
-        if let Some((store, writer)) = self.stored {
-            let stored = writer.commit().map_err(Error::store("the store"))?;
-            if let Some(PendingFiles { memory, .. }) = &self.files {
+        let commit = |stored: InStore| {
+            let saved = stored.writer.commit();
+            saved.map_err(Error::store("the store"))
+        };
+        match self.place {
+            Place::Files(files) => files.publish().map(|()| None),
+            // Who made it seals it.
+            Place::Hot(_) => Ok(None),
+            Place::Stored(stored) => commit(stored).map(Some),
+            Place::Referenced { stored, files } => {
+                let store = stored.store;
+                let saved = commit(stored)?;
                 let reference = Reference {
                     id: self.header.id,
                     memory_bytes: self.header.memory_bytes,
                     store,
-                    stored: *stored.id.as_bytes(),
+                    stored: *saved.id.as_bytes(),
                 };
+                let memory = &files.memory;
                 memory
                     .file()
                     .write_all(&reference.to_bytes())
                     .map_err(Error::io("write", memory.target()))?;
+                // Only now: a reference must never be there without what it refers to.
+                files.publish()?;
+                Ok(Some(saved))
             }
-            saved = Some(stored);
         }
-        // Only now: a reference must never be there without what it refers to.
-        self.files.map_or(Ok(()), PendingFiles::publish)?;
-        Ok(saved)
     }
 }

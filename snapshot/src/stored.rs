@@ -1,76 +1,62 @@
 //! A saved machine in a store: its memory as an image, its state as the manifest.
 
-use std::path::Path;
+use std::{ops::Range, path::Path, sync::Arc};
 
-use dedup::{ImageReader, Key, OpenOptions, Store, Writer, Zeros};
-use memory::{Layout, MachineMemory};
+use dedup::{ImageReader, Key, OpenOptions, SnapshotReader, Store, Writer, Zeros};
+use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES};
 use saved_state::Container;
 
-use crate::{Error, Progress, StorePlace, Written, transfer};
+use crate::{Content, Error, OnDemand, OnLoss, Progress, StorePlace, StoredDisk, Written, content};
 
 /// The name of the image that is a machine's memory.
 pub const MEMORY_IMAGE: &str = "memory";
 
-/// Saves `state` and `memory` as the snapshot `name`. Nothing is visible or durable before the writer's commit,
-/// which does not look at the memory any more.
-pub(crate) fn write(
+/// Begins the snapshot `name`. It is complete without its parent, which only makes it faster: one that cannot be built on is no
+/// reason not to save.
+pub(crate) fn begin(
     StorePlace { store, parent }: StorePlace<'_>,
     name: &str,
-    state: &Container,
-    memory: &MachineMemory,
-    progress: &Progress,
-) -> Result<(Writer, Written), Error> {
-    let mut writer = begin(store, name, parent).map_err(Error::store(name))?;
-    let written = write_memory(store, &mut writer, name, memory, progress)?;
-    writer.set_manifest(state.to_bytes());
-    Ok((writer, written))
-}
-
-/// A snapshot is complete without its parent, which only makes it faster: one that cannot be built on is no
-/// reason not to save.
-fn begin(store: &Store, name: &str, parent: Option<&str>) -> Result<Writer, dedup::Error> {
-    match store.writer(name, parent) {
-        Err(e) if parent.is_some() => {
+) -> Result<Writer, Error> {
+    let Some(id) = parent else {
+        return store.writer(name, None).map_err(Error::store(name));
+    };
+    // What does not change is taken from there. So it must be that snapshot, and no other that somebody gave its id for a name.
+    let is_it = |writer: &Writer| {
+        writer
+            .parent_id()
+            .is_some_and(|parent| parent.to_string() == id)
+    };
+    let begun = match store.writer(name, parent) {
+        Ok(writer) if is_it(&writer) => Ok(writer),
+        Ok(_) => {
             tracing::warn!(
-                parent,
-                "the machine's last snapshot cannot be built on: {e}"
+                id,
+                "another snapshot has the id of the machine's last for a name"
             );
             store.writer(name, None)
         }
-        begun => begun,
-    }
+        Err(e) => {
+            tracing::warn!(id, "the machine's last snapshot cannot be built on: {e}");
+            store.writer(name, None)
+        }
+    };
+    begun.map_err(Error::store(name))
 }
 
-fn write_memory(
-    store: &Store,
+/// Saves `memory`, of `bytes` bytes. Nothing is visible or durable before the writer's commit, which does not look at the
+/// memory any more.
+pub(crate) fn write_memory(
     writer: &mut Writer,
-    name: &str,
-    memory: &MachineMemory,
+    unit: u64,
+    bytes: u64,
+    memory: &impl Content,
     progress: &Progress,
 ) -> Result<Written, Error> {
-    let failed = || Error::store(name);
-    let memory_bytes = memory.layout().bytes();
-    let populated = memory.populated().map_err(Error::Read)?;
-    progress.begin(populated.iter().map(|range| range.end - range.start).sum());
-    let mut image = writer.image(MEMORY_IMAGE).map_err(failed())?;
-    let mut at = 0;
-    for range in populated {
-        image.skip_zeros(range.start - at).map_err(failed())?;
-        let read = |offset, piece: &mut [u8]| {
-            transfer::read_memory(memory, range.start + offset, piece)?;
-            progress.advance(piece.len() as u64);
-            Ok(())
-        };
-        let len = range.end - range.start;
-        image.write_with(len, read).map_err(failed())?;
-        at = range.end;
-    }
-    image.skip_zeros(memory_bytes - at).map_err(failed())?;
-    let stats = image.finish().map_err(failed())?;
+    let stats = content::write(writer, unit, MEMORY_IMAGE, memory, progress)?;
     let data_chunks = stats.known_chunks + stats.new_chunks;
     Ok(Written {
-        memory_bytes,
-        data_bytes: (data_chunks * u64::from(store.chunk_size())).min(memory_bytes),
+        memory_bytes: bytes,
+        data_bytes: (data_chunks * unit).min(bytes),
     })
 }
 
@@ -104,7 +90,8 @@ impl StoreAt<'_> {
 pub(crate) struct Stored {
     name: String,
     id: String,
-    memory: ImageReader,
+    snapshot: SnapshotReader,
+    memory: Arc<ImageReader>,
 }
 
 impl Stored {
@@ -126,27 +113,65 @@ impl Stored {
         let memory = snapshot.image(MEMORY_IMAGE).map_err(failed())?;
         let id = snapshot.id().to_string();
         let name = name.to_owned();
-        Ok((Self { name, id, memory }, state))
+        let stored = Self {
+            name,
+            id,
+            snapshot,
+            memory: Arc::new(memory),
+        };
+        Ok((stored, state))
     }
 
     pub(crate) fn id(&self) -> &str {
         &self.id
     }
 
+    pub(crate) fn disk(&self, number: usize) -> Result<Option<StoredDisk>, Error> {
+        StoredDisk::open(&self.snapshot, number)
+    }
+
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.memory.size()
     }
 
-    /// Reads the memory, and verifies it on the way, into the memory of a machine.
-    pub(crate) fn load(&self) -> Result<MachineMemory, Error> {
-        let layout = Layout::new(self.memory_bytes()).map_err(|e| Error::NotAMachine {
-            name: self.name.clone(),
-            reason: e.to_string(),
-        })?;
-        MachineMemory::filled(layout, |image| {
+    /// Reads the memory, and verifies it on the way, into the memory of a machine, made of `pages`.
+    pub(crate) fn load(&self, pages: HostPages) -> Result<MachineMemory, Error> {
+        MachineMemory::filled(self.layout()?, pages, |image| {
             self.memory
                 .load_into(image, Zeros::AlreadyThere)
                 .map_err(Error::store(&self.name))
+        })
+    }
+
+    /// Memory into which this comes.
+    pub(crate) fn load_on_demand(
+        &self,
+        on_loss: OnLoss,
+    ) -> Result<(MachineMemory, OnDemand), Error> {
+        let image = Arc::clone(&self.memory);
+        if !image.chunk_bytes().is_multiple_of(PAGE_BYTES) {
+            return Err(Error::NotOnDemand {
+                what: self.name.clone(),
+                reason: "the store's chunks are smaller than a page",
+            });
+        }
+        let layout = self.layout()?;
+        let parts: Vec<Range<u64>> = image.parts().map(|part| image.part(part)).collect();
+        let (memory, arrivals) = MachineMemory::arriving(layout.clone(), &parts)?;
+        let facts = self.snapshot.facts().images.iter();
+        let zeros = facts
+            .filter(|image| image.name == MEMORY_IMAGE)
+            .map(|image| image.zero_chunks);
+        let zero_bytes = zeros.sum::<u64>().saturating_mul(image.chunk_bytes());
+        let data_bytes = image.size().saturating_sub(zero_bytes);
+        let coming = OnDemand::begin(&self.name, image, data_bytes, layout, arrivals, on_loss)?;
+        Ok((memory, coming))
+    }
+
+    fn layout(&self) -> Result<Layout, Error> {
+        Layout::new(self.memory_bytes()).map_err(|e| Error::NotAMachine {
+            name: self.name.clone(),
+            reason: e.to_string(),
         })
     }
 }

@@ -5,6 +5,7 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::FileExt,
+    path::Path,
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -12,12 +13,11 @@ use std::{
     thread,
 };
 
-use memory::{MachineMemory, PAGE_BYTES};
+use memory::PAGE_BYTES;
 use rustix::fs::SeekFrom;
-use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
-    Progress,
+    Content, Error, Piece, Progress,
     table::{GRANULE_BYTES, Table, digest, is_zero},
 };
 
@@ -38,12 +38,12 @@ pub struct Written {
 /// what was written. Each granule is copied first, so that digest and file agree even if the guest
 /// should write meanwhile.
 pub(crate) fn write_memory(
-    memory: &MachineMemory,
+    memory: &impl Content,
+    memory_bytes: u64,
     file: &File,
     progress: &Progress,
 ) -> io::Result<(Table, Written)> {
-    let memory_bytes = memory.layout().bytes();
-    let granules = granules_of(&memory.populated()?);
+    let granules = granules_of(&data_in(&memory.pieces(None, GRANULE_BYTES)?));
     progress.begin(granules.len() as u64 * GRANULE_BYTES);
     let digests: Vec<AtomicU64> = (0..memory_bytes.div_ceil(GRANULE_BYTES))
         .map(|_| AtomicU64::new(0))
@@ -60,7 +60,7 @@ pub(crate) fn write_memory(
         for (granule, content) in batch.iter().zip(buffer.chunks_mut(GRANULE_BYTES as usize)) {
             let (start, length) = place(*granule);
             let content = &mut content[..length];
-            read_memory(memory, start, content)?;
+            memory.read(start, content)?;
             digests[*granule].store(digest(content), Ordering::Relaxed);
         }
         let _turn = turn.lock();
@@ -84,39 +84,28 @@ pub(crate) fn write_memory(
     ))
 }
 
-/// Copies guest memory from image offset `at` on.
-pub(crate) fn read_memory(memory: &MachineMemory, at: u64, content: &mut [u8]) -> io::Result<()> {
-    let layout = memory.layout();
-    let (mut at, mut rest) = (at, content);
-    // A piece can lie on both sides of the hole.
-    for region in layout.regions() {
-        let Some(in_region) = at
-            .checked_sub(region.image_offset)
-            .filter(|o| *o < region.bytes)
-        else {
-            continue;
-        };
-        let here = (region.bytes - in_region).min(rest.len() as u64);
-        let (part, after) = rest.split_at_mut(here as usize);
-        memory
-            .guest()
-            .read_slice(part, GuestAddress(region.gpa + in_region))
-            .map_err(io::Error::other)?;
-        at += here;
-        rest = after;
+/// Reads the ranges `data` of `file`, which is at `path`, to their places in `image`.
+pub(crate) fn read_data(
+    file: &File,
+    path: &Path,
+    data: &[Range<u64>],
+    image: &mut [u8],
+) -> Result<(), Error> {
+    for range in data {
+        let content = &mut image[range.start as usize..range.end as usize];
+        file.read_exact_at(content, range.start)
+            .map_err(Error::io("read", path))?;
     }
-    if rest.is_empty() {
-        Ok(())
-    } else {
-        Err(io::ErrorKind::InvalidInput.into())
-    }
+    Ok(())
 }
 
-/// The first granule of `file` that is not what `table` says, if there is one.
+/// The first granule of `file` that is not what `table` says, if there is one. What is read is written to `copy`, if there is one,
+/// at the same places.
 pub(crate) fn find_damage(
     file: &File,
     table: &Table,
     memory_bytes: u64,
+    copy: Option<&File>,
 ) -> io::Result<Option<usize>> {
     let data = data_of(file, memory_bytes)?;
     let mut granules = granules_of(&data);
@@ -132,6 +121,9 @@ pub(crate) fn find_damage(
             file.read_exact_at(content, start)?;
             if table.digests.get(*granule) != Some(&digest(content)) {
                 damaged.fetch_min(*granule, Ordering::Relaxed);
+            }
+            if let Some(copy) = copy {
+                write_pages(copy, content, start)?;
             }
         }
         Ok(())
@@ -159,6 +151,17 @@ fn write_pages(file: &File, content: &[u8], start: u64) -> io::Result<u64> {
         }
     }
     Ok(written)
+}
+
+/// Where there is something to read.
+fn data_in(pieces: &[Piece]) -> Vec<Range<u64>> {
+    let mut at = 0;
+    let ranges = pieces.iter().filter_map(|piece| {
+        let start = at;
+        at += piece.bytes();
+        matches!(piece, Piece::Data(_)).then_some(start..at)
+    });
+    ranges.collect()
 }
 
 /// The granules that `ranges` touch, ascending, each once.

@@ -11,7 +11,8 @@ use dedup::{CreateOptions, OpenOptions, Store};
 use memory::{MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use saved_state::SnapshotId;
 use snapshot::{
-    Destination, Error, Files, Progress, Saved, Snapshot, Source, StoreAt, StorePlace, write,
+    Content, Destination, Error, Files, Piece, Progress, Saved, Snapshot, Source, StoreAt,
+    StorePlace, write,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -155,6 +156,18 @@ fn a_parent_that_is_gone_is_no_reason_not_to_save() {
 }
 
 #[test]
+fn a_snapshot_that_has_the_parents_id_for_a_name_is_not_built_on() {
+    let place = Place::new();
+    let first = place.save("one", None, &memory_with(&[(0, 1)]));
+    let id = first.id.to_string();
+    place.save(&id, None, &memory_with(&[(0, 2)]));
+    place.save("two", Some(&id), &memory_with(&[(0, 1)]));
+    let log = place.store.log().unwrap();
+    let two = log.iter().find(|entry| entry.name == "two").unwrap();
+    assert_eq!(two.facts.parent, None);
+}
+
+#[test]
 fn a_reference_is_small_and_leads_to_the_memory() {
     let place = Place::new();
     place.refer(5, &memory_with(&[(0, 1), (LAST, 2)]));
@@ -282,4 +295,81 @@ fn a_damaged_pack_is_not_loaded() {
 fn a_store_that_is_not_there_is_named() {
     let error = at(Path::new("/no/store")).open().map(drop).unwrap_err();
     assert!(error.to_string().contains("/no/store"), "{error}");
+}
+
+/// A disk of 40 KiB and 512 bytes, of which the parent may have all but one chunk.
+struct Disk {
+    content: Vec<u8>,
+    changed: usize,
+    kept: std::sync::atomic::AtomicBool,
+}
+
+const CHUNK: usize = 4096;
+
+impl Content for Disk {
+    fn pieces(&self, parent: Option<u64>, unit: u64) -> std::io::Result<Vec<Piece>> {
+        assert_eq!(unit, CHUNK as u64);
+        let len = self.content.len() as u64;
+        if parent != Some(len) {
+            return Ok(vec![
+                Piece::Zeros(CHUNK as u64),
+                Piece::Data(len - CHUNK as u64),
+            ]);
+        }
+        self.kept.store(true, std::sync::atomic::Ordering::Relaxed);
+        let before = (self.changed * CHUNK) as u64;
+        let after = len - before - CHUNK as u64;
+        Ok(vec![
+            Piece::Kept(before),
+            Piece::Data(CHUNK as u64),
+            Piece::Kept(after),
+        ])
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        let kept = self.kept.load(std::sync::atomic::Ordering::Relaxed);
+        let changed = self.changed * CHUNK..(self.changed + 1) * CHUNK;
+        let wanted = offset as usize..offset as usize + buffer.len();
+        // What is kept is not read.
+        assert!(!kept || (changed.start <= wanted.start && wanted.end <= changed.end));
+        buffer.copy_from_slice(&self.content[wanted]);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_disk_is_saved_with_its_machine_and_only_what_has_changed_is_read() {
+    let place = Place::new();
+    let memory = memory_with(&[(0, 1)]);
+    let mut content: Vec<u8> = (0..10 * CHUNK + 512).map(|at| (at / 100) as u8).collect();
+    content[..CHUNK].fill(0);
+    let mut parent: Option<String> = None;
+    for (round, changed) in [4, 9].into_iter().enumerate() {
+        content[changed * CHUNK..][..100].fill(0xee);
+        let disk = Disk {
+            content: content.clone(),
+            changed,
+            kept: false.into(),
+        };
+        let name = format!("day{round}");
+        let to = Destination::Stored {
+            place: place.place(parent.as_deref()),
+            name: &name,
+        };
+        let progress = Progress::default();
+        let mut unpublished = write(to, &container(1), &memory, &progress).unwrap();
+        assert!(unpublished.is_in_store());
+        unpublished.write_disk(0, &disk, &progress).unwrap();
+        let saved = unpublished.publish().unwrap().unwrap();
+        assert_eq!(disk.kept.into_inner(), parent.is_some());
+        parent = Some(saved.id.to_string());
+
+        let store = &place.store;
+        let opened = Snapshot::open(Source::Stored { store, name: &name }).unwrap();
+        let stored = opened.disk(0).unwrap().unwrap();
+        let mut found = vec![0; stored.bytes() as usize];
+        stored.read(0, &mut found).unwrap();
+        assert!(found == content);
+        assert!(opened.disk(1).unwrap().is_none());
+    }
 }

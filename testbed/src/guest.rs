@@ -17,12 +17,13 @@ pub const READY: &str = "fermata-guest: ready";
 const INIT: &str = include_str!("../../resources/guest/init");
 
 /// fermata's bus is virtio-mmio; QEMU's machines offer PCI.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
+    "virtio_balloon",
     "vmw_vsock_virtio_transport",
 ];
 
@@ -44,6 +45,10 @@ pub enum Role {
     Net,
     /// Echoes streams of its vsock device, and has its own echoed.
     Vsock,
+    /// Fills memory, frees it once its balloon takes some, and tells what it has.
+    Balloon,
+    /// Tells how often its kernel has noticed that it is a copy.
+    Generation,
     /// Powers off through ACPI.
     PowerOff,
     /// Reboots through the keyboard controller.
@@ -62,6 +67,8 @@ impl fmt::Display for Role {
             Self::Cpu => "cpu",
             Self::Net => "net",
             Self::Vsock => "vsock",
+            Self::Balloon => "balloon",
+            Self::Generation => "generation",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
             Self::Panic => "panic",
@@ -77,7 +84,7 @@ pub fn command_line(role: Role) -> String {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
         Role::Counter | Role::Clocks | Role::Cpu | Role::Net | Role::Vsock => "",
-        Role::PowerOff | Role::Shell => "",
+        Role::Balloon | Role::Generation | Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -89,6 +96,10 @@ pub struct Guest {
     pub kernel: PathBuf,
     /// busybox, virtio drivers for the mmio and PCI buses, and the init script of `resources/guest`.
     pub initrd: PathBuf,
+    /// Debian's unmodified generic kernel, which has a driver for the machine's generation.
+    pub generic_kernel: PathBuf,
+    /// The same init script for it, without any drivers.
+    pub generic_initrd: PathBuf,
     /// A sparse raw image of 64 MiB with an empty ext4 file system: to be copied, never attached.
     pub disk: PathBuf,
 }
@@ -108,11 +119,18 @@ pub fn build() -> Result<Guest> {
     initramfs.file("bin/vsock", 0o755, &compiled(VSOCK)?)?;
     initramfs.write(&initrd)?;
 
+    let generic_initrd = directory.join("guest-generic-initramfs.cpio");
+    let mut initramfs = Initramfs::new(INIT)?;
+    initramfs.modules(&[])?;
+    initramfs.write(&generic_initrd)?;
+
     let disk = directory.join("guest-disk.raw");
     make_disk(&disk)?;
     Ok(Guest {
         kernel: kernel.image,
         initrd,
+        generic_kernel: kernel::newest(Flavour::Generic)?.image,
+        generic_initrd,
         disk,
     })
 }
@@ -195,6 +213,8 @@ mod tests {
             Role::Cpu,
             Role::Net,
             Role::Vsock,
+            Role::Balloon,
+            Role::Generation,
             Role::PowerOff,
             Role::Reboot,
             Role::Panic,

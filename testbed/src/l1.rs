@@ -41,6 +41,9 @@ const MODULES: [&str; 5] = [
 /// About ten times what it takes on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(150);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long L1 may show no sign of life, of which it gives one every ten seconds: more than a busy host ever took. Where both of its
+/// CPUs wait for each other with interrupts off, its kernel's own watchdog does not see it.
+const LIFE_TIMEOUT: Duration = Duration::from_secs(180);
 /// Bytes of each log that an error shows.
 const LAST_WORDS: usize = 4096;
 /// How often output that a job has written is looked for.
@@ -58,12 +61,11 @@ pub struct Options {
 }
 
 impl Options {
-    /// Up to four CPUs, as many as this machine has, and 4 GiB.
+    /// One CPU and 4 GiB. With more, QEMU loses interrupts that one CPU sends to another while that leaves a guest.
     #[must_use]
     pub fn new(share: impl Into<PathBuf>) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
         Self {
-            cpus: u32::try_from(cpus).unwrap_or(4),
+            cpus: 1,
             memory_mib: 4096,
             share: share.into(),
         }
@@ -208,13 +210,15 @@ impl L1 {
         if writeln!(requests, "run {number}").is_err() {
             return self.broke_down("L1 is gone");
         }
-        // timeout(1) ends the job in L1; this deadline is for an L1 that hangs.
+        // timeout(1) ends the job in L1; this deadline is for a job that cannot be ended.
         let deadline = Instant::now() + job.timeout + 2 * KILL_AFTER;
         let reply = loop {
             match self.replies.recv_timeout(OUTPUT_INTERVAL) {
                 Ok(reply) => break reply,
-                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => follow()?,
-                Err(RecvTimeoutError::Timeout) => return self.broke_down("L1 hangs"),
+                Err(RecvTimeoutError::Timeout) if Instant::now() > deadline || !self.is_alive() => {
+                    return self.broke_down("L1 hangs");
+                }
+                Err(RecvTimeoutError::Timeout) => follow()?,
                 Err(RecvTimeoutError::Disconnected) => {
                     return self.broke_down("L1 has crashed");
                 }
@@ -232,6 +236,14 @@ impl L1 {
             stdout: stdout.text(),
             stderr: stderr.text(),
         })
+    }
+
+    /// Whether programs have run in it within the last minutes.
+    fn is_alive(&self) -> bool {
+        let alive = std::fs::metadata(self.directory.path().join("alive"));
+        let touched = alive.and_then(|alive| alive.modified());
+        // A clock that was set back says nothing.
+        touched.is_ok_and(|touched| touched.elapsed().unwrap_or_default() < LIFE_TIMEOUT)
     }
 
     /// Lets L1 power off.
@@ -321,6 +333,12 @@ fn command_line(name: &str, share: &Path, keep: [&Path; 2]) -> Result<String> {
         line.push_str(&format!(" l1.{option}={path}"));
     }
     Ok(line)
+}
+
+/// Whether this very program runs in an L1.
+#[must_use]
+pub fn is_here() -> bool {
+    std::fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains(" l1.name="))
 }
 
 fn parse_exit(reply: &str, job: u32) -> Option<i32> {

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cache;
+pub mod debian;
 pub mod environment;
 pub mod guest;
 mod initramfs;

@@ -8,12 +8,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::cache;
 use crate::kernel::Flavour;
-use crate::kvm::Level;
 
 /// Everything needed beyond what Debian's base system and cargo bring.
-fn packages(level: Level) -> Vec<&'static str> {
-    let mut packages = vec![
+fn packages() -> Vec<&'static str> {
+    vec![
         Flavour::Cloud.package(),
+        // L1's kernel at the nested level, and a guest's at both.
+        Flavour::Generic.package(),
         "busybox-static",
         // mke2fs; absent from container images.
         "e2fsprogs",
@@ -23,20 +24,16 @@ fn packages(level: Level) -> Vec<&'static str> {
         "python3",
         // L1 at the nested level, the peer of the benchmarks at both.
         "qemu-system-x86",
-    ];
-    if level == Level::Nested {
-        packages.push(Flavour::Generic.package());
-    }
-    packages
+    ]
 }
 
-/// Makes sure that all packages that `level` needs are installed. As root it installs what is missing and says so in a line;
+/// Makes sure that all packages are installed. As root it installs what is missing and says so in a line;
 /// what apt prints goes to `apt.log` in the test bed's directory.
 ///
 /// # Errors
 /// Names the command to run when the user is not root, and the log when apt fails.
-pub fn ensure(level: Level) -> Result<()> {
-    ensure_packages(&packages(level))
+pub fn ensure() -> Result<()> {
+    ensure_packages(&packages())
 }
 
 /// As [`ensure`], for the named packages.
@@ -112,7 +109,7 @@ fn parse_installed(listing: &str) -> HashSet<String> {
         .collect()
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     // The owner of /proc/self is the process's effective user.
     std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)

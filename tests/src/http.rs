@@ -95,6 +95,23 @@ impl Client {
         )
     }
 
+    /// Sends `body` as JSON, to change what is at `path`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no answer.
+    pub fn patch(&self, path: &str, body: &Value) -> Result<Answer> {
+        let request = self.agent.patch(format!("{}{path}", self.base));
+        let mut response = request
+            .content_type("application/json")
+            .send(body.to_string())
+            .with_context(|| format!("no answer to PATCH {path}"))?;
+        answer(
+            response.status().as_u16(),
+            &response.body_mut().read_to_string()?,
+        )
+    }
+
     /// Deletes `path`.
     ///
     /// # Errors

@@ -6,8 +6,11 @@
 pub mod bare_metal;
 pub mod cli;
 pub mod console;
+pub mod debian;
 pub mod http;
+pub mod huge_pages;
 pub mod linux;
+pub mod memory;
 pub mod programs;
 pub mod server;
 pub mod tap;

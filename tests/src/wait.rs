@@ -17,14 +17,23 @@ const INTERVAL: Duration = Duration::from_millis(5);
 /// # Errors
 ///
 /// After [`PATIENCE`], with `what` was waited for.
-pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
+pub fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> Result<T> {
+    within(PATIENCE, what, look)
+}
+
+/// The same for what takes longer than all else.
+///
+/// # Errors
+///
+/// After `bound`, with `what` was waited for.
+pub fn within<T>(bound: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> Result<T> {
     let begun = Instant::now();
     loop {
         if let Some(found) = look() {
             return Ok(found);
         }
-        if begun.elapsed() > PATIENCE {
-            bail!("waited {PATIENCE:?} in vain for {what}");
+        if begun.elapsed() > bound {
+            bail!("waited {bound:?} in vain for {what}");
         }
         sleep(INTERVAL);
     }

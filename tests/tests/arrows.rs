@@ -10,7 +10,10 @@ use serde_json::Value;
 const ARROWS: &[(&str, &[&str])] = &[
     ("api-server", &["api-types", "control"]),
     ("api-types", &[]),
-    ("benches", &["control", "dedup", "system-tests", "testbed"]),
+    (
+        "benches",
+        &["branch-disk", "control", "dedup", "system-tests", "testbed"],
+    ),
     ("branch-disk", &[]),
     (
         "cli",

@@ -7,6 +7,8 @@
 
 #[path = "bare_metal/bad_input.rs"]
 mod bad_input;
+#[path = "bare_metal/balloon.rs"]
+mod balloon;
 #[path = "bare_metal/branching.rs"]
 mod branching;
 #[path = "bare_metal/command_line.rs"]
@@ -15,21 +17,36 @@ mod command_line;
 mod crash;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/fork.rs"]
+mod fork;
 #[path = "bare_metal/generation.rs"]
 mod generation;
+#[path = "bare_metal/huge_pages.rs"]
+mod huge_pages;
+#[path = "bare_metal/live.rs"]
+mod live;
 #[path = "bare_metal/network.rs"]
 mod network;
+#[path = "bare_metal/on_demand.rs"]
+mod on_demand;
 #[path = "bare_metal/pause.rs"]
 mod pause;
 #[path = "bare_metal/python.rs"]
 mod python;
+#[path = "bare_metal/resize.rs"]
+mod resize;
 #[path = "bare_metal/round_trip.rs"]
 mod round_trip;
 #[path = "bare_metal/store.rs"]
 mod store;
 
 use serde_json::json;
-use system_tests::{bare_metal, http::Machine, server::Server};
+use system_tests::{
+    bare_metal::{self, Testimony},
+    cli::Cli,
+    http::Machine,
+    server::Server,
+};
 
 /// A server, unless this machine has no KVM.
 fn server() -> Option<Server> {
@@ -59,4 +76,25 @@ fn counting(server: &Server, count: u64) -> Machine {
     let reached = |line: &str| bare_metal::count(line).filter(|found| *found >= count);
     console.first("the count", reached).unwrap();
     machine
+}
+
+/// The command line in the server's tree, with a store there.
+fn cli(server: &Server) -> Cli {
+    Cli::new(&server.tree(), &server.run_directory())
+}
+
+/// What the witness says from now on, once it has written to all of its pages at least three times more.
+fn hear(server: &Server, machine: Machine) -> Testimony {
+    let console = server.console(machine).unwrap();
+    let now = console.last(Testimony::read).map_or(0, |said| said.round);
+    let later = |line: &str| Testimony::read(line).filter(|said| said.round > now + 3);
+    console.first("the witness", later).unwrap()
+}
+
+/// A counter or a gauge of the machine in this process.
+fn gauge(server: &Server, pid: impl std::fmt::Display, name: &str) -> u64 {
+    let metrics = server.client.get(&format!("/vms/{pid}/metrics")).unwrap();
+    let mut metrics = metrics.body.as_array().unwrap().iter();
+    let found = metrics.find(|metric| metric["name"] == name).unwrap();
+    found["value"].as_u64().unwrap()
 }

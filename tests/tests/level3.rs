@@ -4,12 +4,16 @@
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on should stop
 
+#[path = "level3/balloon.rs"]
+mod balloon;
 #[path = "level3/branching.rs"]
 mod branching;
 #[path = "level3/clocks.rs"]
 mod clocks;
 #[path = "level3/cpu.rs"]
 mod cpu;
+#[path = "level3/debian.rs"]
+mod debian;
 #[path = "level3/elsewhere.rs"]
 mod elsewhere;
 #[path = "level3/ends.rs"]
@@ -18,10 +22,14 @@ mod ends;
 mod first_light;
 #[path = "level3/full_disk.rs"]
 mod full_disk;
+#[path = "level3/generation.rs"]
+mod generation;
 #[path = "level3/network.rs"]
 mod network;
 #[path = "level3/pause.rs"]
 mod pause;
+#[path = "level3/resize.rs"]
+mod resize;
 #[path = "level3/same_again.rs"]
 mod same_again;
 #[path = "level3/stored.rs"]

@@ -1,28 +1,23 @@
 //! The thread that owns the machine: one queue of events in, one thing done at a time.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc::Receiver,
-    },
-    time::Instant,
+use std::sync::{
+    Arc,
+    atomic::AtomicBool,
+    mpsc::{Receiver, RecvTimeoutError, Sender},
 };
 
-use control::{
-    AfterSnapshot, Exit, Failure, GuestClock, SnapshotReport, SnapshotRequest, StoredReport,
-};
+use control::{AfterSnapshot, Exit, Failure, GuestClock, SnapshotReport, SnapshotRequest};
 use devices::GuestRequest;
-use snapshot::Saved;
+use snapshot::Lost;
 use tokio::sync::oneshot;
 
 use crate::{
-    disks,
     error::Error,
     lifecycle::{self, Lifecycle},
     machine::Machine,
-    place,
+    save,
     vcpu::VcpuEnd,
+    waiting::{self, Waiting},
 };
 
 /// Where the answer to a request goes.
@@ -34,6 +29,8 @@ pub(crate) enum Request {
     Pause(Reply<()>),
     Resume(GuestClock, Reply<()>),
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
+    /// The disk of this number is to have so many bytes.
+    ResizeDisk(u32, u64, Reply<()>),
     Stop(Reply<()>),
 }
 
@@ -43,6 +40,10 @@ pub(crate) enum Event {
     Client(Request),
     Guest(GuestRequest),
     Vcpu(u32, VcpuEnd),
+    /// Somebody in the machine waits for memory that cannot be had.
+    Lost(Lost),
+    /// All of the memory has come that the snapshot of this round waited for, or cannot.
+    Arrived(u64, Result<(), Lost>),
 }
 
 /// The machine's owner.
@@ -50,6 +51,12 @@ pub(crate) struct Controller {
     pub(crate) machine: Machine,
     pub(crate) lifecycle: Arc<Lifecycle>,
     pub(crate) events: Receiver<Event>,
+    /// The other end of `events`.
+    pub(crate) teller: Sender<Event>,
+    /// A snapshot that is to be taken as soon as all memory is there.
+    pub(crate) waiting: Option<Waiting>,
+    /// How many have waited so.
+    pub(crate) rounds: u64,
     /// Set once the guest has ended itself, also while that waits in the queue.
     pub(crate) ending: Arc<AtomicBool>,
 }
@@ -57,31 +64,57 @@ pub(crate) struct Controller {
 impl Controller {
     /// Does what is asked until the machine ends; returns how it did.
     pub(crate) fn run(mut self) -> Exit {
+        // Requests wait in the queue meanwhile, and the guest runs.
+        if let Err(error) = self.machine.settle() {
+            tracing::warn!(
+                "a guest that uses the interval timer may see ticks in a burst: {error}"
+            );
+        }
         let exit = loop {
             if let Some(exit) = self.lifecycle.ended() {
                 break exit;
             }
-            match self.events.recv() {
+            match self.next_event() {
                 Ok(event) => self.handle(event),
+                Err(RecvTimeoutError::Timeout) => self.look_whether_to_wait(),
                 // Nobody is left who could ask for anything; the guest alone goes on.
-                Err(_) => break Exit::Failed,
+                Err(RecvTimeoutError::Disconnected) => break Exit::Failed,
             }
         };
         // Requests that came too late are dropped with their replies, which says so to the clients.
         exit
     }
 
+    fn next_event(&self) -> Result<Event, RecvTimeoutError> {
+        match &self.waiting {
+            None => Ok(self.events.recv()?),
+            Some(_) => self.events.recv_timeout(waiting::INTERVAL),
+        }
+    }
+
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Client(Request::Pause(reply)) => {
-                let paused = self.machine.hold().map(|held| held.keep());
-                answer(reply, paused.map_err(|error| self.pause_failed(error)));
+            Event::Client(Request::Pause(reply)) => self.pause(reply),
+            Event::Client(Request::Resume(clock, reply)) => self.resume(clock, reply),
+            Event::Client(Request::Snapshot(request, reply)) => {
+                if self.machine.counters().is_memory_missing() {
+                    self.wait_for_memory(request, reply);
+                } else {
+                    self.snapshot(&request, reply);
+                }
             }
-            Event::Client(Request::Resume(clock, reply)) => {
-                let running = self.machine.run(clock);
-                answer(reply, running.map_err(|error| self.lost(error)));
+            Event::Arrived(round, came) => self.arrived(round, came),
+            Event::Lost(lost) => self.stall(&lost),
+            Event::Client(Request::ResizeDisk(index, bytes, reply)) => {
+                let resized = self.machine.counters().devices.resize_disk(index, bytes);
+                match &resized {
+                    Ok(()) => tracing::info!(disk = index, bytes, "a disk has grown"),
+                    Err(error) => {
+                        tracing::warn!(disk = index, bytes, %error, "a disk has not grown")
+                    }
+                }
+                answer(reply, resized.map_err(Failure::from));
             }
-            Event::Client(Request::Snapshot(request, reply)) => self.snapshot(&request, reply),
             Event::Client(Request::Stop(reply)) => {
                 self.end(Exit::Stopped);
                 answer(reply, Ok(()));
@@ -99,6 +132,81 @@ impl Controller {
             Event::Vcpu(id, VcpuEnd::Panicked) => {
                 tracing::error!(vcpu = id, "a vCPU's thread panicked; please report this");
                 self.end(Exit::Failed);
+            }
+        }
+    }
+
+    fn pause(&mut self, reply: Reply<()>) {
+        // As far as it stands still, it does already.
+        if self.machine.is_stalled() {
+            answer(reply, Ok(()));
+            return;
+        }
+        let paused = self.machine.hold().map(|held| held.keep());
+        answer(reply, paused.map_err(|error| self.pause_failed(error)));
+    }
+
+    fn resume(&mut self, clock: GuestClock, reply: Reply<()>) {
+        let retried = self.machine.retry().map_err(Error::from);
+        let resumed = retried.and_then(|()| self.machine.run(clock));
+        let answered = resumed.map_err(|error| match error {
+            Error::Lost(_) => {
+                if !self.machine.is_running() {
+                    self.apply(lifecycle::Event::Stalled);
+                }
+                error.into()
+            }
+            error if self.machine.is_stalled() => {
+                self.apply(lifecycle::Event::Stalled);
+                error.into()
+            }
+            error => self.lost(error),
+        });
+        answer(reply, answered);
+    }
+
+    /// Holds the machine, in which somebody waits for a page that cannot be had.
+    fn stall(&mut self, lost: &Lost) {
+        // It has been had since.
+        if self.machine.counters().lost().is_none() {
+            return;
+        }
+        tracing::error!("the machine stands still: {lost}");
+        self.machine.stall();
+        self.apply(lifecycle::Event::Stalled);
+    }
+
+    fn wait_for_memory(&mut self, request: SnapshotRequest, reply: Reply<SnapshotReport>) {
+        self.rounds += 1;
+        let counters = self.machine.counters();
+        match waiting::bring_all(self.rounds, counters, &self.teller) {
+            Ok(()) => {
+                let come = counters.come();
+                self.waiting = Some(Waiting::new(self.rounds, request, reply, come));
+            }
+            Err(error) => self.snapshot_failed(error, self.machine.is_running(), reply),
+        }
+    }
+
+    fn arrived(&mut self, round: u64, came: Result<(), Lost>) {
+        let Some(waiting) = self.waiting.take_if(|waiting| waiting.round == round) else {
+            return;
+        };
+        let Waiting { request, reply, .. } = waiting;
+        match came {
+            Ok(()) => self.snapshot(&request, reply),
+            Err(lost) => self.snapshot_failed(lost.into(), self.machine.is_running(), reply),
+        }
+    }
+
+    fn look_whether_to_wait(&mut self) {
+        let Some(mut waiting) = self.waiting.take() else {
+            return;
+        };
+        match waiting.look(self.machine.counters().come()) {
+            Ok(()) => self.waiting = Some(waiting),
+            Err(error) => {
+                self.snapshot_failed(error, self.machine.is_running(), waiting.reply);
             }
         }
     }
@@ -123,7 +231,7 @@ impl Controller {
     fn snapshot(&mut self, request: &SnapshotRequest, reply: Reply<SnapshotReport>) {
         let counts = Arc::clone(self.machine.counters());
         let ran = self.machine.is_running();
-        match take_snapshot(&mut self.machine, &self.ending, request) {
+        match save::take_snapshot(&mut self.machine, &self.ending, request) {
             Ok(report) => {
                 counts.machine.snapshots.add(1);
                 counts.machine.last_downtime_us.set(report.downtime_us);
@@ -134,21 +242,29 @@ impl Controller {
                     written_bytes = report.written_bytes,
                     "the snapshot is complete"
                 );
-                self.apply(lifecycle::Event::Saved(request.then));
+                self.apply(match request.then {
+                    AfterSnapshot::Halt => lifecycle::Event::End(Exit::Halted),
+                    AfterSnapshot::Resume(_) | AfterSnapshot::AsBefore(_) => {
+                        let running = self.machine.is_running();
+                        lifecycle::Event::Saved { running }
+                    }
+                });
                 answer(reply, Ok(report));
             }
-            Err(error) => {
-                counts.machine.failed_snapshots.add(1);
-                tracing::warn!("the snapshot failed: {error}");
-                let running = self.machine.is_running();
-                if self.machine.is_lost() || (ran && !running) {
-                    answer(reply, Err(self.lost(error)));
-                    return;
-                }
-                self.apply(lifecycle::Event::SaveFailed { running });
-                answer(reply, Err(error.into()));
-            }
+            Err(error) => self.snapshot_failed(error, ran, reply),
         }
+    }
+
+    fn snapshot_failed(&self, error: Error, ran: bool, reply: Reply<SnapshotReport>) {
+        self.machine.counters().machine.failed_snapshots.add(1);
+        tracing::warn!("the snapshot failed: {error}");
+        let running = self.machine.is_running();
+        if self.machine.is_lost() || (ran && !running) {
+            answer(reply, Err(self.lost(error)));
+            return;
+        }
+        self.apply(lifecycle::Event::SaveFailed { running });
+        answer(reply, Err(error.into()));
     }
 
     fn end(&self, exit: Exit) {
@@ -159,91 +275,6 @@ impl Controller {
         if let Err(refused) = self.lifecycle.apply(event) {
             tracing::error!("the machine's state is not what it should be: {refused}");
         }
-    }
-}
-
-/// Saves `machine`. It stands still while its state and memory are copied, and goes on, if it is to,
-/// while they are made durable: the disks first, so that no snapshot is there without them. When this
-/// fails, a machine that ran runs on.
-fn take_snapshot(
-    machine: &mut Machine,
-    ending: &AtomicBool,
-    request: &SnapshotRequest,
-) -> Result<SnapshotReport, Error> {
-    let begun = Instant::now();
-    let counters = Arc::clone(machine.counters());
-    let parent = machine.stored_as.clone();
-    counters.saving.begin(0);
-    // Before the machine is held: a store that cannot be opened costs the guest nothing.
-    let destination = place::OpenDestination::new(&request.to)?;
-    let next_heads = disks::prepare(machine.disks())?;
-    let mut held = machine.hold()?.with_clock(clock_of(request.then));
-    // A guest that has switched itself off waits for its end, which is behind this in the queue.
-    if ending.load(Ordering::SeqCst) {
-        return Err(Error::GuestEnds);
-    }
-    let images = disks::writable_images(held.disks());
-    let cuts = next_heads.cut(held.disks())?;
-    let state = held.save(&cuts)?;
-    let id = state.header.id.to_string();
-    let unpublished = snapshot::write(
-        destination.with_parent(parent.as_deref()),
-        &state,
-        held.memory(),
-        &counters.saving,
-    )?;
-    let written = unpublished.written;
-    let state_bytes = unpublished.state_bytes;
-    let publish = || {
-        disks::sync(&images)?;
-        cuts.finish()?;
-        Ok::<_, Error>(unpublished.publish()?)
-    };
-    let (downtime, saved) = match request.then {
-        AfterSnapshot::Resume(_) => {
-            let since = held.since();
-            let gone_on = held.let_go();
-            let downtime = since.elapsed();
-            // Also of a machine that cannot go on: then this is all that is left of it.
-            let saved = publish()?;
-            gone_on?;
-            (downtime, saved)
-        }
-        AfterSnapshot::Halt => {
-            let saved = publish()?;
-            let downtime = held.since().elapsed();
-            held.keep();
-            (downtime, saved)
-        }
-    };
-    let stored = saved.map(stored_report);
-    if let Some(stored) = &stored {
-        machine.stored_as = Some(stored.id.clone());
-    }
-    Ok(SnapshotReport {
-        id,
-        state_bytes,
-        memory_bytes: written.memory_bytes,
-        written_bytes: written.data_bytes,
-        downtime_us: downtime.as_micros() as u64,
-        total_us: begun.elapsed().as_micros() as u64,
-        stored,
-    })
-}
-
-/// What the clocks of a machine have done that goes on, also if it does because saving it failed.
-fn clock_of(then: AfterSnapshot) -> GuestClock {
-    match then {
-        AfterSnapshot::Resume(clock) => clock,
-        AfterSnapshot::Halt => GuestClock::default(),
-    }
-}
-
-fn stored_report(saved: Saved) -> StoredReport {
-    StoredReport {
-        id: saved.id.to_string(),
-        new_bytes: saved.pack_bytes + saved.snapshot_bytes,
-        name: saved.name,
     }
 }
 

@@ -10,13 +10,19 @@ use std::{
 use control::{Metric, NetConfig, VsockConfig};
 use devices::{
     AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, Rtc, Serial,
-    virtio::{MmioTransport, VirtioDevice, block::Block, entropy::Entropy},
+    virtio::{
+        MmioTransport, VirtioDevice,
+        balloon::{BalloonControl, BalloonOptions},
+        block::{Block, DiskSize},
+        entropy::Entropy,
+    },
 };
 use hypervisor::{IoEvent, Vm};
-use memory::GuestMemory;
+use memory::{GuestMemory, MachineMemory};
 use saved_state::{Container, Kind};
 
 use crate::{
+    balloons,
     boot::MmioDevice,
     disks::AttachedDisk,
     error::Error,
@@ -31,7 +37,7 @@ use crate::{
     vsocks,
 };
 
-/// The most disks, network and vsock devices a machine can have: every virtio device but the source of entropy.
+/// The most disks, network and vsock devices and balloons a machine can have: every virtio device but the source of entropy.
 pub(crate) const MAX_DEVICES: usize = MAX_VIRTIO - 1;
 
 /// A machine's devices.
@@ -40,10 +46,23 @@ pub(crate) struct DeviceSet {
     all: Vec<(Kind, Arc<Mutex<dyn Device>>)>,
     /// Those with queues, for the event loop.
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// Of each disk, in their order: its size, and where the driver reads it.
+    disks: Vec<(DiskSize, Arc<Mutex<MmioTransport>>)>,
     /// For input.
     pub(crate) serial: Arc<Mutex<Serial>>,
     /// Says that the machine is another one than it was.
     pub(crate) generation: Generation,
+    /// Has the guest give memory back, if it can.
+    pub(crate) balloon: Option<Arc<BalloonControl>>,
+}
+
+/// The devices that a machine has by choice.
+#[derive(Clone, Copy)]
+pub(crate) struct Chosen<'a> {
+    pub(crate) disks: &'a [AttachedDisk],
+    pub(crate) nets: &'a [NetConfig],
+    pub(crate) vsock: Option<&'a VsockConfig>,
+    pub(crate) balloon: Option<BalloonOptions>,
 }
 
 /// The devices while they are being made.
@@ -60,19 +79,24 @@ impl DeviceSet {
     /// goes to `console`; `requests` is told when it wants to be switched off or reset.
     pub(crate) fn new(
         vm: &Vm,
-        memory: &GuestMemory,
-        disks: &[AttachedDisk],
-        nets: &[NetConfig],
-        vsock: Option<&VsockConfig>,
+        memory: &MachineMemory,
+        chosen: Chosen<'_>,
         console: Box<dyn Write + Send>,
         requests: &OnGuestRequest,
     ) -> Result<(Self, Buses), Error> {
-        if disks.len() + nets.len() + usize::from(vsock.is_some()) > MAX_DEVICES {
+        let Chosen {
+            disks,
+            nets,
+            vsock,
+            balloon,
+        } = chosen;
+        let single = usize::from(vsock.is_some()) + usize::from(balloon.is_some());
+        if disks.len() + nets.len() + single > MAX_DEVICES {
             return Err(Error::TooManyDevices);
         }
         let mut builder = Builder {
             vm,
-            memory,
+            memory: memory.guest(),
             buses: Buses {
                 ports: Bus::new(),
                 mmio: Bus::new(),
@@ -83,8 +107,10 @@ impl DeviceSet {
         let serial = builder.legacy(console, requests)?;
         let generation = Generation::new(builder.line(EVENT_GSI)?);
         builder.virtio(Box::new(Entropy::new()))?;
+        let mut sizes = Vec::new();
         for disk in disks {
-            builder.virtio(Box::new(block(disk)?))?;
+            let block = block(disk)?;
+            sizes.push((block.size(), builder.virtio(Box::new(block))?));
         }
         for (number, net) in nets.iter().enumerate() {
             builder.virtio(Box::new(nets::open(number, net)?))?;
@@ -92,6 +118,10 @@ impl DeviceSet {
         if let Some(vsock) = vsock {
             builder.virtio(Box::new(vsocks::open(vsock)?))?;
         }
+        let balloon = match balloon {
+            Some(options) => Some(builder.balloon(options, memory)?),
+            None => None,
+        };
         let Builder {
             buses,
             all,
@@ -101,8 +131,10 @@ impl DeviceSet {
         let set = Self {
             all,
             transports,
+            disks: sizes,
             serial,
             generation,
+            balloon,
         };
         Ok((set, buses))
     }
@@ -116,6 +148,18 @@ impl DeviceSet {
                 gsi: virtio_gsi(number),
             })
             .collect()
+    }
+
+    /// Has the disk at `index` have `bytes`, and tells the guest's driver.
+    pub(crate) fn resize_disk(&self, index: u32, bytes: u64) -> Result<(), Error> {
+        let found = self.disks.get(index as usize);
+        let (size, transport) = found.ok_or(Error::NoSuchDisk {
+            index,
+            has: self.disks.len(),
+        })?;
+        size.grow(bytes).map_err(devices::Error::Disk)?;
+        lock(transport).refresh_config();
+        Ok(())
     }
 
     /// Saves every device. None may be at work.
@@ -194,7 +238,10 @@ impl Builder<'_> {
     }
 
     /// Puts `device` on the next transport, with its interrupt line and its notifications.
-    fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
+    fn virtio(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
         let number = self.transports.len();
         let line = self.line(virtio_gsi(number))?;
         let transport = MmioTransport::new(device, self.memory.clone(), line)?;
@@ -208,8 +255,20 @@ impl Builder<'_> {
             .mmio
             .insert(gpa, u64::from(VIRTIO_BYTES), transport.clone())?;
         self.put(transport.clone());
-        self.transports.push(transport);
-        Ok(())
+        self.transports.push(Arc::clone(&transport));
+        Ok(transport)
+    }
+
+    /// Puts the balloon on the next transport; returns the host's side of it.
+    fn balloon(
+        &mut self,
+        options: BalloonOptions,
+        memory: &MachineMemory,
+    ) -> Result<Arc<BalloonControl>, Error> {
+        let balloon = balloons::open(options, memory)?;
+        let control = Arc::clone(balloon.control());
+        self.virtio(Box::new(balloon))?;
+        Ok(control)
     }
 
     fn put(&mut self, device: Arc<Mutex<dyn Device>>) {

@@ -6,11 +6,17 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use branch_disk::{Cut, Disk, LayerId, LayerRef, Mode, Next};
+use branch_disk::{Cut, Disk, Frozen, LayerId, LayerRef, Mode, Next};
 use control::{Confinement, DiskConfig, DiskFormat};
 use devices::virtio::block::SharedDisk;
+use saved_state::{Container, SavedState};
+use snapshot::Snapshot;
 
-use crate::{error::Error, state::DiskState};
+use crate::{
+    error::Error,
+    state::{DiskState, MachineState},
+    stored_disks,
+};
 
 /// A disk of a machine.
 #[derive(Clone)]
@@ -20,8 +26,15 @@ pub(crate) struct AttachedDisk {
     pub(crate) branch: Option<SharedDisk>,
 }
 
-/// What ended of each disk at a cut, in their order; nothing of those that do not branch.
-pub(crate) struct Cuts(Vec<Option<Cut>>);
+/// What each disk was at a cut, in their order; nothing of those that do not branch.
+pub(crate) struct Cuts(Vec<Option<AtCut>>);
+
+/// A disk as it was at a cut.
+struct AtCut {
+    /// What ended; nothing of one that is only read.
+    cut: Option<Cut>,
+    frozen: Frozen,
+}
 
 /// The next heads of disks, made before the machine is held.
 pub(crate) struct Prepared(Vec<Option<Next>>);
@@ -45,19 +58,29 @@ pub(crate) fn attach(
 }
 
 /// Opens the disks of a machine that goes on. What branches goes on in a head of its own, so that any number of machines can
-/// go on from one snapshot.
+/// go on from one snapshot. What is not here is made in `directory`, if the snapshot has it.
 pub(crate) fn reattach(
     states: &[DiskState],
+    saved: &Snapshot,
+    directory: Option<&Path>,
     confinement: Option<&Confinement>,
 ) -> Result<Vec<AttachedDisk>, Error> {
     states
         .iter()
-        .map(|state| {
+        .enumerate()
+        .map(|(number, state)| {
             let impossible = || Error::DiskState {
                 path: state.path.clone(),
             };
             let mut config = state.config().ok_or_else(impossible)?;
             let layer = state.layer().map_err(|()| impossible())?;
+            let rule = |path: &Path| allows(confinement, path);
+            if let Some(id) = layer
+                && !is_there(&config.path)
+                && let Some(content) = saved.disk(number)?
+            {
+                config.path = stored_disks::rebuild(&config.path, id, &content, directory, &rule)?;
+            }
             // One that is not there is refused when it is opened.
             if DiskState::of(&config).is_ok_and(|now| state.changed_since(&now)) {
                 return Err(Error::DiskChanged {
@@ -76,7 +99,6 @@ pub(crate) fn reattach(
                     Some(disk)
                 }
                 Some(id) => {
-                    let rule = |path: &Path| allows(confinement, path);
                     let disk = Disk::branch(&config.path, Some(id), &rule)?;
                     config.path = disk.path().to_owned();
                     Some(Arc::new(Mutex::new(disk)))
@@ -85,6 +107,33 @@ pub(crate) fn reattach(
             Ok(AttachedDisk { config, branch })
         })
         .collect()
+}
+
+/// The disks of a saved machine.
+pub(crate) fn saved(state: &Container) -> Result<Vec<DiskState>, Error> {
+    let mut sections = state.sections();
+    let section = sections.find(|section| section.kind == MachineState::KIND);
+    // One that has no such section is refused when that is taken.
+    let machine = section.map(|section| section.decode::<MachineState>());
+    Ok(machine
+        .transpose()?
+        .map_or(Vec::new(), |machine| machine.disks))
+}
+
+/// Whether any number of machines can have these disks each: one that writes to a raw image would write to that of the others.
+pub(crate) fn apart(mut disks: impl Iterator<Item = DiskConfig>) -> Result<(), Error> {
+    match disks.find(|disk| disk.format == DiskFormat::Raw && !disk.read_only) {
+        Some(disk) => Err(Error::SharedDisk {
+            path: disk.path.display().to_string(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Whether there is something at `path`, or it cannot be told.
+pub(crate) fn is_there(path: &Path) -> bool {
+    let found = std::fs::symlink_metadata(path);
+    !found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 fn open(config: &DiskConfig, confinement: Option<&Confinement>) -> Result<SharedDisk, Error> {
@@ -122,9 +171,14 @@ impl Prepared {
     /// does no harm.
     pub(crate) fn cut(self, disks: &[AttachedDisk]) -> Result<Cuts, Error> {
         let both = self.0.into_iter().zip(disks);
-        let cuts = both.map(|(next, disk)| match (next, &disk.branch) {
-            (Some(next), Some(branch)) => lock(branch).cut(next).map(Some),
-            _ => Ok(None),
+        let cuts = both.map(|(next, disk)| {
+            let Some(branch) = &disk.branch else {
+                return Ok(None);
+            };
+            let mut branch = lock(branch);
+            let cut = next.map(|next| branch.cut(next)).transpose()?;
+            let frozen = branch.frozen();
+            Ok::<_, Error>(Some(AtCut { cut, frozen }))
         });
         Ok(Cuts(cuts.collect::<Result<_, _>>()?))
     }
@@ -133,15 +187,17 @@ impl Prepared {
 impl Cuts {
     /// What ended of the disk at `index`.
     pub(crate) fn layer(&self, index: usize) -> Option<&LayerRef> {
-        self.0.get(index)?.as_ref().map(Cut::layer)
+        self.0.get(index)?.as_ref()?.cut.as_ref().map(Cut::layer)
     }
 
-    /// Makes durable what ended; the machine may run meanwhile.
-    pub(crate) fn finish(self) -> Result<(), Error> {
-        for cut in self.0.into_iter().flatten() {
-            cut.finish()?;
-        }
-        Ok(())
+    /// Makes durable what ended, and gives what the disks were, in their order; the machine may run meanwhile.
+    pub(crate) fn finish(self) -> Result<Vec<Option<Frozen>>, Error> {
+        let finish = |disk: AtCut| {
+            disk.cut.map(Cut::finish).transpose()?;
+            Ok(disk.frozen)
+        };
+        let disks = self.0.into_iter();
+        disks.map(|disk| disk.map(finish).transpose()).collect()
     }
 }
 

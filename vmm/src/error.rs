@@ -17,7 +17,7 @@ pub(crate) enum Error {
     HostTooSmall { guest_mib: u64, host_mib: u64 },
     #[error("this host lacks CPU features that the guest uses: {}; restore it on a host that has them", .0.join(", "))]
     MissingFeatures(Vec<String>),
-    #[error("a machine can have {max} disks, network and vsock devices together; leave some out", max = crate::device_set::MAX_DEVICES)]
+    #[error("a machine can have {max} disks, network and vsock devices and balloons together; leave some out", max = crate::device_set::MAX_DEVICES)]
     TooManyDevices,
     #[error(
         "a CPU with {bits} bits of physical address cannot reach {mib} MiB of memory; give the machine less, or a CPU with all that the host has"
@@ -35,8 +35,18 @@ pub(crate) enum Error {
         number: usize,
         was: Option<NetAttachment>,
     },
+    #[error(
+        "network device {number} is on TAP device {tap}, which one machine can have; name one for each fork, like --net tap={tap}-{{n}}"
+    )]
+    TapOfAnother { number: usize, tap: String },
     #[error("{0:?} cannot be saved as text; give the network socket a path in UTF-8")]
     NetPath(PathBuf),
+    #[error(
+        "a balloon of {target_mib} MiB does not fit into a machine of {memory_mib} MiB; ask for less"
+    )]
+    BalloonTooLarge { target_mib: u64, memory_mib: u64 },
+    #[error("the machine has no balloon; boot one with --balloon")]
+    NoBalloon,
     #[error("the snapshot's machine has no vsock device that could be changed; leave it out")]
     NoVsock,
     #[error(
@@ -55,10 +65,52 @@ pub(crate) enum Error {
         "the snapshot's machine has {vcpus} vCPUs and {mib} MiB, more than this server gives; raise its limits"
     )]
     TooLarge { vcpus: u32, mib: u64 },
+    #[error(
+        "the snapshot's disk {} is not here; name a directory in which it is made as the snapshot has it, with --disks DIRECTORY",
+        path.display()
+    )]
+    DiskNotHere { path: PathBuf },
     #[error("the saved state of the disk {path} is impossible; take another copy of the snapshot")]
     DiskState { path: String },
     #[error(transparent)]
     Branch(#[from] branch_disk::Error),
+    #[error("the machine has {has} disks, numbered from 0, and none with number {index}")]
+    NoSuchDisk { index: u32, has: usize },
+    #[error(
+        "forks would all write to the disk {path}, which is a raw image; let it branch (`fermata disk create {path}.disk --base {path}`), or attach it read-only (`ro`)"
+    )]
+    SharedDisk { path: String },
+    #[error("the errand does not follow the one before it; install all programs from one release")]
+    OutOfTurn,
+    #[error("a fork needs a hot image to begin on, and none came with it; use `fermata fork`")]
+    NoImage,
+    #[error(
+        "the memory for a hot image cannot be opened at {path}: {source}; run the machine and who forks it as one user"
+    )]
+    ImageOpen {
+        path: String,
+        source: std::io::Error,
+    },
+    #[error(
+        "{path} is not an empty memfd that can be sealed, and is not written to; use `fermata fork`"
+    )]
+    NoMemfd { path: String },
+    #[error(
+        "a machine that does not go on is saved while it stands still; leave the way out, or let it go on"
+    )]
+    NothingGoesOn,
+    #[error(transparent)]
+    Lost(#[from] snapshot::Lost),
+    #[error(
+        "memory of huge pages that the host has reserved does not come on demand; leave one of the two out"
+    )]
+    HugeOnDemand,
+    #[error(
+        "a snapshot has to wait until all of the machine's memory has come from its store, of which nothing has come for {still} s; ask again when the store is faster"
+    )]
+    NothingComes { still: u64 },
+    #[error("who asked for the snapshot has gone away")]
+    NobodyWaits,
     #[error("the guest is ending; there is nothing to save")]
     GuestEnds,
     #[error("the disk {path} cannot be made durable: {source}")]
@@ -97,15 +149,29 @@ impl Error {
             Self::Size(_) | Self::TooManyDevices | Self::NoAddressBits { .. } => {
                 FailureKind::BadRequest
             }
+            Self::TapOfAnother { .. } => FailureKind::BadRequest,
             Self::NoSuchNet { .. } | Self::NetNotNamed { .. } | Self::NetPath(_) => {
                 FailureKind::BadRequest
             }
+            Self::BalloonTooLarge { .. } => FailureKind::BadRequest,
+            Self::NoBalloon => FailureKind::NotFound,
             Self::NoVsock | Self::VsockOutside { .. } => FailureKind::BadRequest,
             Self::HostTooSmall { .. } | Self::DiskSync { .. } => FailureKind::Host,
             Self::DiskOutside { .. } | Self::TooLarge { .. } => FailureKind::BadRequest,
             Self::DiskState { .. } => FailureKind::NotASnapshot,
+            Self::DiskNotHere { .. } => FailureKind::NotFound,
             Self::Branch(e) => branch_kind(e),
-            Self::DiskChanged { .. } | Self::GuestEnds => FailureKind::WrongState,
+            Self::NoSuchDisk { .. } => FailureKind::NotFound,
+            Self::NothingGoesOn => FailureKind::BadRequest,
+            Self::SharedDisk { .. } | Self::NoImage | Self::NoMemfd { .. } | Self::OutOfTurn => {
+                FailureKind::BadRequest
+            }
+            Self::ImageOpen { .. } => FailureKind::Host,
+            Self::DiskChanged { .. } | Self::GuestEnds | Self::NobodyWaits => {
+                FailureKind::WrongState
+            }
+            Self::Lost(_) | Self::NothingComes { .. } => FailureKind::Host,
+            Self::HugeOnDemand => FailureKind::BadRequest,
             Self::Console(_) | Self::Host(_) | Self::Memory(_) => FailureKind::Host,
             Self::Boot(e) => boot_kind(e),
             Self::MissingFeatures(_) => FailureKind::NotASnapshot,
@@ -143,6 +209,8 @@ fn device_kind(error: &devices::Error) -> FailureKind {
         devices::Error::Section(_) | devices::Error::Impossible { .. } => FailureKind::NotASnapshot,
         devices::Error::Disk(DiskError::Open { source, .. }) => io_kind(source),
         devices::Error::Disk(DiskError::InUse { .. }) => FailureKind::WrongState,
+        devices::Error::Disk(DiskError::Grow { source, .. }) => io_kind(source),
+        devices::Error::Disk(DiskError::Branch(error)) => branch_kind(error),
         devices::Error::Disk(_) => FailureKind::BadRequest,
         devices::Error::Net(error) => nets::kind(error),
         devices::Error::Vsock(error) => vsocks::kind(error),
@@ -177,8 +245,10 @@ fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
         | Snapshot::Memory { .. }
         | Snapshot::StoredState { .. }
         | Snapshot::NotAMachine { .. } => FailureKind::NotASnapshot,
-        Snapshot::NeedsStore { .. } => FailureKind::BadRequest,
-        Snapshot::GuestMemory(_) | Snapshot::Read(_) => FailureKind::Host,
+        Snapshot::NeedsStore { .. } | Snapshot::NotSealed | Snapshot::NotOnDemand { .. } => {
+            FailureKind::BadRequest
+        }
+        Snapshot::GuestMemory(_) | Snapshot::Read(_) | Snapshot::Thread(_) => FailureKind::Host,
         Snapshot::Store { cause, .. } => store_kind(cause),
     }
 }

@@ -1,30 +1,40 @@
 //! A virtual machine monitor: one process, one machine.
 //!
-//! [`run`] makes the machine that a [`LaunchSpec`] describes, serves its control channel, and returns
+//! [`run`] makes the machine that a [`LaunchSpec`](control::LaunchSpec) describes, serves its control channel, and returns
 //! how it ended. `ARCHITECTURE.md` draws the threads.
 
+mod balloons;
 mod boot;
 mod console;
 mod controller;
+mod cpu;
 mod device_set;
 mod disks;
+mod door;
 mod error;
+mod frame;
 mod generation;
 mod interrupt;
 mod lifecycle;
+mod limits;
+mod live;
 mod machine;
 mod metrics;
 mod nets;
 mod place;
 mod platform;
 mod process;
+mod save;
 mod service;
 mod state;
+mod stored_disks;
 mod vcpu;
 mod vcpus;
+mod vmclock;
 mod vsocks;
+mod waiting;
 
-pub use process::{read_spec, run};
+pub use process::run;
 
 /// The release of fermata that this is.
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");

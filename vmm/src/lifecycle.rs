@@ -5,7 +5,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use control::{AfterSnapshot, Exit, Failure, FailureKind, MachineState};
+use control::{Exit, Failure, FailureKind, MachineState};
 
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,10 +27,15 @@ pub(crate) enum Event {
     Pause,
     /// It is to go on.
     Resume,
+    /// Something of it is to be another than it was, whether it runs or not.
+    Change,
     /// A snapshot begins.
     Save,
-    /// A snapshot is complete and durable.
-    Saved(AfterSnapshot),
+    /// A snapshot is complete and durable; the guest runs, or does not.
+    Saved {
+        /// Whether it runs.
+        running: bool,
+    },
     /// A snapshot could not be taken; the guest runs, or does not.
     SaveFailed {
         /// Whether it runs.
@@ -38,35 +43,41 @@ pub(crate) enum Event {
     },
     /// It could not be held, and runs on.
     PauseFailed,
+    /// It stands still, because a page of its memory cannot be had.
+    Stalled,
     /// It ends: the guest, a client or a failure says so.
     End(Exit),
 }
 
 /// The state after `event`, or why it cannot happen.
 ///
-/// | state | pause | resume | save | saved | save failed | pause failed | end |
-/// |---|---|---|---|---|---|---|---|
-/// | paused | paused | running | saving | – | – | running | ended |
-/// | running | paused | running | saving | – | – | running | ended |
-/// | saving | busy | busy | busy | running or ended | running or paused | – | ended |
-/// | ended | ended | ended | ended | ended | ended | ended | ended |
+/// | state | pause | resume | change | save | saved | save failed | pause failed | stalled | end |
+/// |---|---|---|---|---|---|---|---|---|---|
+/// | paused | paused | running | paused | saving | – | – | running | paused | ended |
+/// | running | paused | running | running | saving | – | – | running | paused | ended |
+/// | saving | busy | busy | busy | busy | running or paused | running or paused | – | saving | ended |
+/// | ended | ended | ended | ended | ended | ended | ended | ended | ended | ended |
 ///
 /// An ended machine refuses what a client asks and lets pass what was under way: it stays ended.
 pub(crate) fn next(state: State, event: Event) -> Result<State, Refused> {
-    use Event::{End, Pause, PauseFailed, Resume, Save, SaveFailed, Saved};
+    use Event::{Change, End, Pause, PauseFailed, Resume, Save, SaveFailed, Saved, Stalled};
     use State::{Ended, Paused, Running, Saving};
     match (state, event) {
-        (Ended(exit), End(_) | Saved(_) | SaveFailed { .. } | PauseFailed) => Ok(Ended(exit)),
-        (Ended(_), Pause | Resume | Save) => Err(Refused::Ended),
+        (Ended(exit), End(_) | Saved { .. } | SaveFailed { .. } | PauseFailed | Stalled) => {
+            Ok(Ended(exit))
+        }
+        (Ended(_), Pause | Resume | Change | Save) => Err(Refused::Ended),
         (_, End(exit)) => Ok(Ended(exit)),
-        (Paused | Running, Pause) => Ok(Paused),
+        (Paused | Running, Pause | Stalled) => Ok(Paused),
+        // The snapshot waits for the page, too, and fails.
+        (Saving, Stalled) => Ok(Saving),
         (Paused | Running, Resume | PauseFailed) => Ok(Running),
+        (Paused | Running, Change) => Ok(state),
         (Paused | Running, Save) => Ok(Saving),
-        (Saving, Saved(AfterSnapshot::Resume(_)) | SaveFailed { running: true }) => Ok(Running),
-        (Saving, Saved(AfterSnapshot::Halt)) => Ok(Ended(Exit::Halted)),
-        (Saving, SaveFailed { running: false }) => Ok(Paused),
-        (Saving, Pause | Resume | Save) => Err(Refused::Busy),
-        (Saving, PauseFailed) | (Paused | Running, Saved(_) | SaveFailed { .. }) => {
+        (Saving, Saved { running: true } | SaveFailed { running: true }) => Ok(Running),
+        (Saving, Saved { running: false } | SaveFailed { running: false }) => Ok(Paused),
+        (Saving, Pause | Resume | Change | Save) => Err(Refused::Busy),
+        (Saving, PauseFailed) | (Paused | Running, Saved { .. } | SaveFailed { .. }) => {
             Err(Refused::Impossible)
         }
     }
@@ -146,17 +157,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use control::GuestClock;
 
     fn any_event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Pause),
             Just(Event::Resume),
+            Just(Event::Change),
             Just(Event::Save),
-            Just(Event::Saved(AfterSnapshot::Resume(GuestClock::StandStill))),
-            Just(Event::Saved(AfterSnapshot::Halt)),
+            any::<bool>().prop_map(|running| Event::Saved { running }),
             any::<bool>().prop_map(|running| Event::SaveFailed { running }),
             Just(Event::PauseFailed),
+            Just(Event::Stalled),
             Just(Event::End(Exit::PowerOff)),
             Just(Event::End(Exit::Stopped)),
         ]
@@ -181,11 +192,19 @@ mod tests {
                 // One snapshot at a time, and only it ends itself.
                 match event {
                     Event::Save => prop_assert_eq!(result.is_ok(), !saving && ended.is_none()),
-                    Event::Saved(_) | Event::SaveFailed { .. } => {
+                    Event::Saved { .. } | Event::SaveFailed { .. } => {
                         prop_assert_eq!(result.is_ok(), saving || ended.is_some());
                     }
                     Event::PauseFailed => prop_assert_eq!(result.is_ok(), !saving),
                     Event::End(_) => prop_assert!(result.is_ok()),
+                    Event::Stalled => {
+                        prop_assert!(result.is_ok());
+                        prop_assert!(!matches!(after, State::Running));
+                    }
+                    Event::Change => {
+                        prop_assert_eq!(result.is_ok(), !saving && ended.is_none());
+                        prop_assert_eq!(before, after);
+                    }
                     Event::Pause | Event::Resume => prop_assert_eq!(result.is_ok(), !saving && ended.is_none()),
                 }
                 saving = matches!(after, State::Saving);
@@ -198,14 +217,15 @@ mod tests {
         }
 
         #[test]
-        fn a_failed_snapshot_leaves_what_the_machine_does(before: bool, running: bool) {
+        fn a_snapshot_leaves_what_the_machine_does(before: bool, running: bool, failed: bool) {
             let lifecycle = Lifecycle::new();
             if before {
                 lifecycle.apply(Event::Resume).unwrap();
             }
             lifecycle.apply(Event::Save).unwrap();
             prop_assert_eq!(lifecycle.state(), MachineState::Saving);
-            lifecycle.apply(Event::SaveFailed { running }).unwrap();
+            let end = if failed { Event::SaveFailed { running } } else { Event::Saved { running } };
+            lifecycle.apply(end).unwrap();
             let expected = if running { MachineState::Running } else { MachineState::Paused };
             prop_assert_eq!(lifecycle.state(), expected);
         }

@@ -2,41 +2,75 @@
 
 use std::{
     fs::File,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use branch_disk::LayerRef;
-use control::{Confinement, CpuModel, GuestClock, LaunchSpec, MachineConfig};
+use control::{GuestClock, LaunchSpec, MachineConfig, Origin};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
-use hypervisor::{
-    ClockPlan, ClockStart, CpuLevel, GuestCpuid, VcpuState, Vm, VmState, cpu_identity,
-    missing_features,
-};
-use memory::{Layout, MachineMemory};
+use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState, cpu_identity, missing_features};
+use memory::{AtCut, HostPages, MachineMemory, PAGE_BYTES};
 use saved_state::{Container, Header, SnapshotId};
-use snapshot::{Progress, Snapshot};
+use snapshot::{Draft, Lost, OnDemand, Progress, Snapshot};
 
 use crate::{
-    boot, console,
-    device_set::{DeviceSet, MAX_DEVICES},
+    balloons,
+    boot::{self, GENERATION, VMCLOCK},
+    console, cpu,
+    device_set::{Chosen, DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk, Cuts},
     error::Error,
+    frame::Frame,
+    limits::{addressable, confined, layout_of},
+    live::Live,
     metrics::{ExitCounts, MachineCounts},
     nets,
     state::{DiskState, MachineState},
+    stored_disks::StoredAs,
     vcpu::VcpuEnd,
-    vcpus::Vcpus,
+    vcpus::{self, Vcpus},
+    vmclock::{self, Disruption},
     vsocks,
 };
 
-/// How long the device loop may take to come to rest: a request or two of a slow disk.
-const QUIESCE_BOUND: Duration = Duration::from_secs(30);
+mod stall;
+use stall::Stalled;
+
+/// How long those who are to stand still may take.
+#[derive(Clone, Copy)]
+struct Bounds {
+    vcpus: Duration,
+    /// A request or two of a slow disk.
+    devices: Duration,
+}
+
+const BOUNDS: Bounds = Bounds {
+    vcpus: vcpus::BOUND,
+    devices: Duration::from_secs(30),
+};
 
 /// What the vCPUs have to get ready in, once the instant is appointed at which guest time goes on: a few wake-ups of a
 /// thread. Whoever is late has the guest see that time pass.
 const CLOCK_LEAD: Duration = Duration::from_micros(200);
+
+/// As what a saved machine goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum GoesOn {
+    /// As the one that it was: it has what that had.
+    AsItself,
+    /// As another beside that one: it has addresses of its own.
+    AsAnother,
+}
+
+impl GoesOn {
+    fn of(origin: &Origin) -> Self {
+        match origin {
+            Origin::Boot(_) | Origin::Restore(_) => Self::AsItself,
+            Origin::Fork(_) => Self::AsAnother,
+        }
+    }
+}
 
 /// Who is told what the guest wants, or how it ends.
 #[derive(Clone)]
@@ -45,6 +79,8 @@ pub(crate) struct Listeners {
     pub(crate) requests: OnGuestRequest,
     /// Told when a vCPU cannot go on.
     pub(crate) end: Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+    /// Told when somebody waits for memory that cannot be had.
+    pub(crate) lost: Arc<dyn Fn(&Lost) + Send + Sync>,
 }
 
 /// What can be read of a machine while it does something else.
@@ -54,6 +90,27 @@ pub(crate) struct Counters {
     pub(crate) devices: DeviceSet,
     /// How far the snapshot in work is.
     pub(crate) saving: Progress,
+    /// Of a machine whose memory comes on demand, or came so.
+    pub(crate) arriving: Option<OnDemand>,
+}
+
+impl Counters {
+    /// A page of memory that cannot be had.
+    pub(crate) fn lost(&self) -> Option<Lost> {
+        self.arriving.as_ref().and_then(OnDemand::lost)
+    }
+
+    /// Bytes of memory that have come.
+    pub(crate) fn come(&self) -> u64 {
+        let arriving = self.arriving.as_ref();
+        arriving.map_or(0, |arriving| arriving.progress().done())
+    }
+
+    /// Whether memory is still to come.
+    pub(crate) fn is_memory_missing(&self) -> bool {
+        let arriving = self.arriving.as_ref();
+        arriving.is_some_and(|arriving| !arriving.is_complete())
+    }
 }
 
 /// A machine. Fresh or restored it is held; [`Machine::run`] lets it go.
@@ -68,6 +125,8 @@ pub(crate) struct Machine {
     /// There while the machine is held.
     quiesced: Option<Quiesced>,
     held_since: Instant,
+    /// There while it is to stand still and somebody in it cannot, for lack of a page.
+    stalled: Option<Stalled>,
     /// How its clocks go on, while it is held.
     clock: ClockPlan,
     /// When they were stopped, in the world's time.
@@ -77,7 +136,9 @@ pub(crate) struct Machine {
     /// It did not go on when it should have, and is in no known state.
     lost: bool,
     /// What it was last in a store, by its id there: what its next snapshot builds on.
-    pub(crate) stored_as: Option<String>,
+    pub(crate) stored_as: Option<StoredAs>,
+    /// What is written to its memory, once that has to be known.
+    pub(crate) live: Option<Live>,
 }
 
 /// A machine that is held. Dropped, it lets the machine go on if it ran before.
@@ -130,38 +191,46 @@ struct Parts {
     clock: ClockPlan,
     cut: Cut,
     restored: bool,
-    stored_as: Option<String>,
+    stored_as: Option<StoredAs>,
+    arriving: Option<OnDemand>,
 }
 
 impl Machine {
-    /// Makes a machine whose first instruction is that of a kernel.
+    /// Makes the machine of `config`, within what `spec` permits; its first instruction is that of a kernel.
     pub(crate) fn boot(
         config: &MachineConfig,
-        confinement: Option<&Confinement>,
+        spec: &LaunchSpec,
         console: console::Ends,
         listeners: &Listeners,
     ) -> Result<Self, Error> {
         let bytes = config.memory_mib.saturating_mul(1 << 20);
         let layout = layout_of(bytes)?;
-        let memory = MachineMemory::zeroed(layout)?;
+        let memory = MachineMemory::zeroed_of(host_pages(spec), layout)?;
         let vm = Vm::new(&memory, config.vcpus)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
-        let MachineConfig {
-            disks, nets, vsock, ..
-        } = config;
-        let vsock = vsock.as_ref();
-        let disks = disks::attach(disks, confinement)?;
-        let (devices, buses) =
-            DeviceSet::new(&vm, memory.guest(), &disks, nets, vsock, output, requests)?;
+        let disks = disks::attach(&config.disks, spec.confinement.as_ref())?;
+        let balloon = config.balloon.as_ref();
+        let chosen = Chosen {
+            disks: &disks,
+            nets: &config.nets,
+            vsock: config.vsock.as_ref(),
+            balloon: balloon
+                .map(|balloon| balloons::options(balloon, &memory))
+                .transpose()?,
+        };
+        let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
         devices.generation.begin(memory.guest())?;
-        let cpuid = vm.cpuid().at_level(level(config.cpu))?;
+        vmclock::begin(memory.guest())?;
+        let template = cpu::template(&config.cpu);
+        let cpuid = vm.cpuid().of_template(&template)?;
         addressable(&memory, &cpuid)?;
         let mut vcpus = Vec::new();
         for id in 0..config.vcpus {
             let mut vcpu = vm.create_vcpu(id)?;
             vcpu.initialise(&cpuid)?;
+            vcpu.change_msrs(&template.msrs)?;
             vcpus.push(vcpu);
         }
         let first = vcpus.first().ok_or(hypervisor::Error::VcpuCount(0))?;
@@ -180,14 +249,17 @@ impl Machine {
                 cut: Cut::now(),
                 restored: false,
                 stored_as: None,
+                arriving: None,
             },
             listeners,
         )
     }
 
-    /// Makes the machine that `saved` was, with what `spec` changes and permits. Its memory is checked first.
+    /// Makes the machine that `saved` was, with what `spec` changes and permits. Its memory is checked first, or when it comes. It is
+    /// made in `prepared`, if that is there and for it.
     pub(crate) fn restore(
         mut saved: Snapshot,
+        prepared: Option<Frame>,
         spec: &LaunchSpec,
         console: console::Ends,
         listeners: &Listeners,
@@ -203,31 +275,54 @@ impl Machine {
         if let Some(confinement) = confinement {
             confined(confinement, &state.header, &disks)?;
         }
-        let disks = disks::reattach(&disks, confinement)?;
-        let nets = nets::saved(&state, &spec.net_changes, confinement.is_some())?;
-        let vsock = vsocks::saved(&state, &spec.vsock_change, confinement)?;
-        let memory = saved.load()?;
-        let stored_as = saved.stored_as().map(str::to_owned);
+        let layers = disks
+            .iter()
+            .map(|disk| disk.layer().ok().flatten())
+            .collect();
+        let directory = spec.disk_directory.as_deref();
+        let disks = disks::reattach(&disks, &saved, directory, confinement)?;
+        let goes_on = GoesOn::of(&spec.origin);
+        let nets = nets::saved(&state, &spec.net_changes, confinement.is_some(), goes_on)?;
+        let vsock = vsocks::saved(&state, &spec.vsock_change, confinement, goes_on)?;
+        let balloon = balloons::saved(&state)?;
         let count = state.header.vcpus;
+        let prepared = prepared.filter(|_| !spec.hugepages);
+        let filled = prepared.map(|frame| frame.filled(&saved, &state.header));
+        let (frame, arriving) = match filled.transpose()?.flatten() {
+            Some(frame) => (frame, None),
+            None => {
+                let (memory, arriving) = stall::load(&saved, spec, listeners)?;
+                (Frame::new(memory, count)?, arriving)
+            }
+        };
+        let Frame {
+            memory,
+            mut vm,
+            mut vcpus,
+        } = frame;
+        let stored_as = saved.stored_as().map(|id| StoredAs {
+            id: id.to_owned(),
+            layers,
+        });
         let cut = Cut::Saved {
             unix_ns: state.header.created_unix_ns,
         };
-        let mut vm = Vm::new(&memory, count)?;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
-        let vsock = vsock.as_ref();
-        let (devices, buses) =
-            DeviceSet::new(&vm, memory.guest(), &disks, &nets, vsock, output, requests)?;
-        let mut vcpus = Vec::new();
-        for id in 0..count {
-            let saved: VcpuState = state.take(id)?;
+        let chosen = Chosen {
+            disks: &disks,
+            nets: &nets,
+            vsock: vsock.as_ref(),
+            balloon,
+        };
+        let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
+        for vcpu in &mut vcpus {
+            let saved: VcpuState = state.take(vcpu.id())?;
             let missing = missing_features(&saved, vm.cpuid())?;
             if !missing.is_empty() {
                 return Err(Error::MissingFeatures(missing));
             }
-            let mut vcpu = vm.create_vcpu(id)?;
             vcpu.restore(&saved)?;
-            vcpus.push(vcpu);
         }
         // After the vCPUs: an interrupt controller delivers to the local APICs as it is set.
         vm.restore(&state.take::<VmState>(0)?)?;
@@ -248,6 +343,7 @@ impl Machine {
                 cut,
                 restored: true,
                 stored_as,
+                arriving,
             },
             listeners,
         )
@@ -266,6 +362,7 @@ impl Machine {
             cut,
             restored,
             stored_as,
+            arriving,
         } = parts;
         let input = input.map(|source| SerialInput {
             source,
@@ -287,14 +384,17 @@ impl Machine {
                 machine: MachineCounts::default(),
                 devices,
                 saving: Progress::default(),
+                arriving,
             }),
             quiesced: Some(quiesced),
             held_since: Instant::now(),
+            stalled: None,
             clock,
             cut,
             restored,
             lost: false,
             stored_as,
+            live: None,
         })
     }
 
@@ -318,33 +418,24 @@ impl Machine {
         self.vcpu_count
     }
 
+    /// Does what is left to do of making it, and takes its time: before it is held for the first time.
+    pub(crate) fn settle(&self) -> Result<(), Error> {
+        Ok(self.vm.drop_missed_ticks()?)
+    }
+
     /// Holds it: every vCPU is out of the guest, every queue is drained, nothing is in flight. When
     /// it fails, the machine runs on if it ran.
     pub(crate) fn hold(&mut self) -> Result<Held<'_>, Error> {
-        let ran = self.quiesced.is_none();
-        if ran {
-            let since = Instant::now();
-            match self.vcpus.hold() {
-                Ok(stopped) => self.clock = self.clock.held(stopped),
-                Err(error) => {
-                    self.let_run_after_failure(self.clock.never_stopped(Duration::ZERO));
-                    return Err(error.into());
-                }
+        let ran = self.is_running();
+        if self.quiesced.is_none()
+            && let Err((stalled, error)) = self.stand_still(BOUNDS)
+        {
+            if ran {
+                self.let_run_after_failure(self.clock.never_stopped(stalled.lead()));
+            } else {
+                self.stalled = Some(stalled);
             }
-            self.cut = Cut::now();
-            match self.quiesce() {
-                Ok(quiesced) => self.quiesced = Some(quiesced),
-                Err(error) => {
-                    self.let_run_after_failure(self.clock.never_stopped(CLOCK_LEAD));
-                    return Err(error);
-                }
-            }
-            self.held_since = since;
-            let took = since.elapsed().as_micros() as u64;
-            let counts = &self.counters.machine;
-            counts.holds.add(1);
-            counts.last_hold_us.set(took);
-            counts.longest_hold_us.set_max(took);
+            return Err(error);
         }
         Ok(Held {
             machine: self,
@@ -353,10 +444,32 @@ impl Machine {
         })
     }
 
+    /// Has everything stand still. When it fails, it says who does not, and all that come before do.
+    fn stand_still(&mut self, bounds: Bounds) -> Result<(), (Stalled, Error)> {
+        let since = Instant::now();
+        let stopped = self.vcpus.hold(bounds.vcpus);
+        let stopped = stopped.map_err(|error| (Stalled::InVcpu, error.into()))?;
+        // Else all vCPUs stood still before, and their clocks with them.
+        if self.stalled != Some(Stalled::InDevice) {
+            self.clock = self.clock.held(stopped);
+            self.cut = Cut::now();
+        }
+        let quiesced = self.quiesce(bounds.devices);
+        self.quiesced = Some(quiesced.map_err(|error| (Stalled::InDevice, error))?);
+        self.stalled = None;
+        self.held_since = since;
+        let took = since.elapsed().as_micros() as u64;
+        let counts = &self.counters.machine;
+        counts.holds.add(1);
+        counts.last_hold_us.set(took);
+        counts.longest_hold_us.set_max(took);
+        Ok(())
+    }
+
     /// Stops everything but the vCPUs, which are held already: they could notify a device again.
-    fn quiesce(&mut self) -> Result<Quiesced, Error> {
+    fn quiesce(&mut self, bound: Duration) -> Result<Quiesced, Error> {
         self.vm.stop_clock(self.clock.stopped(), &self.clock)?;
-        Ok(self.event_loop.quiesce(QUIESCE_BOUND)?)
+        Ok(self.event_loop.quiesce(bound)?)
     }
 
     /// Whether it did not go on when it should have, so that nothing is known of it.
@@ -366,20 +479,26 @@ impl Machine {
 
     /// Whether the guest runs.
     pub(crate) fn is_running(&self) -> bool {
-        self.quiesced.is_none()
+        self.quiesced.is_none() && self.stalled.is_none()
     }
 
     /// Lets it run; one that runs goes on. Its clocks go on from where they stood, or from where they would be by now.
-    /// When this fails, the machine is in no known state.
+    /// When this fails, the machine is in no known state, unless it is for lack of a page: then it stands still as before.
     pub(crate) fn run(&mut self, clock: GuestClock) -> Result<(), Error> {
         if self.is_running() {
             return Ok(());
         }
+        self.end_stall()?;
+        // This thread must not hang in a page of theirs.
+        self.need(VMCLOCK..GENERATION + PAGE_BYTES)?;
         if self.restored {
             let devices = &self.counters.devices;
             devices.resume();
             // Not before it runs: one that is only saved again is the same.
             devices.generation.renew(self.memory.guest())?;
+            vmclock::tell(self.memory.guest(), Disruption::Copied)?;
+        } else if clock == GuestClock::StandStill {
+            vmclock::tell(self.memory.guest(), Disruption::Held)?;
         }
         let start = match (clock, self.cut) {
             (GuestClock::StandStill, _) => self.clock.start(CLOCK_LEAD, Duration::ZERO),
@@ -441,8 +560,8 @@ impl Held<'_> {
         &self.machine.memory
     }
 
-    /// Everything of it but its memory and the content of its disks, which is what `cuts` says.
-    pub(crate) fn save(&mut self, cuts: &Cuts) -> Result<Container, Error> {
+    /// Everything of it but its memory and the content of its disks, which is what `cuts` says, as the snapshot `id`.
+    pub(crate) fn save(&mut self, id: SnapshotId, cuts: &Cuts) -> Result<Container, Error> {
         // Exhaustive, so that a new field is either saved or said not to be.
         let Machine {
             vm,
@@ -454,13 +573,15 @@ impl Held<'_> {
             counters,
             quiesced: _,
             held_since: _,
+            stalled: _,
             clock,
             cut,
             restored: _,
             lost: _,
             stored_as: _,
+            live: _,
         } = &mut *self.machine;
-        let mut container = Container::new(header(vm, memory, *vcpu_count, *cut)?);
+        let mut container = Container::new(header(id, vm, memory, *vcpu_count, *cut));
         let disks: Result<_, _> = (disks.iter().enumerate())
             .map(|(index, disk)| disk_state(disk, cuts.layer(index)))
             .collect();
@@ -476,6 +597,16 @@ impl Held<'_> {
     /// Its disks.
     pub(crate) fn disks(&self) -> &[AttachedDisk] {
         self.machine.disks()
+    }
+
+    /// What its memory is now, for `draft`, while it goes on. `last` is what it was last in the store.
+    pub(crate) fn cut(&self, draft: &Draft, last: Option<&StoredAs>) -> Result<AtCut, Error> {
+        let Machine { live, memory, .. } = &*self.machine;
+        let live = live
+            .as_ref()
+            .ok_or(Error::Host(std::io::ErrorKind::NotFound.into()))?;
+        let last = last.map(|last| last.id.as_str());
+        live.cut(draft, last, memory.layout().bytes())
     }
 }
 
@@ -502,73 +633,21 @@ fn disk_state(disk: &AttachedDisk, ended: Option<&LayerRef>) -> Result<DiskState
     })
 }
 
-/// Whether what a state file asks for is what this process may give: the file may come from anybody.
-fn confined(confinement: &Confinement, header: &Header, disks: &[DiskState]) -> Result<(), Error> {
-    let mib = header.memory_bytes >> 20;
-    if header.vcpus > confinement.vcpus || mib > confinement.memory_mib {
-        return Err(Error::TooLarge {
-            vcpus: header.vcpus,
-            mib,
-        });
-    }
-    for disk in disks {
-        // One that is not there is refused when it is opened, by the same path.
-        let path = Path::new(&disk.path);
-        let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        if !disks::allows(Some(confinement), &real) {
-            return Err(Error::DiskOutside {
-                path: disk.path.clone(),
-            });
-        }
-    }
-    Ok(())
-}
-
-fn level(model: CpuModel) -> CpuLevel {
-    match model {
-        CpuModel::Host => CpuLevel::Host,
-        CpuModel::V2 => CpuLevel::V2,
-        CpuModel::V3 => CpuLevel::V3,
+fn host_pages(spec: &LaunchSpec) -> HostPages {
+    if spec.hugepages {
+        HostPages::Reserved
+    } else {
+        HostPages::Any
     }
 }
 
-/// Whether the guest's CPUs have address bits for all of its memory.
-fn addressable(memory: &MachineMemory, cpuid: &GuestCpuid) -> Result<(), Error> {
-    let regions = memory.layout().regions();
-    let end = regions.iter().map(|region| region.gpa + region.bytes).max();
-    match end {
-        Some(end) if end > 1 << cpuid.address_bits() => Err(Error::NoAddressBits {
-            mib: memory.layout().bytes() >> 20,
-            bits: cpuid.address_bits(),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// The layout of `bytes` of guest memory, if this host can hold it at all.
-fn layout_of(bytes: u64) -> Result<Layout, Error> {
-    let layout = Layout::new(bytes)?;
-    let info = rustix::system::sysinfo();
-    let host = (info.totalram as u64 + info.totalswap as u64) * u64::from(info.mem_unit);
-    if bytes > host {
-        return Err(Error::HostTooSmall {
-            guest_mib: bytes >> 20,
-            host_mib: host >> 20,
-        });
-    }
-    Ok(layout)
-}
-
-fn header(vm: &Vm, memory: &MachineMemory, vcpus: u32, cut: Cut) -> Result<Header, Error> {
-    let mut id = [0; 16];
-    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
-        .map_err(|errno| Error::Host(errno.into()))?;
-    Ok(Header {
-        id: SnapshotId(id),
+fn header(id: SnapshotId, vm: &Vm, memory: &MachineMemory, vcpus: u32, cut: Cut) -> Header {
+    Header {
+        id,
         release: crate::RELEASE.to_owned(),
         created_unix_ns: cut.unix_ns(),
         host_cpu: cpu_identity(vm.cpuid()),
         vcpus,
         memory_bytes: memory.layout().bytes(),
-    })
+    }
 }

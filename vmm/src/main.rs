@@ -1,7 +1,7 @@
 //! `fermata-vmm`: runs one machine.
 //!
-//! It is started by `fermata` and by the API server, never by hand: it reads a launch spec in JSON from
-//! its standard input and answers with one line on its standard output. Its exit code says how the
+//! It is started by `fermata` and by the API server, never by hand: it is told what to do on its standard input,
+//! a socket, and answers with one line on its standard output; see [`control::Errand`]. Its exit code says how the
 //! machine ended; see [`control::Exit`].
 
 use std::{
@@ -21,16 +21,16 @@ fn main() -> ExitCode {
         .init();
     let span = tracing::info_span!("vmm", pid = std::process::id());
     let _entered = span.enter();
-    let spec = match vmm::read_spec(io::stdin().lock()) {
-        Ok(spec) => spec,
+    let (errand, with) = match control::receive(io::stdin()) {
+        Ok(received) => received,
         Err(e) => {
             eprintln!(
-                "fermata-vmm wants a launch spec on its standard input: {e}; use `fermata run`"
+                "fermata-vmm is told what to do on its standard input: {e}; use `fermata run`"
             );
             return ExitCode::from(Exit::Usage.code());
         }
     };
-    let exit = vmm::run(spec, |launched| {
+    let exit = vmm::run(errand, with, io::stdin(), |launched| {
         // A parent that has gone away does not care.
         if let Ok(mut line) = serde_json::to_vec(launched) {
             line.push(b'\n');

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use control::Metric;
 use devices::Counter;
-use snapshot::Progress;
+use snapshot::{OnDemand, Progress};
 
 /// Exits of all vCPUs, by what they were for.
 #[derive(Debug, Default)]
@@ -48,6 +48,21 @@ pub(crate) fn saving_metrics(saving: &Progress) -> [Metric; 2] {
     [
         (control::SNAPSHOT_BYTES_DONE, saving.done()),
         (control::SNAPSHOT_BYTES_TOTAL, saving.total()),
+    ]
+    .map(|(name, value)| Metric {
+        name: name.to_owned(),
+        label: None,
+        value,
+    })
+}
+
+/// How much of a machine's memory has come that comes on demand, and how often somebody waited for some.
+pub(crate) fn arriving_metrics(arriving: &OnDemand) -> [Metric; 3] {
+    let progress = arriving.progress();
+    [
+        ("fermata_arrived_bytes", progress.done()),
+        ("fermata_arriving_total_bytes", progress.total()),
+        ("fermata_waits_for_memory_total", arriving.waited_for()),
     ]
     .map(|(name, value)| Metric {
         name: name.to_owned(),

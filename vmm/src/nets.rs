@@ -10,7 +10,7 @@ use control::{MacAddress, NetAttachment, NetChange, NetConfig, RateLimit};
 use devices::virtio::net::{Attachment, Net, NetError, NetOptions, SavedNet};
 use saved_state::{Container, SavedState};
 
-use crate::error::Error;
+use crate::{error::Error, machine::GoesOn};
 
 /// Attaches network device `number` of a machine.
 pub(crate) fn open(number: usize, config: &NetConfig) -> Result<Net, Error> {
@@ -38,11 +38,13 @@ pub(crate) fn open(number: usize, config: &NetConfig) -> Result<Net, Error> {
 }
 
 /// The network devices of a saved machine, with `changes`. If it is `confined`, it is attached to nothing
-/// but what the changes name.
+/// but what the changes name. One that goes on as another has other addresses, and no TAP device that is not named: that of the
+/// saved machine is one machine's.
 pub(crate) fn saved(
     container: &Container,
     changes: &[NetChange],
     confined: bool,
+    goes_on: GoesOn,
 ) -> Result<Vec<NetConfig>, Error> {
     let sections = container.sections();
     let nets = sections.filter(|section| section.kind == SavedNet::KIND);
@@ -58,7 +60,7 @@ pub(crate) fn saved(
     let unchanged = NetChange::default();
     let changes = changes.iter().chain(std::iter::repeat(&unchanged));
     let nets = nets.into_values().zip(changes).enumerate();
-    nets.map(|(number, (saved, change))| changed(number, saved, change, confined))
+    nets.map(|(number, (saved, change))| changed(number, saved, change, confined, goes_on))
         .collect()
 }
 
@@ -67,6 +69,7 @@ fn changed(
     saved: SavedNet,
     change: &NetChange,
     confined: bool,
+    goes_on: GoesOn,
 ) -> Result<NetConfig, Error> {
     let NetChange { attachment, mac } = change;
     let was = match saved.attachment {
@@ -76,6 +79,9 @@ fn changed(
     };
     let attachment = match (attachment, was) {
         (Some(attachment), _) => attachment.clone(),
+        (None, Some(NetAttachment::Tap(tap))) if goes_on == GoesOn::AsAnother => {
+            return Err(Error::TapOfAnother { number, tap });
+        }
         (None, Some(was)) if !confined => was,
         (None, was) => return Err(Error::NetNotNamed { number, was }),
     };
@@ -83,10 +89,14 @@ fn changed(
         kind: SavedNet::KIND,
         reason: "its MAC address is not that of one device".to_owned(),
     };
-    let mac = mac.or(MacAddress::new(saved.mac)).ok_or_else(impossible)?;
+    let was = MacAddress::new(saved.mac).ok_or_else(impossible)?;
     Ok(NetConfig {
         attachment,
-        mac: Some(mac),
+        mac: match goes_on {
+            GoesOn::AsItself => Some(mac.unwrap_or(was)),
+            // Without one, it gets one as at boot.
+            GoesOn::AsAnother => *mac,
+        },
         receive_limit: saved_limit(saved.receive_limit.into()),
         send_limit: saved_limit(saved.send_limit.into()),
     })
@@ -255,7 +265,7 @@ mod tests {
         let path = directory.path().join("switch");
         let _switch = switch(&path);
         let container = container(&[&path, &path], MAC);
-        let same = saved(&container, &[], false).unwrap();
+        let same = saved(&container, &[], false, GoesOn::AsItself).unwrap();
         assert_eq!(same.len(), 2);
         for net in &same {
             assert_eq!(net.attachment, NetAttachment::Socket(path.clone()));
@@ -273,10 +283,33 @@ mod tests {
                 mac: Some(mac),
             },
         ];
-        let changed = saved(&container, &changes, false).unwrap();
+        let changed = saved(&container, &changes, false, GoesOn::AsItself).unwrap();
         assert_eq!(changed[0], same[0]);
         assert_eq!((&changed[1].attachment, changed[1].mac), (&tap, Some(mac)));
         assert_eq!(changed[1].send_limit, same[1].send_limit);
+    }
+
+    #[test]
+    fn one_that_goes_on_as_another_has_addresses_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("switch");
+        let _switch = switch(&path);
+        let container = container(&[&path], MAC);
+        let another = |changes: &[NetChange]| {
+            let mut nets = saved(&container, changes, false, GoesOn::AsAnother).unwrap();
+            nets.remove(0)
+        };
+        let plain = another(&[]);
+        assert_eq!(plain.attachment, NetAttachment::Socket(path));
+        assert_eq!(plain.mac, None);
+        let macs = [(); 2].map(|()| address(0, &plain.attachment).unwrap());
+        assert_ne!(macs[0], macs[1]);
+        let mac = Some(MacAddress::local(9));
+        let change = NetChange {
+            attachment: None,
+            mac,
+        };
+        assert_eq!(another(&[change]).mac, mac);
     }
 
     #[test]
@@ -290,19 +323,25 @@ mod tests {
             mac: None,
         };
         for changes in [vec![], vec![tap("a")], vec![NetChange::default(), tap("b")]] {
-            let refused = Failure::from(saved(&container, &changes, true).unwrap_err());
+            let refused =
+                Failure::from(saved(&container, &changes, true, GoesOn::AsItself).unwrap_err());
             assert_eq!(refused.kind, FailureKind::BadRequest);
             assert!(refused.message.contains("switch"), "{refused}");
         }
-        let both = saved(&container, &[tap("a"), tap("b")], true).unwrap();
+        let both = saved(&container, &[tap("a"), tap("b")], true, GoesOn::AsItself).unwrap();
         assert_eq!(both.len(), 2);
     }
 
     #[test]
     fn more_changes_than_devices_are_refused() {
         let container = container(&[], MAC);
-        assert!(saved(&container, &[], true).unwrap().is_empty());
-        let refused = saved(&container, &[NetChange::default()], false).unwrap_err();
+        assert!(
+            saved(&container, &[], true, GoesOn::AsItself)
+                .unwrap()
+                .is_empty()
+        );
+        let refused =
+            saved(&container, &[NetChange::default()], false, GoesOn::AsItself).unwrap_err();
         let refused = Failure::from(refused);
         assert_eq!(refused.kind, FailureKind::BadRequest);
         assert!(
@@ -317,7 +356,7 @@ mod tests {
         let path = directory.path().join("switch");
         let _switch = switch(&path);
         let container = container(&[&path], [1, 0, 0, 0, 0, 7]);
-        let refused = Failure::from(saved(&container, &[], false).unwrap_err());
+        let refused = Failure::from(saved(&container, &[], false, GoesOn::AsItself).unwrap_err());
         assert_eq!(refused.kind, FailureKind::NotASnapshot, "{refused}");
     }
 

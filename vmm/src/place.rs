@@ -1,6 +1,9 @@
 //! Places of saved machines, as clients name them, opened.
 
+use std::{fs::File, os::fd::OwnedFd, path::Path};
+
 use control::{Destination, Source, StoreLocation};
+use rustix::fs::fcntl_get_seals;
 use snapshot::{Files, Snapshot, Store, StoreAt, StorePlace};
 
 use crate::error::Error;
@@ -10,6 +13,7 @@ pub(crate) enum OpenDestination<'a> {
     Files(Files<'a>),
     Stored { store: Store, name: &'a str },
     Referenced { store: Store, files: Files<'a> },
+    Hot(File),
 }
 
 impl<'a> OpenDestination<'a> {
@@ -28,6 +32,7 @@ impl<'a> OpenDestination<'a> {
                 store: open_store(store)?,
                 files: Files { state, memory },
             },
+            Destination::Image { path } => Self::Hot(open_memfd(path)?),
         })
     }
 
@@ -43,6 +48,7 @@ impl<'a> OpenDestination<'a> {
                 place: StorePlace { store, parent },
                 files: *files,
             },
+            Self::Hot(file) => snapshot::Destination::Hot(file),
         }
     }
 }
@@ -65,6 +71,27 @@ pub(crate) fn open(source: &Source) -> Result<Snapshot, Error> {
         }
     };
     Ok(opened?)
+}
+
+/// Opens a hot image.
+pub(crate) fn open_image(image: OwnedFd) -> Result<Snapshot, Error> {
+    Ok(Snapshot::open(snapshot::Source::Hot(image))?)
+}
+
+/// Opens a memfd that a hot image goes into: one that is empty and can be sealed, and no file that was there before.
+fn open_memfd(path: &Path) -> Result<File, Error> {
+    let place = || path.display().to_string();
+    let opened = File::options().read(true).write(true).open(path);
+    let file = opened.map_err(|source| Error::ImageOpen {
+        path: place(),
+        source,
+    })?;
+    let can_be_sealed = fcntl_get_seals(&file).is_ok_and(|seals| seals.is_empty());
+    let empty = file.metadata().is_ok_and(|metadata| metadata.len() == 0);
+    if !(can_be_sealed && empty) {
+        return Err(Error::NoMemfd { path: place() });
+    }
+    Ok(file)
 }
 
 fn open_store(location: &StoreLocation) -> Result<Store, Error> {

@@ -1,75 +1,196 @@
 //! The life of a VMM process.
 
 use std::{
-    io::{self, Read},
-    net::TcpListener,
+    fs::File,
+    os::fd::{AsFd, OwnedFd},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Sender, channel},
+        mpsc::{Receiver, Sender, channel},
     },
     thread,
     time::Instant,
 };
 
 use control::{
-    Exit, Failure, FailureKind, LaunchSpec, Launched, Origin, ProcessId, Record, Registry, Secret,
+    Confinement, Errand, Exit, Failure, FailureKind, LaunchSpec, Launched, Origin, ProcessId,
+    Record, Registry, Shape, Source, allow_many_files,
 };
 use hypervisor::install_kick_handler;
+use snapshot::Lost;
 use tokio::sync::oneshot;
 
 use crate::{
     console,
     controller::{Controller, Event},
+    disks,
+    door::Door,
     error::Error,
+    frame::Frame,
     lifecycle::{self, Lifecycle},
+    limits::confined,
     machine::{Listeners, Machine},
     place,
     service::Service,
+    state::DiskState,
 };
 
-/// A spec has a few paths and a command line.
-const MAX_SPEC_BYTES: u64 = 1 << 20;
-
-/// Reads a launch spec to its end.
-///
-/// # Errors
-///
-/// When `input` cannot be read or is not a spec.
-pub fn read_spec(input: impl Read) -> io::Result<LaunchSpec> {
-    let mut json = Vec::new();
-    input.take(MAX_SPEC_BYTES).read_to_end(&mut json)?;
-    Ok(serde_json::from_slice(&json)?)
-}
-
-/// Makes the machine of `spec`, lets it run, and serves its control channel until it ends.
-/// `launched` is called once, when the machine runs and can be reached, or has failed to.
-pub fn run(spec: LaunchSpec, launched: impl FnOnce(&Launched)) -> Exit {
+/// Does `errand` with the descriptor that came with it, and those that follow it on `errands`: makes a machine, lets it run, and
+/// serves its control channel until it ends; or writes a hot image. `answer` is called once for each errand, when it is done or has
+/// failed, which is the end.
+pub fn run(
+    errand: Errand,
+    with: Option<OwnedFd>,
+    errands: impl AsFd,
+    answer: impl FnMut(&Launched) + Send + 'static,
+) -> Exit {
     allow_many_files();
-    match start(spec) {
-        Ok(started) => {
-            launched(&Launched::Ready { port: started.port });
+    let answer = Arc::new(Answer(Mutex::new(Some(Box::new(answer)))));
+    match all_done(errand, with, &errands, &answer) {
+        Ok(Done::Machine(started)) => {
+            answer.end(&Launched::Ready { port: started.port });
+            tracing::debug!("the machine can be reached");
             started.finish()
         }
+        Ok(Done::Image(shape)) => {
+            answer.end(&Launched::Written(shape));
+            Exit::PowerOff
+        }
+        Ok(Done::CalledOff) => {
+            tracing::debug!("what was prepared is not wanted");
+            Exit::PowerOff
+        }
         Err(failure) => {
-            tracing::error!("the machine cannot be started: {failure}");
-            launched(&Launched::Failed(failure));
+            tracing::error!("the errand cannot be done: {failure}");
+            answer.end(&Launched::Failed(failure));
             Exit::Failed
         }
     }
 }
 
-/// A disk that branches is one file for each layer: takes as many as this process may have.
-fn allow_many_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    let most = Rlimit {
-        current: maximum,
-        maximum,
-    };
-    if let Err(e) = setrlimit(Resource::Nofile, most) {
-        tracing::debug!("the limit of open files stays as it is: {e}");
+type OnAnswer = Box<dyn FnMut(&Launched) + Send>;
+
+/// What is called once for each errand, until one is the last.
+struct Answer(Mutex<Option<OnAnswer>>);
+
+impl Answer {
+    /// Of an errand that others follow.
+    fn give(&self, launched: &Launched) {
+        if let Some(answer) = &mut *self.lock() {
+            answer(launched);
+        }
     }
+
+    /// Of the last: the machine runs, or never will. Whether it had not been given before.
+    fn end(&self, launched: &Launched) -> bool {
+        let answer = self.lock().take();
+        answer.is_some_and(|mut answer| {
+            answer(launched);
+            true
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<OnAnswer>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What errands come to.
+enum Done {
+    /// A machine runs.
+    Machine(Box<Started>),
+    /// The image of a machine of this size is written.
+    Image(Shape),
+    /// The other end of the socket was closed before a machine ran. Nothing of it is left.
+    CalledOff,
+}
+
+fn all_done(
+    mut errand: Errand,
+    mut with: Option<OwnedFd>,
+    errands: impl AsFd,
+    answer: &Arc<Answer>,
+) -> Result<Done, Failure> {
+    let mut prepared = None;
+    if let Errand::Prepare(shape) = errand {
+        prepared = Some(Prepared::new(Some(shape))?);
+        answer.give(&Launched::Prepared);
+        let Ok(next) = control::receive(&errands) else {
+            return Ok(Done::CalledOff);
+        };
+        (errand, with) = next;
+    }
+    let (spec, at_once) = match errand {
+        Errand::Run(spec) => (spec, true),
+        Errand::Make(spec) => (spec, false),
+        Errand::Image { of, confinement } => {
+            return write_image(&of, confinement.as_ref(), with).map(Done::Image);
+        }
+        Errand::Prepare(_) | Errand::Begin => return Err(Error::OutOfTurn.into()),
+    };
+    let prepared = match prepared {
+        Some(prepared) => prepared,
+        None => Prepared::new(None)?,
+    };
+    let made = Made::new(*spec, with, prepared, answer)?;
+    if !at_once {
+        answer.give(&Launched::Made);
+        match control::receive(&errands) {
+            Ok((Errand::Begin, _)) => {}
+            Ok(_) => return Err(Error::OutOfTurn.into()),
+            Err(_) => return Ok(Done::CalledOff),
+        }
+    }
+    Ok(Done::Machine(Box::new(made.begin()?)))
+}
+
+fn write_image(
+    of: &Source,
+    confinement: Option<&Confinement>,
+    memory: Option<OwnedFd>,
+) -> Result<Shape, Failure> {
+    let saved = place::open(of)?;
+    let disks = disks::saved(&saved.state)?;
+    if let Some(confinement) = confinement {
+        confined(confinement, &saved.state.header, &disks)?;
+    }
+    disks::apart(disks.iter().filter_map(DiskState::config))?;
+    let memory = File::from(memory.ok_or(Error::NoImage)?);
+    saved.write_hot(&memory).map_err(Error::from)?;
+    let header = &saved.state.header;
+    Ok(Shape {
+        vcpus: header.vcpus,
+        memory_mib: header.memory_bytes >> 20,
+    })
+}
+
+/// What there can be before it is known what the machine is.
+struct Prepared {
+    door: Door,
+    /// For a machine of some size.
+    frame: Option<Frame>,
+}
+
+impl Prepared {
+    fn new(shape: Option<Shape>) -> Result<Self, Failure> {
+        install_kick_handler().map_err(|e| host("SIGRTMIN cannot be handled", &e))?;
+        Ok(Self {
+            door: Door::new().map_err(|e| host("the control channel cannot be opened", &e))?,
+            frame: shape.map(Frame::prepare).transpose()?,
+        })
+    }
+}
+
+/// A machine that is made and stands still.
+struct Made {
+    spec: LaunchSpec,
+    machine: Machine,
+    door: Door,
+    events: Sender<Event>,
+    received: Receiver<Event>,
+    ending: Arc<AtomicBool>,
+    /// When it was asked for.
+    begun: Instant,
 }
 
 /// A machine that runs and can be reached.
@@ -83,56 +204,93 @@ struct Started {
     registration: control::Registration,
 }
 
-fn start(spec: LaunchSpec) -> Result<Started, Failure> {
-    let begun = Instant::now();
-    install_kick_handler().map_err(|e| host("SIGRTMIN cannot be handled", &e))?;
-    let (events, received) = channel();
-    let ending = Arc::new(AtomicBool::new(false));
-    let mut machine = make(&spec, &listeners(&events, &ending))?;
-    let lifecycle = Arc::new(Lifecycle::new());
-    // Before anybody can ask for anything else.
-    if !spec.paused {
-        machine.run(spec.clock)?;
-        lifecycle.apply(lifecycle::Event::Resume)?;
-    }
-    let service = Service {
-        lifecycle: Arc::clone(&lifecycle),
-        events,
-        counters: Arc::clone(machine.counters()),
-        vcpus: machine.vcpu_count(),
-        memory_mib: machine.memory().layout().bytes() >> 20,
-        begun,
-    };
-    let (vcpus, memory_mib) = (service.vcpus, service.memory_mib);
-    let (shutdown, closed) = oneshot::channel();
-    let (port, server) = serve(spec.secret.clone(), service, closed)
-        .map_err(|e| host("the control channel cannot be opened", &e))?;
-    let process = ProcessId::current().map_err(|e| host("the machine cannot be registered", &e))?;
-    let registration = Registry::open(&spec.registry)
-        .and_then(|registry| {
-            registry.register(&Record {
-                process,
-                port,
-                secret: spec.secret,
-                origin: spec.origin,
-                console: spec.console,
-                vcpus,
-                memory_mib,
-            })
-        })
-        .map_err(|e| host("the machine cannot be registered", &e))?;
-    Ok(Started {
-        port,
-        controller: Controller {
+impl Made {
+    fn new(
+        spec: LaunchSpec,
+        image: Option<OwnedFd>,
+        Prepared { door, frame }: Prepared,
+        answer: &Arc<Answer>,
+    ) -> Result<Self, Failure> {
+        let begun = Instant::now();
+        tracing::debug!("a machine is to be made");
+        let (events, received) = channel();
+        let ending = Arc::new(AtomicBool::new(false));
+        let machine = make(&spec, image, frame, &listeners(&events, &ending, answer))?;
+        Ok(Self {
+            spec,
             machine,
-            lifecycle,
-            events: received,
+            door,
+            events,
+            received,
             ending,
-        },
-        shutdown,
-        server,
-        registration,
-    })
+            begun,
+        })
+    }
+
+    /// Lets it run, unless it is to be held at first, and has it be reached.
+    fn begin(self) -> Result<Started, Failure> {
+        let Self {
+            spec,
+            mut machine,
+            door,
+            events,
+            received,
+            ending,
+            begun,
+        } = self;
+        let lifecycle = Arc::new(Lifecycle::new());
+        // Before anybody can ask for anything else.
+        if !spec.paused {
+            machine.run(spec.clock)?;
+            lifecycle.apply(lifecycle::Event::Resume)?;
+            tracing::debug!("the guest runs");
+        }
+        machine.bring_the_rest()?;
+        let service = Service {
+            lifecycle: Arc::clone(&lifecycle),
+            events: events.clone(),
+            counters: Arc::clone(machine.counters()),
+            vcpus: machine.vcpu_count(),
+            memory_mib: machine.memory().layout().bytes() >> 20,
+            begun,
+        };
+        let (vcpus, memory_mib) = (service.vcpus, service.memory_mib);
+        let (shutdown, closed) = oneshot::channel();
+        let port = door.port();
+        let server = door
+            .serve(spec.secret.clone(), service, closed)
+            .map_err(|e| host("the control channel cannot be served", &e))?;
+        let process =
+            ProcessId::current().map_err(|e| host("the machine cannot be registered", &e))?;
+        let registration = Registry::open(&spec.registry)
+            .and_then(|registry| {
+                registry.register(&Record {
+                    process,
+                    port,
+                    secret: spec.secret,
+                    origin: spec.origin,
+                    console: spec.console,
+                    vcpus,
+                    memory_mib,
+                })
+            })
+            .map_err(|e| host("the machine cannot be registered", &e))?;
+        Ok(Started {
+            port,
+            controller: Controller {
+                machine,
+                lifecycle,
+                events: received,
+                teller: events,
+                waiting: None,
+                rounds: 0,
+                ending,
+            },
+            shutdown,
+            server,
+            registration,
+        })
+    }
 }
 
 impl Started {
@@ -156,61 +314,51 @@ impl Started {
     }
 }
 
-fn make(spec: &LaunchSpec, listeners: &Listeners) -> Result<Machine, Failure> {
+fn make(
+    spec: &LaunchSpec,
+    image: Option<OwnedFd>,
+    prepared: Option<Frame>,
+    listeners: &Listeners,
+) -> Result<Machine, Failure> {
     let console = console::open(&spec.console).map_err(Error::Console)?;
     match &spec.origin {
-        Origin::Boot(config) => {
-            let confinement = spec.confinement.as_ref();
-            Ok(Machine::boot(config, confinement, console, listeners)?)
-        }
+        Origin::Boot(config) => Ok(Machine::boot(config, spec, console, listeners)?),
         Origin::Restore(source) => {
             let saved = place::open(source)?;
-            Ok(Machine::restore(saved, spec, console, listeners)?)
+            Ok(Machine::restore(saved, prepared, spec, console, listeners)?)
+        }
+        Origin::Fork(_) => {
+            let saved = place::open_image(image.ok_or(Error::NoImage)?)?;
+            let disks = disks::saved(&saved.state)?;
+            disks::apart(disks.iter().filter_map(DiskState::config))?;
+            Ok(Machine::restore(saved, prepared, spec, console, listeners)?)
         }
     }
 }
 
 /// Has what the guest does end up in the controller's queue, and known before it is read from there.
-fn listeners(events: &Sender<Event>, ending: &Arc<AtomicBool>) -> Listeners {
+fn listeners(events: &Sender<Event>, ending: &Arc<AtomicBool>, answer: &Arc<Answer>) -> Listeners {
     let tell = |events: &Sender<Event>, ending: &AtomicBool, event| {
         ending.store(true, Ordering::SeqCst);
         // The controller has ended, and so will the guest.
         let _ = events.send(event);
     };
     let (guest, vcpus) = (events.clone(), events.clone());
+    let (memory, answer) = (events.clone(), Arc::clone(answer));
     let (by_guest, by_vcpus) = (Arc::clone(ending), Arc::clone(ending));
     Listeners {
         requests: Arc::new(move |request| tell(&guest, &by_guest, Event::Guest(request))),
         end: Arc::new(move |id, end| tell(&vcpus, &by_vcpus, Event::Vcpu(id, end))),
+        lost: Arc::new(move |lost: &Lost| {
+            // The thread that starts the machine may wait for this page, and nothing else can end that.
+            if answer.end(&Launched::Failed(Error::from(lost.clone()).into())) {
+                tracing::error!("the machine cannot be started: {lost}");
+                std::process::exit(Exit::Failed.code().into());
+            }
+            // The controller has ended.
+            let _ = memory.send(Event::Lost(lost.clone()));
+        }),
     }
-}
-
-/// Serves the control channel on a free loopback port, on a thread of its own, until `closed`.
-fn serve(
-    secret: Secret,
-    service: Service,
-    closed: oneshot::Receiver<()>,
-) -> io::Result<(u16, thread::JoinHandle<()>)> {
-    let listener = TcpListener::bind(("127.0.0.1", 0))?;
-    listener.set_nonblocking(true)?;
-    let port = listener.local_addr()?.port();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()?;
-    let listener = {
-        let _entered = runtime.enter();
-        tokio::net::TcpListener::from_std(listener)?
-    };
-    let thread = thread::Builder::new()
-        .name("control".to_owned())
-        .spawn(move || {
-            runtime.block_on(control::serve(listener, secret, service, async {
-                // Closed by dropping the other end.
-                let _ = closed.await;
-            }));
-        })?;
-    Ok((port, thread))
 }
 
 fn host(what: &str, error: &dyn std::fmt::Display) -> Failure {

@@ -6,16 +6,19 @@ use std::{
 };
 
 use control::{
-    Failure, FailureKind, GuestClock, Metric, SnapshotReport, SnapshotRequest, Status, Vmm,
+    BalloonChange, BalloonStatus, Failure, FailureKind, GuestClock, MachineState, Metric,
+    SnapshotReport, SnapshotRequest, Status, Vmm,
 };
 use tarpc::context::Context;
 use tokio::sync::oneshot;
 
 use crate::{
+    balloons,
     controller::{Event, Reply, Request},
+    error::Error,
     lifecycle::{self, Lifecycle, Refused},
     machine::Counters,
-    metrics::saving_metrics,
+    metrics::{arriving_metrics, saving_metrics},
 };
 
 /// What every connection's requests are answered from.
@@ -56,6 +59,7 @@ impl Vmm for Service {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             uptime_ms: self.begun.elapsed().as_millis() as u64,
+            lost_memory: self.counters.lost().map(|lost| lost.to_string()),
         }
     }
 
@@ -84,8 +88,25 @@ impl Vmm for Service {
         self.ask(|reply| Request::Snapshot(request, reply)).await
     }
 
+    async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
+        self.admit(lifecycle::Event::Change)?;
+        self.ask(|reply| Request::ResizeDisk(disk, bytes, reply))
+            .await
+    }
+
     async fn stop(self, _: Context) -> Result<(), Failure> {
         self.ask(Request::Stop).await
+    }
+
+    async fn balloon(self, _: Context, change: BalloonChange) -> Result<BalloonStatus, Failure> {
+        let control = self.counters.devices.balloon.clone();
+        let control = control.ok_or(Error::NoBalloon)?;
+        balloons::change(&control, change, self.memory_mib)?;
+        let runs = self.lifecycle.state() == MachineState::Running;
+        // The guest may take its time, and others may ask for something else meanwhile.
+        tokio::task::spawn_blocking(move || balloons::status(&control, runs))
+            .await
+            .map_err(|_| Refused::Ended.into())
     }
 
     async fn metrics(self, _: Context) -> Vec<Metric> {
@@ -94,10 +115,12 @@ impl Vmm for Service {
             machine,
             devices,
             saving,
+            arriving,
         } = &*self.counters;
         let mut metrics = exits.metrics();
         metrics.extend(machine.metrics());
         metrics.extend(saving_metrics(saving));
+        metrics.extend(arriving.iter().flat_map(arriving_metrics));
         metrics.extend(devices.metrics());
         metrics
     }

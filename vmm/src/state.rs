@@ -1,6 +1,11 @@
 //! What a state file says of the machine as a whole: enough to build it again.
 
-use std::{io, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    io,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use branch_disk::{LayerId, LayerRef};
 use control::{DiskConfig, DiskFormat};
@@ -17,11 +22,12 @@ pub(crate) struct MachineState {
 
 impl SavedState for MachineState {
     const KIND: Kind = Kind(*b"MACH");
-    const VERSION: u16 = 2;
+    const VERSION: u16 = 3;
 
     fn version_map() -> VersionMap {
         let mut map = VersionMap::new();
         map.new_version().set_type_version(DiskState::type_id(), 2);
+        map.new_version().set_type_version(DiskState::type_id(), 3);
         map
     }
 }
@@ -50,26 +56,27 @@ pub(crate) struct DiskState {
     /// Of a disk that branches: the id of the layer at `path`. If it is written to, that layer ended at the cut.
     #[version(start = 2)]
     layer: Vec<u8>,
+    /// When the inode was made, in nanoseconds since the Unix epoch: an inode's number is given again. 0 where the
+    /// file system does not tell.
+    #[version(start = 3)]
+    born_unix_ns: u64,
 }
 
 impl DiskState {
     pub(crate) fn of(disk: &DiskConfig) -> io::Result<Self> {
         let metadata = std::fs::metadata(&disk.path)?;
-        let seconds = u64::try_from(metadata.mtime()).unwrap_or(0);
-        let nanoseconds = u64::try_from(metadata.mtime_nsec()).unwrap_or(0);
         Ok(Self {
             path: disk.path.to_string_lossy().into_owned(),
             read_only: disk.read_only,
             device: metadata.dev(),
             inode: metadata.ino(),
-            modified_unix_ns: seconds
-                .saturating_mul(1_000_000_000)
-                .saturating_add(nanoseconds),
+            modified_unix_ns: unix_ns(metadata.modified()),
             format: match disk.format {
                 DiskFormat::Raw => RAW,
                 DiskFormat::Branch => BRANCH,
             },
             layer: Vec::new(),
+            born_unix_ns: unix_ns(metadata.created()),
         })
     }
 
@@ -92,6 +99,7 @@ impl DiskState {
             modified_unix_ns: 0,
             format: BRANCH,
             layer: layer.id.0.to_vec(),
+            born_unix_ns: 0,
         }
     }
 
@@ -123,9 +131,21 @@ impl DiskState {
     /// one instant. Of a copy, nothing can be said.
     pub(crate) fn changed_since(&self, now: &Self) -> bool {
         // An inode is never 0; that is a layer's, or a foreign file system's.
-        let same_file = self.inode != 0 && (self.device, self.inode) == (now.device, now.inode);
-        same_file && self.modified_unix_ns != now.modified_unix_ns
+        let same_inode = self.inode != 0 && (self.device, self.inode) == (now.device, now.inode);
+        // An older snapshot does not tell when it was made.
+        let made_anew = self.born_unix_ns != 0 && self.born_unix_ns != now.born_unix_ns;
+        same_inode && !made_anew && self.modified_unix_ns != now.modified_unix_ns
     }
+}
+
+/// 0 for what the file system does not tell, and for what is before the epoch or more than 584 years after it.
+fn unix_ns(time: io::Result<SystemTime>) -> u64 {
+    let since = time
+        .ok()
+        .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since
+        .and_then(|since| u64::try_from(since.as_nanos()).ok())
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -169,6 +189,42 @@ mod tests {
         assert_eq!(disk.layer(), Ok(None));
         let config = disk.config().unwrap();
         assert_eq!((config.format, config.read_only), (DiskFormat::Raw, true));
+    }
+
+    #[test]
+    fn a_file_has_changed_only_if_it_is_still_the_same() {
+        let saved = DiskState {
+            path: "/disk".to_owned(),
+            read_only: false,
+            device: 1,
+            inode: 2,
+            modified_unix_ns: 3,
+            format: RAW,
+            layer: Vec::new(),
+            born_unix_ns: 1,
+        };
+        assert!(!saved.changed_since(&saved));
+        let written = DiskState {
+            modified_unix_ns: 4,
+            ..saved.clone()
+        };
+        assert!(saved.changed_since(&written));
+        let copied = DiskState {
+            inode: 3,
+            ..written.clone()
+        };
+        assert!(!saved.changed_since(&copied));
+        // As a file system does that gives the number of what was removed to what is made next.
+        let copied_in_its_place = DiskState {
+            born_unix_ns: 4,
+            ..written.clone()
+        };
+        assert!(!saved.changed_since(&copied_in_its_place));
+        let older = DiskState {
+            born_unix_ns: 0,
+            ..saved
+        };
+        assert!(older.changed_since(&written));
     }
 
     #[test]

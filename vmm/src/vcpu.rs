@@ -155,12 +155,16 @@ impl VcpuThread {
     /// Carries out `order` in state `state`; returns the state after it.
     fn obey(&self, vcpu: &mut BoundVcpu, state: State, order: Order) -> State {
         let Order { round, command } = order;
+        let mut start = None;
         let (state, done) = match (command, state) {
             (Command::Run(_), State::Running) => (State::Running, Done::Running(Ok(()))),
-            (Command::Run(start), _) => {
+            (Command::Run(clock), _) => {
                 vcpu.excuse_hold();
-                match vcpu.start_clock(start) {
-                    Ok(()) => (State::Running, Done::Running(Ok(()))),
+                match vcpu.start_clock(clock) {
+                    Ok(()) => {
+                        start = Some(clock);
+                        (State::Running, Done::Running(Ok(())))
+                    }
                     Err(error) => (State::Held, Done::Running(Err(error))),
                 }
             }
@@ -171,6 +175,11 @@ impl VcpuThread {
             (Command::End, _) => (State::Ended, Done::Ended),
         };
         self.acknowledge(vcpu, round, done);
+        if let Some(start) = start {
+            // Behind the acknowledgement: to wake up who waits for it takes longer than to enter the guest, and the
+            // guest would see that time pass.
+            start.wait();
+        }
         state
     }
 

@@ -18,13 +18,17 @@ use crate::{
 
 /// How long all vCPUs together may take to acknowledge. A host under load, or a hypervisor under this
 /// one, may keep a thread off its CPU for seconds; a minute means that it does not come back.
-const BOUND: Duration = Duration::from_secs(60);
+pub(crate) const BOUND: Duration = Duration::from_secs(60);
+
+/// How long they may take to end with their process, which ends them anyway: one that waits for memory that cannot be had may
+/// not answer.
+const END_BOUND: Duration = Duration::from_secs(5);
 
 /// Why the vCPUs could not be told something.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("vCPUs {0:?} do not answer after {bound} s; the host is overloaded or its KVM is stuck", bound = BOUND.as_secs())]
-    NoAnswer(Vec<u32>),
+    #[error("vCPUs {0:?} do not answer after {bound} s; the host is overloaded or its KVM is stuck", bound = .1.as_secs())]
+    NoAnswer(Vec<u32>, Duration),
     #[error("a thread for vCPU {0} cannot be started: {1}; the host is out of threads")]
     Thread(u32, std::io::Error),
     #[error(transparent)]
@@ -80,7 +84,7 @@ impl Vcpus {
                 thread: Some(thread),
             });
         }
-        for (id, done) in started.gather()? {
+        for (id, done) in started.gather(BOUND)? {
             if let (Done::Ready(kick), Some(handle)) = (done, started.handle(id)) {
                 handle.kick = Some(kick);
             }
@@ -88,13 +92,13 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Holds all of them. When it returns, none is in the guest and none has anything undone; it tells when the clock of
+    /// Holds all of them, within `bound`. When it returns, none is in the guest and none has anything undone; it tells when the clock of
     /// the last was stopped. When it fails, those that answered are held: [`Vcpus::run`] undoes that.
-    pub(crate) fn hold(&mut self) -> Result<HostTsc, Error> {
+    pub(crate) fn hold(&mut self, bound: Duration) -> Result<HostTsc, Error> {
         let called = HostTsc::now();
         self.tell(|| Command::Hold);
         let mut last = called;
-        for (_, done) in self.gather()? {
+        for (_, done) in self.gather(bound)? {
             if let Done::Held(stopped) = done {
                 last = last.max(stopped?);
             }
@@ -105,7 +109,7 @@ impl Vcpus {
     /// Lets all of them run. Clocks that were stopped go on as `start` says.
     pub(crate) fn run(&mut self, start: ClockStart) -> Result<(), Error> {
         self.tell(|| Command::Run(start));
-        for (_, done) in self.gather()? {
+        for (_, done) in self.gather(BOUND)? {
             if let Done::Running(result) = done {
                 result?;
             }
@@ -117,7 +121,7 @@ impl Vcpus {
     pub(crate) fn save(&mut self, stopped: HostTsc) -> Result<Vec<VcpuState>, Error> {
         self.tell(|| Command::Save(stopped));
         let mut states = Vec::new();
-        for (_, done) in self.gather()? {
+        for (_, done) in self.gather(BOUND)? {
             if let Done::Saved(state) = done {
                 states.push(*state?);
             }
@@ -141,9 +145,9 @@ impl Vcpus {
         }
     }
 
-    /// Ends a round: collects one acknowledgement of each vCPU.
-    fn gather(&self) -> Result<Vec<(u32, Done)>, Error> {
-        let deadline = Instant::now() + BOUND;
+    /// Ends a round: collects one acknowledgement of each vCPU, within `bound`.
+    fn gather(&self, bound: Duration) -> Result<Vec<(u32, Done)>, Error> {
+        let deadline = Instant::now() + bound;
         let mut answers: Vec<(u32, Done)> = Vec::with_capacity(self.vcpus.len());
         while answers.len() < self.vcpus.len() {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -156,7 +160,8 @@ impl Vcpus {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                     let answered = |id: &u32| answers.iter().any(|(vcpu, _)| vcpu == id);
                     let ids = self.vcpus.iter().map(|vcpu| vcpu.id);
-                    return Err(Error::NoAnswer(ids.filter(|id| !answered(id)).collect()));
+                    let silent = ids.filter(|id| !answered(id)).collect();
+                    return Err(Error::NoAnswer(silent, bound));
                 }
             }
         }
@@ -171,7 +176,7 @@ impl Vcpus {
 impl Drop for Vcpus {
     fn drop(&mut self) {
         self.tell(|| Command::End);
-        match self.gather() {
+        match self.gather(END_BOUND) {
             Ok(_) => {
                 for thread in self.vcpus.iter_mut().filter_map(|vcpu| vcpu.thread.take()) {
                     // It has said that it is about to end.

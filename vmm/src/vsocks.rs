@@ -6,7 +6,10 @@ use control::{Confinement, VsockChange, VsockConfig};
 use devices::virtio::vsock::{SavedVsock, Vsock, VsockError};
 use saved_state::{Container, SavedState};
 
-use crate::error::Error;
+use crate::{error::Error, machine::GoesOn};
+
+/// The least context ID that a guest can have (virtio 1.2, 5.10.4).
+const FIRST_CID: u32 = 3;
 
 /// Makes the device.
 pub(crate) fn open(config: &VsockConfig) -> Result<Vsock, Error> {
@@ -17,11 +20,13 @@ pub(crate) fn open(config: &VsockConfig) -> Result<Vsock, Error> {
 }
 
 /// The vsock device of a saved machine, if it has one, with `change`. One that is confined has its socket where it
-/// may have disks: whoever listens beside it can be reached by the guest.
+/// may have disks: whoever listens beside it can be reached by the guest. One that goes on as another has the number of this
+/// process for its context ID, and for the end of its socket's name, unless the change says otherwise.
 pub(crate) fn saved(
     container: &Container,
     change: &VsockChange,
     confinement: Option<&Confinement>,
+    goes_on: GoesOn,
 ) -> Result<Option<VsockConfig>, Error> {
     let mut sections = container.sections();
     let Some(section) = sections.find(|section| section.kind == SavedVsock::KIND) else {
@@ -33,7 +38,12 @@ pub(crate) fn saved(
             _ => Err(Error::NoVsock),
         };
     };
-    let saved: SavedVsock = section.decode()?;
+    let mut saved: SavedVsock = section.decode()?;
+    if goes_on == GoesOn::AsAnother {
+        let pid = std::process::id();
+        saved.cid = u64::from(pid.max(FIRST_CID));
+        saved.path = format!("{}.{pid}", saved.path);
+    }
     let impossible = || devices::Error::Impossible {
         kind: SavedVsock::KIND,
         reason: format!("context ID {}", saved.cid),
@@ -131,14 +141,41 @@ mod tests {
         let path = directory.path().join("v");
         let container = container(Some(&path));
         let none = VsockChange::default();
-        let same = saved(&container, &none, None).unwrap().unwrap();
+        let same = saved(&container, &none, None, GoesOn::AsItself)
+            .unwrap()
+            .unwrap();
         assert_eq!((same.cid, &same.path), (7, &path));
         let change = VsockChange {
             cid: Some(9),
             path: Some("/elsewhere".into()),
         };
-        let other = saved(&container, &change, None).unwrap().unwrap();
+        let other = saved(&container, &change, None, GoesOn::AsItself)
+            .unwrap()
+            .unwrap();
         assert_eq!((other.cid, other.path), (9, PathBuf::from("/elsewhere")));
+    }
+
+    #[test]
+    fn one_that_goes_on_as_another_has_a_number_and_a_socket_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("v");
+        let container = container(Some(&path));
+        let another = |change: &VsockChange, confinement: Option<&Confinement>| {
+            saved(&container, change, confinement, GoesOn::AsAnother)
+                .unwrap()
+                .unwrap()
+        };
+        let none = VsockChange::default();
+        let pid = std::process::id();
+        let own = another(&none, Some(&confinement(directory.path())));
+        assert_eq!(own.cid, pid);
+        assert_eq!(own.path, directory.path().join(format!("v.{pid}")));
+        let change = VsockChange {
+            cid: Some(9),
+            path: Some("/elsewhere".into()),
+        };
+        let named = another(&change, None);
+        assert_eq!((named.cid, named.path), (9, PathBuf::from("/elsewhere")));
     }
 
     #[test]
@@ -147,12 +184,22 @@ mod tests {
         let confined = confinement(tree.path());
         let none = VsockChange::default();
         let inside = container(Some(&tree.path().join("v")));
-        assert!(saved(&inside, &none, Some(&confined)).unwrap().is_some());
+        assert!(
+            saved(&inside, &none, Some(&confined), GoesOn::AsItself)
+                .unwrap()
+                .is_some()
+        );
         // Also not by a link in the tree.
         let link = tree.path().join("link");
         std::os::unix::fs::symlink(outside.path(), &link).unwrap();
         for path in [outside.path().join("v"), link.join("w")] {
-            let refused = saved(&container(Some(&path)), &none, Some(&confined)).unwrap_err();
+            let refused = saved(
+                &container(Some(&path)),
+                &none,
+                Some(&confined),
+                GoesOn::AsItself,
+            )
+            .unwrap_err();
             assert_eq!(Failure::from(refused).kind, FailureKind::BadRequest);
         }
     }
@@ -161,10 +208,13 @@ mod tests {
     fn a_machine_without_one_has_none_to_change() {
         let container = container(None);
         let mut change = VsockChange::default();
-        assert_eq!(saved(&container, &change, None).unwrap(), None);
+        assert_eq!(
+            saved(&container, &change, None, GoesOn::AsItself).unwrap(),
+            None
+        );
         change.cid = Some(3);
         assert!(matches!(
-            saved(&container, &change, None),
+            saved(&container, &change, None, GoesOn::AsItself),
             Err(Error::NoVsock)
         ));
     }

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use testbed::job::Job;
+use testbed::{job::Job, setup};
 
 use crate::build;
 use crate::ground::Ground;
@@ -21,10 +21,20 @@ const TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Runs the program `bench-vm` where a stock kernel boots, and puts its rows into `json`.
 pub(crate) fn vm(json: &Path) -> Result<ExitCode> {
-    let ground = Ground::prepare()?;
+    on_guests("bench-vm", json)
+}
+
+/// Runs the program `bench-io` in the same way.
+pub(crate) fn io(json: &Path) -> Result<ExitCode> {
+    setup::ensure_packages(&["fio", "iperf3", "qemu-utils"])?;
+    on_guests("bench-io", json)
+}
+
+fn on_guests(program: &str, json: &Path) -> Result<ExitCode> {
+    let ground = Ground::prepare(build::release_programs)?;
     let rows = ground.share.join("rows.json");
     let job = Job::new([
-        ground.program("bench-vm")?.as_os_str(),
+        ground.program(program)?.as_os_str(),
         "--json".as_ref(),
         rows.as_ref(),
     ]);
@@ -39,14 +49,23 @@ pub(crate) fn vm(json: &Path) -> Result<ExitCode> {
 
 /// Runs the program `bench-native` on this machine.
 pub(crate) fn native(json: &Path) -> Result<ExitCode> {
+    here("bench-native", json)
+}
+
+/// Runs the program `bench-instant` on this machine.
+pub(crate) fn instant(json: &Path) -> Result<ExitCode> {
+    here("bench-instant", json)
+}
+
+fn here(program: &str, json: &Path) -> Result<ExitCode> {
     let programs = build::release_programs()?;
-    let status = std::process::Command::new(programs.path("bench-native")?)
+    let status = std::process::Command::new(programs.path(program)?)
         .arg("--json")
         .arg(json)
         .status();
-    let status = status.context("cannot run bench-native")?;
+    let status = status.with_context(|| format!("cannot run {program}"))?;
     if !status.success() {
-        bail!("bench-native failed: {status}");
+        bail!("{program} failed: {status}");
     }
     Ok(ExitCode::SUCCESS)
 }

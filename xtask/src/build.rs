@@ -38,6 +38,19 @@ pub(crate) fn release_programs() -> Result<Programs> {
     built_by(["build", "--release", "--workspace", "--bins"])
 }
 
+/// Builds the product's programs alone, as [`release_programs`] does: what only benchmarks and demo run takes minutes.
+pub(crate) fn product_programs() -> Result<Programs> {
+    built_by([
+        "build",
+        "--release",
+        "--workspace",
+        "--bin",
+        "fermata",
+        "--bin",
+        "fermata-vmm",
+    ])
+}
+
 /// Builds the test program `name` with optimisation. It is selected in the whole workspace and not in
 /// its package, which would have dependencies built once more with fewer features.
 pub(crate) fn system_test(name: &str) -> Result<Programs> {

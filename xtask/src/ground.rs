@@ -10,7 +10,7 @@ use testbed::l1::Breakdown;
 use testbed::session::Session;
 use testbed::{cache, environment, setup};
 
-use crate::build::{self, Programs};
+use crate::build::Programs;
 
 /// How many emulated machines may break down under one job, and one more.
 const MACHINES: u32 = 3;
@@ -26,13 +26,13 @@ pub(crate) struct Ground {
 }
 
 impl Ground {
-    /// Installs packages, builds guest and programs, and says where guests will run.
-    pub(crate) fn prepare() -> Result<Self> {
+    /// Installs packages, builds the guest, and by `build` the programs, and says where guests will run.
+    pub(crate) fn prepare(build: fn() -> Result<Programs>) -> Result<Self> {
         let choice = kvm::pick()?;
-        setup::ensure(choice.level)?;
+        setup::ensure()?;
         let guest = guest::build()?;
         println!("Building fermata");
-        let programs = build::release_programs()?;
+        let programs = build()?;
         let share = empty_share()?;
         println!("{}", choice.reason);
         Ok(Self {
@@ -46,11 +46,18 @@ impl Ground {
                 (environment::GUEST_KERNEL, guest.kernel),
                 (environment::GUEST_INITRD, guest.initrd),
                 (environment::GUEST_DISK, guest.disk),
+                (environment::GUEST_GENERIC_KERNEL, guest.generic_kernel),
+                (environment::GUEST_GENERIC_INITRD, guest.generic_initrd),
                 (environment::SHARE, share.clone()),
             ],
             programs,
             share,
         })
+    }
+
+    /// Tells jobs from now on that the variable `name` is `path`.
+    pub(crate) fn tell(&mut self, name: &'static str, path: PathBuf) {
+        self.environment.push((name, path));
     }
 
     /// Runs `job` on a machine of its own with a real KVM: an emulated one, or this one.

@@ -52,8 +52,12 @@ enum Command {
 enum Bench {
     /// Linux guests: fermata beside QEMU
     Vm,
+    /// Disks and networks of Linux guests, boot time and memory: fermata beside QEMU
+    Io,
     /// Bare-metal guests on this machine's own /dev/kvm
     Native,
+    /// Snapshots that guests do not feel, forks, and restores on demand, on this machine's own /dev/kvm
+    Instant,
     /// The store beside restic, borg, casync and rustic, on memories and disks of guests
     Store,
 }
@@ -68,10 +72,20 @@ fn main() -> ExitCode {
             ..
         } => bench::vm(&json),
         Command::Bench {
+            what: Bench::Io,
+            json,
+            ..
+        } => bench::io(&json),
+        Command::Bench {
             what: Bench::Native,
             json,
             ..
         } => bench::native(&json),
+        Command::Bench {
+            what: Bench::Instant,
+            json,
+            ..
+        } => bench::instant(&json),
         Command::Bench {
             what: Bench::Store,
             json,

@@ -4,12 +4,12 @@ mod tally;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use testbed::environment;
 use testbed::job::Job;
+use testbed::{debian, environment, setup};
 
 use self::tally::Tally;
 use crate::build;
@@ -20,21 +20,35 @@ use crate::ground::Ground;
 const LEVEL_3: &str = "level3";
 /// Begins the names of tests that go on, on a second machine, with what the others left in the share.
 const ELSEWHERE: &str = "elsewhere_";
-/// Some five times what they take on a busy machine; a guest that hangs must leave time to say so.
-const LEVEL_3_TIMEOUT: Duration = Duration::from_secs(600);
+/// What speaks to the Debian guest.
+const DEBIAN_CLIENT: [&str; 1] = ["openssh-client"];
+/// Some three times what they take on a busy machine; a guest that hangs must leave time to say so.
+const LEVEL_3_TIMEOUT: Duration = Duration::from_secs(1800);
 
 /// Runs all tests. Ends with success when none failed.
 pub(crate) fn run() -> Result<ExitCode> {
-    let ground = Ground::prepare()?;
+    setup::ensure_packages(&[&debian::PACKAGES[..], &DEBIAN_CLIENT].concat())?;
+    let mut ground = Ground::prepare(build::product_programs)?;
+    // It waits for the network and the disk for most of its time, which the tests need not wait for. All packages are
+    // there now: nobody changes what apt knows meanwhile.
+    let debian = std::thread::spawn(debian::ensure);
     println!("\nLevels 1 and 2: no KVM, and bare-metal guests on any KVM");
     let mut tally = workspace_tests(&ground)?;
 
+    let debian = debian
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        .context("cannot make the Debian guest")?;
+    ground.tell(environment::DEBIAN, debian.directory().to_owned());
     println!("\nLevel 3: Linux guests");
     let programs = build::system_test(LEVEL_3)?;
     let program = programs.path(LEVEL_3)?;
-    tally += on_machines(&ground, program, &["--skip", ELSEWHERE])?;
+    let tests = tests_of(&ground, program)?;
+    let (elsewhere, here): (Vec<String>, Vec<String>) =
+        tests.into_iter().partition(|name| name.contains(ELSEWHERE));
+    tally += level_3(&ground, program, &here)?;
     println!("\nLevel 3, on another machine");
-    tally += on_machines(&ground, program, &[ELSEWHERE])?;
+    tally += level_3(&ground, program, &elsewhere)?;
 
     println!("\n{tally}");
     Ok(if tally.failed == 0 {
@@ -96,31 +110,70 @@ fn counted(ground: &Ground, arguments: &[&str]) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Runs a test program on a machine of its own. If that is an emulated one, whose races can stop a guest as
+/// The names of a program's tests that can run where the guests do.
+fn tests_of(ground: &Ground, program: &Path) -> Result<Vec<String>> {
+    let all = listed(program, None)?;
+    // What an emulated machine cannot run is ignored there, and says why.
+    let ignored = match ground.is_emulated() {
+        true => listed(program, Some("--ignored"))?,
+        false => Vec::new(),
+    };
+    let runs = all.into_iter().filter(|name| !ignored.contains(name));
+    Ok(runs.collect())
+}
+
+fn listed(program: &Path, which: Option<&str>) -> Result<Vec<String>> {
+    let listing = Command::new(program)
+        .args(["--list", "--format", "terse"])
+        .args(which)
+        .output()
+        .with_context(|| format!("cannot run {}", program.display()))?;
+    let lines = String::from_utf8_lossy(&listing.stdout);
+    let names = lines.lines().filter_map(|line| line.strip_suffix(": test"));
+    Ok(names.map(str::to_owned).collect())
+}
+
+/// Runs tests where Linux guests run. An emulated machine is booted for each: if it breaks down, no other test has to run
+/// again for it.
+fn level_3(ground: &Ground, program: &Path, names: &[String]) -> Result<Tally> {
+    let at_once = match ground.is_emulated() {
+        true => 1,
+        false => names.len().max(1),
+    };
+    let mut tally = Tally::default();
+    for names in names.chunks(at_once) {
+        tally += on_machines(ground, program, names)?;
+    }
+    Ok(tally)
+}
+
+/// Runs tests on a machine of their own. If that is an emulated one, whose races can stop a guest as
 /// well as the machine itself (see [`Ground::run`]), what fails there has a second chance on a fresh one. A
 /// fault of ours that does not fail each time is still seen: the summary counts what needed the chance.
-fn on_machines(ground: &Ground, program: &Path, arguments: &[&str]) -> Result<Tally> {
-    let first = on_a_machine(ground, program, arguments)?;
+fn on_machines(ground: &Ground, program: &Path, names: &[String]) -> Result<Tally> {
+    let (first, failures) = on_a_machine(ground, program, names)?;
     if first.failed == 0 || !ground.is_emulated() {
         return Ok(first);
     }
     println!(
-        "\n{} failed on an emulated machine; all run again on a fresh one",
+        "\n{} failed on an emulated machine, and run again on a fresh one",
         first.failed
     );
-    let second = on_a_machine(ground, program, arguments)?;
+    let (second, _) = on_a_machine(ground, program, &failures)?;
     Ok(Tally {
+        passed: first.passed + second.passed,
+        failed: second.failed,
         unsteady: first.failed.saturating_sub(second.failed),
-        ..second
     })
 }
 
-/// Runs a test program on a machine of its own.
-fn on_a_machine(ground: &Ground, program: &Path, arguments: &[&str]) -> Result<Tally> {
+/// Runs tests on a machine of their own; tells the names of those that failed, too.
+fn on_a_machine(ground: &Ground, program: &Path, names: &[String]) -> Result<(Tally, Vec<String>)> {
     let threads = format!("--test-threads={}", ground.test_threads());
     let argv = [program.as_os_str(), threads.as_ref()]
         .into_iter()
-        .chain(arguments.iter().map(AsRef::as_ref));
+        .chain(["--include-ignored", "--exact"].map(AsRef::as_ref))
+        .chain(names.iter().map(AsRef::as_ref));
     let output = ground.run(Job::new(argv).timeout(LEVEL_3_TIMEOUT))?;
 
     let tally: Tally = output.stdout.lines().map(Tally::of_line).sum();
@@ -130,8 +183,16 @@ fn on_a_machine(ground: &Ground, program: &Path, arguments: &[&str]) -> Result<T
             output.status
         );
     }
-    if tally.passed + tally.failed == 0 {
-        bail!("{} {} ran no test", program.display(), arguments.join(" "));
+    if tally.passed + tally.failed != names.len() as u32 {
+        bail!(
+            "{} ran other tests than {}",
+            program.display(),
+            names.join(" ")
+        );
     }
-    Ok(tally)
+    let failures = tally::failures(&output.stdout);
+    if failures.len() as u32 != tally.failed {
+        bail!("the tests that failed were not named");
+    }
+    Ok((tally, failures))
 }

@@ -1,13 +1,19 @@
 //! `cargo xtask bench native`: what the host's own `/dev/kvm` allows, at its own speed.
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
-use benches::{Fermata, MEMORY_MIB, Samples, native, report};
+use benches::{Fermata, Figures, MEMORY_MIB, Row, Samples, chain::Chains, native, report};
 use clap::Parser;
 
 /// Memory that behaves like a file system: what is measured is the monitor, not a disk.
 const SCRATCH: &str = "/dev/shm";
+
+/// How long a guest that looks at its clock is held, in ms, and how often.
+const HOLDS: [(u64, u32); 3] = [(1, 200), (100, 50), (1000, 20)];
 
 #[derive(Parser)]
 #[command(about = "Holds, saves and restores a guest that keeps changing all of its memory")]
@@ -34,8 +40,26 @@ fn main() -> Result<()> {
             native::measure(&fermata, mem_mib, scratch.path(), &mut samples)?;
         }
     }
-    let rows = samples.rows();
-    report::write_json(&rows, &arguments.json)?;
+    let mut rows = samples.rows();
     println!("\n{}", report::table(&rows));
+    let mut others = chains(arguments.runs, scratch.path())?;
+    for (ms, rounds) in HOLDS {
+        let hold = Duration::from_millis(ms);
+        others.extend(native::clock_steps(&fermata, hold, rounds, scratch.path())?);
+    }
+    println!("{}", report::list(&others));
+    rows.extend(others);
+    report::write_json(&rows, &arguments.json)?;
     Ok(())
+}
+
+/// Chains of layers. The first run is for nothing, as far as the page cache and the allocator go.
+fn chains(runs: u32, scratch: &Path) -> Result<Vec<Row>> {
+    let chains = Chains::make(scratch)?;
+    chains.measure(0, &mut Figures::default())?;
+    let mut figures = Figures::default();
+    for run in 0..runs {
+        chains.measure(run, &mut figures)?;
+    }
+    Ok(figures.rows(0))
 }

@@ -78,6 +78,7 @@ impl Bench {
                 .collect(),
             nets: Vec::new(),
             vsock: None,
+            balloon: None,
         };
         let mut worker = self.start(Origin::Boot(config), 0)?;
         let ready = "bench-guest: ready.";

@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::{Files, LinuxGuest, Machine, Monitor, Saved, System, VCPUS};
 use qmp::{Event, Qmp, RETRY};
 
-const PROGRAM: &str = "qemu-system-x86_64";
+pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
 /// Bytes a second: more than any machine has. QEMU's default would throttle it to 128 MiB a second.
 const NO_LIMIT: u64 = 1 << 40;
@@ -50,6 +50,13 @@ impl Qemu {
     }
 }
 
+impl QemuMachine {
+    /// The machine of `process`, whose monitor listens at the path.
+    pub(crate) fn of(process: Child, monitor: PathBuf) -> Self {
+        Self { process, monitor }
+    }
+}
+
 impl Monitor for Qemu {
     type Machine = QemuMachine;
     const SYSTEM: System = System::Qemu;
@@ -79,7 +86,7 @@ fn start(guest: &LinuxGuest, console: &Path, snapshot: Option<File>) -> Result<Q
         None => command.stdin(Stdio::null()),
     };
     let process = command.spawn().context("cannot start QEMU")?;
-    Ok(QemuMachine { process, monitor })
+    Ok(QemuMachine::of(process, monitor))
 }
 
 /// Of QEMU's machine types `pc` boots and restores fastest in the test bed; less what this guest does not
@@ -129,6 +136,10 @@ impl Machine for QemuMachine {
             total: begun.elapsed(),
             downtime: resumed.saturating_sub(stopped),
         })
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.id()
     }
 }
 

@@ -1,7 +1,6 @@
 //! A chain of three layers on a base, changed as the fuzzer likes, and used in every way. Nothing may panic.
 //!
-//! `branch-disk/fuzz/run SECONDS` builds and runs it; `cargo +nightly fuzz run chain` works too. Checksums are not
-//! checked in a fuzzer's build, so that it comes to what is behind them.
+//! Checksums are not checked in a fuzzer's build, so that it comes to what is behind them.
 
 use std::{
     fs::OpenOptions,
@@ -28,11 +27,16 @@ static ORIGINAL: LazyLock<Original> = LazyLock::new(original);
 
 fn in_memory() -> TempDir {
     let memory = tempfile::tempdir_in("/dev/shm");
-    memory.or_else(|_| tempfile::tempdir()).expect("there is room")
+    memory
+        .or_else(|_| tempfile::tempdir())
+        .expect("there is room")
 }
 
 fn name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn original() -> Original {
@@ -48,7 +52,13 @@ fn original() -> Original {
             disk.write(at * 512, &mut &data[..]).expect(fine);
         }
         let next = disk.prepare().expect(fine);
-        name(&disk.cut(next).and_then(branch_disk::Cut::finish).expect(fine).path)
+        name(
+            &disk
+                .cut(next)
+                .and_then(branch_disk::Cut::finish)
+                .expect(fine)
+                .path,
+        )
     });
     disk.write(512, &mut &[7; 1024][..]).expect(fine);
     drop(disk);
@@ -74,12 +84,19 @@ pub fn run(input: &[u8]) {
     for (name, bytes) in &original.files {
         std::fs::write(dir.path().join(name), bytes).expect("there is room");
     }
-    let layers: Vec<PathBuf> = original.layers.iter().map(|name| dir.path().join(name)).collect();
+    let layers: Vec<PathBuf> = original
+        .layers
+        .iter()
+        .map(|name| dir.path().join(name))
+        .collect();
     for change in input.chunks_exact(4) {
         let file = &layers[usize::from(change[0] >> 3) % 3];
         let at = PAGES[usize::from(change[0] & 7)] * 4096;
         let at = at + u64::from(u16::from_le_bytes([change[1], change[2]])) % 4096;
-        let file = OpenOptions::new().write(true).open(file).expect("it was written");
+        let file = OpenOptions::new()
+            .write(true)
+            .open(file)
+            .expect("it was written");
         file.write_all_at(&change[3..], at).expect("there is room");
     }
     for layer in layers.iter().rev() {

@@ -179,13 +179,17 @@ fn what_is_nothing_costs_nothing() {
 #[test]
 fn twenty_branches_cost_what_they_changed() {
     const CHANGED: usize = 256 << 10;
-    let bench = Bench::new(32 << 10);
+    const BYTES: u64 = 2 << 30;
+    let bench = Bench::new(0);
+    let base = fs::File::create(bench.path("base")).unwrap();
+    base.set_len(BYTES).unwrap();
     let mut disk = bench.on_base("d");
     let monday = sealed(&mut disk);
     let cost = |disk: &Disk| fs::metadata(disk.path()).unwrap().blocks() * 512;
     for n in 0..20u64 {
         let mut branch = Disk::branch(&monday.path, None, &anything).unwrap();
-        write(&mut branch, n * 12_800, &vec![n as u8; CHANGED]);
+        assert_eq!(branch.bytes(), BYTES);
+        write(&mut branch, n * 100_000 * 512, &vec![n as u8; CHANGED]);
         branch.flush().unwrap();
         // Its header, a page of bitmap, and the ends of the blocks that it begins and ends in.
         let cost = cost(&branch);
@@ -222,6 +226,33 @@ fn a_larger_head_is_sealed_even_if_nothing_was_written_to_it() {
     sound(&layer.path);
     // What is above it is as large as it is.
     assert_eq!(sealed(&mut large), layer);
+}
+
+#[test]
+fn a_disk_in_use_grows_by_a_larger_head_and_never_shrinks() {
+    const LARGER: u64 = 3 << 20;
+    let bench = Bench::new(16);
+    let mut disk = bench.on_base("d");
+    let mut content = all(&disk);
+    let smaller = disk.plan().grown_to(disk.bytes() - 512);
+    assert!(matches!(smaller, Err(Error::Smaller { .. })));
+    let crooked = disk.plan().grown_to(LARGER + 1);
+    assert!(matches!(crooked, Err(Error::Size(_))));
+    // Although nothing was written: the layer that ends is of the old size.
+    let next = disk.plan().grown_to(LARGER).unwrap().prepare().unwrap();
+    let small = disk.cut(next).unwrap().finish().unwrap();
+    assert_eq!(disk.bytes(), LARGER);
+    content.resize(LARGER as usize, 0);
+    assert!(all(&disk) == content);
+    write(&mut disk, LARGER - 1024, &[9; 1024]);
+    content[LARGER as usize - 1024..].fill(9);
+    let large = sealed(&mut disk);
+    drop(disk);
+    sound(&bench.path("d"));
+    assert!(all(&bench.open("d")) == content);
+    let branch = |layer: &crate::LayerRef| Disk::branch(&layer.path, None, &anything).unwrap();
+    assert_eq!(branch(&small).bytes(), 16 * 512);
+    assert!(all(&branch(&large)) == content);
 }
 
 #[test]

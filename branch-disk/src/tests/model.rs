@@ -16,6 +16,8 @@ enum Op {
     Flush,
     Reopen,
     Cut,
+    /// Has the next head be larger by so many sectors.
+    Grow(u64),
     /// Goes on with a branch of one of the layers so far.
     Branch(prop::sample::Index),
 }
@@ -33,6 +35,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Flush),
         1 => Just(Op::Reopen),
         2 => Just(Op::Cut),
+        1 => (0..700u64).prop_map(Op::Grow),
         1 => any::<prop::sample::Index>().prop_map(Op::Branch),
     ]
 }
@@ -69,6 +72,13 @@ proptest! {
                     disk = Disk::open(&path, Mode::Write, &anything).unwrap();
                 }
                 Op::Cut => layers.push((sealed(&mut disk), content.clone())),
+                Op::Grow(sectors) => {
+                    let bytes = disk.bytes() + sectors * 512;
+                    let next = disk.plan().grown_to(bytes).unwrap().prepare().unwrap();
+                    let layer = disk.cut(next).unwrap().finish().unwrap();
+                    layers.push((layer, content.clone()));
+                    content.resize(bytes as usize, 0);
+                }
                 Op::Branch(which) if !layers.is_empty() => {
                     let (layer, then) = which.get(&layers);
                     let path = bench.path(&format!("d{}", bench.names().len()));

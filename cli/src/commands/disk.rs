@@ -1,4 +1,4 @@
-//! `fermata disk`: disks that branch.
+//! `fermata disk`: disks that branch, and disks that grow.
 
 use std::{
     path::{Path, PathBuf},
@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context, anyhow};
 use branch_disk::{BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, anything};
 use clap::{Subcommand, ValueEnum};
+use control::Registry;
 use serde::Serialize;
 
 use crate::{machine, output};
@@ -50,6 +51,17 @@ enum Command {
         #[arg(long, value_parser = size)]
         size: Option<u64>,
     },
+    /// Makes a disk of a machine larger, whether it runs or stands still; its guest is told. Disks never become smaller.
+    Resize {
+        #[command(flatten)]
+        vm: machine::Name,
+        /// The number of the disk, from 0 in the order of the disks: 0 is the guest's vda.
+        #[arg(value_name = "NUMBER")]
+        disk: u32,
+        /// The size that it is to have, like 20G.
+        #[arg(value_parser = size)]
+        size: u64,
+    },
     /// Shows a disk's layers, from the top, and what each takes.
     Info {
         /// The disk, or one of its layers.
@@ -91,7 +103,7 @@ enum Format {
     Qcow2,
 }
 
-pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let json = args.json;
     match &args.command {
         Command::Create { disk, size, base } => {
@@ -101,6 +113,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Command::Branch { from, disk, size } => {
             let on = Foundation::Layer(sealed(from)?, None);
             made(&Disk::create(disk, *size, &on, &anything)?, json)
+        }
+        Command::Resize { vm, disk, size } => {
+            let record = vm.find(&Registry::open(run_dir)?)?;
+            let client = machine::connect(&record).await?;
+            client.resize_disk(*disk, *size).await?;
+            resized(*disk, *size, json)
         }
         Command::Info { disk } => info(&read(disk)?, json),
         Command::Import {
@@ -161,6 +179,23 @@ fn made(disk: &Disk, json: bool) -> anyhow::Result<ExitCode> {
         let (path, size) = (made.path.display(), output::bytes(made.bytes));
         output::print(&format!(
             "{path}: {size}; attach it with `--disk path={path},format=branch`\n"
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn resized(disk: u32, bytes: u64, json: bool) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Resized {
+        disk: u32,
+        bytes: u64,
+    }
+    if json {
+        output::print_json(&Resized { disk, bytes })?;
+    } else {
+        let size = output::bytes(bytes);
+        output::print(&format!(
+            "disk {disk} has {size}; the guest has been told\n"
         ))?;
     }
     Ok(ExitCode::SUCCESS)

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use hypervisor::VcpuState;
+use hypervisor::{CpuNeeds, VcpuState};
 use saved_state::{Container, HEADER_BYTES, Header, MAX_BODY_BYTES, SavedState};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -31,8 +31,11 @@ struct Report {
     release: String,
     created_unix_ns: u64,
     host_cpu: HostCpu,
-    /// What a host's CPU must be, besides of the same vendor; if the vCPUs can be read.
+    /// The level of which a host's CPU must be, besides of the same vendor, or `host` if the guest was shown less than
+    /// any level has; if the vCPUs can be read.
     needs_cpu: Option<String>,
+    /// What it must have besides, by name.
+    needs_features: Vec<String>,
     vcpus: u32,
     memory_bytes: u64,
     /// Empty when the body is damaged.
@@ -78,8 +81,8 @@ fn read(path: &Path) -> anyhow::Result<Report> {
         .take(MAX_BODY_BYTES + HEADER_BYTES as u64 + 1)
         .read_to_end(&mut bytes)?;
     let header = Header::read(&bytes)?;
-    let (sections, needs_cpu, damage) = match Container::from_bytes(&bytes) {
-        Ok(container) => (rows(&container), needs_cpu(&container), None),
+    let (sections, needs, damage) = match Container::from_bytes(&bytes) {
+        Ok(container) => (rows(&container), needs(&container), None),
         Err(error) => (Vec::new(), None, Some(error.to_string())),
     };
     let Header {
@@ -99,7 +102,8 @@ fn read(path: &Path) -> anyhow::Result<Report> {
             signature: format!("{:#010x}", host_cpu.signature),
             brand: host_cpu.brand,
         },
-        needs_cpu,
+        needs_cpu: needs.as_ref().map(|needs| needs.level.to_string()),
+        needs_features: needs.map(|needs| needs.besides).unwrap_or_default(),
         vcpus,
         memory_bytes,
         sections,
@@ -107,13 +111,12 @@ fn read(path: &Path) -> anyhow::Result<Report> {
     })
 }
 
-/// The level of the first vCPU, as all others are.
-fn needs_cpu(container: &Container) -> Option<String> {
+/// What the first vCPU needs, as all others do.
+fn needs(container: &Container) -> Option<CpuNeeds> {
     let vcpu = container
         .sections()
         .find(|section| section.kind == VcpuState::KIND)?;
-    let level = vcpu.decode::<VcpuState>().ok()?.lowest_level().ok()?;
-    Some(level.to_string())
+    vcpu.decode::<VcpuState>().ok()?.needs().ok()
 }
 
 fn rows(container: &Container) -> Vec<SectionRow> {
@@ -139,10 +142,13 @@ impl std::fmt::Display for Report {
         writeln!(f, "created   {}", date(self.created_unix_ns))?;
         writeln!(f, "release   fermata {}", self.release)?;
         writeln!(f, "host CPU  {vendor} {signature}, {brand}")?;
-        match self.needs_cpu.as_deref() {
-            None => {}
-            Some("host") => writeln!(f, "runs on   hosts with all that this CPU showed its guest")?,
-            Some(level) => writeln!(f, "runs on   {level} by {vendor}")?,
+        if let Some(level) = &self.needs_cpu {
+            let level = if level == "host" { "x86-64" } else { level };
+            write!(f, "runs on   {level} by {vendor}")?;
+            if !self.needs_features.is_empty() {
+                write!(f, ", with {}", self.needs_features.join(", "))?;
+            }
+            writeln!(f)?;
         }
         writeln!(f, "vCPUs     {}", self.vcpus)?;
         writeln!(f, "memory    {}", output::bytes(self.memory_bytes))?;

@@ -1,6 +1,8 @@
 //! One module per command.
 
+pub(crate) mod balloon;
 pub(crate) mod disk;
+pub(crate) mod fork;
 pub(crate) mod inspect;
 pub(crate) mod pause;
 pub(crate) mod ps;

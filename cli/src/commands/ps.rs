@@ -48,6 +48,11 @@ pub(crate) async fn ps(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCode
         "PID", "PORT", "STATE", "VCPUS", "MEMORY", "UPTIME", "ORIGIN",
     ];
     output::print(&output::table(heading, &rows))?;
+    for vm in &vms {
+        if let Some(lost) = &vm.lost_memory {
+            output::print(&format!("machine {}: {lost}\n", vm.pid))?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -31,6 +31,16 @@ pub(crate) struct Args {
     /// What the vsock device has instead of what it was saved with: `cid=NUMBER`, `path=SOCKET`, or both.
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = vsock::change)]
     vsock: Option<VsockChange>,
+    /// Has its memory made of huge pages that the host has reserved, whatever it was made of before.
+    #[arg(long)]
+    hugepages: bool,
+    /// Has the machine run at once: its memory comes from the store when it is touched, and what nobody touches by the way. The
+    /// store has to stay until all is there.
+    #[arg(long, conflicts_with = "hugepages")]
+    on_demand: bool,
+    /// Where disks that branch are made, as the snapshot in the store has them, that are not where they were.
+    #[arg(long, value_name = "DIRECTORY", value_parser = machine::absolute())]
+    disks: Option<PathBuf>,
     /// Has the machine's console on this terminal, and its exit code for one's own.
     #[arg(long)]
     foreground: bool,
@@ -46,6 +56,9 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
         clock: args.clock.chosen(),
         nets: args.nets,
         vsock: args.vsock.unwrap_or_default(),
+        hugepages: args.hugepages,
+        on_demand: args.on_demand,
+        disk_directory: args.disks,
     };
     if args.foreground {
         return foreground::run(&registry, origin, changes).await;
@@ -67,7 +80,8 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
-fn source(from: &[String], store: &StoreArgs) -> anyhow::Result<Source> {
+/// The saved machine that is meant.
+pub(crate) fn source(from: &[String], store: &StoreArgs) -> anyhow::Result<Source> {
     match from {
         [name] if name.contains('/') => {
             bail!(

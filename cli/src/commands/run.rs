@@ -4,9 +4,11 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use api_server::Defaults;
-use control::{DiskConfig, MachineConfig, NetConfig, Origin, Registry, VsockConfig};
+use control::{BalloonConfig, DiskConfig, MachineConfig, NetConfig, Origin, Registry, VsockConfig};
 
 use crate::{
+    balloon,
+    cpu::Cpu,
     foreground,
     machine::{self, Changes},
     machine_file::MachineFile,
@@ -38,9 +40,13 @@ pub(crate) struct Args {
     /// The memory in MiB [default: 256].
     #[arg(long)]
     memory: Option<u64>,
-    /// What the CPUs are: a machine of a level can be restored on any host of that level [default: host].
-    #[arg(long, value_enum)]
-    cpu: Option<machine::Cpu>,
+    /// Has the memory made of huge pages that the host has reserved (vm.nr_hugepages); otherwise transparent ones are asked for.
+    #[arg(long)]
+    hugepages: bool,
+    /// What the CPUs are: `host`, `x86-64-v2` or `x86-64-v3`, or a template, a file that changes one of these
+    /// (docs/cpu-template.schema.json). A machine of a level can be restored on any host of that level [default: host].
+    #[arg(long, value_name = "LEVEL or FILE")]
+    cpu: Option<Cpu>,
     /// A disk. Options behind the path: `ro` if the guest may only read it, `format=branch` if it branches (raw otherwise,
     /// whatever is in it), `serial=TEXT` for the serial number that the guest sees.
     #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
@@ -53,11 +59,15 @@ pub(crate) struct Args {
     /// Streams between guest and host: `cid=NUMBER,path=SOCKET`.
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = vsock::vsock)]
     vsock: Option<VsockConfig>,
+    /// A balloon, by which the guest gives memory back: any of `target_mib=NUMBER`, `deflate_on_oom`, `free_page_reporting` and
+    /// `statistics_interval_s=NUMBER`.
+    #[arg(long, value_name = "OPTION,...", value_parser = balloon::balloon)]
+    balloon: Option<BalloonConfig>,
 }
 
 impl Args {
     /// The machine that the flags and the file describe together.
-    fn machine(self) -> anyhow::Result<MachineConfig> {
+    fn machine(self) -> anyhow::Result<(MachineConfig, Changes)> {
         let mut file = match &self.config {
             Some(path) => MachineFile::read(path)?,
             None => MachineFile::default(),
@@ -66,10 +76,15 @@ impl Args {
         let kernel = self.kernel.or(file.kernel.take());
         let nets = file.nets()?;
         let vsock = self.vsock.or(file.vsock.take().map(VsockConfig::from));
-        Ok(MachineConfig {
+        let balloon = self.balloon.or(file.balloon.map(BalloonConfig::from));
+        let changes = Changes {
+            hugepages: self.hugepages || file.hugepages,
+            ..Changes::default()
+        };
+        let machine = MachineConfig {
             vcpus: self.vcpus.or(file.vcpus).unwrap_or(defaults.vcpus),
             memory_mib: (self.memory.or(file.memory_mib)).unwrap_or(defaults.memory_mib),
-            cpu: self.cpu.or(file.cpu).unwrap_or_default().model(),
+            cpu: self.cpu.or(file.cpu.take()).unwrap_or_default().model()?,
             kernel: kernel.context("there is no kernel: name one in the file or as an argument")?,
             initrd: self.initrd.or(file.initrd.take()),
             cmdline: (self.cmdline.or(file.cmdline.take())).unwrap_or_else(|| CMDLINE.to_owned()),
@@ -84,13 +99,15 @@ impl Args {
                 self.nets
             },
             vsock,
-        })
+            balloon,
+        };
+        Ok((machine, changes))
     }
 }
 
 pub(crate) async fn run(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
-    let origin = Origin::Boot(args.machine()?);
-    foreground::run(&Registry::open(run_dir)?, origin, Changes::default()).await
+    let (machine, changes) = args.machine()?;
+    foreground::run(&Registry::open(run_dir)?, Origin::Boot(machine), changes).await
 }
 
 #[cfg(test)]
@@ -108,9 +125,8 @@ mod tests {
     }
 
     fn machine(words: &[&str]) -> anyhow::Result<MachineConfig> {
-        Line::try_parse_from([&["run"], words].concat())?
-            .args
-            .machine()
+        let args = Line::try_parse_from([&["run"], words].concat())?.args;
+        Ok(args.machine()?.0)
     }
 
     #[test]
@@ -119,7 +135,7 @@ mod tests {
         let path = directory.path().join("m.toml");
         let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n\
                     [[nets]]\ntap = \"t\"\n[[nets]]\nsocket = \"s\"\n\
-                    [vsock]\ncid = 3\npath = \"/v\"\n";
+                    [vsock]\ncid = 3\npath = \"/v\"\n[balloon]\ntarget_mib = 9\n";
         std::fs::write(&path, text).unwrap();
         let config = path.to_str().unwrap();
         let by_file = machine(&["--config", config]).unwrap();
@@ -132,6 +148,8 @@ mod tests {
             &socket,
             "--vsock",
             "cid=3,path=/v",
+            "--balloon",
+            "target_mib=9",
         ];
         let by_flags = machine(&[&flags[..], &nets].concat()).unwrap();
         assert_eq!(by_file, by_flags);
@@ -139,6 +157,20 @@ mod tests {
         assert_eq!((both.kernel, both.vcpus), ("/other".into(), 3));
         assert_eq!((both.memory_mib, both.disks.len()), (512, 1));
         assert_eq!(both.nets, by_file.nets);
+    }
+
+    #[test]
+    fn huge_pages_are_had_by_flag_and_by_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.toml");
+        std::fs::write(&path, "kernel = \"/k\"\nhugepages = true\n").unwrap();
+        let config = path.to_str().unwrap();
+        let huge = |words: &[&str]| {
+            let line = Line::try_parse_from([&["run"], words].concat()).unwrap();
+            line.args.machine().unwrap().1.hugepages
+        };
+        assert!(huge(&["--config", config]) && huge(&["/k", "--hugepages"]));
+        assert!(!huge(&["/k"]));
     }
 
     #[test]

@@ -4,8 +4,8 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::bail;
 use control::{
-    AfterSnapshot, Client, ClientError, Destination, Record, Registry, SNAPSHOT_BYTES_DONE,
-    SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest,
+    AfterSnapshot, Client, ClientError, Destination, MemoryCopy, Record, Registry,
+    SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest,
 };
 
 use crate::{machine, output, progress::Progress, store::StoreArgs};
@@ -29,9 +29,29 @@ pub(crate) struct Args {
     halt: bool,
     #[command(flatten)]
     clock: machine::Clock,
+    /// How memory is saved. Without it: by copy-on-write, where the machine goes on and its memory permits it.
+    #[arg(long, value_name = "WAY")]
+    copy: Option<Way>,
     /// Prints what was saved and how long it took as JSON.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Way {
+    /// The guest stands still until all of it is written.
+    StopAndCopy,
+    /// The guest goes on at once; what it writes to is copied before it does.
+    CopyOnWrite,
+}
+
+impl Way {
+    fn chosen(self) -> MemoryCopy {
+        match self {
+            Self::StopAndCopy => MemoryCopy::StopAndCopy,
+            Self::CopyOnWrite => MemoryCopy::CopyOnWrite,
+        }
+    }
 }
 
 pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
@@ -43,6 +63,7 @@ pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<Exi
         } else {
             AfterSnapshot::Resume(args.clock.chosen())
         },
+        copy: args.copy.map(Way::chosen),
     };
     let report = save(&record, request).await?;
     if args.json {

@@ -2,6 +2,7 @@
 
 mod cpu;
 mod devices;
+mod guest;
 mod host;
 mod resources;
 mod setup;
@@ -10,12 +11,22 @@ use std::{path::Path, process::ExitCode};
 
 use serde::Serialize;
 
-use crate::output;
+use crate::{cpu::Cpu, output, store::StoreArgs};
 use host::Host;
 
 #[derive(clap::Args)]
-#[command(after_help = "Exit codes: 0 machines can run here, 1 they cannot.")]
+#[command(
+    after_help = "Exit codes: 0 machines can run here, and what was asked about; 1 they cannot."
+)]
 pub(crate) struct Args {
+    /// Says whether machines of such CPUs can run here too: a level or a template, as `fermata run` takes it.
+    #[arg(long, value_name = "LEVEL or FILE")]
+    cpu: Option<Cpu>,
+    /// Says whether this host's CPU has what a snapshot needs: its state file, or its name in the store.
+    #[arg(long, value_name = "NAME or STATE")]
+    snapshot: Option<String>,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Prints JSON.
     #[arg(long)]
     json: bool,
@@ -74,7 +85,7 @@ impl Finding {
 
 pub(crate) fn doctor(args: &Args, run_dir: &Path) -> anyhow::Result<ExitCode> {
     let host = Host::real();
-    let findings = [
+    let mut findings = vec![
         devices::kvm(),
         cpu::virtualisation(&host),
         cpu::pvm(&host),
@@ -88,6 +99,12 @@ pub(crate) fn doctor(args: &Args, run_dir: &Path) -> anyhow::Result<ExitCode> {
         setup::run_dir(run_dir),
         setup::program(),
     ];
+    if let Some(cpu) = &args.cpu {
+        findings.push(guest::cpu(cpu)?);
+    }
+    if let Some(name) = &args.snapshot {
+        findings.push(guest::snapshot(name, &args.store)?);
+    }
     if args.json {
         output::print_json(&findings)?;
     } else {

@@ -1,11 +1,8 @@
 //! What the fuzz targets share: two small stores, one of them encrypted, in which one file is replaced by the fuzzer's
 //! bytes, and everything that reads it.
 //!
-//! `dedup/fuzz/run SECONDS` builds and runs all targets; `cargo +nightly fuzz run <target>` works too. There is no
-//! corpus in the repository: each target writes its own beginning of one. Digests are not checked in a fuzzer's build, so that it
-//! comes to what is behind them; seals are.
+//! Digests are not checked in a fuzzer's build, so that it comes to what is behind them; seals are.
 
-use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 
 use dedup::backend::{Area, Files, Memory};
@@ -72,16 +69,9 @@ fn original(files: &Files, area: Area) -> ((Area, String), Arc<Vec<u8>>) {
 const ENCRYPTED_STORE: u8 = 1 << 1;
 const WITHOUT_KEY: u8 = 1 << 2;
 
-/// Writes inputs to begin with into the directory that `DEDUP_FUZZ_SEEDS` names, if it does: the library's own files, in
-/// each way to give them.
+/// Writes inputs to begin with: the library's own files, in each way to give them.
 pub fn write_seeds(area: Area) {
-    let Some(dir) = std::env::var_os("DEDUP_FUZZ_SEEDS").map(PathBuf::from) else {
-        return;
-    };
-    for (number, seed) in seeds(area).into_iter().enumerate() {
-        std::fs::write(dir.join(format!("seed{number}")), seed)
-            .expect("the directory can be written");
-    }
+    fuzz_harness::write_seeds(seeds(area));
 }
 
 fn seeds(area: Area) -> Vec<Vec<u8>> {

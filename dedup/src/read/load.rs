@@ -189,7 +189,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// One thread's share of a load.
-struct Loader<'r> {
+pub(super) struct Loader<'r> {
     image: &'r ImageReader,
     frame: FrameReader,
     plain: Vec<u8>,
@@ -197,7 +197,7 @@ struct Loader<'r> {
 }
 
 impl<'r> Loader<'r> {
-    fn new(image: &'r ImageReader) -> Result<Self> {
+    pub(super) fn new(image: &'r ImageReader) -> Result<Self> {
         let config = &image.shared.config;
         Ok(Loader {
             image,
@@ -236,7 +236,18 @@ impl<'r> Loader<'r> {
         Ok(())
     }
 
-    fn decode(&mut self, number: u32, frame: u32) -> Result<usize> {
+    /// What it reads.
+    pub(super) fn image(&self) -> &'r ImageReader {
+        self.image
+    }
+
+    /// What was decoded last.
+    pub(super) fn plain(&self) -> &[u8] {
+        &self.plain
+    }
+
+    /// Decodes a frame; gives the number of bytes.
+    pub(super) fn decode(&mut self, number: u32, frame: u32) -> Result<usize> {
         let shared = &self.image.shared;
         let pack = match &self.pack {
             Some((current, pack)) if *current == number => pack.clone(),

@@ -2,6 +2,7 @@
 
 mod frames;
 mod load;
+mod parts;
 
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use quick_cache::sync::Cache;
 
 pub(crate) use frames::Frames;
 pub use load::Zeros;
+pub use parts::{Around, Decoded, PartReader};
 
 use crate::error::{Error, Result};
 use crate::name::FileId;

@@ -100,6 +100,11 @@ impl<'w> ImageWriter<'w> {
         })
     }
 
+    /// Bytes of the image of this name in the parent; `None` when there is none. What is in there can be kept.
+    pub fn parent_size(&self) -> Option<u64> {
+        self.parent.as_ref().map(|parent| parent.reader().size())
+    }
+
     fn block_bytes(&self) -> usize {
         BLOCK_CHUNKS * self.chunk_size
     }
@@ -156,7 +161,7 @@ impl<'w> ImageWriter<'w> {
     /// [`Error::Parameter`] when the parent has no such image or ends before, or when the bytes do not begin and end
     /// at a chunk's boundary (the image's end is one); [`Error::Damaged`] when the parent's chunks are not there.
     pub fn keep(&mut self, len: u64) -> Result<()> {
-        let parent_size = self.parent.as_ref().map(|parent| parent.reader().size());
+        let parent_size = self.parent_size();
         let refused = |why: &str| Err(Error::Parameter(format!("cannot keep {len} bytes: {why}")));
         let (Some(parent_size), Some(end)) = (parent_size, self.image.size.checked_add(len)) else {
             return refused("there is no such image in a parent");

@@ -73,6 +73,18 @@ impl Writer {
         })
     }
 
+    /// The parent's id, if there is one.
+    pub fn parent_id(&self) -> Option<SnapshotId> {
+        self.parent.as_ref().map(|parent| parent.id)
+    }
+
+    /// Bytes of the image of this name in the parent, if there is one: it can be kept from there.
+    pub fn parent_size(&self, image: &str) -> Option<u64> {
+        let images = &self.parent.as_ref()?.facts.images;
+        let image = images.iter().find(|facts| facts.name == image);
+        image.map(|facts| facts.size)
+    }
+
     /// Begins an image.
     ///
     /// # Errors

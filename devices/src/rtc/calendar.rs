@@ -38,9 +38,7 @@ impl Field {
 
     /// Its value at `seconds` since the epoch, in the format of register B's value `b`.
     pub(super) fn read(self, seconds: i64, b: u8) -> u8 {
-        let Ok(time) = OffsetDateTime::from_unix_timestamp(seconds) else {
-            return 0;
-        };
+        let time = date_at(seconds);
         let year = time.year().rem_euclid(10_000);
         let plain = match self {
             Self::Second => time.second(),
@@ -58,7 +56,7 @@ impl Field {
     /// `seconds` since the epoch, changed so that this field has `value`. `None` when that is not a
     /// date: the guest sets a date field by field, and passes through some that do not exist.
     pub(super) fn write(self, seconds: i64, value: u8, b: u8) -> Option<i64> {
-        let old = OffsetDateTime::from_unix_timestamp(seconds).ok()?;
+        let old = date_at(seconds);
         let (mut year, mut month, mut day) = old.to_calendar_date();
         let (mut hour, mut minute, mut second) = old.to_hms();
         let plain = decode(value, b);
@@ -86,6 +84,11 @@ impl Field {
         let time = Time::from_hms(hour, minute, second).ok()?;
         Some(date.with_time(time).assume_utc().unix_timestamp())
     }
+}
+
+/// What is no date, as only a state that somebody forged has it, counts as the epoch: so the guest can set the clock.
+fn date_at(seconds: i64) -> OffsetDateTime {
+    OffsetDateTime::from_unix_timestamp(seconds).unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }
 
 fn encode(value: u8, b: u8) -> u8 {

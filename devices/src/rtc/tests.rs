@@ -168,6 +168,18 @@ fn an_impossible_state_is_refused() {
 }
 
 #[test]
+fn a_clock_that_was_forged_to_no_date_can_be_set() {
+    let mut saved: SavedRtc = clock().save(0).unwrap().decode().unwrap();
+    saved.offset_seconds = i64::MIN;
+    let mut rtc = clock();
+    rtc.restore(&Section::encode(0, &saved).unwrap()).unwrap();
+    assert_eq!(time(&mut rtc), [0x19, 0x70, 1, 1, 5, 0, 0, 0]);
+    set(&mut rtc, CENTURY, 0x20);
+    set(&mut rtc, YEAR, 0x24);
+    assert_eq!(time(&mut rtc)[..4], [0x20, 0x24, 1, 1]);
+}
+
+#[test]
 fn memory_and_alarm_are_kept_and_the_rest_is_constant() {
     let mut rtc = clock();
     set(&mut rtc, SECOND_ALARM, 0x33);

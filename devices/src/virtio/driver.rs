@@ -23,7 +23,7 @@ pub(crate) const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 pub(crate) const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
-const QUEUE_BYTES: u64 = 0x3000;
+pub(crate) const QUEUE_BYTES: u64 = 0x3000;
 
 /// Where the buffers of the first queue begin and when it begins with them again, and the same for those
 /// of each further queue.

@@ -1,10 +1,13 @@
 //! Virtio devices: what they have in common above and below their queues.
 //!
 //! A device is split in two, because two sides use it at once. The vCPUs touch registers
-//! ([`MmioTransport`]), the event loop serves queues (the worker); neither waits for the other except
-//! where the specification orders them, on reset and on activation. A slow disk therefore never holds
-//! up a vCPU that acknowledges an interrupt.
+//! ([`MmioTransport`]), the event loop serves queues (the worker). A vCPU waits for the end of a round only
+//! where it changes what the worker works with: it resets or starts the device, sets up a queue or asks whether one is
+//! ready, or writes to the configuration space. What a driver does for each request it does without a lock, or with
+//! one that is held for no longer than a copy takes: a slow disk never holds up a vCPU that notifies, acknowledges an interrupt or
+//! reads the configuration space.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
 #[cfg(test)]
@@ -47,11 +50,14 @@ pub trait VirtioDevice: Send {
     /// The most entries that each queue may have.
     fn queue_sizes(&self) -> &'static [u16];
 
-    /// The configuration space, which the driver cannot write.
+    /// The configuration space.
     fn config(&self) -> Vec<u8>;
 
-    /// Whether the configuration space has changed since this was last asked. It is asked after each round
-    /// over a queue, and if so the driver is told.
+    /// The driver writes `data` at `offset` of the configuration space. Most are only read.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
+    /// Whether the configuration space has changed, but for what the driver writes, since this was last asked. It is asked
+    /// after each round over a queue, and if so the driver is told.
     fn take_config_change(&mut self) -> bool {
         false
     }
@@ -73,6 +79,10 @@ pub trait VirtioDevice: Send {
 
     /// Forgets what the driver has told, as if fresh.
     fn reset(&mut self);
+
+    /// Queue `index` has ended, or begins anew at the start of its rings: the buffers of it that the device still had are the
+    /// driver's.
+    fn forget_queue(&mut self, _index: usize) {}
 
     /// Serves what is available in queue `index`, within bounds.
     ///

@@ -16,8 +16,35 @@ const ROUND_TIME: Duration = Duration::from_millis(10);
 pub(crate) enum Outcome {
     /// It is done with, and so many bytes were written to it.
     Used(u32),
+    /// It is the device's until the round ends.
+    Kept,
     /// It stays available, and so do those after it. The device looks at the queue again by itself.
     Later,
+}
+
+/// What serves the chains of a round.
+pub(crate) trait Handler<'m> {
+    /// Serves one.
+    fn handle(&mut self, chain: DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError>;
+
+    /// The round ends: finishes those that were [`Outcome::Kept`], and returns the head of each and the bytes written.
+    fn finish(&mut self) -> Vec<(u16, u32)>;
+}
+
+/// A handler that keeps nothing.
+struct AtOnce<F>(F);
+
+impl<'m, F> Handler<'m> for AtOnce<F>
+where
+    F: FnMut(DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError>,
+{
+    fn handle(&mut self, chain: DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError> {
+        (self.0)(chain)
+    }
+
+    fn finish(&mut self) -> Vec<(u16, u32)> {
+        Vec::new()
+    }
 }
 
 /// Hands the available chains of `queue` to `handle`, which returns the bytes it has written.
@@ -36,31 +63,27 @@ pub(crate) fn serve<'m>(
 pub(crate) fn serve_until_later<'m>(
     queue: &mut Queue,
     memory: &'m GuestMemory,
-    mut handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError>,
+    handle: impl FnMut(DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError>,
 ) -> Result<Progress, DriverError> {
-    let start = Instant::now();
+    serve_round(queue, memory, &mut AtOnce(handle))
+}
+
+/// As [`serve_until_later`], with chains that are given back at the end of the round, also when it ends with an error: the driver
+/// has asked for them before it broke a rule.
+pub(crate) fn serve_round<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    handler: &mut impl Handler<'m>,
+) -> Result<Progress, DriverError> {
     let mut used = 0;
-    let mut more = true;
-    queue.disable_notification(memory)?;
-    for _ in 0..ROUND_CHAINS {
-        let chain = queue.iter(memory)?.next();
-        if let Some(chain) = chain {
-            let head = chain.head_index();
-            let Outcome::Used(written) = handle(chain)? else {
-                queue.go_to_previous_position();
-                more = false;
-                break;
-            };
-            queue.add_used(memory, head, written)?;
-            used += 1;
-            if start.elapsed() > ROUND_TIME {
-                break;
-            }
-        } else if !queue.enable_notification(memory)? {
-            more = false;
-            break;
-        }
+    let served = serve_chains(queue, memory, handler, &mut used);
+    let mut given_back = Ok(());
+    for (head, written) in handler.finish() {
+        given_back = given_back.and(queue.add_used(memory, head, written));
+        used += 1;
     }
+    let more = served?;
+    given_back?;
     // Asked in every round, so that what the queue counts for it never spans two rounds: that count
     // is not saved.
     let interrupt = used > 0 && queue.needs_notification(memory)?;
@@ -69,6 +92,41 @@ pub(crate) fn serve_until_later<'m>(
         more,
         also: None,
     })
+}
+
+/// Hands available chains to `handler` within the bounds of a round, and counts those that it is done with. Returns whether
+/// there may be more.
+fn serve_chains<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    handler: &mut impl Handler<'m>,
+    used: &mut usize,
+) -> Result<bool, DriverError> {
+    let start = Instant::now();
+    queue.disable_notification(memory)?;
+    for _ in 0..ROUND_CHAINS {
+        let chain = queue.iter(memory)?.next();
+        if let Some(chain) = chain {
+            let head = chain.head_index();
+            match handler.handle(chain)? {
+                Outcome::Used(written) => {
+                    queue.add_used(memory, head, written)?;
+                    *used += 1;
+                }
+                Outcome::Kept => {}
+                Outcome::Later => {
+                    queue.go_to_previous_position();
+                    return Ok(false);
+                }
+            }
+            if start.elapsed() > ROUND_TIME {
+                return Ok(true);
+            }
+        } else if !queue.enable_notification(memory)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What the two sides of a virtio device share without a lock.
+//! What the two sides of a virtio device share, without a lock that is held while a queue is served.
 
 use std::{
     io,
@@ -19,16 +19,23 @@ pub(crate) struct Shared {
     line: Arc<dyn InterruptLine>,
     interrupt_status: AtomicU32,
     needs_reset: AtomicBool,
-    /// The configuration space as the driver reads it.
-    config: Mutex<Vec<u8>>,
-    /// How often it has changed.
-    config_generation: AtomicU32,
+    config: Mutex<Config>,
     /// One per queue; a guest's notification makes it readable.
     notify: Vec<EventFd>,
     pub(crate) interrupts: Counter,
     pub(crate) interrupt_failures: Counter,
     pub(crate) rules_broken: Counter,
     pub(crate) rounds: Counter,
+}
+
+/// The configuration space as the driver reads it.
+#[derive(Debug)]
+struct Config {
+    bytes: Vec<u8>,
+    /// How often it has changed.
+    generation: u32,
+    /// The generation when the driver first looked since it has reset the device.
+    seen: Option<u32>,
 }
 
 impl Shared {
@@ -44,8 +51,11 @@ impl Shared {
             line,
             interrupt_status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
-            config: Mutex::new(config),
-            config_generation: AtomicU32::new(0),
+            config: Mutex::new(Config {
+                bytes: config,
+                generation: 0,
+                seen: None,
+            }),
             notify,
             interrupts: Counter::default(),
             interrupt_failures: Counter::default(),
@@ -112,8 +122,10 @@ impl Shared {
 
     /// Copies the configuration space from `offset` to `data`, as far as there is any.
     pub(crate) fn read_config(&self, offset: usize, data: &mut [u8]) {
-        let config = lock(&self.config);
-        let tail = config.get(offset..).unwrap_or_default();
+        let mut config = lock(&self.config);
+        let generation = config.generation;
+        config.seen.get_or_insert(generation);
+        let tail = config.bytes.get(offset..).unwrap_or_default();
         let len = tail.len().min(data.len());
         data[..len].copy_from_slice(&tail[..len]);
     }
@@ -121,14 +133,53 @@ impl Shared {
     /// A driver that finds the same number before and after it read several fields has read them of one
     /// instant (virtio 1.3, 2.5.1).
     pub(crate) fn config_generation(&self) -> u32 {
-        self.config_generation.load(Ordering::Acquire)
+        lock(&self.config).generation
     }
 
-    /// Changes the configuration space under a driver that runs, and tells it.
-    pub(crate) fn change_config(&self, config: Vec<u8>) {
-        *lock(&self.config) = config;
-        self.config_generation.fetch_add(1, Ordering::AcqRel);
-        self.interrupt(VIRTIO_MMIO_INT_CONFIG);
+    /// The configuration space as the driver reads it.
+    pub(crate) fn config(&self) -> Vec<u8> {
+        lock(&self.config).bytes.clone()
+    }
+
+    /// Changes the configuration space.
+    pub(crate) fn set_config(&self, bytes: Vec<u8>) {
+        let mut config = lock(&self.config);
+        config.bytes = bytes;
+        // Under the same lock: who reads something new finds another generation afterwards.
+        config.generation = config.generation.wrapping_add(1);
+    }
+
+    /// Changes the configuration space, and tells a driver that is `running`; before `DRIVER_OK` it must not be
+    /// interrupted.
+    pub(crate) fn change_config(&self, config: Vec<u8>, running: bool) {
+        self.set_config(config);
+        if running {
+            self.interrupt(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
+    /// The driver has set `DRIVER_OK`. It is told of what has changed since it looked, of which it could not be told before.
+    pub(crate) fn driver_starts(&self) {
+        let config = lock(&self.config);
+        let changed = config.seen.is_some_and(|seen| seen != config.generation);
+        drop(config);
+        if changed {
+            self.interrupt(VIRTIO_MMIO_INT_CONFIG);
+        }
+    }
+
+    /// The driver has reset the device: it has seen nothing of a configuration space that is `config` now.
+    pub(crate) fn reset_config(&self, config: Vec<u8>) {
+        self.set_config(config);
+        lock(&self.config).seen = None;
+    }
+
+    /// The configuration space is `config` in a device that was saved and is restored. What its driver had looked at until
+    /// then is not known, so that it is taken to have seen another.
+    pub(crate) fn restore_config(&self, config: Vec<u8>) {
+        let seen = self.config_generation();
+        self.set_config(config);
+        lock(&self.config).seen = Some(seen);
     }
 
     /// Tells the driver that it has broken a rule; `running` once it has set `DRIVER_OK`, before which
@@ -138,5 +189,38 @@ impl Shared {
         if !self.needs_reset.swap(true, Ordering::AcqRel) && running {
             self.interrupt(VIRTIO_MMIO_INT_CONFIG);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::Line;
+
+    /// More than it takes to meet a change between the bytes and their generation, if there were such an instant.
+    const CHANGES: u64 = 200_000;
+
+    #[test]
+    fn fields_that_are_read_under_one_generation_are_of_one_instant() {
+        let shared = Shared::new(Arc::new(Line::default()), 0, vec![0; 16]).unwrap();
+        let field = |offset| {
+            let mut field = [0; 8];
+            shared.read_config(offset, &mut field);
+            u64::from_le_bytes(field)
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for change in 1..=CHANGES {
+                    shared.set_config([change.to_le_bytes(); 2].concat());
+                }
+            });
+            while field(0) < CHANGES {
+                let before = shared.config_generation();
+                let fields = (field(0), field(8));
+                if shared.config_generation() == before {
+                    assert_eq!(fields.0, fields.1);
+                }
+            }
+        });
     }
 }

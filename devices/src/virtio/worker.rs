@@ -32,12 +32,16 @@ impl Worker {
             return false;
         };
         if !*active || !queue.ready() || shared.needs_reset() {
+            // Nobody is told, but a driver that starts later reads what is true then.
+            if !*active && device.take_config_change() {
+                shared.set_config(device.config());
+            }
             return false;
         }
         shared.rounds.add(1);
         let round = device.process_queue(index, queue, memory);
         if device.take_config_change() {
-            shared.change_config(device.config());
+            shared.change_config(device.config(), true);
         }
         match round {
             Ok(progress) => {

@@ -1,5 +1,7 @@
 //! A machine's state and memory, as small as they can be.
 
+#![allow(dead_code, reason = "not every test uses all of it")]
+
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use saved_state::{Container, CpuIdentity, Header, SnapshotId};
 use vm_memory::{Bytes, GuestAddress};

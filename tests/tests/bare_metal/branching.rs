@@ -79,6 +79,69 @@ fn machines_go_on_from_one_snapshot_beside_each_other_and_the_one_it_is_of() {
 }
 
 #[test]
+fn a_disk_is_saved_into_a_store_with_its_machine_and_made_elsewhere() {
+    let Some((server, cli)) = bench() else { return };
+    let base: Vec<u8> = (0..1 << 20).map(|at: u32| (at / 4097) as u8).collect();
+    // A base may not change under a disk.
+    std::fs::write(server.tree().join("base2"), &base).unwrap();
+    cli.run(&["disk", "create", "d2", "--base", "base2"])
+        .unwrap();
+    let machine = server
+        .client
+        .boot(&server.path("kernel"), &disk(&server, "d2"))
+        .unwrap();
+    counts(&server, machine);
+    let pid = machine.pid.to_string();
+    cli.run(&["store", "init"]).unwrap();
+    cli.run(&["snapshot", &pid, "monday"]).unwrap();
+    let tuesday = cli
+        .json(&["snapshot", &pid, "tuesday", "--halt", "--json"])
+        .unwrap();
+    // The disk's content was there, and is not read again.
+    let new = tuesday["stored"]["new_bytes"].as_u64().unwrap();
+    assert!(new < base.len() as u64, "{new}");
+    for name in ["monday", "tuesday"] {
+        let cat = cli.command(&["store", "cat", name, "disk0"]).output();
+        assert!(cat.unwrap().stdout == base, "{name}");
+    }
+
+    for name in server.names().unwrap() {
+        if name.starts_with("d2") || name == "base2" {
+            std::fs::remove_file(server.tree().join(name)).unwrap();
+        }
+    }
+    let refused = cli.refused(&["restore", "tuesday"]).unwrap();
+    assert!(refused.contains("--disks"), "{refused}");
+    std::fs::create_dir(server.tree().join("elsewhere")).unwrap();
+    // Two from one snapshot: the second finds the layer that the first has made.
+    for _ in 0..2 {
+        let restored = cli
+            .json(&["restore", "tuesday", "--disks", "elsewhere", "--json"])
+            .unwrap();
+        let number = |key: &str| restored[key].as_u64().unwrap();
+        let machine = Machine {
+            pid: number("pid") as u32,
+            port: number("port") as u16,
+        };
+        counts(&server, machine);
+    }
+    let made = std::fs::read_dir(server.tree().join("elsewhere")).unwrap();
+    let made: Vec<String> = made
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let [layer] = made
+        .iter()
+        .filter(|name| name.ends_with(".layer"))
+        .collect::<Vec<_>>()
+        .try_into()
+        .unwrap();
+    assert_eq!(made.len(), 3, "{made:?}");
+    let layer = format!("elsewhere/{layer}");
+    cli.run(&["disk", "export", &layer, "again.raw"]).unwrap();
+    assert!(std::fs::read(server.tree().join("again.raw")).unwrap() == base);
+}
+
+#[test]
 fn a_saved_layer_that_is_another_or_gone_is_refused() {
     let Some((server, _)) = bench() else { return };
     let client = &server.client;

@@ -182,6 +182,65 @@ fn a_machine_is_run_saved_restored_and_stopped() {
 }
 
 #[test]
+fn a_machine_of_a_template_is_run_and_one_that_cannot_be_is_refused_by_name() {
+    let Some(desk) = Desk::new(&bare_metal::counter()) else {
+        return;
+    };
+    let template = |name: &str, text: &str| std::fs::write(desk.path().join(name), text).unwrap();
+    let change = |what: &str| format!("[[cpuid]]\nleaf = 1\nregister = \"ecx\"\n{what}\n");
+    template("less.toml", &change("clear = \"0x2000\""));
+    template(
+        "machine.toml",
+        "kernel = \"kernel\"\nvcpus = 1\nmemory_mib = 64\ncpu = \"less.toml\"\n",
+    );
+    let needs = |machine: &[&str]| {
+        let mut machine = Foreground::start(&desk, machine);
+        machine.count();
+        let pid = desk.json(&["ps", "--json"])[0]["pid"].to_string();
+        desk.run(&["snapshot", &pid, "state", "memory", "--halt"]);
+        machine.ended();
+        let inspected = desk.json(&["inspect", "state", "--json"]);
+        // This host has what it gave.
+        let found = desk
+            .command(&["doctor", "--snapshot", "./state", "--json"])
+            .output()
+            .unwrap();
+        let found: Value = serde_json::from_slice(&found.stdout).unwrap();
+        let last = found.as_array().unwrap().last().unwrap();
+        assert_eq!(
+            (&last["what"], &last["verdict"]),
+            (&"CPU of the snapshot".into(), &"ok".into())
+        );
+        let level = inspected["needs_cpu"].as_str().unwrap().to_owned();
+        (level, inspected["needs_features"].to_string())
+    };
+    let whole = needs(&["run", "kernel", "--vcpus", "1", "--memory", "64"]);
+    let less = needs(&["run", "--config", "machine.toml"]);
+    // What every level has is hidden: no level is left, and the rest is named.
+    assert_eq!(less.0, "host");
+    assert!(!less.1.contains("\"cx16\""), "{less:?}");
+    assert_ne!(less, whole);
+
+    template(
+        "more.toml",
+        "[[cpuid]]\nleaf = 7\nsubleaf = 2\nregister = \"edx\"\nset = 0x80000000\n",
+    );
+    template("wrong.toml", &change("clears = 1"));
+    for (name, said) in [
+        ("more.toml", "CPUID 0x7.2 EDX bit 31"),
+        ("wrong.toml", "wrong.toml:4:1: unknown field `clears`"),
+        ("none.toml", "neither a level of CPUs nor a file"),
+    ] {
+        let shape = ["--cpu", name, "--vcpus", "1", "--memory", "64"];
+        let refused = desk
+            .cli()
+            .refused(&[&["run", "kernel"], &shape[..]].concat())
+            .unwrap();
+        assert!(refused.contains(said), "{refused}");
+    }
+}
+
+#[test]
 fn a_foreground_machine_ends_with_its_command_and_its_command_with_it() {
     let Some(desk) = Desk::new(&bare_metal::spinner()) else {
         return;

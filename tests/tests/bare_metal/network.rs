@@ -22,13 +22,13 @@ use system_tests::{bare_metal, cli::Cli, http::Machine, programs, server::Server
 use crate::server;
 
 /// Something that machines connect to.
-struct Switch {
-    path: PathBuf,
+pub(crate) struct Switch {
+    pub(crate) path: PathBuf,
     socket: OwnedFd,
 }
 
 impl Switch {
-    fn new(path: &Path) -> Self {
+    pub(crate) fn new(path: &Path) -> Self {
         let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::NONBLOCK);
         // No machine may keep it open.
         let flags = flags | SocketFlags::CLOEXEC;
@@ -40,7 +40,7 @@ impl Switch {
     }
 
     /// Whether a machine has connected since this was last asked.
-    fn connected(&self) -> bool {
+    pub(crate) fn connected(&self) -> bool {
         accept(&self.socket).is_ok()
     }
 }
@@ -64,16 +64,20 @@ fn saved_on(server: &Server, switch: &Switch) {
             send_limit: RateLimit::default(),
         }],
         vsock: None,
+        balloon: None,
     };
     let spec = LaunchSpec {
         secret: secret.clone(),
         origin: Origin::Boot(config),
         console: Console::File(registry.new_console().unwrap()),
         registry: server.run_directory(),
+        hugepages: false,
+        on_demand: false,
         paused: false,
         clock: GuestClock::StandStill,
         confinement: None,
         net_changes: Vec::new(),
+        disk_directory: None,
         vsock_change: control::VsockChange::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -95,6 +99,7 @@ fn saved_on(server: &Server, switch: &Switch) {
         let request = SnapshotRequest {
             to: Destination::files(path("state"), path("memory")),
             then: AfterSnapshot::Halt,
+            copy: None,
         };
         client.snapshot(request).await.unwrap();
     });

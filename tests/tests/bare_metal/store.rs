@@ -9,23 +9,23 @@ use tempfile::TempDir;
 use crate::{counting, server, server_with};
 
 /// The command line beside a server, with a store of its own.
-struct Beside {
-    directory: TempDir,
-    cli: Cli,
+pub(crate) struct Beside {
+    pub(crate) directory: TempDir,
+    pub(crate) cli: Cli,
 }
 
 impl Beside {
-    fn new(server: &Server) -> Self {
+    pub(crate) fn new(server: &Server) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let cli = Cli::new(directory.path(), &server.run_directory());
         Self { directory, cli }
     }
 
-    fn run(&self, arguments: &[&str]) -> String {
+    pub(crate) fn run(&self, arguments: &[&str]) -> String {
         self.cli.run(arguments).unwrap()
     }
 
-    fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         self.cli.json(arguments).unwrap()
     }
 

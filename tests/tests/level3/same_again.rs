@@ -32,10 +32,13 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             origin: Origin::Restore(Source::files(path("state"), path("memory"))),
             console: Console::File(registry.new_console().unwrap()),
             registry: server.run_directory(),
+            hugepages: false,
+            on_demand: false,
             paused: true,
             clock: GuestClock::StandStill,
             confinement: None,
             net_changes: Vec::new(),
+            disk_directory: None,
             vsock_change: control::VsockChange::default(),
         };
         let bound = std::time::Duration::from_secs(120);
@@ -46,6 +49,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
         let request = SnapshotRequest {
             to: Destination::files(path("state-again"), path("memory-again")),
             then: AfterSnapshot::Halt,
+            copy: None,
         };
         client.snapshot(request).await.unwrap();
     });

@@ -73,13 +73,17 @@ fn boot(server: &Server, path: &Path) -> (u16, Secret, console::Console) {
                 cid: 7,
                 path: path.to_owned(),
             }),
+            balloon: None,
         }),
         console: Console::File(file.clone()),
         registry: server.run_directory(),
+        hugepages: false,
+        on_demand: false,
         paused: false,
         clock: GuestClock::StandStill,
         confinement: None,
         net_changes: Vec::new(),
+        disk_directory: None,
         vsock_change: VsockChange::default(),
     };
     let bound = Duration::from_secs(120);
@@ -106,6 +110,7 @@ fn streams_of_a_linux_guest_end_at_a_restore_and_new_ones_begin() {
     let request = SnapshotRequest {
         to: Destination::files(path("state"), path("memory")),
         then: AfterSnapshot::Halt,
+        copy: None,
     };
     block_on(async {
         let client = Client::connect(port, &secret).await.unwrap();

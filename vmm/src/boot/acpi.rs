@@ -47,6 +47,10 @@ const EVENT_METHOD: &str = "_EVT";
 const GENERATION_ID: &str = "FRMTVGID";
 const GENERATION_COMPATIBLE_ID: &str = "VM_Gen_Counter";
 const GENERATION_PATH: &str = "\\_SB_.VGEN";
+/// What a driver of the vmclock page looks for, whatever the vendor's own id.
+const VMCLOCK_ID: &str = "FRMTVCLK";
+const VMCLOCK_COMPATIBLE_ID: &str = "VMCLOCK";
+const VMCLOCK_BYTES: u32 = 0x1000;
 /// The notification that the generation has changed.
 const GENERATION_CHANGED: u8 = 0x80;
 
@@ -160,6 +164,7 @@ fn dsdt(devices: &[MmioDevice]) -> Sdt {
         virtio_device(number, device, &mut body);
     }
     generation(&mut body);
+    vmclock(&mut body);
     events(&mut body);
     let s5 = devices::SLEEP_TYPE_S5;
     Name::new(
@@ -197,7 +202,25 @@ fn generation(out: &mut Bytecode) {
     .to_aml_bytes(out);
 }
 
-/// What tells that it has changed. There is one event, so that the method need not look which.
+/// Where the vmclock page is.
+fn vmclock(out: &mut Bytecode) {
+    let page = Memory32Fixed::new(false, layout::VMCLOCK as u32, VMCLOCK_BYTES);
+    Scope::new(
+        Path::new("_SB_"),
+        vec![&Device::new(
+            Path::new("VCLK"),
+            vec![
+                &Name::new(Path::new("_HID"), &VMCLOCK_ID),
+                &Name::new(Path::new("_CID"), &VMCLOCK_COMPATIBLE_ID),
+                &Name::new(Path::new("_DDN"), &VMCLOCK_COMPATIBLE_ID),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&page])),
+            ],
+        )],
+    )
+    .to_aml_bytes(out);
+}
+
+/// What tells that the generation has changed. There is one event, so that the method need not look which.
 fn events(out: &mut Bytecode) {
     let generation = Path::new(GENERATION_PATH);
     let line = Interrupt::new(true, true, false, false, EVENT_GSI);

@@ -18,6 +18,9 @@ pub(crate) const CMDLINE_MAX_BYTES: usize = 2047;
 /// End of the memory that real-mode software would find free.
 pub(crate) const LOW_MEMORY_END: u64 = 0x9_fc00;
 
+/// The vmclock page, in memory that no kernel takes for its own.
+pub(crate) const VMCLOCK: u64 = 0xd_e000;
+
 /// The machine's generation, in memory that no kernel takes for its own.
 pub(crate) const GENERATION: u64 = 0xd_f000;
 

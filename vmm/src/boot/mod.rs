@@ -16,7 +16,7 @@ use hypervisor::BootRegisters;
 use memory::MachineMemory;
 
 pub(crate) use acpi::MmioDevice;
-pub(crate) use layout::GENERATION;
+pub(crate) use layout::{GENERATION, VMCLOCK};
 
 /// Why a kernel could not be put into memory.
 #[derive(Debug, thiserror::Error)]

@@ -4,18 +4,19 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
-use testbed::setup;
+use testbed::{debian, setup};
 
 use super::{images, rustic};
+use crate::build;
 use crate::ground::Ground;
 
-/// The peers that Debian has, and what makes a Debian to boot.
-const PACKAGES: [&str; 5] = ["restic", "borgbackup", "casync", "mmdebstrap", "e2fsprogs"];
+/// The peers that Debian has.
+const PEERS: [&str; 3] = ["restic", "borgbackup", "casync"];
 
 /// Makes sure that images and peers are there, then runs the program `bench-store` on this machine.
 pub(crate) fn store(json: &Path, figures: Option<&Path>) -> Result<ExitCode> {
-    setup::ensure_packages(&PACKAGES)?;
-    let ground = Ground::prepare()?;
+    setup::ensure_packages(&[&PEERS[..], &debian::PACKAGES].concat())?;
+    let ground = Ground::prepare(build::release_programs)?;
     let images = images::ensure(&ground)?;
     let mut bench = Command::new(ground.program("bench-store")?);
     bench.arg("run").arg("--images").arg(images);

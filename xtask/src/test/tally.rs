@@ -48,6 +48,24 @@ impl Tally {
     }
 }
 
+/// The names of the tests that failed, as libtest lists them at its end.
+pub(crate) fn failures(output: &str) -> Vec<String> {
+    let lines = output.lines().rev();
+    let behind = lines
+        .skip_while(|line| !line.starts_with("test result: "))
+        .skip(1);
+    let named = behind
+        .take_while(|line| *line != "failures:")
+        .filter_map(|line| line.strip_prefix("    "));
+    let mut names: Vec<String> = named.map(str::to_owned).collect();
+    names.reverse();
+    // Without a list, that went on to whatever was printed before.
+    if !output.contains("\nfailures:\n") {
+        names.clear();
+    }
+    names
+}
+
 impl Add for Tally {
     type Output = Self;
 
@@ -133,5 +151,15 @@ mod tests {
     fn other_lines_count_nothing() {
         check("test tally::tests::a_test ... ok", 0, 0);
         check("printed by a test: 3 passed", 0, 0);
+    }
+
+    #[test]
+    fn failures_are_those_of_the_list_at_the_end() {
+        let output = "test a ... ok\ntest b::c ... FAILED\n\nfailures:\n\n---- b::c stdout ----\n    \
+                      said\n\n\nfailures:\n    b::c\n    d\n\n\
+                      test result: FAILED. 1 passed; 2 failed; 0 ignored\n\n";
+        assert_eq!(failures(output), ["b::c", "d"]);
+        let fine = "test a ... ok\n    said\n\ntest result: ok. 1 passed; 0 failed; 0 ignored\n";
+        assert_eq!(failures(fine), [""; 0]);
     }
 }

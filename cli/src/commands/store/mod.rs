@@ -94,13 +94,14 @@ enum Command {
         #[arg(value_parser = machine::absolute())]
         memory: PathBuf,
     },
-    /// Writes a snapshot's memory, or its state, to standard output.
+    /// Writes a snapshot's memory, its state or a disk's content to standard output.
     Cat {
         /// The snapshot's name, tag or id.
         snapshot: String,
-        /// What of it.
-        #[arg(value_enum, default_value_t = copy::Part::Memory)]
-        part: copy::Part,
+        /// What of it: `memory` is the guest's, without the hole below 4 GiB; `state` is what a state file has; `disk0` is the
+        /// first of the machine's disks, if it branches, and so on.
+        #[arg(default_value = snapshot::MEMORY_IMAGE)]
+        part: String,
     },
 }
 
@@ -126,6 +127,6 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             state,
             memory,
         } => copy::import(store, name, state, memory, json),
-        Command::Cat { snapshot, part } => copy::cat(&store.open()?, snapshot, *part),
+        Command::Cat { snapshot, part } => copy::cat(&store.open()?, snapshot, part),
     }
 }

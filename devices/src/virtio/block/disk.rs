@@ -3,17 +3,20 @@
 use std::{
     fs::{File, OpenOptions, TryLockError},
     io::{self, Seek, SeekFrom},
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use branch_disk::{Sink, Source, Space};
 
-use super::{SECTOR_BYTES, vectored};
+use super::{SECTOR_BYTES, ring::Piece, vectored};
 use crate::{sync::lock, virtio::buffers::Run};
 
 /// A disk that branches, shared with who takes snapshots of the machine.
@@ -71,6 +74,61 @@ pub enum DiskError {
         /// The identity.
         id: String,
     },
+    /// It would lose what is at its end.
+    #[error("the disk {path} has {now} bytes and cannot be made to have {bytes}; disks only grow")]
+    Smaller {
+        /// The image.
+        path: String,
+        /// The size that it was to have.
+        bytes: u64,
+        /// The size that it has.
+        now: u64,
+    },
+    /// No disk has such a size.
+    #[error("a disk cannot have {bytes} bytes; take a multiple of {SECTOR_BYTES}")]
+    Size {
+        /// The size that it was to have.
+        bytes: u64,
+    },
+    /// It is attached read-only.
+    #[error("the disk {path} is attached read-only and cannot grow; attach it writable")]
+    ReadOnly {
+        /// The image.
+        path: String,
+    },
+    /// It is a block device, which fermata cannot make larger.
+    #[error(
+        "the block device {path} has {there} bytes; make it as large as the disk is to be, then ask again"
+    )]
+    DeviceTooSmall {
+        /// The device.
+        path: String,
+        /// Its size in bytes.
+        there: u64,
+    },
+    /// More is there than it is to have: a snapshot of it would not be restored, for a restored disk has all that is there.
+    #[error(
+        "the disk {path} has {there} bytes there already, more than {bytes}; ask for all of them"
+    )]
+    MoreThere {
+        /// The image or device.
+        path: String,
+        /// What was asked for.
+        bytes: u64,
+        /// Bytes of its whole sectors.
+        there: u64,
+    },
+    /// The host does not let it grow.
+    #[error("the disk {path} cannot grow: {source}")]
+    Grow {
+        /// The image.
+        path: String,
+        /// What the host says.
+        source: io::Error,
+    },
+    /// A disk that branches cannot get another layer.
+    #[error(transparent)]
+    Branch(#[from] branch_disk::Error),
     /// The image has another size than when the machine was saved.
     #[error(
         "the disk image {path} has {found} sectors, but had {saved} when the machine was saved; restore the image that belongs to the snapshot"
@@ -113,8 +171,21 @@ enum Backing {
 pub(super) struct Disk {
     backing: Backing,
     path: String,
-    sectors: u64,
+    /// It only grows, and after what is behind it has.
+    sectors: AtomicU64,
     read_only: bool,
+    peek: Mutex<Peek>,
+}
+
+/// What is done with a read before it is made to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Peek {
+    /// It is tried without waiting.
+    Cache,
+    /// It is made at once, and waits: its file cannot tell, and is in memory as a rule.
+    Wait,
+    /// Nothing: every read is kept.
+    Nothing,
 }
 
 impl Disk {
@@ -182,8 +253,9 @@ impl Disk {
         Ok(Self {
             backing,
             path,
-            sectors,
+            sectors: AtomicU64::new(sectors),
             read_only,
+            peek: Mutex::new(Peek::Cache),
         })
     }
 
@@ -194,7 +266,7 @@ impl Disk {
 
     /// Sectors of 512 bytes.
     pub(super) fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::Acquire)
     }
 
     pub(super) fn read_only(&self) -> bool {
@@ -207,6 +279,43 @@ impl Disk {
             Backing::Raw { file, .. } => vectored::read_exact_at(file, data.slices(), offset),
             Backing::Branch(disk) => lock(disk).read(offset, &mut Guest(data.clone())),
         }
+    }
+
+    /// Reads as much as need not wait, and says what is left; pieces are of files that are open in
+    /// [`Disk::while_open`].
+    pub(super) fn read_without_waiting<'m>(
+        &self,
+        sector: u64,
+        data: &Run<'m>,
+    ) -> io::Result<Vec<Piece<'m>>> {
+        let offset = self.offset(sector, data.len())?;
+        let mut peek = lock(&self.peek);
+        let mut sink = Peeking {
+            rest: data.clone(),
+            peek: &mut peek,
+            left: Vec::new(),
+        };
+        match &self.backing {
+            Backing::Raw { file, .. } => sink.fill(file, offset, data.len())?,
+            Backing::Branch(disk) => lock(disk).read(offset, &mut sink)?,
+        }
+        Ok(sink.left)
+    }
+
+    /// Does something while no file of the disk is closed.
+    pub(super) fn while_open<T>(&self, then: impl FnOnce() -> T) -> T {
+        match &self.backing {
+            Backing::Raw { .. } => then(),
+            Backing::Branch(disk) => {
+                let _disk = lock(disk);
+                then()
+            }
+        }
+    }
+
+    /// Says what is done with reads.
+    pub(super) fn set_peek(&self, peek: Peek) {
+        *lock(&self.peek) = peek;
     }
 
     pub(super) fn write(&self, sector: u64, data: &Run<'_>) -> io::Result<()> {
@@ -250,6 +359,39 @@ impl Disk {
         }
     }
 
+    /// As [`super::DiskSize::grow`].
+    pub(super) fn grow(&self, bytes: u64) -> Result<(), DiskError> {
+        let (path, now) = (self.path.clone(), self.sectors() * SECTOR_BYTES);
+        if bytes < now {
+            return Err(DiskError::Smaller { path, bytes, now });
+        }
+        if !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(DiskError::Size { bytes });
+        }
+        if self.read_only {
+            return Err(DiskError::ReadOnly { path });
+        }
+        if bytes == now {
+            return Ok(());
+        }
+        match &self.backing {
+            Backing::Raw { file, .. } => grow_raw(file, path, bytes)?,
+            Backing::Branch(disk) => {
+                let plan = lock(disk).plan();
+                // It syncs files, and the guest goes on meanwhile.
+                let next = plan.grown_to(bytes)?.prepare()?;
+                let cut = lock(disk).cut(next)?;
+                // The disk has grown already. What is not durable yet will be with the next flush, or is finished when the
+                // disk is opened again.
+                if let Err(error) = cut.finish() {
+                    tracing::warn!(path = self.path, %error, "a layer is not finished");
+                }
+            }
+        }
+        self.sectors.store(bytes / SECTOR_BYTES, Ordering::Release);
+        Ok(())
+    }
+
     fn writable(&self, sector: u64, len: u64) -> io::Result<u64> {
         if self.read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
@@ -260,11 +402,71 @@ impl Disk {
     /// The byte offset of `sector`, if `len` bytes from there on are whole sectors of this disk.
     fn offset(&self, sector: u64, len: u64) -> io::Result<u64> {
         let end = sector.checked_add(len / SECTOR_BYTES);
-        if !len.is_multiple_of(SECTOR_BYTES) || end.is_none_or(|end| end > self.sectors) {
+        if !len.is_multiple_of(SECTOR_BYTES) || end.is_none_or(|end| end > self.sectors()) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         // It is less than the size of the file, which is a u64.
         Ok(sector * SECTOR_BYTES)
+    }
+}
+
+/// Makes a file as long; a block device is that long, or not.
+fn grow_raw(file: &File, path: String, bytes: u64) -> Result<(), DiskError> {
+    let failed = |source| DiskError::Grow {
+        path: path.clone(),
+        source,
+    };
+    let there = (&*file).seek(SeekFrom::End(0)).map_err(failed)?;
+    // As when it is opened: a part of a sector is nothing.
+    let there = there - there % SECTOR_BYTES;
+    if there > bytes {
+        return Err(DiskError::MoreThere { path, bytes, there });
+    }
+    if there == bytes {
+        return Ok(());
+    }
+    if file.metadata().map_err(failed)?.is_file() {
+        return file.set_len(bytes).map_err(failed);
+    }
+    Err(DiskError::DeviceTooSmall { path, there })
+}
+
+/// Guest memory that a disk reads into as far as that need not wait.
+struct Peeking<'m, 'p> {
+    rest: Run<'m>,
+    peek: &'p mut Peek,
+    left: Vec<Piece<'m>>,
+}
+
+impl Sink for Peeking<'_, '_> {
+    fn len(&self) -> u64 {
+        self.rest.len()
+    }
+
+    fn fill(&mut self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        let rest = self.rest.split_off(len);
+        let now = std::mem::replace(&mut self.rest, rest);
+        if *self.peek == Peek::Cache {
+            match vectored::read_without_waiting(file, now.slices(), offset) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => *self.peek = Peek::Wait,
+                Err(_) => {}
+            }
+        }
+        if *self.peek == Peek::Wait {
+            return vectored::read_exact_at(file, now.slices(), offset);
+        }
+        self.left.push(Piece {
+            file: file.as_raw_fd(),
+            offset,
+            data: now,
+        });
+        Ok(())
+    }
+
+    fn zero(&mut self, len: u64) {
+        let rest = self.rest.split_off(len);
+        std::mem::replace(&mut self.rest, rest).zero();
     }
 }
 

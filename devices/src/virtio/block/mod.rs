@@ -3,7 +3,14 @@
 #[cfg(test)]
 mod branching_tests;
 mod disk;
+mod overlap;
+#[cfg(test)]
+mod overlap_tests;
 mod range;
+mod ring;
+mod size;
+#[cfg(test)]
+mod size_tests;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -29,12 +36,14 @@ use virtio_queue::{DescriptorChain, Queue};
 use super::{
     DriverError, Progress, SavedTransport, VirtioDevice,
     buffers::{Buffers, Run},
-    serve::serve,
+    serve::{Handler, Outcome, serve_round},
 };
 use crate::{Counter, Error, Metrics};
-use disk::Disk;
+use disk::{Disk, Peek};
 pub use disk::{DiskError, SharedDisk};
+use overlap::{Kept, Overlap};
 use range::Range;
+pub use size::DiskSize;
 pub use state::SavedBlock;
 
 /// The unit of the request header and of the capacity, whatever the disk's own blocks are.
@@ -70,7 +79,8 @@ const DISCARD_ALIGNMENT: u32 = 8;
 
 /// A disk.
 pub struct Block {
-    disk: Disk,
+    disk: Arc<Disk>,
+    overlap: Overlap,
     id: String,
     /// What the driver has accepted.
     accepted: u64,
@@ -101,28 +111,33 @@ impl Block {
 
     fn new(disk: Disk, id: &str) -> Result<Self, DiskError> {
         Ok(Self {
-            disk,
+            disk: Arc::new(disk),
+            overlap: Overlap::Untried,
             id: id.to_owned(),
             accepted: 0,
             metrics: Arc::default(),
         })
     }
 
-    /// Serves one request and returns how many bytes of it the driver may read.
-    fn serve_request(
+    /// The size of the disk, by which it can grow while the device is in use.
+    pub fn size(&self) -> DiskSize {
+        DiskSize::of(Arc::clone(&self.disk))
+    }
+
+    /// Has every read kept until the end of its round, as if nothing were in the host's page cache. For tests and fuzzers, whose
+    /// files always are.
+    pub fn keep_reads(&self) {
+        self.disk.set_peek(Peek::Nothing);
+    }
+
+    /// Writes how a request has gone; returns the bytes written in all.
+    fn answer(
         &self,
-        chain: DescriptorChain<&GuestMemory>,
-        memory: &GuestMemory,
-    ) -> Result<u32, DriverError> {
-        let Buffers {
-            readable: mut output,
-            writable: mut input,
-        } = Buffers::of(chain, memory, QUEUE_ENTRIES.into())?;
-        let status_byte = input
-            .take_last()
-            .ok_or(DriverError::Incomplete("status byte"))?;
-        let header = Header::take(&mut output).ok_or(DriverError::Incomplete("header"))?;
-        let (status, written) = match self.execute(&header, &output, &input) {
+        header: &Header,
+        outcome: io::Result<Option<u32>>,
+        status_byte: &Run<'_>,
+    ) -> u32 {
+        let (status, written) = match outcome {
             Ok(Some(written)) => (VIRTIO_BLK_S_OK, written),
             Ok(None) => {
                 self.metrics.unsupported.add(1);
@@ -134,7 +149,14 @@ impl Block {
                 (VIRTIO_BLK_S_IOERR, 0)
             }
         };
-        Ok(written + status_byte.fill(&[status as u8]))
+        written + status_byte.fill(&[status as u8])
+    }
+
+    /// Counts a read; returns the bytes of it.
+    fn has_read(&self, data: &Run<'_>) -> u32 {
+        self.metrics.reads.add(1);
+        self.metrics.read_bytes.add(data.len());
+        data.len() as u32
     }
 
     /// Returns the bytes written to `input`; `None` for a request of unknown type.
@@ -151,9 +173,7 @@ impl Block {
         let written = match header.request {
             VIRTIO_BLK_T_IN => {
                 self.disk.read(header.sector, input)?;
-                metrics.reads.add(1);
-                metrics.read_bytes.add(input.len());
-                input.len() as u32
+                self.has_read(input)
             }
             VIRTIO_BLK_T_OUT => {
                 self.disk.write(header.sector, output)?;
@@ -274,7 +294,13 @@ impl VirtioDevice for Block {
         queue: &mut Queue,
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
-        serve(queue, memory, |chain| self.serve_request(chain, memory))
+        let mut round = Round {
+            block: self,
+            memory,
+            kept: Vec::new(),
+            kept_bytes: 0,
+        };
+        serve_round(queue, memory, &mut round)
     }
 
     fn save(
@@ -284,6 +310,8 @@ impl VirtioDevice for Block {
     ) -> Result<Section, saved_state::Error> {
         let Self {
             disk,
+            // Nothing is under way between two rounds.
+            overlap: _,
             id,
             // The transport has it.
             accepted: _,
@@ -330,6 +358,71 @@ impl VirtioDevice for Block {
     }
 }
 
+/// A round over the queue.
+struct Round<'b, 'm> {
+    block: &'b mut Block,
+    memory: &'m GuestMemory,
+    kept: Vec<Kept<'m>>,
+    kept_bytes: u64,
+}
+
+impl<'m> Handler<'m> for Round<'_, 'm> {
+    fn handle(&mut self, chain: DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError> {
+        let head = chain.head_index();
+        let Buffers {
+            readable: mut output,
+            writable: mut input,
+        } = Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())?;
+        let status = input
+            .take_last()
+            .ok_or(DriverError::Incomplete("status byte"))?;
+        let header = Header::take(&mut output).ok_or(DriverError::Incomplete("header"))?;
+        let outcome = if self.may_keep(&header, &input) {
+            match self.block.disk.read_without_waiting(header.sector, &input) {
+                Ok(pieces) if pieces.is_empty() => Ok(Some(self.block.has_read(&input))),
+                Ok(pieces) => {
+                    self.kept_bytes += input.len();
+                    self.kept.push(Kept {
+                        head,
+                        status,
+                        header,
+                        data: input,
+                        pieces,
+                    });
+                    return Ok(Outcome::Kept);
+                }
+                Err(error) => Err(error),
+            }
+        } else {
+            self.block.execute(&header, &output, &input)
+        };
+        Ok(Outcome::Used(self.block.answer(&header, outcome, &status)))
+    }
+
+    fn finish(&mut self) -> Vec<(u16, u32)> {
+        let Self { block, kept, .. } = self;
+        let outcomes = block.overlap.read(&block.disk, kept);
+        if kept.len() > 1 {
+            block.metrics.overlapped_reads.add(kept.len() as u64);
+        }
+        let both = kept.iter().zip(outcomes);
+        both.map(|(kept, outcome)| {
+            let outcome = outcome.map(|()| Some(block.has_read(&kept.data)));
+            let written = block.answer(&kept.header, outcome, &kept.status);
+            (kept.head, written)
+        })
+        .collect()
+    }
+}
+
+impl Round<'_, '_> {
+    /// Whether it is a read that may wait for the end of the round.
+    fn may_keep(&self, header: &Header, input: &Run<'_>) -> bool {
+        header.request == VIRTIO_BLK_T_IN
+            && self.block.overlap.has_room(self.kept_bytes + input.len())
+    }
+}
+
 /// Whether the guest can see all of an identity.
 fn fits(id: &str) -> Result<(), DiskError> {
     if id.len() > ID_BYTES {
@@ -358,6 +451,8 @@ impl Header {
 #[derive(Default)]
 struct BlockMetrics {
     reads: Counter,
+    /// Of the reads, those that waited for the host's disk together with others.
+    overlapped_reads: Counter,
     writes: Counter,
     flushes: Counter,
     read_bytes: Counter,
@@ -374,6 +469,7 @@ impl Metrics for BlockMetrics {
     fn list(&self) -> Vec<(&'static str, u64)> {
         vec![
             ("reads", self.reads.get()),
+            ("overlapped_reads", self.overlapped_reads.get()),
             ("writes", self.writes.get()),
             ("flushes", self.flushes.get()),
             ("discards", self.discards.get()),

@@ -1,6 +1,6 @@
 //! Reading and writing files straight from and to guest memory, without a copy in between.
 //!
-//! This is the one place of the crate with unsafe code: the safe wrappers of `preadv` and `pwritev`
+//! Here and in [`super::ring`] is the unsafe code of block devices: the safe wrappers of `preadv` and `pwritev`
 //! want Rust slices, and guest memory may not be one, since the guest changes it at any time.
 
 use std::{fs::File, io, os::fd::AsRawFd};
@@ -9,7 +9,7 @@ use libc::{c_int, iovec, off_t};
 use vm_memory::VolatileSlice;
 
 /// Linux takes no more in one call (`UIO_MAXIOV`).
-const MAX_VECTORS: usize = 1024;
+pub(super) const MAX_VECTORS: usize = 1024;
 
 type Call = unsafe extern "C" fn(c_int, *const iovec, c_int, off_t) -> isize;
 
@@ -39,6 +39,55 @@ pub(super) fn write_all_at(
     transfer(libc::pwritev, file, slices, offset)
 }
 
+/// Fills `slices` from `file` at `offset` if that need not wait, as from the page cache; else what is in them is
+/// undefined.
+///
+/// # Errors
+///
+/// `WouldBlock` when it has to wait, or what is there is less; `Unsupported` when the file cannot tell.
+#[allow(unsafe_code)]
+pub(super) fn read_without_waiting(
+    file: &File,
+    slices: &[VolatileSlice<'_>],
+    offset: u64,
+) -> io::Result<()> {
+    let vectors = vectors(slices);
+    let at = off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+    if vectors.len() > MAX_VECTORS {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    let (vector, count) = (vectors.as_ptr(), vectors.len() as c_int);
+    // SAFETY: as in `transfer`.
+    let done = unsafe { libc::preadv2(file.as_raw_fd(), vector, count, at, libc::RWF_NOWAIT) };
+    let bytes: usize = vectors.iter().map(|vector| vector.iov_len).sum();
+    match usize::try_from(done) {
+        Ok(done) if done == bytes => Ok(()),
+        Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
+        Err(_) => {
+            let error = io::Error::last_os_error();
+            Err(match error.raw_os_error() {
+                // Of file systems that cannot, and of kernels that never heard of it.
+                Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) => {
+                    io::ErrorKind::Unsupported.into()
+                }
+                // Who reads again finds out what else it is.
+                _ => io::ErrorKind::WouldBlock.into(),
+            })
+        }
+    }
+}
+
+/// The places of `slices` as the kernel takes them.
+pub(super) fn vectors(slices: &[VolatileSlice<'_>]) -> Vec<iovec> {
+    let slices = slices.iter().filter(|slice| !slice.is_empty());
+    slices
+        .map(|slice| iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
+        .collect()
+}
+
 #[allow(unsafe_code)]
 fn transfer(
     call: Call,
@@ -46,14 +95,7 @@ fn transfer(
     slices: &[VolatileSlice<'_>],
     mut offset: u64,
 ) -> io::Result<()> {
-    let mut vectors: Vec<iovec> = slices
-        .iter()
-        .filter(|slice| !slice.is_empty())
-        .map(|slice| iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        })
-        .collect();
+    let mut vectors = vectors(slices);
     let mut rest = vectors.as_mut_slice();
     while !rest.is_empty() {
         let count = rest.len().min(MAX_VECTORS);

@@ -91,6 +91,22 @@ impl MmioTransport {
             .map(|(event, index)| (QUEUE_NOTIFY, index, event))
     }
 
+    /// Has the driver know the configuration space as the device has it now, if that is not what it knows. It waits until
+    /// the device's round is over.
+    pub fn refresh_config(&self) {
+        let worker = lock(&self.worker);
+        let config = worker.device.config();
+        if self.shared.config() != config {
+            self.shared.change_config(config, worker.active);
+        }
+    }
+
+    /// Serves queue `index` for one bounded round on this thread, as the [`crate::EventLoop`] does when it was notified
+    /// or one of its sources has an event; returns whether there may be more to do. For who has no loop, such as a fuzzer.
+    pub fn serve(&self, index: usize) -> bool {
+        lock(&self.worker).process(index)
+    }
+
     /// The side that the event loop works on.
     pub(crate) fn worker(&self) -> &Arc<Mutex<Worker>> {
         &self.worker
@@ -153,6 +169,7 @@ impl Device for MmioTransport {
         self.registers = checked.registers;
         self.shared.set_needs_reset(checked.needs_reset);
         self.shared.set_interrupt_status(checked.interrupt_status);
+        self.shared.restore_config(worker.device.config());
         worker.queues = checked.queues;
         worker.active = self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         if worker.active {

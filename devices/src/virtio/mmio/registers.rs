@@ -46,9 +46,13 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // The configuration spaces there are cannot be written.
-        if let Ok(word) = data.try_into() {
-            self.write_register(offset as u32, u32::from_le_bytes(word));
+        let register = offset as u32;
+        if let Some(offset) = register.checked_sub(VIRTIO_MMIO_CONFIG) {
+            let mut worker = lock(&self.worker);
+            worker.device.write_config(offset as usize, data);
+            self.shared.set_config(worker.device.config());
+        } else if let Ok(word) = data.try_into() {
+            self.write_register(register, u32::from_le_bytes(word));
         }
     }
 }
@@ -162,6 +166,7 @@ impl MmioTransport {
             let mut worker = lock(&self.worker);
             worker.device.activate(self.registers.driver_features);
             worker.active = true;
+            self.shared.driver_starts();
         }
     }
 
@@ -170,6 +175,7 @@ impl MmioTransport {
         let mut worker = lock(&self.worker);
         worker.active = false;
         worker.device.reset();
+        self.shared.reset_config(worker.device.config());
         worker.queues.iter_mut().for_each(Queue::reset);
         self.registers = Registers::default();
         self.shared.set_needs_reset(false);
@@ -200,13 +206,26 @@ impl MmioTransport {
         let index = self.registers.queue_sel as usize;
         let valid = {
             let mut worker = lock(&self.worker);
-            let Worker { queues, memory, .. } = &mut *worker;
+            let Worker {
+                device,
+                queues,
+                memory,
+                ..
+            } = &mut *worker;
             let Some(queue) = queues.get_mut(index) else {
                 return;
             };
             if !ready {
                 queue.set_ready(false);
+                device.forget_queue(index);
                 return;
+            }
+            if !queue.ready() {
+                device.forget_queue(index);
+                // A queue begins at the start of its rings. Where it was before, with a size that the driver may have
+                // changed since, is a state that could not be restored.
+                queue.set_next_avail(0);
+                queue.set_next_used(0);
             }
             queue.set_event_idx(event_idx);
             queue.set_ready(true);

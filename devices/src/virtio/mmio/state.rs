@@ -121,6 +121,20 @@ impl SavedTransport {
         }
     }
 
+    /// How many buffers of queue `index` the device has taken and not given back.
+    pub(crate) fn in_use(&self, index: usize) -> u16 {
+        let queue = self.queues.get(index).filter(|queue| queue.ready);
+        queue.map_or(0, |queue| queue.next_avail.wrapping_sub(queue.next_used))
+    }
+
+    /// The same with a configuration change that a driver at work is told of when the state is restored.
+    pub(crate) fn with_config_change(mut self) -> Self {
+        if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.interrupt_status |= VIRTIO_MMIO_INT_CONFIG;
+        }
+        self
+    }
+
     /// Checks the state against the device of kind `kind` that offers `features` and queues of at
     /// most `queue_sizes` entries, in `memory`.
     pub(super) fn check(

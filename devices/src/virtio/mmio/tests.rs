@@ -180,6 +180,40 @@ fn a_ready_queue_does_not_move() {
 }
 
 #[test]
+fn a_queue_that_is_made_ready_again_begins_again_and_can_be_saved() {
+    let (mut device, memory, _line) = machine();
+    let mut driver = Driver::start(&mut device, &memory, VERSION_1);
+    driver.request(&mut device, &[Part::In(8)]);
+    driver.request(&mut device, &[Part::In(8)]);
+    // Popped and never used: more is in use than the queue will have entries.
+    let queue = |device: &mut MmioTransport, next_avail| {
+        let mut worker = lock(&device.worker);
+        worker.queues[0].set_next_avail(next_avail);
+    };
+    queue(&mut device, 7);
+    set(&mut device, VIRTIO_MMIO_QUEUE_READY, 0);
+    set(&mut device, VIRTIO_MMIO_QUEUE_NUM, 4);
+    memory
+        .write_obj(0u32, GuestAddress(AVAILABLE_INDEX))
+        .unwrap();
+    set(&mut device, VIRTIO_MMIO_QUEUE_READY, 1);
+    assert_eq!(get(&mut device, VIRTIO_MMIO_QUEUE_READY), 1);
+    let section = device.save(0).unwrap();
+    machine().0.restore(&section).unwrap();
+
+    driver.describe(1, 0x1_0000, 8, VRING_DESC_F_WRITE, 0);
+    memory
+        .write_obj(1u16, GuestAddress(AVAILABLE_INDEX + 2))
+        .unwrap();
+    memory
+        .write_obj(1u16, GuestAddress(AVAILABLE_INDEX))
+        .unwrap();
+    driver.notify(&mut device);
+    assert_eq!(driver.used(), 1);
+    assert!(!needs_reset(&mut device));
+}
+
+#[test]
 fn a_reset_forgets_everything() {
     let (mut device, memory, _line) = machine();
     let fresh = device.save(0).unwrap();

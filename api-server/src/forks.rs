@@ -1,0 +1,141 @@
+//! What `POST /fork` does: one machine goes on as many.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use api_types::{ErrorCode, ForkAnswer, ForkRequest};
+use control::{HotImage, LaunchSpec, Origin, Pool, RegistryError, Source};
+use tokio::task::spawn_blocking;
+use tracing::{info, instrument};
+
+use crate::{
+    ServerConfig,
+    error::ApiError,
+    machines::{Machines, broken},
+    plan::{self, Forked},
+};
+
+impl Machines {
+    /// Forks a machine; returns once all of its forks run, or fails and leaves none.
+    #[instrument(skip_all, fields(count))]
+    pub(crate) async fn fork(&self, request: ForkRequest) -> Result<ForkAnswer, ApiError> {
+        let (config, tree) = (self.config.clone(), self.tree.clone());
+        let plan = spawn_blocking(move || plan::fork(&config, &tree, &request))
+            .await
+            .map_err(broken)??;
+        tracing::Span::current().record("count", plan.count);
+        let _admitted = self.admit(plan.count as usize)?;
+        let image = self.image(&plan).await?;
+        let specs = (0..plan.count).map(|number| {
+            let changes = plan.net_changes.iter();
+            Ok(LaunchSpec {
+                clock: plan.clock,
+                net_changes: changes.map(|change| change.of_fork(number)).collect(),
+                ..self.spec(Origin::Fork(image.parent().clone()))?
+            })
+        });
+        let specs = specs.collect::<Result<Vec<_>, ApiError>>()?;
+        let bound = self.config.limits.restore;
+        let forks = self.forks.pool.fork(&image, specs.clone(), bound);
+        let both = specs.iter().zip(forks.await?);
+        let forks: Vec<_> = both
+            .map(|(spec, vmm)| self.adopt(spec, vmm, Vec::new()))
+            .collect();
+        info!(?forks, "a machine was forked");
+        // For the next; nobody waits for it.
+        let (pool, shape) = (Arc::clone(&self.forks.pool), image.shape());
+        tokio::spawn(async move { pool.fill(shape).await });
+        Ok(ForkAnswer { forks })
+    }
+
+    async fn image(&self, plan: &plan::Fork) -> Result<Arc<HotImage>, ApiError> {
+        match &plan.of {
+            Forked::Machine(pid) => {
+                let record = self.record(*pid)?;
+                let (image, report) = HotImage::of_machine(&record, plan.clock).await?;
+                info!(pid, ?report, "a machine was held to be forked");
+                Ok(Arc::new(image))
+            }
+            Forked::Saved(source) => self.saved_image(source).await,
+        }
+    }
+
+    /// The image of a saved machine: that which is kept, if it is of the same two files.
+    async fn saved_image(&self, source: &Source) -> Result<Arc<HotImage>, ApiError> {
+        // Before they are read: if they change meanwhile, the next request finds that.
+        let of = stamp(source).ok();
+        if let Some(image) = of.as_ref().and_then(|of| self.forks.kept(of)) {
+            return Ok(image);
+        }
+        let (program, bound) = (&self.config.vmm_binary, self.config.limits.restore);
+        let registry = self.registry.dir();
+        let confinement = Some(self.confinement());
+        let image = HotImage::of_saved(program, registry, source.clone(), confinement, bound);
+        let image = Arc::new(image.await?);
+        if let Some(of) = of {
+            self.forks.keep(of, &image);
+        }
+        Ok(image)
+    }
+}
+
+/// What is kept for the next fork.
+#[derive(Debug)]
+pub(crate) struct Forks {
+    pool: Arc<Pool>,
+    keeps: bool,
+    /// The image of the saved machine that was forked last.
+    image: Mutex<Option<(Stamp, Arc<HotImage>)>>,
+}
+
+/// What tells the two files of a saved machine from any others, and from what they are after a change.
+type Stamp = (Source, [(u64, u64, u64, i128); 2]);
+
+impl Forks {
+    pub(crate) fn new(config: &ServerConfig) -> Result<Self, RegistryError> {
+        Ok(Self {
+            pool: Arc::new(Pool::new(&config.vmm_binary, &config.run_dir, config.pool)?),
+            keeps: config.pool > 0,
+            image: Mutex::default(),
+        })
+    }
+
+    fn kept(&self, of: &Stamp) -> Option<Arc<HotImage>> {
+        let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        let (stamp, image) = image.as_ref()?;
+        (stamp == of).then(|| Arc::clone(image))
+    }
+
+    fn keep(&self, of: Stamp, image: &Arc<HotImage>) {
+        if self.keeps {
+            let mut kept = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+            *kept = Some((of, Arc::clone(image)));
+        }
+    }
+}
+
+/// That of `source`. A change of a file changes the time of its last change of status, which nobody can set.
+fn stamp(source: &Source) -> io::Result<Stamp> {
+    let Source::Files { state, memory, .. } = source else {
+        return Err(io::ErrorKind::Unsupported.into());
+    };
+    let of = |path| {
+        let found = fs::metadata(path)?;
+        let changed = i128::from(found.ctime()) * 1_000_000_000 + i128::from(found.ctime_nsec());
+        Ok::<_, io::Error>((found.dev(), found.ino(), found.size(), changed))
+    };
+    Ok((source.clone(), [of(state)?, of(memory)?]))
+}
+
+impl From<control::ImageError> for ApiError {
+    fn from(error: control::ImageError) -> Self {
+        match error {
+            control::ImageError::Machine(error) => error.into(),
+            control::ImageError::Spawn(error) => error.into(),
+            control::ImageError::Host(_) => Self::with_causes(ErrorCode::Internal, &error),
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! `cargo xtask bench instant`: snapshots that a guest does not feel, forks, and restores on demand, on the host's
+//! own `/dev/kvm`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use benches::{
+    Fermata, Figures, Row, forks,
+    instant::{self, Load},
+    on_demand::SavedMachine,
+    report,
+};
+use clap::Parser;
+
+/// Memory that behaves like a file system: what is measured is the monitor, not a disk.
+const SCRATCH: &str = "/dev/shm";
+
+/// Memory of the machine that is restored from a store, in MiB.
+const RESTORED_MIB: u64 = 4096;
+
+#[derive(Parser)]
+#[command(about = "Saves, forks and restores guests of a few instructions")]
+struct Arguments {
+    /// File for the rows
+    #[arg(long)]
+    json: PathBuf,
+    /// How many snapshots are taken of each machine
+    #[arg(long, default_value_t = 100)]
+    snapshots: u32,
+    /// How often everything else is measured
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Guest memory in MiB, several separated by commas; guests fill at most 3072
+    #[arg(long, value_delimiter = ',', default_values_t = [256, 1024, 8192])]
+    mem_mib: Vec<u64>,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
+    let fermata = Fermata::new(scratch.path())?;
+    let mut rows = Vec::new();
+    for mem_mib in arguments.mem_mib {
+        for load in [Load::Idle, Load::Busy] {
+            let count = arguments.snapshots;
+            rows.extend(instant::snapshots(
+                &fermata,
+                mem_mib,
+                load,
+                count,
+                scratch.path(),
+            )?);
+        }
+    }
+    for load in [Load::Busy, Load::Unpaced] {
+        rows.extend(instant::share(
+            &fermata,
+            256,
+            load,
+            arguments.runs,
+            scratch.path(),
+        )?);
+    }
+    rows.extend(forks::measure(&fermata, arguments.runs, scratch.path())?);
+    rows.extend(restores(&fermata, arguments.runs)?);
+    println!("{}", report::list(&rows));
+    report::write_json(&rows, &arguments.json)
+}
+
+/// Of one machine from a store.
+fn restores(fermata: &Fermata, runs: u32) -> Result<Vec<Row>> {
+    let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
+    let machine = SavedMachine::make(fermata, RESTORED_MIB, scratch.path())?;
+    // The first is for nothing, as far as the page cache goes.
+    machine.measure(fermata, 0, scratch.path(), &mut Figures::default())?;
+    let mut figures = Figures::default();
+    for run in 0..runs {
+        machine.measure(fermata, run, scratch.path(), &mut figures)?;
+    }
+    Ok(figures.rows(RESTORED_MIB))
+}

@@ -1,0 +1,74 @@
+//! `cargo xtask bench io`: disks, networks, boot and memory of Linux guests on fermata and on QEMU, in turns.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use benches::{
+    Fermata, Figures, LinuxGuest, MEMORY_MIB,
+    io::{self, Times},
+    qemu::Qemu,
+    report,
+};
+use clap::Parser;
+
+/// Memory that behaves like a file system: what is measured is the monitors, not a disk.
+const SCRATCH: &str = "/dev/shm";
+
+#[derive(Parser)]
+#[command(about = "fio and iperf3 in Linux guests on fermata and on QEMU, in turns")]
+struct Arguments {
+    /// File for the rows
+    #[arg(long)]
+    json: PathBuf,
+    /// How often each is measured
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Seconds of each of fio's four
+    #[arg(long, default_value_t = 1)]
+    fio: u32,
+    /// Seconds of each direction of iperf3
+    #[arg(long, default_value_t = 2)]
+    iperf: u32,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
+    let mut figures = Figures::default();
+    idle(&arguments, scratch.path(), &mut figures)?;
+    let times = Times {
+        fio: arguments.fio,
+        iperf: arguments.iperf,
+    };
+    io::measure(scratch.path(), arguments.runs, times, &mut figures)?;
+    let rows = figures.rows(MEMORY_MIB[0]);
+    report::write_json(&rows, &arguments.json)?;
+    println!("\n{}", report::io_table(&rows));
+    Ok(())
+}
+
+/// Boot times and what idle monitors take. The first round is for nothing: afterwards programs and libraries are in
+/// the page cache.
+fn idle(arguments: &Arguments, scratch: &std::path::Path, figures: &mut Figures) -> Result<()> {
+    let guest = LinuxGuest::copied_to(scratch)?;
+    let (fermata, qemu) = (Fermata::new(scratch)?, Qemu::new()?);
+    let mut ignored = Figures::default();
+    for run in 0..=arguments.runs {
+        println!("boot, run {run} of {}", arguments.runs);
+        let figures = if run == 0 {
+            &mut ignored
+        } else {
+            &mut *figures
+        };
+        let ours = |figures: &mut _| io::measure_idle(&fermata, &guest, scratch, figures);
+        let theirs = |figures: &mut _| io::measure_idle(&qemu, &guest, scratch, figures);
+        if run.is_multiple_of(2) {
+            ours(figures)?;
+            theirs(figures)?;
+        } else {
+            theirs(figures)?;
+            ours(figures)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! Disks and networks of Linux guests, on fermata and on QEMU.
+//!
+//! One machine of each monitor runs all the time, with a TAP device and all its disks. What is measured is measured
+//! in one of them and then in the other, again and again, while the other idles.
+
+mod archive;
+mod disks;
+mod fio;
+mod iperf;
+mod machines;
+mod pss;
+mod worker;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::{Bench, Figures};
+pub use disks::Disks;
+use machines::Machines;
+pub use pss::measure as measure_idle;
+
+/// How long each figure is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// Of one of fio's four, in seconds.
+    pub fio: u32,
+    /// Of one direction of iperf3, in seconds.
+    pub iperf: u32,
+}
+
+/// What one machine has that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// A disk: its serial number in the guest, and its name in the results.
+    Disk {
+        serial: &'static str,
+        setting: &'static str,
+    },
+    /// The network device.
+    Net,
+}
+
+/// Boots both machines, with their disks below `scratch`, and measures each `runs` times, and once before for nothing.
+///
+/// # Errors
+///
+/// When a machine does not come up, or a program in it fails.
+pub fn measure(scratch: &Path, runs: u32, times: Times, figures: &mut Figures) -> Result<()> {
+    let disks = Disks::make(scratch)?;
+    let machines = Machines::boot(scratch, &disks)?;
+    let mut ignored = Figures::default();
+    for run in 0..=runs {
+        println!("disks and networks, run {run} of {runs}");
+        let figures = if run == 0 {
+            &mut ignored
+        } else {
+            &mut *figures
+        };
+        for (system, place) in machines.order(run) {
+            let worker = machines.worker(system);
+            match place {
+                Place::Disk { serial, setting } => {
+                    for (bench, figure) in fio::run(worker, serial, times.fio)? {
+                        figures.add(bench, system, setting, figure);
+                    }
+                }
+                Place::Net => {
+                    for bench in [Bench::TcpToGuest, Bench::TcpFromGuest] {
+                        let figure = iperf::run(worker, bench, times.iperf)?;
+                        figures.add(bench, system, "", figure);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

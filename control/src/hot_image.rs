@@ -1,0 +1,123 @@
+//! Hot images, from the side of who has them made: a machine in memory that nobody can change, from which others begin.
+//!
+//! A VMM writes it, for only a VMM knows machines; who asked for it made the memfd and seals it. What is in it is `snapshot`'s.
+
+use std::{
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+use crate::{
+    AfterSnapshot, Client, ClientError, Confinement, Destination, Errand, GuestClock, Parent,
+    Record, Shape, SnapshotReport, SnapshotRequest, Source, SpawnError, spawn,
+};
+
+/// Why there is no hot image.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The host has no memory for it, or no memfd.
+    #[error("the memory for a hot image cannot be had; the host is out of memory or files")]
+    Host(#[source] rustix::io::Errno),
+    /// The machine did not save itself into it.
+    #[error(transparent)]
+    Machine(#[from] ClientError),
+    /// The process that was to make it failed.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+}
+
+/// A hot image. It is there as long as this or a machine that began on it.
+#[derive(Debug)]
+pub struct HotImage {
+    memory: OwnedFd,
+    parent: Parent,
+    shape: Shape,
+}
+
+impl HotImage {
+    /// That of a machine that runs or is held, which stands still while its memory is copied. It goes on if it ran, and its clocks
+    /// have done `clock` meanwhile; if it was held, it stays so.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`]; the machine goes on if it ran.
+    pub async fn of_machine(
+        record: &Record,
+        clock: GuestClock,
+    ) -> Result<(Self, SnapshotReport), ImageError> {
+        let memory = create()?;
+        // The control channel passes no descriptors. The machine's process, of the same user, finds it where this one has it.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
+        let client = Client::connect(record.port, &record.secret).await?;
+        let request = SnapshotRequest {
+            to: Destination::Image { path: path.into() },
+            then: AfterSnapshot::AsBefore(clock),
+            copy: None,
+        };
+        let report = client.snapshot(request).await?;
+        let pid = record.process.pid;
+        let shape = Shape {
+            vcpus: record.vcpus,
+            memory_mib: record.memory_mib,
+        };
+        let image = Self::sealed(memory, Parent::Machine { pid }, shape)?;
+        Ok((image, report))
+    }
+
+    /// That of a saved machine, within `confinement` if that is given, all of which is verified by a process of `program` that ends
+    /// then. Its log is in `registry`.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`]; no process is left behind.
+    pub async fn of_saved(
+        program: &Path,
+        registry: &Path,
+        source: Source,
+        confinement: Option<Confinement>,
+        deadline: Duration,
+    ) -> Result<Self, ImageError> {
+        let memory = create()?;
+        let errand = Errand::Image {
+            of: source.clone(),
+            confinement,
+        };
+        let making = spawn::make_image(program, registry, &errand, memory.as_fd(), deadline);
+        let shape = making.await?;
+        Self::sealed(memory, Parent::Saved(source), shape)
+    }
+
+    /// Whose it is.
+    pub fn parent(&self) -> &Parent {
+        &self.parent
+    }
+
+    /// The size of the machine.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn sealed(memory: OwnedFd, parent: Parent, shape: Shape) -> Result<Self, ImageError> {
+        let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK;
+        fcntl_add_seals(&memory, seals).map_err(ImageError::Host)?;
+        Ok(Self {
+            memory,
+            parent,
+            shape,
+        })
+    }
+}
+
+impl AsFd for HotImage {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.memory.as_fd()
+    }
+}
+
+fn create() -> Result<OwnedFd, ImageError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    memfd_create("fermata-hot-image", flags).map_err(ImageError::Host)
+}

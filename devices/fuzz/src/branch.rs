@@ -1,0 +1,103 @@
+//! The block device on a disk that branches, which is cut and grows while the driver is at work.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use branch_disk::{Disk, Foundation, Mode, anything};
+use devices::virtio::{
+    MmioTransport, VirtioDevice,
+    block::{Block, DiskSize, SECTOR_BYTES, SharedDisk},
+};
+use fuzz_harness::Input;
+
+use crate::{Bench, Part, Subject, block, scratch::Scratch};
+
+/// A program may cut a disk so often; each makes a file.
+const MOST_CUTS: u32 = 6;
+
+thread_local! {
+    static SCRATCH: Scratch = Scratch::new();
+}
+
+/// A disk on a raw base of half its size, and a layer that was sealed.
+pub struct Branching {
+    disk: SharedDisk,
+    path: PathBuf,
+    cuts: u32,
+    keep_reads: bool,
+    size: Option<DiskSize>,
+}
+
+impl Subject for Branching {
+    fn new(input: &mut Input<'_>) -> Self {
+        let [base, path] = SCRATCH.with(|scratch| {
+            scratch.clear();
+            ["base", "disk"].map(|name| scratch.path(name))
+        });
+        fs::write(&base, [0x5a; block::BYTES / 2]).expect("there is room");
+        let on = Foundation::Raw(base);
+        let disk = Disk::create(&path, Some(block::BYTES as u64), &on, &anything);
+        let mut disk = disk.expect("there is room");
+        disk.write(1024, &mut &[1; 3072][..])
+            .expect("there is room");
+        cut(&mut disk);
+        Self {
+            disk: Arc::new(Mutex::new(disk)),
+            path,
+            cuts: 0,
+            keep_reads: input.byte() & 2 != 0,
+            size: None,
+        }
+    }
+
+    fn device(&mut self) -> Box<dyn VirtioDevice> {
+        let block = Block::branching(Arc::clone(&self.disk), "disk").expect("it is in order");
+        if self.keep_reads {
+            block.keep_reads();
+        }
+        self.size = Some(block.size());
+        Box::new(block)
+    }
+
+    fn compose(&mut self, _queue: u16, input: &mut Input<'_>) -> Vec<Part> {
+        block::compose(block::sectors(&self.size), input)
+    }
+
+    /// It is cut, as for a snapshot; or grows.
+    fn outside(&mut self, transport: &MmioTransport, input: &mut Input<'_>) {
+        if self.cuts >= MOST_CUTS {
+            return;
+        }
+        self.cuts += 1;
+        if input.flag() {
+            block::grow(&self.size, transport, input).expect("there is room");
+        } else {
+            cut(&mut self.disk.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    fn prove(&mut self, bench: &mut Bench) {
+        block::prove(bench, false, block::sectors(&self.size));
+    }
+
+    fn finish(self) {
+        let bytes = block::sectors(&self.size) * SECTOR_BYTES;
+        drop((self.disk, self.size));
+        let rule = |path: &Path| path.starts_with("/");
+        branch_disk::check(&self.path, &rule)
+            .expect("the disk is in order, whatever the guest does");
+        let disk = Disk::open(&self.path, Mode::Read, &rule).expect("the disk is in order");
+        let mut all = vec![0; bytes as usize];
+        disk.read(0, &mut &mut all[..])
+            .expect("the disk is in order");
+    }
+}
+
+fn cut(disk: &mut Disk) {
+    let next = disk.prepare().expect("there is room");
+    let cut = disk.cut(next).expect("it is the next of this disk");
+    cut.finish().expect("there is room");
+}

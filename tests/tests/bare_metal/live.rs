@@ -1,0 +1,116 @@
+//! Machines go on beside their snapshots.
+
+use serde_json::{Value, json};
+use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server};
+
+use crate::{boot, cli, counting, gauge, hear, server};
+
+fn restored(cli: &Cli, server: &Server, words: &[&str]) -> Machine {
+    let answer = cli.json(&[&["restore", "--json"], words].concat()).unwrap();
+    let pid = answer["pid"].as_u64().unwrap() as u32;
+    let vms = server.client.get("/vms").unwrap().body;
+    let mut vms = vms.as_array().unwrap().iter();
+    let vm = vms.find(|vm| vm["pid"] == pid).unwrap();
+    let port = vm["port"].as_u64().unwrap() as u16;
+    Machine { pid, port }
+}
+
+#[test]
+fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    let witness = boot(&server, &bare_metal::witness());
+    hear(&server, witness);
+    let pid = witness.pid.to_string();
+    let mut before = 0;
+    for round in 0..8 {
+        let name = format!("snapshot-{round}");
+        // Every fourth goes into files, which takes all of memory and leaves the store's last what the next builds on.
+        let to = match round % 4 {
+            3 => &["state", "memory"][..],
+            _ => &[name.as_str()],
+        };
+        let words = [&["snapshot", "--json", &pid], to].concat();
+        let report = cli.json(&words).unwrap();
+        assert_eq!(report["copy"], "copy-on-write", "{report}");
+        assert!(report["rounds"].as_u64().unwrap() > 0, "{report}");
+        let copy = restored(&cli, &server, to);
+        // It verifies what it wrote before the cut.
+        let said = hear(&server, copy);
+        assert!(!said.disturbed && said.round > before, "{round}: {said:?}");
+        before = hear(&server, witness).round;
+        cli.run(&["stop", &copy.pid.to_string()]).unwrap();
+    }
+    assert!(!hear(&server, witness).disturbed);
+    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
+    assert_eq!(checked["problems"], json!([]), "{checked}");
+}
+
+#[test]
+fn a_snapshot_takes_what_was_written_to_since_the_last() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    let machine = counting(&server, 3);
+    let pid = machine.pid.to_string();
+    let save = |words: &[&str]| -> Value {
+        let words = [&["snapshot", "--json", &pid], words].concat();
+        cli.json(&words).unwrap()
+    };
+    let new = |report: &Value| report["stored"]["new_bytes"].as_u64().unwrap();
+    // Of the last snapshot: it has no disk, so that this is memory alone.
+    let read = || gauge(&server, machine.pid, control::SNAPSHOT_BYTES_TOTAL);
+    save(&["first"]);
+    let all = read();
+    // It writes to a page or two meanwhile. The rest is not even looked at.
+    let second = save(&["second"]);
+    assert!(read() * 4 < all, "{} of {all}", read());
+    assert!(new(&second) < (64 << 20) / 200, "{second}");
+    // What stood still in between is no base that anything is known of.
+    let third = save(&["third", "--copy", "stop-and-copy"]);
+    assert_eq!(
+        (&third["copy"], &third["rounds"]),
+        (&json!("stop-and-copy"), &json!(0))
+    );
+    let fourth = save(&["fourth"]);
+    assert_eq!(fourth["copy"], "copy-on-write");
+    assert!(read() * 4 > all * 3, "{} of {all}", read());
+    assert!(new(&fourth) < (64 << 20) / 200, "{fourth}");
+    // Nor is one that is gone.
+    cli.run(&["store", "rm", "fourth"]).unwrap();
+    cli.run(&["store", "gc"]).unwrap();
+    save(&["fifth"]);
+    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
+    assert_eq!(checked["problems"], json!([]), "{checked}");
+    let copy = restored(&cli, &server, &["fifth"]);
+    let console = server.console(copy).unwrap();
+    console.first("a count", bare_metal::count).unwrap();
+}
+
+#[test]
+fn where_the_guest_cannot_go_on_it_stands_still_or_that_is_said() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    let machine = counting(&server, 1);
+    let pid = machine.pid.to_string();
+    let copying = ["--copy", "copy-on-write"];
+    let halting = [&["snapshot", &pid, "s", "m", "--halt"], &copying[..]].concat();
+    let refused = cli.refused(&halting).unwrap();
+    assert!(refused.contains("does not go on"), "{refused}");
+    cli.run(&["snapshot", &pid, "s", "m"]).unwrap();
+
+    // Linux does not watch what is mapped from most files.
+    let mapped = restored(&cli, &server, &["s", "m"]);
+    let pid = mapped.pid.to_string();
+    let words = ["snapshot", "--json", &pid, "t", "n"];
+    let report = cli.json(&words).unwrap();
+    assert_eq!(report["copy"], "stop-and-copy", "{report}");
+    let refused = cli.refused(&[&words, &copying[..]].concat()).unwrap();
+    assert!(refused.contains("mapped from a memory file"), "{refused}");
+    // It goes on.
+    let console = server.console(mapped).unwrap();
+    let now = console.last(bare_metal::count).unwrap_or(0);
+    let next = |line: &str| bare_metal::count(line).filter(|count| *count > now);
+    console.first("the next count", next).unwrap();
+}

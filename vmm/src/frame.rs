@@ -1,0 +1,42 @@
+//! What machines of one size have in common: memory, KVM's machine around it, and its vCPUs. Nothing in it is of any guest yet, so
+//! that it can be made before there is one.
+
+use control::Shape;
+use hypervisor::{Vcpu, Vm};
+use memory::MachineMemory;
+use saved_state::Header;
+use snapshot::Snapshot;
+
+use crate::{error::Error, limits::layout_of};
+
+/// It. Memory comes first, because KVM wants its slots before its interrupt controllers.
+pub(crate) struct Frame {
+    pub(crate) memory: MachineMemory,
+    pub(crate) vm: Vm,
+    pub(crate) vcpus: Vec<Vcpu>,
+}
+
+impl Frame {
+    /// Around `memory`.
+    pub(crate) fn new(memory: MachineMemory, vcpus: u32) -> Result<Self, Error> {
+        let vm = Vm::new(&memory, vcpus)?;
+        let vcpus: Result<_, _> = (0..vcpus).map(|id| vm.create_vcpu(id)).collect();
+        Ok(Self {
+            memory,
+            vcpus: vcpus?,
+            vm,
+        })
+    }
+
+    /// For a machine of this size that is forked later.
+    pub(crate) fn prepare(shape: Shape) -> Result<Self, Error> {
+        let layout = layout_of(shape.memory_mib.saturating_mul(1 << 20))?;
+        Self::new(MachineMemory::zeroed(layout)?, shape.vcpus)
+    }
+
+    /// Itself with the memory of `saved`, whose header is `header`, if it is for that.
+    pub(crate) fn filled(self, saved: &Snapshot, header: &Header) -> Result<Option<Self>, Error> {
+        let fits = self.vcpus.len() == header.vcpus as usize && saved.load_over(&self.memory)?;
+        Ok(fits.then_some(self))
+    }
+}

@@ -1,0 +1,106 @@
+//! A machine whose memory comes while it runs, and that stands still for lack of a page.
+//!
+//! Whoever touches a page that has not come waits in the kernel. Where the page cannot be had, the machine is held, as far as it can
+//! be: a vCPU that waits for the page comes back when it is kicked (from Linux 6.2 on), a thread that touches memory for a device does not. So a hold
+//! may end half-way. Who waits has done nothing that could be wrong, and comes to rest when the page is there.
+
+use std::{ops::Range, time::Duration};
+
+use control::LaunchSpec;
+use memory::MachineMemory;
+use snapshot::{Lost, OnDemand, Snapshot};
+
+use super::{Bounds, CLOCK_LEAD, Listeners, Machine, host_pages};
+use crate::error::Error;
+
+/// How long a machine that lacks a page may take to stand still. Who takes longer waits for the page.
+const BOUNDS: Bounds = Bounds {
+    vcpus: Duration::from_secs(2),
+    devices: Duration::from_secs(2),
+};
+
+/// Who keeps a machine from standing still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stalled {
+    /// A vCPU. All have been told to.
+    InVcpu,
+    /// A device. All vCPUs are held.
+    InDevice,
+}
+
+impl Stalled {
+    /// What vCPUs need to get ready in, to go on after that.
+    pub(super) fn lead(self) -> Duration {
+        match self {
+            Self::InVcpu => Duration::ZERO,
+            Self::InDevice => CLOCK_LEAD,
+        }
+    }
+}
+
+/// The memory of `saved`: all of it, or none yet and who brings it.
+pub(super) fn load(
+    saved: &Snapshot,
+    spec: &LaunchSpec,
+    listeners: &Listeners,
+) -> Result<(MachineMemory, Option<OnDemand>), Error> {
+    if !spec.on_demand {
+        return Ok((saved.load_into(host_pages(spec))?, None));
+    }
+    if spec.hugepages {
+        return Err(Error::HugeOnDemand);
+    }
+    let lost = listeners.lost.clone();
+    let (memory, arriving) = saved.load_on_demand(Box::new(move |page| lost(page)))?;
+    Ok((memory, Some(arriving)))
+}
+
+impl Machine {
+    /// Has the rest of its memory come, too, which takes CPUs that it had to itself to start.
+    pub(crate) fn bring_the_rest(&self) -> Result<(), Error> {
+        if let Some(arriving) = &self.counters.arriving {
+            arriving.bring_the_rest()?;
+        }
+        Ok(())
+    }
+
+    /// Holds it for lack of a page, as far as it can be.
+    pub(crate) fn stall(&mut self) {
+        if !self.is_running() {
+            return;
+        }
+        if let Err((stalled, error)) = self.stand_still(BOUNDS) {
+            tracing::warn!("not all of the machine stands still: {error}");
+            self.stalled = Some(stalled);
+        }
+    }
+
+    /// Whether it was held for lack of a page, and not all of it stands still.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.stalled.is_some()
+    }
+
+    /// Tries again to have the pages that could not be had.
+    pub(crate) fn retry(&self) -> Result<(), Lost> {
+        let arriving = self.counters.arriving.as_ref();
+        arriving.map_or(Ok(()), OnDemand::retry)
+    }
+
+    /// Has the pages at `gpas` come.
+    pub(super) fn need(&self, gpas: Range<u64>) -> Result<(), Lost> {
+        let arriving = self.counters.arriving.as_ref();
+        arriving.map_or(Ok(()), |arriving| arriving.need(gpas))
+    }
+
+    /// Has those stand still who could not for lack of a page, which is there now.
+    pub(super) fn end_stall(&mut self) -> Result<(), Error> {
+        if self.stalled.is_none() {
+            return Ok(());
+        }
+        self.stand_still(BOUNDS).map_err(|(stalled, error)| {
+            self.stalled = Some(stalled);
+            // Another page, most likely.
+            self.counters.lost().map_or(error, Error::Lost)
+        })
+    }
+}
