@@ -93,14 +93,10 @@ fn connections_of_a_linux_guest_go_on_on_another_tap_device() {
     to_guest.write_all(&theirs[..SENT / 2]).unwrap();
     let bytes = counter(&server, machine, "sent_bytes");
     assert!(bytes as usize >= SENT / 2, "{bytes}");
-    // More in a packet than an Ethernet frame has, acknowledgements included: segments are left to be cut.
-    let sum = |unit: &str| {
-        let counters = ["received", "sent"].map(|direction| format!("{direction}_{unit}"));
-        let counts = counters.map(|name| counter(&server, machine, &name));
-        counts.iter().sum::<u64>()
-    };
-    let (bytes, packets) = (sum("bytes"), sum("packets"));
-    assert!(bytes > 1514 * packets, "{bytes} bytes in {packets} packets");
+    // In both directions segments are left to be cut.
+    for name in ["received_unsegmented", "sent_unsegmented"] {
+        assert_ne!(counter(&server, machine, name), 0, "{name}");
+    }
     let (state, memory) = (server.path("state"), server.path("memory"));
     server
         .client

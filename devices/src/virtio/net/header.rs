@@ -78,6 +78,12 @@ impl Direction {
     }
 }
 
+/// Whether the frame behind `header` is yet to be segmented.
+pub(super) fn is_unsegmented(header: &[u8]) -> bool {
+    let segmentation = header.get(SEGMENTATION_AT).copied().map(u32::from);
+    segmentation.is_some_and(|kind| kind & !VIRTIO_NET_HDR_GSO_ECN != VIRTIO_NET_HDR_GSO_NONE)
+}
+
 /// Takes back that the checksums of a frame were found right, of which a driver that did not negotiate
 /// checksums must not hear.
 pub(super) fn forget_valid_checksum(header: &mut [u8]) {

@@ -6,6 +6,8 @@ use crate::{Counter, Metrics};
 pub(super) struct NetMetrics {
     pub(super) received_packets: Counter,
     pub(super) received_bytes: Counter,
+    /// Of the packets, those that one side left to be segmented and that went on as they were.
+    pub(super) received_unsegmented: Counter,
     /// Frames for the guest that could not be delivered: too long for its buffers, or not as negotiated.
     pub(super) receive_drops: Counter,
     /// How often a frame had to wait for the guest to give buffers.
@@ -14,6 +16,8 @@ pub(super) struct NetMetrics {
     pub(super) receive_throttled: Counter,
     pub(super) sent_packets: Counter,
     pub(super) sent_bytes: Counter,
+    /// As of those received.
+    pub(super) sent_unsegmented: Counter,
     /// Frames of the guest's that were not taken: malformed, or there was nobody to take them.
     pub(super) send_drops: Counter,
     /// How often a frame had to wait for room on the host's side.
@@ -27,11 +31,13 @@ impl Metrics for NetMetrics {
         vec![
             ("received_packets", self.received_packets.get()),
             ("received_bytes", self.received_bytes.get()),
+            ("received_unsegmented", self.received_unsegmented.get()),
             ("receive_drops", self.receive_drops.get()),
             ("receive_waits", self.receive_waits.get()),
             ("receive_throttled", self.receive_throttled.get()),
             ("sent_packets", self.sent_packets.get()),
             ("sent_bytes", self.sent_bytes.get()),
+            ("sent_unsegmented", self.sent_unsegmented.get()),
             ("send_drops", self.send_drops.get()),
             ("send_waits", self.send_waits.get()),
             ("send_throttled", self.send_throttled.get()),

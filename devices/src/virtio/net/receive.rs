@@ -11,7 +11,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use super::{
     HEADER_BYTES, MAX_FRAME_BYTES, MERGEABLE, MIN_FRAME_BYTES, Net, QUEUE_ENTRIES,
     backend::Refused,
-    header::{BUFFERS_AT, TO_GUEST, forget_valid_checksum},
+    header::{BUFFERS_AT, TO_GUEST, forget_valid_checksum, is_unsegmented},
 };
 use crate::virtio::{
     DriverError, Progress,
@@ -120,6 +120,8 @@ impl Net {
                 self.metrics.received_packets.add(1);
                 let bytes = (frame.len() - HEADER_BYTES) as u64;
                 self.metrics.received_bytes.add(bytes);
+                let unsegmented = is_unsegmented(frame);
+                self.metrics.received_unsegmented.add(unsegmented.into());
                 Step::Delivered
             }
             Room::Never => {

@@ -8,7 +8,7 @@ use virtio_queue::{DescriptorChain, Queue};
 use super::{
     HEADER_BYTES, MIN_FRAME_BYTES, Net, QUEUE_ENTRIES,
     backend::Refused,
-    header::{BUFFERS_AT, FROM_GUEST},
+    header::{BUFFERS_AT, FROM_GUEST, is_unsegmented},
 };
 use crate::virtio::{
     DriverError, Progress,
@@ -62,6 +62,8 @@ impl Net {
             Ok(()) => {
                 self.metrics.sent_packets.add(1);
                 self.metrics.sent_bytes.add(bytes);
+                let unsegmented = is_unsegmented(copy);
+                self.metrics.sent_unsegmented.add(unsegmented.into());
             }
             Err(Refused::Later) => {
                 self.metrics.send_waits.add(1);

@@ -215,6 +215,10 @@ fn offloads_are_passed_on_as_negotiated() {
     receive.notify(&mut device);
     packet[10] = 1;
     assert_eq!(receive.bytes(place, packet.len()), packet);
+    let metrics = device.metrics();
+    for name in ["received_unsegmented", "sent_unsegmented"] {
+        assert!(metrics.contains(&(name, 1)), "{name}");
+    }
 
     // Another driver, which wants none of it: what still comes so is dropped, or stripped.
     let mut receive = Driver::start(&mut device, &memory, PLAIN);
