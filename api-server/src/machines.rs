@@ -190,8 +190,9 @@ impl Machines {
         })?;
         let pid = record.process.pid;
         Span::current().record("pid", pid);
-        let saved = async { connect(&record).await?.snapshot(plan).await };
-        match saved.await {
+        let then = plan.then;
+        let saving = async { connect(&record).await?.snapshot(plan).await };
+        match control::saved(&record, then, saving).await {
             Ok(report) => {
                 info!(?report, "a snapshot was taken");
                 Ok(())

@@ -18,6 +18,7 @@ mod place;
 mod pool;
 mod process;
 mod registry;
+mod save;
 mod secret;
 mod server;
 mod service;
@@ -43,6 +44,7 @@ pub use place::{Destination, Source, StoreLocation};
 pub use pool::Pool;
 pub use process::{ProcessHandle, ProcessId};
 pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};
+pub use save::saved;
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{

@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::{Client, Record};
+use crate::{Client, ProcessHandle, Record};
 
 /// How long a killed process may take to be gone: the kernel has its memory to free.
 const KILL_BOUND: Duration = Duration::from_secs(30);
@@ -33,15 +33,27 @@ pub async fn stop(record: &Record, grace: Duration) -> io::Result<Stopped> {
         client.stop().await
     };
     match timeout(grace, asked).await {
-        Ok(Ok(())) => {
-            if process.ended_within(grace).await? {
-                return Ok(Stopped::OnRequest);
-            }
-            warn!(pid = record.process.pid, "a VMM did not stop as it said");
-        }
+        Ok(Ok(())) => return end(&process, grace).await,
         Ok(Err(error)) => warn!(pid = record.process.pid, %error, "a VMM cannot be asked to stop"),
         Err(_) => warn!(pid = record.process.pid, "a VMM does not answer"),
     }
+    kill(&process).await
+}
+
+/// Waits for a VMM that has said that it ends, and kills it if it has not after `grace`.
+///
+/// # Errors
+///
+/// Those of [`stop`].
+pub(crate) async fn end(process: &ProcessHandle, grace: Duration) -> io::Result<Stopped> {
+    if process.ended_within(grace).await? {
+        return Ok(Stopped::OnRequest);
+    }
+    warn!("a VMM did not stop as it said");
+    kill(process).await
+}
+
+async fn kill(process: &ProcessHandle) -> io::Result<Stopped> {
     process.kill()?;
     if process.ended_within(KILL_BOUND).await? {
         Ok(Stopped::Killed)

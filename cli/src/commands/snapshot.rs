@@ -65,7 +65,7 @@ pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<Exi
         },
         copy: args.copy.map(Way::chosen),
     };
-    let report = save(&record, request).await?;
+    let report = control::saved(&record, request.then, save(&record, request)).await?;
     if args.json {
         output::print_json(&report)?;
     } else {
