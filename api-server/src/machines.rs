@@ -249,6 +249,14 @@ impl Machines {
         }
     }
 
+    /// Cancels the snapshot that is being taken of a machine.
+    #[instrument(skip(self))]
+    pub(crate) async fn cancel_snapshot(&self, pid: u32) -> Result<Vm, ApiError> {
+        let record = self.record(pid)?;
+        connect(&record).await?.cancel_snapshot().await?;
+        Ok(self.living(&record).await)
+    }
+
     /// Holds a machine.
     #[instrument(skip(self))]
     pub(crate) async fn pause(&self, pid: u32) -> Result<Vm, ApiError> {

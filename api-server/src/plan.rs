@@ -1,6 +1,9 @@
 //! From a request to what a VMM is told. Nothing is started here.
 
-use std::path::{Path, PathBuf};
+use std::{
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+};
 
 use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
@@ -310,6 +313,7 @@ pub(crate) fn snapshot(
             api_types::MemoryCopy::StopAndCopy => MemoryCopy::StopAndCopy,
             api_types::MemoryCopy::CopyOnWrite => MemoryCopy::CopyOnWrite,
         }),
+        bytes_per_second: request.bytes_per_second.map(not_none).transpose()?,
     })
 }
 
@@ -330,6 +334,15 @@ pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
 
 fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {
     tree.input(field, path.as_deref().unwrap_or_default())
+}
+
+fn not_none(bytes_per_second: u64) -> Result<NonZeroU64, ApiError> {
+    NonZeroU64::new(bytes_per_second).ok_or_else(|| {
+        ApiError::new(
+            ErrorCode::BadRequest,
+            "bytes_per_second is 0, and nothing would ever be saved; ask for more, or leave it out",
+        )
+    })
 }
 
 fn different(state: &Path, memory: &Path) -> Result<(), ApiError> {
@@ -628,6 +641,7 @@ mod tests {
             resume: true,
             clock: api_types::GuestClock::Follow,
             copy: Some(api_types::MemoryCopy::StopAndCopy),
+            bytes_per_second: None,
         };
         let plan = |request: &_| snapshot(&bench.config, &bench.tree, request);
         let planned = plan(&request).unwrap();
@@ -637,6 +651,11 @@ mod tests {
         assert_eq!(state.parent(), bench.path("kernel").parent());
         assert_eq!(planned.then, AfterSnapshot::Resume(GuestClock::Follow));
         assert_eq!(planned.copy, Some(MemoryCopy::StopAndCopy));
+        request.bytes_per_second = Some(5);
+        assert_eq!(plan(&request).unwrap().bytes_per_second, NonZeroU64::new(5));
+        request.bytes_per_second = Some(0);
+        assert_eq!(plan(&request).unwrap_err().code, ErrorCode::BadRequest);
+        request.bytes_per_second = None;
         request.resume = false;
         assert_eq!(plan(&request).unwrap().then, AfterSnapshot::Halt);
         request.memory_snapshot_path = "./new-state".to_owned();
@@ -695,6 +714,7 @@ mod tests {
             resume: true,
             clock: api_types::GuestClock::Follow,
             copy: Some(api_types::MemoryCopy::StopAndCopy),
+            bytes_per_second: None,
         };
         let planned = snapshot(&bench.config, &bench.tree, &request).unwrap();
         assert!(

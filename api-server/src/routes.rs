@@ -29,6 +29,7 @@ pub(crate) fn all() -> Vec<Route> {
         change_balloon,
         pause,
         resume,
+        cancel_snapshot,
         resize_disk,
         end,
         healthz,
@@ -89,7 +90,7 @@ async fn fork(machines: &State<Machines>, body: Body<'_, ForkRequest>) -> Answer
         (status = 200, description = "Both files are complete and durable.", body = String, example = json!(SNAPSHOT_TAKEN)),
         (status = 400, description = "The request cannot be meant.", body = ErrorBody),
         (status = 404, description = "There is no such machine or directory.", body = ErrorBody),
-        (status = 409, description = "The machine is busy with a snapshot already.", body = ErrorBody),
+        (status = 409, description = "The machine is busy with a snapshot already, or this one was cancelled.", body = ErrorBody),
         (status = 413, description = "The request is too long.", body = ErrorBody),
         (status = 500, description = "The host refused.", body = ErrorBody),
         (status = 502, description = "The VMM died; files that were there before are as they were.", body = ErrorBody),
@@ -237,6 +238,25 @@ async fn pause(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
 async fn resume(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> Answer<Vm> {
     let clock = guest_clock(clock)?;
     machines.resume(process_id(pid)?, clock).await.map(Json)
+}
+
+/// Cancels the snapshot that is being taken of a machine: the request for it fails, nothing of it is kept, and the machine goes on as
+/// if it had not been asked for. One that is complete by then stays.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    responses(
+        (status = 200, description = "The machine; the snapshot ends.", body = Vm),
+        (status = 400, description = "That is not a process id.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 409, description = "No snapshot of it is being taken.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+    )
+)]
+#[delete("/vms/<pid>/snapshot")]
+async fn cancel_snapshot(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
+    machines.cancel_snapshot(process_id(pid)?).await.map(Json)
 }
 
 /// Makes a disk of a machine larger, whether it runs or is held; the guest is told. Disks never become smaller.

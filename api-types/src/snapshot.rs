@@ -27,6 +27,9 @@ pub struct SnapshotRequest {
     pub clock: GuestClock,
     /// How its memory is saved. If it is not said: by copy-on-write where the machine goes on and its memory permits it.
     pub copy: Option<MemoryCopy>,
+    /// The most bytes of the machine that are read in a second, so that its guest and others feel less of it. It takes a machine
+    /// that goes on, saved by copy-on-write.
+    pub bytes_per_second: Option<u64>,
 }
 
 /// How memory is saved.

@@ -251,6 +251,7 @@ impl FermataMachine {
             to,
             then,
             copy: Some(MemoryCopy::StopAndCopy),
+            bytes_per_second: None,
         };
         self.runtime.block_on(async {
             let client = self.connect().await?;
@@ -279,6 +280,7 @@ impl FermataMachine {
             },
             then: AfterSnapshot::Resume(GuestClock::StandStill),
             copy: None,
+            bytes_per_second: None,
         };
         self.runtime
             .block_on(async { Ok(self.connect().await?.snapshot(request).await?) })

@@ -13,6 +13,7 @@ mod net;
 mod output;
 mod program;
 mod progress;
+mod size;
 mod store;
 mod terminal;
 mod text_file;
@@ -25,8 +26,8 @@ use control::{LOG_VARIABLE, Registry, allow_many_files};
 use tracing_subscriber::EnvFilter;
 
 use commands::{
-    balloon as balloon_commands, disk, fork, inspect, pause, ps, restore, run, serve, snapshot,
-    stop, store as store_commands,
+    balloon as balloon_commands, cancel, disk, fork, inspect, pause, ps, restore, run, serve,
+    snapshot, stop, store as store_commands,
 };
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
@@ -55,6 +56,8 @@ enum Command {
     Resume(pause::ResumeArgs),
     /// Saves a machine into a store, or into two files.
     Snapshot(snapshot::Args),
+    /// Ends the snapshot that is being taken of a machine, which goes on as if it had not been asked for.
+    Cancel(cancel::Args),
     /// Lets a saved machine go on.
     Restore(restore::Args),
     /// Has one machine go on as many, from one instant: one that runs, or a saved one.
@@ -97,6 +100,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Pause(args) => wait(pause::pause(&args, run_dir)),
         Command::Resume(args) => wait(pause::resume(&args, run_dir)),
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
+        Command::Cancel(args) => wait(cancel::cancel(&args, run_dir)),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
         Command::Fork(args) => wait(fork::fork(args, run_dir)),
         Command::Store(args) => store_commands::run(&args),

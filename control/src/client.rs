@@ -123,6 +123,15 @@ impl Client {
         .await??)
     }
 
+    /// Has the snapshot that is being taken not be taken. Whether it was not, who asked for it is told.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Client::status`], and [`ClientError::Refused`] when none is being taken.
+    pub async fn cancel_snapshot(&self) -> Result<(), ClientError> {
+        Ok(answer(ANSWER_DEADLINE, |context| self.0.cancel_snapshot(context)).await??)
+    }
+
     /// Has the disk of this number, from 0, have so many bytes, which are not less than it has.
     ///
     /// # Errors

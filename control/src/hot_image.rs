@@ -56,6 +56,7 @@ impl HotImage {
             to: Destination::Image { path: path.into() },
             then: AfterSnapshot::AsBefore(clock),
             copy: None,
+            bytes_per_second: None,
         };
         let report = client.snapshot(request).await?;
         let pid = record.process.pid;

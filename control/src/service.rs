@@ -1,5 +1,7 @@
 //! The one service that a VMM offers.
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{BalloonChange, BalloonStatus, Destination};
@@ -15,6 +17,9 @@ pub trait Vmm {
     async fn resume(clock: GuestClock) -> Result<(), Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
+    /// Has the snapshot that is being taken not be taken: who asked for it is told so, and the machine goes on as if it had not been
+    /// asked for. One that is complete by then stays.
+    async fn cancel_snapshot() -> Result<(), Failure>;
     /// Has the disk of this number, from 0 in the order in which the machine was given them, have so many bytes. Disks only
     /// grow.
     async fn resize_disk(disk: u32, bytes: u64) -> Result<(), Failure>;
@@ -106,6 +111,9 @@ pub struct SnapshotRequest {
     /// How memory is saved. If it is not said: by copy-on-write where the machine goes on and its memory permits it.
     #[serde(default)]
     pub copy: Option<MemoryCopy>,
+    /// The most bytes of the machine that are read in a second, if the guest goes on beside.
+    #[serde(default)]
+    pub bytes_per_second: Option<NonZeroU64>,
 }
 
 /// Answer of [`Vmm::snapshot`].

@@ -78,6 +78,13 @@ impl Vmm for Service {
         })
     }
 
+    async fn cancel_snapshot(self, _: Context) -> Result<(), Failure> {
+        Err(Failure {
+            kind: FailureKind::WrongState,
+            message: "none is being taken".to_owned(),
+        })
+    }
+
     async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
         Err(Failure {
             kind: FailureKind::NotFound,
@@ -149,6 +156,7 @@ async fn a_snapshot_has_hours() {
         to: Destination::files("/s", "/m"),
         then: AfterSnapshot::Resume(GuestClock::StandStill),
         copy: None,
+        bytes_per_second: None,
     };
     let given = client.snapshot(request).await.unwrap().total_us;
     assert!(given > 3_600_000_000, "{given} us");

@@ -5,7 +5,7 @@ use std::io;
 use dedup::{ImageStats, Writer};
 use memory::{AtCut, MachineMemory, PartKind};
 
-use crate::{Error, Progress};
+use crate::{Error, Saving};
 
 /// What some bytes are, for who saves them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ pub(crate) fn write(
     unit: u64,
     name: &str,
     content: &impl Content,
-    progress: &Progress,
+    saving: &Saving,
 ) -> Result<ImageStats, Error> {
     let failed = || Error::store(name);
     let mut image = writer.image(name).map_err(failed())?;
@@ -105,7 +105,7 @@ pub(crate) fn write(
         Piece::Data(bytes) => *bytes,
         Piece::Kept(_) | Piece::Zeros(_) => 0,
     });
-    progress.begin(data.sum());
+    saving.begin(data.sum());
     let mut at = 0;
     for piece in pieces {
         let written = match piece {
@@ -113,8 +113,7 @@ pub(crate) fn write(
             Piece::Zeros(bytes) => image.skip_zeros(bytes),
             Piece::Data(bytes) => image.write_with(bytes, |offset, buffer| {
                 content.read(at + offset, buffer)?;
-                progress.advance(buffer.len() as u64);
-                Ok(())
+                saving.advance(buffer.len() as u64)
             }),
         };
         written.map_err(failed())?;

@@ -19,7 +19,7 @@ use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES};
 
-use crate::{Content, Error, Progress, Written, image::Image, table::Table, transfer};
+use crate::{Content, Error, Saving, Written, image::Image, table::Table, transfer};
 
 /// What must be sealed: content and length.
 const SEALS: SealFlags = SealFlags::WRITE
@@ -85,13 +85,13 @@ pub(crate) fn write(
     file: &File,
     state: &Container,
     memory: &impl Content,
-    progress: &Progress,
+    saving: &Saving,
 ) -> Result<Written, Error> {
     let memory_bytes = state.header.memory_bytes;
     let failed = || Error::io("write", NAME);
     file.set_len(memory_bytes).map_err(failed())?;
     let (table, written) =
-        transfer::write_memory(memory, memory_bytes, file, progress).map_err(failed())?;
+        transfer::write_memory(memory, memory_bytes, file, saving).map_err(failed())?;
     write_tail(file, state, &table, memory_bytes)?;
     Ok(written)
 }

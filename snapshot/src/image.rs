@@ -10,7 +10,7 @@ use memory::{HostPages, Layout, MachineMemory};
 use saved_state::SnapshotId;
 
 use crate::{
-    Content, Error, Progress, Written,
+    Content, Error, Saving, Written,
     durable::{Pending, open_for_reading},
     table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
     transfer,
@@ -22,7 +22,7 @@ pub(crate) fn write_image(
     memory: &impl Content,
     memory_bytes: u64,
     id: SnapshotId,
-    progress: &Progress,
+    saving: &Saving,
 ) -> Result<Written, Error> {
     let target = pending.target();
     let file = pending.file();
@@ -30,7 +30,7 @@ pub(crate) fn write_image(
     file.set_len(Footer::file_bytes(memory_bytes))
         .map_err(failed())?;
     let (table, written) =
-        transfer::write_memory(memory, memory_bytes, file, progress).map_err(failed())?;
+        transfer::write_memory(memory, memory_bytes, file, saving).map_err(failed())?;
     let table = table.to_bytes();
     let footer = Footer::new(id, memory_bytes, &table);
     file.write_all_at(&table, memory_bytes).map_err(failed())?;

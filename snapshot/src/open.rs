@@ -13,7 +13,7 @@ use memory::{HostPages, MachineMemory};
 use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES, SnapshotId};
 
 use crate::{
-    Error, OnDemand, OnLoss, Progress, StoredDisk,
+    Error, OnDemand, OnLoss, Saving, StoredDisk,
     durable::hidden_name,
     files::Files,
     hot::{self, Hot},
@@ -119,7 +119,7 @@ impl Snapshot {
             Memory::Image(image) => hot::write_image(file, &self.state, image),
             // A store verifies what it reads, and the rest needs no more than the seals.
             Memory::Stored(_) | Memory::Hot(_) => {
-                hot::write(file, &self.state, &self.load()?, &Progress::default()).map(drop)
+                hot::write(file, &self.state, &self.load()?, &Saving::default()).map(drop)
             }
         }
     }

@@ -7,7 +7,7 @@ use memory::MachineMemory;
 use saved_state::{Container, Header, SnapshotId};
 
 use crate::{
-    Content, Error, Progress, Written, content, disk,
+    Content, Error, Saving, Written, content, disk,
     files::{Files, PendingFiles},
     hot,
     image::write_image,
@@ -136,9 +136,9 @@ pub fn write(
     to: Destination<'_>,
     state: &Container,
     memory: &MachineMemory,
-    progress: &Progress,
+    saving: &Saving,
 ) -> Result<Unpublished, Error> {
-    begin(to, state.header.id)?.write(state, memory, progress)
+    begin(to, state.header.id)?.write(state, memory, saving)
 }
 
 impl Draft {
@@ -164,18 +164,18 @@ impl Draft {
         self,
         state: &Container,
         memory: &impl Content,
-        progress: &Progress,
+        saving: &Saving,
     ) -> Result<Unpublished, Error> {
         let Self { id, mut place } = self;
         let memory_bytes = state.header.memory_bytes;
         let bytes = state.to_bytes();
         let written = match &mut place {
-            Place::Files(files) => write_image(&files.memory, memory, memory_bytes, id, progress)?,
-            Place::Hot(file) => hot::write(file, state, memory, progress)?,
+            Place::Files(files) => write_image(&files.memory, memory, memory_bytes, id, saving)?,
+            Place::Hot(file) => hot::write(file, state, memory, saving)?,
             Place::Stored(stored) | Place::Referenced { stored, .. } => {
                 let InStore { unit, writer, .. } = stored;
                 writer.set_manifest(bytes.clone());
-                stored::write_memory(writer, *unit, memory_bytes, memory, progress)?
+                stored::write_memory(writer, *unit, memory_bytes, memory, saving)?
             }
         };
         if let Place::Files(files) | Place::Referenced { files, .. } = &place {
@@ -209,14 +209,14 @@ impl Unpublished {
         &mut self,
         number: usize,
         content: &impl Content,
-        progress: &Progress,
+        saving: &Saving,
     ) -> Result<(), Error> {
         match &mut self.place {
             Place::Files(_) | Place::Hot(_) => Ok(()),
             Place::Stored(stored) | Place::Referenced { stored, .. } => {
                 let InStore { unit, writer, .. } = stored;
                 let name = disk::image_name(number);
-                content::write(writer, *unit, &name, content, progress).map(drop)
+                content::write(writer, *unit, &name, content, saving).map(drop)
             }
         }
     }

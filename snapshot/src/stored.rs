@@ -6,7 +6,7 @@ use dedup::{ImageReader, Key, OpenOptions, SnapshotReader, Store, Writer, Zeros}
 use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES};
 use saved_state::Container;
 
-use crate::{Content, Error, OnDemand, OnLoss, Progress, StorePlace, StoredDisk, Written, content};
+use crate::{Content, Error, OnDemand, OnLoss, Saving, StorePlace, StoredDisk, Written, content};
 
 /// The name of the image that is a machine's memory.
 pub const MEMORY_IMAGE: &str = "memory";
@@ -50,9 +50,9 @@ pub(crate) fn write_memory(
     unit: u64,
     bytes: u64,
     memory: &impl Content,
-    progress: &Progress,
+    saving: &Saving,
 ) -> Result<Written, Error> {
-    let stats = content::write(writer, unit, MEMORY_IMAGE, memory, progress)?;
+    let stats = content::write(writer, unit, MEMORY_IMAGE, memory, saving)?;
     let data_chunks = stats.known_chunks + stats.new_chunks;
     Ok(Written {
         memory_bytes: bytes,

@@ -17,7 +17,7 @@ use memory::PAGE_BYTES;
 use rustix::fs::SeekFrom;
 
 use crate::{
-    Content, Error, Piece, Progress,
+    Content, Error, Piece, Saving,
     table::{GRANULE_BYTES, Table, digest, is_zero},
 };
 
@@ -41,10 +41,10 @@ pub(crate) fn write_memory(
     memory: &impl Content,
     memory_bytes: u64,
     file: &File,
-    progress: &Progress,
+    saving: &Saving,
 ) -> io::Result<(Table, Written)> {
     let granules = granules_of(&data_in(&memory.pieces(None, GRANULE_BYTES)?));
-    progress.begin(granules.len() as u64 * GRANULE_BYTES);
+    saving.begin(granules.len() as u64 * GRANULE_BYTES);
     let digests: Vec<AtomicU64> = (0..memory_bytes.div_ceil(GRANULE_BYTES))
         .map(|_| AtomicU64::new(0))
         .collect();
@@ -63,14 +63,14 @@ pub(crate) fn write_memory(
             memory.read(start, content)?;
             digests[*granule].store(digest(content), Ordering::Relaxed);
         }
-        let _turn = turn.lock();
+        let writing = turn.lock();
         for (granule, content) in batch.iter().zip(buffer.chunks(GRANULE_BYTES as usize)) {
             let (start, length) = place(*granule);
             let written = write_pages(file, &content[..length], start)?;
             data_bytes.fetch_add(written, Ordering::Relaxed);
         }
-        progress.advance(batch.len() as u64 * GRANULE_BYTES);
-        Ok(())
+        drop(writing);
+        saving.advance(batch.len() as u64 * GRANULE_BYTES)
     })?;
     let table = Table {
         digests: digests.into_iter().map(AtomicU64::into_inner).collect(),

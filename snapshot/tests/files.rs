@@ -10,7 +10,7 @@ use std::{
 
 use memory::{MIN_MEMORY_BYTES, MachineMemory};
 use saved_state::SnapshotId;
-use snapshot::{Destination, Error, Files, Progress, Snapshot, Source, Unpublished, write};
+use snapshot::{Destination, Error, Files, Saving, Snapshot, Source, Unpublished, write};
 use vm_memory::{Bytes, GuestAddress};
 
 #[path = "support/mod.rs"]
@@ -70,7 +70,7 @@ fn save(state: &Path, file: &Path, id: u8, memory: &MachineMemory) -> Result<Unp
         Destination::Files(files),
         &container(id),
         memory,
-        &Progress::default(),
+        &Saving::default(),
     )
 }
 

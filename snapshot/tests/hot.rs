@@ -10,7 +10,7 @@ use std::{
 
 use memory::{Layout, MachineMemory};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-use snapshot::{Destination, Error, Files, Progress, Snapshot, Source, write};
+use snapshot::{Destination, Error, Files, Saving, Snapshot, Source, write};
 use vm_memory::{Bytes, GuestAddress};
 
 #[path = "support/mod.rs"]
@@ -30,8 +30,8 @@ fn memfd() -> File {
 /// A hot image of `memory`, not yet sealed.
 fn image(memory: &MachineMemory) -> File {
     let file = memfd();
-    let progress = Progress::default();
-    let written = write(Destination::Hot(&file), &container(7), memory, &progress).unwrap();
+    let saving = Saving::default();
+    let written = write(Destination::Hot(&file), &container(7), memory, &saving).unwrap();
     written.publish().unwrap();
     file
 }
@@ -144,9 +144,9 @@ impl Saved {
             state: &state,
             memory: &file,
         };
-        let progress = Progress::default();
+        let saving = Saving::default();
         let to = Destination::Files(files);
-        let written = write(to, &container(7), memory, &progress).unwrap();
+        let written = write(to, &container(7), memory, &saving).unwrap();
         written.publish().unwrap();
         saved
     }

@@ -13,7 +13,7 @@ use std::{
 use dedup::{CreateOptions, OpenOptions, Store};
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use snapshot::{
-    Destination, Error, Files, Lost, OnDemand, Progress, Snapshot, Source, StorePlace, write,
+    Destination, Error, Files, Lost, OnDemand, Saving, Snapshot, Source, StorePlace, write,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -51,7 +51,7 @@ impl Place {
             parent: None,
         };
         let to = Destination::Stored { place, name };
-        let unpublished = write(to, &container(1), memory, &Progress::default()).unwrap();
+        let unpublished = write(to, &container(1), memory, &Saving::default()).unwrap();
         unpublished.publish().unwrap();
     }
 
@@ -312,7 +312,7 @@ fn what_cannot_come_on_demand_says_so() {
         memory: &memory,
     };
     let to = Destination::Files(files);
-    let unpublished = write(to, &container(1), &full(), &Progress::default()).unwrap();
+    let unpublished = write(to, &container(1), &full(), &Saving::default()).unwrap();
     unpublished.publish().unwrap();
     let opened = Snapshot::open(Source::Files { files, store: None }).unwrap();
     let refused = opened.load_on_demand(Box::new(|_| ())).unwrap_err();

@@ -11,7 +11,7 @@ use dedup::{CreateOptions, OpenOptions, Store};
 use memory::{MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use saved_state::SnapshotId;
 use snapshot::{
-    Content, Destination, Error, Files, Piece, Progress, Saved, Snapshot, Source, StoreAt,
+    Content, Destination, Error, Files, Piece, Saved, Saving, Snapshot, Source, StoreAt,
     StorePlace, write,
 };
 use vm_memory::{Bytes, GuestAddress};
@@ -93,7 +93,7 @@ fn at(directory: &Path) -> StoreAt<'_> {
 }
 
 fn publish(to: Destination<'_>, id: u8, memory: &MachineMemory) -> Result<Saved, Error> {
-    let saved = write(to, &container(id), memory, &Progress::default())?.publish()?;
+    let saved = write(to, &container(id), memory, &Saving::default())?.publish()?;
     Ok(saved.unwrap())
 }
 
@@ -101,14 +101,15 @@ fn publish(to: Destination<'_>, id: u8, memory: &MachineMemory) -> Result<Saved,
 fn memory_and_state_come_back() {
     let place = Place::new();
     let memory = memory_with(&[(0, 1), (10 << 20, 2), (LAST, 3)]);
-    let progress = Progress::default();
+    let saving = Saving::default();
     let to = Destination::Stored {
         place: place.place(None),
         name: "monday",
     };
-    let unpublished = write(to, &container(7), &memory, &progress).unwrap();
+    let unpublished = write(to, &container(7), &memory, &saving).unwrap();
     assert_eq!(unpublished.written.memory_bytes, MIN_MEMORY_BYTES);
     assert_eq!(unpublished.written.data_bytes, 3 * PAGE_BYTES);
+    let progress = saving.progress();
     assert!(progress.total() > 0);
     assert_eq!(progress.done(), progress.total());
     let saved = unpublished.publish().unwrap().unwrap();
@@ -227,7 +228,7 @@ fn what_is_given_up_leaves_no_name() {
         },
     ] {
         let guest = memory_with(&[(0, 1)]);
-        drop(write(to, &container(1), &guest, &Progress::default()).unwrap());
+        drop(write(to, &container(1), &guest, &Saving::default()).unwrap());
     }
     assert!(place.store.log().unwrap().is_empty());
     assert!(!state.exists() && !memory.exists());
@@ -356,10 +357,10 @@ fn a_disk_is_saved_with_its_machine_and_only_what_has_changed_is_read() {
             place: place.place(parent.as_deref()),
             name: &name,
         };
-        let progress = Progress::default();
-        let mut unpublished = write(to, &container(1), &memory, &progress).unwrap();
+        let saving = Saving::default();
+        let mut unpublished = write(to, &container(1), &memory, &saving).unwrap();
         assert!(unpublished.is_in_store());
-        unpublished.write_disk(0, &disk, &progress).unwrap();
+        unpublished.write_disk(0, &disk, &saving).unwrap();
         let saved = unpublished.publish().unwrap().unwrap();
         assert_eq!(disk.kept.into_inner(), parent.is_some());
         parent = Some(saved.id.to_string());

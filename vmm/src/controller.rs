@@ -203,7 +203,12 @@ impl Controller {
         let Some(mut waiting) = self.waiting.take() else {
             return;
         };
-        match waiting.look(self.machine.counters().come()) {
+        let counters = self.machine.counters();
+        let looked = match counters.saving.is_cancelled() {
+            true => Err(Error::Cancelled),
+            false => waiting.look(counters.come()),
+        };
+        match looked {
             Ok(()) => self.waiting = Some(waiting),
             Err(error) => {
                 self.snapshot_failed(error, self.machine.is_running(), waiting.reply);
@@ -264,6 +269,9 @@ impl Controller {
             return;
         }
         self.apply(lifecycle::Event::SaveFailed { running });
+        // Then that is why, whatever it looked like from within.
+        let cancelled = self.machine.counters().saving.is_cancelled();
+        let error = if cancelled { Error::Cancelled } else { error };
         answer(reply, Err(error.into()));
     }
 

@@ -99,6 +99,12 @@ pub(crate) enum Error {
         "a machine that does not go on is saved while it stands still; leave the way out, or let it go on"
     )]
     NothingGoesOn,
+    #[error(
+        "only a snapshot that the guest goes on beside can be slowed; leave the limit out, or let the machine go on and be saved by copy-on-write"
+    )]
+    NothingBeside,
+    #[error("the snapshot was cancelled; nothing of it is kept")]
+    Cancelled,
     #[error(transparent)]
     Lost(#[from] snapshot::Lost),
     #[error(
@@ -162,12 +168,12 @@ impl Error {
             Self::DiskNotHere { .. } => FailureKind::NotFound,
             Self::Branch(e) => branch_kind(e),
             Self::NoSuchDisk { .. } => FailureKind::NotFound,
-            Self::NothingGoesOn => FailureKind::BadRequest,
+            Self::NothingGoesOn | Self::NothingBeside => FailureKind::BadRequest,
             Self::SharedDisk { .. } | Self::NoImage | Self::NoMemfd { .. } | Self::OutOfTurn => {
                 FailureKind::BadRequest
             }
             Self::ImageOpen { .. } => FailureKind::Host,
-            Self::DiskChanged { .. } | Self::GuestEnds | Self::NobodyWaits => {
+            Self::DiskChanged { .. } | Self::GuestEnds | Self::NobodyWaits | Self::Cancelled => {
                 FailureKind::WrongState
             }
             Self::Lost(_) | Self::NothingComes { .. } => FailureKind::Host,

@@ -93,7 +93,7 @@ pub(crate) enum Refused {
     #[error("the machine has ended; create it anew or restore a snapshot of it")]
     Ended,
     /// The end of something that never began.
-    #[error("nothing of the kind is under way")]
+    #[error("no snapshot of the machine is being taken")]
     Impossible,
 }
 

@@ -12,7 +12,7 @@ use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
 use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState, cpu_identity, missing_features};
 use memory::{AtCut, HostPages, MachineMemory, PAGE_BYTES};
 use saved_state::{Container, Header, SnapshotId};
-use snapshot::{Draft, Lost, OnDemand, Progress, Snapshot};
+use snapshot::{Draft, Lost, OnDemand, Saving, Snapshot};
 
 use crate::{
     balloons,
@@ -89,7 +89,7 @@ pub(crate) struct Counters {
     pub(crate) machine: MachineCounts,
     pub(crate) devices: DeviceSet,
     /// How far the snapshot in work is.
-    pub(crate) saving: Progress,
+    pub(crate) saving: Saving,
     /// Of a machine whose memory comes on demand, or came so.
     pub(crate) arriving: Option<OnDemand>,
 }
@@ -383,7 +383,7 @@ impl Machine {
                 exits,
                 machine: MachineCounts::default(),
                 devices,
-                saving: Progress::default(),
+                saving: Saving::default(),
                 arriving,
             }),
             quiesced: Some(quiesced),

@@ -17,7 +17,7 @@ use control::{
 use memory::AtCut;
 use rustix::rand::{GetRandomFlags, getrandom};
 use saved_state::{Container, SnapshotId};
-use snapshot::{Content, Draft, Progress, Saved, Unpublished, Written};
+use snapshot::{Content, Draft, Saved, Saving, Unpublished, Written};
 
 use crate::{
     disks::{self, Cuts},
@@ -46,7 +46,7 @@ struct Rest<'a> {
     cuts: Cuts,
     /// What the machine was last in the store.
     last: Option<&'a StoredAs>,
-    progress: &'a Progress,
+    saving: &'a Saving,
 }
 
 /// A snapshot whose state and memory are written.
@@ -77,7 +77,7 @@ impl<'a> Work<'a> {
     /// Writes `memory`. When this returns, its machine need not stand still any more for it.
     fn write(self, memory: &impl Content) -> Result<InWork<'a>, Error> {
         let Self { draft, state, rest } = self;
-        let unpublished = draft.write(&state, memory, rest.progress)?;
+        let unpublished = draft.write(&state, memory, rest.saving)?;
         Ok(InWork { unpublished, rest })
     }
 }
@@ -89,10 +89,11 @@ impl InWork<'_> {
             mut unpublished,
             rest,
         } = self;
+        wanted(rest.saving)?;
         let (written, state_bytes) = (unpublished.written, unpublished.state_bytes);
         disks::sync(&rest.images)?;
         let disks = rest.cuts.finish()?;
-        let layers = stored_disks::save(&mut unpublished, disks, rest.last, rest.progress)?;
+        let layers = stored_disks::save(&mut unpublished, disks, rest.last, rest.saving)?;
         Ok(Done {
             written,
             state_bytes,
@@ -112,7 +113,6 @@ pub(crate) fn take_snapshot(
     let counters = Arc::clone(machine.counters());
     let last = machine.stored_as.clone();
     let parent = last.as_ref().map(|last| last.id.as_str());
-    counters.saving.begin(0);
     // What can be done before the machine is held, and what can fail, costs the guest nothing.
     let destination = place::OpenDestination::new(&request.to)?;
     let id = new_id()?;
@@ -127,6 +127,11 @@ pub(crate) fn take_snapshot(
         AfterSnapshot::Halt => false,
     };
     let armed = live::prepare(machine, request.copy, goes_on)?;
+    let limited = request.bytes_per_second.is_some();
+    if limited && armed.is_none() {
+        return Err(Error::NothingBeside);
+    }
+    wanted(&counters.saving)?;
 
     let mut held = machine.hold()?.with_clock(clock_of(request.then));
     // A guest that has switched itself off waits for its end, which is behind this in the queue.
@@ -142,11 +147,13 @@ pub(crate) fn take_snapshot(
             images,
             cuts,
             last: last.as_ref(),
-            progress: &counters.saving,
+            saving: &counters.saving,
         },
     };
+    // If what is needed to go on beside it cannot be had after all.
+    let may_stop = request.copy.is_none() && !limited;
     let taken = match (goes_on, &armed) {
-        (true, Some(_)) => copy_on_write(held, work, request.copy)?,
+        (true, Some(_)) => copy_on_write(held, work, may_stop)?,
         (true, None) => stop_and_copy(held, work)?,
         (false, _) => stay(held, work)?,
     };
@@ -185,14 +192,10 @@ pub(crate) fn take_snapshot(
 }
 
 /// The machine goes on at once, and its memory is written beside it.
-fn copy_on_write(
-    held: Held<'_>,
-    work: Work<'_>,
-    asked: Option<MemoryCopy>,
-) -> Result<Taken, Error> {
+fn copy_on_write(held: Held<'_>, work: Work<'_>, may_stop: bool) -> Result<Taken, Error> {
     // After its state was saved, which can write to memory.
     let at_cut = match held.cut(&work.draft, work.rest.last) {
-        Err(error) if asked.is_none() => {
+        Err(error) if may_stop => {
             tracing::warn!("the guest stands still to be saved: {error}");
             return stop_and_copy(held, work);
         }
@@ -255,6 +258,14 @@ fn beside_guest<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Resu
         let panicked = || Error::Host(std::io::Error::other("the saving thread panicked"));
         saver.join().unwrap_or_else(|_| Err(panicked()))
     })
+}
+
+/// Whether to go on with it.
+fn wanted(saving: &Saving) -> Result<(), Error> {
+    match saving.is_cancelled() {
+        true => Err(Error::Cancelled),
+        false => Ok(()),
+    }
 }
 
 fn new_id() -> Result<SnapshotId, Error> {

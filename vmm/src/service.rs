@@ -85,7 +85,17 @@ impl Vmm for Service {
             });
         }
         self.admit(lifecycle::Event::Save)?;
+        // Before anybody can cancel this one.
+        self.counters.saving.restart(request.bytes_per_second);
         self.ask(|reply| Request::Snapshot(request, reply)).await
+    }
+
+    async fn cancel_snapshot(self, _: Context) -> Result<(), Failure> {
+        if self.lifecycle.state() != MachineState::Saving {
+            return Err(Refused::Impossible.into());
+        }
+        self.counters.saving.cancel();
+        Ok(())
     }
 
     async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
@@ -95,6 +105,8 @@ impl Vmm for Service {
     }
 
     async fn stop(self, _: Context) -> Result<(), Failure> {
+        // It is not to wait for a snapshot.
+        self.counters.saving.cancel();
         self.ask(Request::Stop).await
     }
 
@@ -119,7 +131,7 @@ impl Vmm for Service {
         } = &*self.counters;
         let mut metrics = exits.metrics();
         metrics.extend(machine.metrics());
-        metrics.extend(saving_metrics(saving));
+        metrics.extend(saving_metrics(saving.progress()));
         metrics.extend(arriving.iter().flat_map(arriving_metrics));
         metrics.extend(devices.metrics());
         metrics

@@ -6,7 +6,7 @@ use std::{
 };
 
 use branch_disk::{Disk, Error as DiskError, Frozen, Kind, LayerId, Part, Rule};
-use snapshot::{Content, Piece, Progress, StoredDisk, Unpublished};
+use snapshot::{Content, Piece, Saving, StoredDisk, Unpublished};
 
 use crate::error::Error;
 
@@ -54,7 +54,7 @@ pub(crate) fn save(
     into: &mut Unpublished,
     disks: Vec<Option<Frozen>>,
     last: Option<&StoredAs>,
-    progress: &Progress,
+    saving: &Saving,
 ) -> Result<Vec<Option<LayerId>>, Error> {
     if !into.is_in_store() {
         return Ok(Vec::new());
@@ -68,7 +68,7 @@ pub(crate) fn save(
         let disk = frozen.open()?;
         layers.push(disk.id());
         let before = last.and_then(|last| *last.layers.get(number)?);
-        into.write_disk(number, &AtCut { disk, before }, progress)?;
+        into.write_disk(number, &AtCut { disk, before }, saving)?;
     }
     Ok(layers)
 }

@@ -100,6 +100,7 @@ mod tests {
             to: Destination::files("/s", "/m"),
             then: AfterSnapshot::Halt,
             copy: None,
+            bytes_per_second: None,
         };
         (Waiting::new(1, request, reply, 0), answer)
     }

@@ -5,13 +5,12 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context, anyhow};
 use branch_disk::{BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, anything};
 use clap::{Subcommand, ValueEnum};
 use control::Registry;
 use serde::Serialize;
 
-use crate::{machine, output};
+use crate::{machine, output, size};
 
 /// The exit code when a check finds something.
 const DAMAGED: u8 = 2;
@@ -33,7 +32,7 @@ enum Command {
         #[arg(value_parser = machine::absolute())]
         disk: PathBuf,
         /// Its size in bytes, or with K, M, G or T behind it in units of 1024; by default the base's.
-        #[arg(long, value_parser = size, required_unless_present = "base")]
+        #[arg(long, value_parser = size::bytes, required_unless_present = "base")]
         size: Option<u64>,
         /// The raw image that it begins as.
         #[arg(long, value_name = "FILE", value_parser = machine::absolute())]
@@ -48,7 +47,7 @@ enum Command {
         #[arg(value_parser = machine::absolute())]
         disk: PathBuf,
         /// Its size, if it is to be larger.
-        #[arg(long, value_parser = size)]
+        #[arg(long, value_parser = size::bytes)]
         size: Option<u64>,
     },
     /// Makes a disk of a machine larger, whether it runs or stands still; its guest is told. Disks never become smaller.
@@ -59,7 +58,7 @@ enum Command {
         #[arg(value_name = "NUMBER")]
         disk: u32,
         /// The size that it is to have, like 20G.
-        #[arg(value_parser = size)]
+        #[arg(value_parser = size::bytes)]
         size: u64,
     },
     /// Shows a disk's layers, from the top, and what each takes.
@@ -317,35 +316,4 @@ fn check(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
         output::print(&(problems.join("\n") + "\n"))?;
     }
     Ok(code)
-}
-
-/// Parses a size: `2G`.
-fn size(text: &str) -> anyhow::Result<u64> {
-    let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
-    let unit: u64 = match &text[digits.len()..] {
-        "" => 1,
-        "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
-        "T" => 1 << 40,
-        _ => return Err(anyhow!("a size has one unit: 2G")),
-    };
-    let number: u64 = digits.parse().context("a size is a number, like 2G")?;
-    number.checked_mul(unit).context("no disk is so large")
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test may")]
-
-    use super::*;
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(size("512").unwrap(), 512);
-        assert_eq!(size("2G").unwrap(), 2 << 30);
-        for wrong in ["", "G", "2GG", "-1", "99999999999T", "2.5G"] {
-            assert!(size(wrong).is_err(), "{wrong}");
-        }
-    }
 }

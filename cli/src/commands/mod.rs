@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub(crate) mod balloon;
+pub(crate) mod cancel;
 pub(crate) mod disk;
 pub(crate) mod fork;
 pub(crate) mod inspect;

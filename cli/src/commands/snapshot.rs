@@ -1,14 +1,14 @@
 //! `fermata snapshot`.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{num::NonZeroU64, path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use control::{
     AfterSnapshot, Client, ClientError, Destination, MemoryCopy, Record, Registry,
     SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest,
 };
 
-use crate::{machine, output, progress::Progress, store::StoreArgs};
+use crate::{machine, output, progress::Progress, size, store::StoreArgs};
 
 /// How often a machine is asked how far it is.
 const POLL: Duration = Duration::from_millis(200);
@@ -32,6 +32,9 @@ pub(crate) struct Args {
     /// How memory is saved. Without it: by copy-on-write, where the machine goes on and its memory permits it.
     #[arg(long, value_name = "WAY")]
     copy: Option<Way>,
+    /// The most that is read of the machine in a second, like `100M`, so that its guest and others feel less of it.
+    #[arg(long, value_name = "BYTES", value_parser = limit)]
+    limit: Option<NonZeroU64>,
     /// Prints what was saved and how long it took as JSON.
     #[arg(long)]
     json: bool,
@@ -64,6 +67,7 @@ pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<Exi
             AfterSnapshot::Resume(args.clock.chosen())
         },
         copy: args.copy.map(Way::chosen),
+        bytes_per_second: args.limit,
     };
     let report = control::saved(&record, request.then, save(&record, request)).await?;
     if args.json {
@@ -111,10 +115,22 @@ async fn save(record: &Record, request: SnapshotRequest) -> anyhow::Result<Snaps
             }
         }
     };
+    // The machine is not to go on saving what nobody waits for any more.
+    let cancelled = async {
+        tokio::signal::ctrl_c().await?;
+        // If it is complete by now, the report says so.
+        let _ = client.cancel_snapshot().await;
+        std::future::pending().await
+    };
     tokio::select! {
         report = client.snapshot(request) => Ok(report?),
         never = watching => never,
+        error = cancelled => error,
     }
+}
+
+fn limit(text: &str) -> anyhow::Result<NonZeroU64> {
+    NonZeroU64::new(size::bytes(text)?).context("with a limit of 0 nothing would ever be saved")
 }
 
 async fn saved_so_far(client: &Client) -> Result<(u64, u64), ClientError> {

@@ -252,6 +252,7 @@ fn what_is_no_sealed_memfd_is_no_image() {
             to: control::Destination::Image { path: path.clone() },
             then: control::AfterSnapshot::Halt,
             copy: None,
+            bytes_per_second: None,
         };
         client.await.unwrap().snapshot(request).await.unwrap_err()
     });

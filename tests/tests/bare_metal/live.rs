@@ -1,7 +1,8 @@
 //! Machines go on beside their snapshots.
 
+use api_types::VmState;
 use serde_json::{Value, json};
-use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server};
+use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server, wait};
 
 use crate::{boot, cli, counting, gauge, hear, server};
 
@@ -113,4 +114,72 @@ fn where_the_guest_cannot_go_on_it_stands_still_or_that_is_said() {
     let now = console.last(bare_metal::count).unwrap_or(0);
     let next = |line: &str| bare_metal::count(line).filter(|count| *count > now);
     console.first("the next count", next).unwrap();
+}
+
+/// How a snapshot that takes an hour ends when `then` is done.
+fn slow_snapshot(cli: &Cli, server: &Server, pid: &str, then: impl FnOnce()) -> String {
+    let words = ["snapshot", pid, "slow", "--limit", "10K"];
+    std::thread::scope(|scope| {
+        let saving = scope.spawn(|| cli.refused(&words).unwrap());
+        let pid = pid.parse().unwrap();
+        wait::until("the snapshot to begin", || {
+            (server.client.vm(pid).unwrap().state == VmState::Saving).then_some(())
+        })
+        .unwrap();
+        then();
+        saving.join().unwrap()
+    })
+}
+
+#[test]
+fn a_snapshot_is_cancelled_and_the_machine_goes_on_and_is_saved_again() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    let witness = boot(&server, &bare_metal::witness());
+    hear(&server, witness);
+    let pid = witness.pid.to_string();
+    let none = cli.refused(&["cancel", &pid]).unwrap();
+    assert!(none.contains("no snapshot"), "{none}");
+    let cancel = || drop(cli.run(&["cancel", &pid]).unwrap());
+    let delete = || {
+        let path = format!("/vms/{pid}/snapshot");
+        let answer = server.client.delete(&path).unwrap();
+        assert_eq!(answer.status, 200, "{answer:?}");
+    };
+    let ways: [&dyn Fn(); 2] = [&cancel, &delete];
+    for way in ways {
+        let said = slow_snapshot(&cli, &server, &pid, way);
+        assert!(said.contains("was cancelled"), "{said}");
+        assert!(!hear(&server, witness).disturbed);
+    }
+    let listed = cli.json(&["store", "ls", "--json"]).unwrap();
+    assert_eq!(listed, json!([]));
+    cli.run(&["snapshot", &pid, "whole"]).unwrap();
+    let copy = restored(&cli, &server, &["whole"]);
+    assert!(!hear(&server, copy).disturbed);
+    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
+    assert_eq!(checked["problems"], json!([]), "{checked}");
+
+    // Nor does it keep its machine from ending.
+    let stop = || drop(cli.run(&["stop", &pid]).unwrap());
+    let said = slow_snapshot(&cli, &server, &pid, stop);
+    assert!(
+        said.contains("cancelled") || said.contains("went away"),
+        "{said}"
+    );
+}
+
+#[test]
+fn only_what_the_guest_goes_on_beside_is_slowed() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    let machine = counting(&server, 1);
+    let pid = machine.pid.to_string();
+    let snapshot = ["snapshot", &pid, "s", "m", "--limit", "1G"];
+    for still in [&["--halt"][..], &["--copy", "stop-and-copy"]] {
+        let refused = cli.refused(&[&snapshot, still].concat()).unwrap();
+        assert!(refused.contains("leave the limit out"), "{refused}");
+    }
+    cli.run(&snapshot).unwrap();
 }

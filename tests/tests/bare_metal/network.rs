@@ -100,6 +100,7 @@ fn saved_on(server: &Server, switch: &Switch) {
             to: Destination::files(path("state"), path("memory")),
             then: AfterSnapshot::Halt,
             copy: None,
+            bytes_per_second: None,
         };
         client.snapshot(request).await.unwrap();
     });

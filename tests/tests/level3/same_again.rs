@@ -50,6 +50,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             to: Destination::files(path("state-again"), path("memory-again")),
             then: AfterSnapshot::Halt,
             copy: None,
+            bytes_per_second: None,
         };
         client.snapshot(request).await.unwrap();
     });

@@ -111,6 +111,7 @@ fn streams_of_a_linux_guest_end_at_a_restore_and_new_ones_begin() {
         to: Destination::files(path("state"), path("memory")),
         then: AfterSnapshot::Halt,
         copy: None,
+        bytes_per_second: None,
     };
     block_on(async {
         let client = Client::connect(port, &secret).await.unwrap();

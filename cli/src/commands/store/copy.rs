@@ -88,9 +88,9 @@ struct Copied {
 /// Saves a machine again, as it is, elsewhere.
 fn copy(saved: &Snapshot, to: Destination<'_>, what: &'static str) -> anyhow::Result<Copied> {
     let memory = saved.load()?;
-    let progress = snapshot::Progress::default();
-    let unpublished = shown(what, &progress, || {
-        snapshot::write(to, &saved.state, &memory, &progress)
+    let saving = snapshot::Saving::default();
+    let unpublished = shown(what, saving.progress(), || {
+        snapshot::write(to, &saved.state, &memory, &saving)
     })?;
     let written = unpublished.written;
     let stored = unpublished.publish()?;
