@@ -240,16 +240,16 @@ async fn resume(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> A
     machines.resume(process_id(pid)?, clock).await.map(Json)
 }
 
-/// Cancels the snapshot that is being taken of a machine: the request for it fails, nothing of it is kept, and the machine goes on as
-/// if it had not been asked for. One that is complete by then stays.
+/// Cancels the snapshot that is being taken of a machine: the request for it fails, and nothing of it is kept. The machine runs, or
+/// stays held if it was and has not been let go on by then.
 #[utoipa::path(
     tag = "machines",
     params(("pid" = u32, Path, description = "The VMM's process id.")),
     responses(
-        (status = 200, description = "The machine; the snapshot ends.", body = Vm),
+        (status = 200, description = "The machine; the snapshot is not taken.", body = Vm),
         (status = 400, description = "That is not a process id.", body = ErrorBody),
         (status = 404, description = "There is no such machine.", body = ErrorBody),
-        (status = 409, description = "No snapshot of it is being taken.", body = ErrorBody),
+        (status = 409, description = "No snapshot of it is being taken, or it is about to be complete and is kept.", body = ErrorBody),
         (status = 502, description = "The VMM died.", body = ErrorBody),
         (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
     )

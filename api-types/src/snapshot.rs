@@ -28,7 +28,8 @@ pub struct SnapshotRequest {
     /// How its memory is saved. If it is not said: by copy-on-write where the machine goes on and its memory permits it.
     pub copy: Option<MemoryCopy>,
     /// The most bytes of the machine that are read in a second, so that its guest and others feel less of it. It takes a machine
-    /// that goes on, saved by copy-on-write.
+    /// that goes on, saved by copy-on-write; what its guest writes to before it is read takes the host's memory until the snapshot is complete.
+    #[schema(minimum = 1)]
     pub bytes_per_second: Option<u64>,
 }
 

@@ -12,6 +12,8 @@ use dedup::{CreateOptions, OpenOptions, Store};
 
 use crate::{
     Bench, Console, Fermata, Row, System,
+    attached::{Wire, attached},
+    fermata::FermataMachine,
     native::{self, Pace},
     row::percentile,
 };
@@ -77,7 +79,7 @@ pub fn snapshots(
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
     let store = new_store(directory.path())?;
     let pace = load.pace(ticks_a_second());
-    let (mut machine, _) = native::filled_at(fermata, mem_mib, pace, directory.path())?;
+    let (mut machine, _, _wire) = usual(fermata, mem_mib, pace, directory.path())?;
     let first = machine.store(&store, "first")?;
     println!(
         "{mem_mib} MiB, {}: for the first, the guest stood still for {} µs after {} rounds; it took {} ms",
@@ -133,7 +135,7 @@ pub fn share(
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
     let store = new_store(directory.path())?;
     let pace = load.pace(ticks_a_second());
-    let (mut machine, console) = native::filled_at(fermata, mem_mib, pace, directory.path())?;
+    let (mut machine, console, _wire) = usual(fermata, mem_mib, pace, directory.path())?;
     let mut shares = Vec::new();
     for run in 0..runs {
         let without = ticks_while(&console, || {
@@ -153,6 +155,19 @@ pub fn share(
     }
     let row = Row::of(Bench::CowShare, System::Fermata, mem_mib, &shares);
     Ok(row.map(|row| row.at(load.name())))
+}
+
+/// A machine with what users' machines have, whose guest has filled its memory and goes on at this pace.
+fn usual(
+    fermata: &Fermata,
+    mem_mib: u64,
+    pace: Pace,
+    scratch: &Path,
+) -> Result<(FermataMachine, Console, Wire)> {
+    let config = native::config(mem_mib, &scratch.join("kernel"));
+    let (config, wire) = attached(config, scratch)?;
+    let (machine, console) = native::filled_at(fermata, config, pace, scratch)?;
+    Ok((machine, console, wire))
 }
 
 /// Ticks a second while `work` is done.

@@ -2,6 +2,7 @@
 //!
 //! `cargo xtask bench` runs the programs in `src/bin`; `docs/benchmarks.md` says what each row means.
 
+mod attached;
 pub mod chain;
 mod chronometer;
 mod console;

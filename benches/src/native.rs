@@ -76,7 +76,8 @@ pub fn filled(fermata: &Fermata, mem_mib: u64, scratch: &Path) -> Result<Fermata
         pages_a_tick: PAGES_A_TICK,
         cycles_a_tick: CYCLES_A_TICK,
     };
-    filled_at(fermata, mem_mib, pace, scratch).map(|(machine, _)| machine)
+    let kernel = scratch.join("kernel");
+    filled_at(fermata, config(mem_mib, &kernel), pace, scratch).map(|(machine, _)| machine)
 }
 
 /// How fast a guest writes to its memory, a word in each page.
@@ -88,23 +89,22 @@ pub(crate) struct Pace {
     pub(crate) cycles_a_tick: u64,
 }
 
-/// As [`filled`], at this pace; with the guest's console.
+/// As [`filled`], in the machine of `config` and at this pace; with the guest's console.
 pub(crate) fn filled_at(
     fermata: &Fermata,
-    mem_mib: u64,
+    config: MachineConfig,
     pace: Pace,
     scratch: &Path,
 ) -> Result<(FermataMachine, Console)> {
-    let kernel = scratch.join("kernel");
     let filler = Filler {
-        memory_bytes: (mem_mib << 20).min(filler::MAX_BYTES),
+        memory_bytes: (config.memory_mib << 20).min(filler::MAX_BYTES),
         pages_a_tick: pace.pages_a_tick,
         cycles_a_tick: pace.cycles_a_tick,
         user: to_cpl_3()?,
     };
-    std::fs::write(&kernel, filler.kernel()).context("cannot write the guest")?;
+    std::fs::write(&config.kernel, filler.kernel()).context("cannot write the guest")?;
     let mut console = Console::create(scratch.join("booted.console"))?;
-    let machine = fermata.start(Origin::Boot(config(mem_mib, &kernel)), console.path())?;
+    let machine = fermata.start(Origin::Boot(config), console.path())?;
     console.wait_for_output()?;
     Ok((machine, console))
 }

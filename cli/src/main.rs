@@ -56,7 +56,7 @@ enum Command {
     Resume(pause::ResumeArgs),
     /// Saves a machine into a store, or into two files.
     Snapshot(snapshot::Args),
-    /// Ends the snapshot that is being taken of a machine, which goes on as if it had not been asked for.
+    /// Ends the snapshot that is being taken of a machine; nothing of it is kept.
     Cancel(cancel::Args),
     /// Lets a saved machine go on.
     Restore(restore::Args),

@@ -23,6 +23,9 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a snapshot may take: hundreds of GiB on a slow disk.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(6 * 3600);
 
+/// How long one may take that is slowed on purpose: who asked for it knows how long that is.
+const SLOWED_DEADLINE: Duration = Duration::from_secs(30 * 24 * 3600);
+
 /// Why there is no answer, or not the one that was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -117,17 +120,18 @@ impl Client {
     ///
     /// Those of [`Client::status`], and [`ClientError::Refused`].
     pub async fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotReport, ClientError> {
-        Ok(answer(SNAPSHOT_DEADLINE, |context| {
-            self.0.snapshot(context, request)
-        })
-        .await??)
+        let deadline = match request.bytes_per_second {
+            None => SNAPSHOT_DEADLINE,
+            Some(_) => SLOWED_DEADLINE,
+        };
+        Ok(answer(deadline, |context| self.0.snapshot(context, request)).await??)
     }
 
-    /// Has the snapshot that is being taken not be taken. Whether it was not, who asked for it is told.
+    /// Has the snapshot that is being taken not be taken. The machine runs, or stays held if it was and has not been let go on by then.
     ///
     /// # Errors
     ///
-    /// Those of [`Client::status`], and [`ClientError::Refused`] when none is being taken.
+    /// Those of [`Client::status`], and [`ClientError::Refused`] when none is being taken, or it is about to be complete and is kept.
     pub async fn cancel_snapshot(&self) -> Result<(), ClientError> {
         Ok(answer(ANSWER_DEADLINE, |context| self.0.cancel_snapshot(context)).await??)
     }

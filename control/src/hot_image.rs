@@ -5,22 +5,31 @@
 use std::{
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::{
+    fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create},
+    io::Errno,
+};
+use tokio::time::sleep;
 
 use crate::{
     AfterSnapshot, Client, ClientError, Confinement, Destination, Errand, GuestClock, Parent,
     Record, Shape, SnapshotReport, SnapshotRequest, Source, SpawnError, spawn,
 };
 
+/// How long the kernel may be at work with the pages of an image that is to be sealed.
+const SEAL_BOUND: Duration = Duration::from_secs(30);
+/// Before it is asked again. It has waited itself, for some 150 ms.
+const SEAL_AGAIN: Duration = Duration::from_millis(20);
+
 /// Why there is no hot image.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The host has no memory for it, or no memfd.
     #[error("the memory for a hot image cannot be had; the host is out of memory or files")]
-    Host(#[source] rustix::io::Errno),
+    Host(#[source] Errno),
     /// The machine did not save itself into it.
     #[error(transparent)]
     Machine(#[from] ClientError),
@@ -64,7 +73,7 @@ impl HotImage {
             vcpus: record.vcpus,
             memory_mib: record.memory_mib,
         };
-        let image = Self::sealed(memory, Parent::Machine { pid }, shape)?;
+        let image = Self::sealed(memory, Parent::Machine { pid }, shape).await?;
         Ok((image, report))
     }
 
@@ -88,7 +97,7 @@ impl HotImage {
         };
         let making = spawn::make_image(program, registry, &errand, memory.as_fd(), deadline);
         let shape = making.await?;
-        Self::sealed(memory, Parent::Saved(source), shape)
+        Self::sealed(memory, Parent::Saved(source), shape).await
     }
 
     /// Whose it is.
@@ -101,9 +110,16 @@ impl HotImage {
         self.shape
     }
 
-    fn sealed(memory: OwnedFd, parent: Parent, shape: Shape) -> Result<Self, ImageError> {
+    async fn sealed(memory: OwnedFd, parent: Parent, shape: Shape) -> Result<Self, ImageError> {
         let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK;
-        fcntl_add_seals(&memory, seals).map_err(ImageError::Host)?;
+        let begun = Instant::now();
+        // The kernel refuses while it holds a page of it for work of its own, such as moving it (mm/memfd.c).
+        while let Err(refused) = fcntl_add_seals(&memory, seals) {
+            if refused != Errno::BUSY || begun.elapsed() > SEAL_BOUND {
+                return Err(ImageError::Host(refused));
+            }
+            sleep(SEAL_AGAIN).await;
+        }
         Ok(Self {
             memory,
             parent,

@@ -27,7 +27,7 @@ pub async fn saved<T, E>(
     let report = saving.await?;
     let ended = match process {
         None | Some(Ok(None)) => Ok(()),
-        Some(Ok(Some(process))) => end(&process, END_BOUND).await.map(drop),
+        Some(Ok(Some(process))) => end(record, &process, END_BOUND).await.map(drop),
         Some(Err(error)) => Err(error),
     };
     if let Err(error) = ended {

@@ -17,8 +17,8 @@ pub trait Vmm {
     async fn resume(clock: GuestClock) -> Result<(), Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
-    /// Has the snapshot that is being taken not be taken: who asked for it is told so, and the machine goes on as if it had not been
-    /// asked for. One that is complete by then stays.
+    /// Has the snapshot that is being taken not be taken, which who asked for it is told. The machine runs, or stays held if it was and
+    /// has not been let go on by then. Refused when something of the snapshot may be seen already: then it is kept.
     async fn cancel_snapshot() -> Result<(), Failure>;
     /// Has the disk of this number, from 0 in the order in which the machine was given them, have so many bytes. Disks only
     /// grow.

@@ -33,7 +33,7 @@ pub async fn stop(record: &Record, grace: Duration) -> io::Result<Stopped> {
         client.stop().await
     };
     match timeout(grace, asked).await {
-        Ok(Ok(())) => return end(&process, grace).await,
+        Ok(Ok(())) => return end(record, &process, grace).await,
         Ok(Err(error)) => warn!(pid = record.process.pid, %error, "a VMM cannot be asked to stop"),
         Err(_) => warn!(pid = record.process.pid, "a VMM does not answer"),
     }
@@ -45,11 +45,15 @@ pub async fn stop(record: &Record, grace: Duration) -> io::Result<Stopped> {
 /// # Errors
 ///
 /// Those of [`stop`].
-pub(crate) async fn end(process: &ProcessHandle, grace: Duration) -> io::Result<Stopped> {
+pub(crate) async fn end(
+    record: &Record,
+    process: &ProcessHandle,
+    grace: Duration,
+) -> io::Result<Stopped> {
     if process.ended_within(grace).await? {
         return Ok(Stopped::OnRequest);
     }
-    warn!("a VMM did not stop as it said");
+    warn!(pid = record.process.pid, "a VMM did not end as it said");
     kill(process).await
 }
 

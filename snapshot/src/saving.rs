@@ -5,7 +5,7 @@ use std::{
     num::NonZeroU64,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -16,36 +16,50 @@ use dedup::Progress;
 /// How long a snapshot that may not be faster sleeps at a time: it looks in between whether it is still wanted.
 const NAP: Duration = Duration::from_millis(50);
 
+/// No single read is waited for longer, whatever the numbers say.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
 /// What is known of the snapshot that is being written, or was last. May be looked at and cancelled by any thread.
 #[derive(Debug, Default)]
 pub struct Saving {
     progress: Progress,
-    cancelled: AtomicBool,
+    /// A [`Stage`].
+    stage: AtomicU8,
     pace: Mutex<Option<Pace>>,
 }
 
-/// So many bytes in a second, from the first on.
+/// Whether a snapshot can still be cancelled.
+#[repr(u8)]
+enum Stage {
+    Wanted = 0,
+    Cancelled = 1,
+    /// Something of it may be seen already.
+    Completing = 2,
+}
+
+/// So many bytes in a second.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     bytes_per_second: NonZeroU64,
-    begun: Instant,
-    bytes: u64,
+    /// When more may be done.
+    next: Instant,
 }
 
 impl Pace {
     fn new(bytes_per_second: NonZeroU64) -> Self {
         Self {
             bytes_per_second,
-            begun: Instant::now(),
-            bytes: 0,
+            next: Instant::now(),
         }
     }
 
-    /// When so many bytes more may be done.
-    fn due(&mut self, bytes: u64) -> Instant {
-        self.bytes = self.bytes.saturating_add(bytes);
-        let ns = u128::from(self.bytes) * 1_000_000_000 / u128::from(self.bytes_per_second.get());
-        self.begun + Duration::from_nanos(ns.try_into().unwrap_or(u64::MAX))
+    /// When more may be done than these bytes, which are. Time in which less was done than might have been is not caught up with.
+    fn after(&mut self, bytes: u64, now: Instant) -> Instant {
+        let ns = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second.get());
+        let takes = Duration::from_nanos(ns.try_into().unwrap_or(u64::MAX)).min(LONGEST);
+        let earliest = now.checked_sub(NAP).unwrap_or(now);
+        self.next = self.next.max(earliest) + takes;
+        self.next
     }
 }
 
@@ -54,17 +68,32 @@ impl Saving {
     pub fn restart(&self, bytes_per_second: Option<NonZeroU64>) {
         *self.pace() = bytes_per_second.map(Pace::new);
         self.begin(0);
-        self.cancelled.store(false, Ordering::SeqCst);
+        self.stage.store(Stage::Wanted as u8, Ordering::SeqCst);
     }
 
-    /// Has it not be taken, unless it is complete already.
-    pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::SeqCst);
+    /// Has it not be taken; says whether it is not.
+    pub fn cancel(&self) -> bool {
+        self.go_to(Stage::Cancelled) || self.is_cancelled()
     }
 
     /// Whether it is not wanted any more.
     pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::SeqCst)
+        self.stage.load(Ordering::SeqCst) == Stage::Cancelled as u8
+    }
+
+    /// Has it be complete, which nobody can keep it from any more; says whether somebody has.
+    #[must_use = "a snapshot that was cancelled is not completed"]
+    pub fn complete(&self) -> bool {
+        self.go_to(Stage::Completing)
+    }
+
+    /// Goes on to a stage, if it is still wanted.
+    fn go_to(&self, stage: Stage) -> bool {
+        let (wanted, order) = (Stage::Wanted as u8, Ordering::SeqCst);
+        let gone = self
+            .stage
+            .compare_exchange(wanted, stage as u8, order, order);
+        gone.is_ok()
     }
 
     /// How far it is.
@@ -75,10 +104,6 @@ impl Saving {
     /// Begins with a part of it, of so many bytes.
     pub(crate) fn begin(&self, bytes: u64) {
         self.progress.begin(bytes);
-        // What was not read meanwhile is not caught up with.
-        if let Some(pace) = &mut *self.pace() {
-            *pace = Pace::new(pace.bytes_per_second);
-        }
     }
 
     /// Tells that so many more bytes were read; returns when more may be.
@@ -88,7 +113,8 @@ impl Saving {
     /// When it is not wanted any more.
     pub(crate) fn advance(&self, bytes: u64) -> io::Result<()> {
         self.progress.advance(bytes);
-        let due = self.pace().as_mut().map(|pace| pace.due(bytes));
+        let now = Instant::now();
+        let due = self.pace().as_mut().map(|pace| pace.after(bytes, now));
         loop {
             if self.is_cancelled() {
                 return Err(io::Error::other("the snapshot was cancelled"));
@@ -112,16 +138,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_due_goes_with_what_was_done() {
-        let begun = Instant::now();
-        let mut pace = Pace {
-            begun,
-            ..Pace::new(NonZeroU64::new(1000).unwrap())
-        };
-        assert_eq!(pace.due(500), begun + Duration::from_millis(500));
-        assert_eq!(pace.due(1500), begun + Duration::from_secs(2));
+    fn what_is_done_takes_its_time_and_no_time_is_caught_up_with() {
+        let mut pace = Pace::new(NonZeroU64::new(1000).unwrap());
+        let begun = pace.next;
+        let (half, second) = (Duration::from_millis(500), Duration::from_secs(1));
+        assert_eq!(pace.after(500, begun), begun + half);
+        assert_eq!(pace.after(1500, begun), begun + 2 * second);
+        let late = begun + 60 * second;
+        assert_eq!(pace.after(1000, late), late - NAP + second);
         // No number of bytes is too large to be waited for.
-        assert!(pace.due(u64::MAX) > begun);
+        for _ in 0..100 {
+            pace.after(u64::MAX, late);
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_cancelled_or_completed_and_never_both() {
+        let saving = Saving::default();
+        assert!(saving.cancel() && saving.cancel() && saving.is_cancelled());
+        assert!(!saving.complete());
+        saving.restart(None);
+        assert!(saving.complete());
+        assert!(!saving.cancel() && !saving.is_cancelled());
+        saving.advance(1).unwrap();
     }
 
     #[test]
@@ -131,7 +170,7 @@ mod tests {
         thread::scope(|scope| {
             let waits = scope.spawn(|| saving.advance(1 << 40));
             thread::sleep(NAP / 2);
-            saving.cancel();
+            assert!(saving.cancel());
             waits.join().unwrap().unwrap_err();
         });
         saving.advance(0).unwrap_err();

@@ -261,7 +261,11 @@ impl Controller {
     }
 
     fn snapshot_failed(&self, error: Error, ran: bool, reply: Reply<SnapshotReport>) {
-        self.machine.counters().machine.failed_snapshots.add(1);
+        let counters = self.machine.counters();
+        counters.machine.failed_snapshots.add(1);
+        // Then that is why, whatever it looked like from within.
+        let cancelled = counters.saving.is_cancelled();
+        let error = if cancelled { Error::Cancelled } else { error };
         tracing::warn!("the snapshot failed: {error}");
         let running = self.machine.is_running();
         if self.machine.is_lost() || (ran && !running) {
@@ -269,9 +273,6 @@ impl Controller {
             return;
         }
         self.apply(lifecycle::Event::SaveFailed { running });
-        // Then that is why, whatever it looked like from within.
-        let cancelled = self.machine.counters().saving.is_cancelled();
-        let error = if cancelled { Error::Cancelled } else { error };
         answer(reply, Err(error.into()));
     }
 

@@ -93,8 +93,14 @@ pub(crate) enum Refused {
     #[error("the machine has ended; create it anew or restore a snapshot of it")]
     Ended,
     /// The end of something that never began.
-    #[error("no snapshot of the machine is being taken")]
+    #[error("nothing of the kind is under way")]
     Impossible,
+    /// There is nothing to cancel.
+    #[error("no snapshot of the machine is being taken")]
+    NoSnapshot,
+    /// It is too late to cancel it.
+    #[error("the snapshot is about to be complete, and is kept; remove it once it is")]
+    Completing,
 }
 
 impl From<Refused> for Failure {

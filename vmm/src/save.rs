@@ -14,7 +14,7 @@ use branch_disk::LayerId;
 use control::{
     AfterSnapshot, GuestClock, MemoryCopy, SnapshotReport, SnapshotRequest, StoredReport,
 };
-use memory::AtCut;
+use memory::{AtCut, Outcome};
 use rustix::rand::{GetRandomFlags, getrandom};
 use saved_state::{Container, SnapshotId};
 use snapshot::{Content, Draft, Saved, Saving, Unpublished, Written};
@@ -94,6 +94,9 @@ impl InWork<'_> {
         disks::sync(&rest.images)?;
         let disks = rest.cuts.finish()?;
         let layers = stored_disks::save(&mut unpublished, disks, rest.last, rest.saving)?;
+        if !rest.saving.complete() {
+            return Err(Error::Cancelled);
+        }
         Ok(Done {
             written,
             state_bytes,
@@ -204,7 +207,14 @@ fn copy_on_write(held: Held<'_>, work: Work<'_>, may_stop: bool) -> Result<Taken
     let since = held.since();
     let gone_on = held.let_go();
     let downtime = since.elapsed();
-    let done = beside_guest(|| work.write(&at_cut)?.publish())?;
+    let done = match beside_guest(|| work.write(&at_cut)?.publish()) {
+        Ok(done) => done,
+        Err(error) => {
+            // What was in the base before is there still.
+            at_cut.finish(Outcome::SameBase);
+            return Err(error);
+        }
+    };
     // Of a machine that cannot go on, the snapshot is all that is left.
     gone_on?;
     Ok(Taken {

@@ -85,17 +85,19 @@ impl Vmm for Service {
             });
         }
         self.admit(lifecycle::Event::Save)?;
-        // Before anybody can cancel this one.
+        // Before anybody can cancel this one: nothing else is asked for on this thread before something is awaited.
         self.counters.saving.restart(request.bytes_per_second);
         self.ask(|reply| Request::Snapshot(request, reply)).await
     }
 
     async fn cancel_snapshot(self, _: Context) -> Result<(), Failure> {
         if self.lifecycle.state() != MachineState::Saving {
-            return Err(Refused::Impossible.into());
+            return Err(Refused::NoSnapshot.into());
         }
-        self.counters.saving.cancel();
-        Ok(())
+        match self.counters.saving.cancel() {
+            true => Ok(()),
+            false => Err(Refused::Completing.into()),
+        }
     }
 
     async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
@@ -105,8 +107,8 @@ impl Vmm for Service {
     }
 
     async fn stop(self, _: Context) -> Result<(), Failure> {
-        // It is not to wait for a snapshot.
-        self.counters.saving.cancel();
+        // It is not to wait for a snapshot, but for one that is about to be complete.
+        let _ = self.counters.saving.cancel();
         self.ask(Request::Stop).await
     }
 

@@ -8,6 +8,8 @@ use control::{
     SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest,
 };
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use crate::{machine, output, progress::Progress, size, store::StoreArgs};
 
 /// How often a machine is asked how far it is.
@@ -32,7 +34,8 @@ pub(crate) struct Args {
     /// How memory is saved. Without it: by copy-on-write, where the machine goes on and its memory permits it.
     #[arg(long, value_name = "WAY")]
     copy: Option<Way>,
-    /// The most that is read of the machine in a second, like `100M`, so that its guest and others feel less of it.
+    /// The most that is read of the machine in a second, like `100M`, so that its guest and others feel less of it. What the guest
+    /// writes to before it is read takes the host's memory until the snapshot is complete.
     #[arg(long, value_name = "BYTES", value_parser = limit)]
     limit: Option<NonZeroU64>,
     /// Prints what was saved and how long it took as JSON.
@@ -115,17 +118,28 @@ async fn save(record: &Record, request: SnapshotRequest) -> anyhow::Result<Snaps
             }
         }
     };
-    // The machine is not to go on saving what nobody waits for any more.
-    let cancelled = async {
-        tokio::signal::ctrl_c().await?;
-        // If it is complete by now, the report says so.
-        let _ = client.cancel_snapshot().await;
-        std::future::pending().await
-    };
     tokio::select! {
         report = client.snapshot(request) => Ok(report?),
         never = watching => never,
-        error = cancelled => error,
+        given_up = cancelled(&client) => given_up,
+    }
+}
+
+/// Cancels the snapshot when this command is interrupted: the machine is not to go on saving what nobody waits for any more. Returns
+/// when it is interrupted once more.
+async fn cancelled(client: &Client) -> anyhow::Result<SnapshotReport> {
+    let mut interrupts = signal(SignalKind::interrupt())?;
+    interrupts.recv().await;
+    let cancelling = async {
+        if let Err(error) = client.cancel_snapshot().await {
+            eprintln!("fermata: {error}");
+        }
+        // The snapshot's own answer says what came of it.
+        std::future::pending().await
+    };
+    tokio::select! {
+        _ = interrupts.recv() => bail!("interrupted; the snapshot may still be taken, `fermata ps` says whether it is"),
+        never = cancelling => never,
     }
 }
 

@@ -1,5 +1,7 @@
 //! Machines go on beside their snapshots.
 
+use std::{thread, time::Duration};
+
 use api_types::VmState;
 use serde_json::{Value, json};
 use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server, wait};
@@ -16,6 +18,21 @@ fn restored(cli: &Cli, server: &Server, words: &[&str]) -> Machine {
     Machine { pid, port }
 }
 
+/// How many snapshots are taken where more show more; this variable asks for others than are taken as a rule.
+fn rounds() -> u64 {
+    let asked = std::env::var("FERMATA_TEST_ROUNDS").ok();
+    asked.map_or(8, |rounds| rounds.parse().unwrap())
+}
+
+/// The saved machine `name` goes on as one fork.
+fn forked(cli: &Cli, name: &str) -> Machine {
+    let forks = cli.json(&["fork", name, "--json"]).unwrap();
+    Machine {
+        pid: forks[0]["pid"].as_u64().unwrap() as u32,
+        port: forks[0]["port"].as_u64().unwrap() as u16,
+    }
+}
+
 #[test]
 fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
     let Some(server) = server() else { return };
@@ -25,23 +42,34 @@ fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
     hear(&server, witness);
     let pid = witness.pid.to_string();
     let mut before = 0;
-    for round in 0..8 {
+    for round in 0..rounds() {
         let name = format!("snapshot-{round}");
         // Every fourth goes into files, which takes all of memory and leaves the store's last what the next builds on.
         let to = match round % 4 {
             3 => &["state", "memory"][..],
             _ => &[name.as_str()],
         };
+        // At any moment of its round.
+        thread::sleep(Duration::from_millis(round * 7919 % 41));
         let words = [&["snapshot", "--json", &pid], to].concat();
         let report = cli.json(&words).unwrap();
         assert_eq!(report["copy"], "copy-on-write", "{report}");
         assert!(report["rounds"].as_u64().unwrap() > 0, "{report}");
-        let copy = restored(&cli, &server, to);
+        let copy = match round % 4 {
+            1 => restored(&cli, &server, &[&name, "--on-demand"]),
+            2 => forked(&cli, &name),
+            _ => restored(&cli, &server, to),
+        };
         // It verifies what it wrote before the cut.
         let said = hear(&server, copy);
         assert!(!said.disturbed && said.round > before, "{round}: {said:?}");
         before = hear(&server, witness).round;
         cli.run(&["stop", &copy.pid.to_string()]).unwrap();
+        if round % 4 == 3 {
+            cli.run(&["store", "rm", &format!("snapshot-{}", round - 2)])
+                .unwrap();
+            cli.run(&["store", "gc"]).unwrap();
+        }
     }
     assert!(!hear(&server, witness).disturbed);
     let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
@@ -116,10 +144,10 @@ fn where_the_guest_cannot_go_on_it_stands_still_or_that_is_said() {
     console.first("the next count", next).unwrap();
 }
 
-/// How a snapshot that takes an hour ends when `then` is done.
+/// How a snapshot that takes minutes ends when `then` is done.
 fn slow_snapshot(cli: &Cli, server: &Server, pid: &str, then: impl FnOnce()) -> String {
-    let words = ["snapshot", pid, "slow", "--limit", "10K"];
-    std::thread::scope(|scope| {
+    let words = ["snapshot", pid, "slow", "--limit", "200K"];
+    thread::scope(|scope| {
         let saving = scope.spawn(|| cli.refused(&words).unwrap());
         let pid = pid.parse().unwrap();
         wait::until("the snapshot to begin", || {
