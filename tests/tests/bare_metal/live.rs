@@ -1,8 +1,9 @@
 //! Machines go on beside their snapshots.
 
-use std::{thread, time::Duration};
+use std::{process::Stdio, thread, time::Duration};
 
 use api_types::VmState;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server, wait};
 
@@ -196,6 +197,30 @@ fn a_snapshot_is_cancelled_and_the_machine_goes_on_and_is_saved_again() {
         said.contains("cancelled") || said.contains("went away"),
         "{said}"
     );
+}
+
+#[test]
+fn a_snapshot_ends_when_its_command_is_interrupted() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    let machine = counting(&server, 1);
+    let pid = machine.pid.to_string();
+    let state = || server.client.vm(machine.pid).unwrap().state;
+    let mut command = cli.command(&["snapshot", &pid, "s", "m", "--limit", "200K"]);
+    let command = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait::until("the snapshot to begin", || {
+        (state() == VmState::Saving).then_some(())
+    })
+    .unwrap();
+    kill_process(Pid::from_child(&command), Signal::INT).unwrap();
+    let output = command.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && said.contains("was cancelled"),
+        "{said}"
+    );
+    assert_eq!(state(), VmState::Running);
+    assert_eq!(server.names().unwrap(), ["kernel"]);
 }
 
 #[test]
