@@ -312,6 +312,7 @@ pub(crate) fn snapshot(
         copy: request.copy.map(|copy| match copy {
             api_types::MemoryCopy::StopAndCopy => MemoryCopy::StopAndCopy,
             api_types::MemoryCopy::CopyOnWrite => MemoryCopy::CopyOnWrite,
+            api_types::MemoryCopy::PreCopy => MemoryCopy::PreCopy,
         }),
         bytes_per_second: request.bytes_per_second.map(not_none).transpose()?,
     })

@@ -28,7 +28,7 @@ pub struct SnapshotRequest {
     /// How its memory is saved. If it is not said: by copy-on-write where the machine goes on and its memory permits it.
     pub copy: Option<MemoryCopy>,
     /// The most bytes of the machine that are read in a second, so that its guest and others feel less of it. It takes a machine
-    /// that goes on, saved by copy-on-write; what its guest writes to before it is read takes the host's memory until the snapshot is complete.
+    /// that goes on, saved by copy-on-write, or one saved by pre-copy; what its guest writes to before it is read takes the host's memory until the snapshot is complete.
     #[schema(minimum = 1)]
     pub bytes_per_second: Option<u64>,
 }
@@ -42,4 +42,7 @@ pub enum MemoryCopy {
     /// The guest goes on at once. What it writes to is copied before it does. It takes a machine that goes on, and whose memory
     /// is neither mapped from a memory file nor made of huge pages that were reserved.
     CopyOnWrite,
+    /// Memory is copied while the guest runs, over and over what it wrote to meanwhile, until little is left or rounds stop
+    /// shrinking. Only then it stands still, for that. It takes memory as above, and also a machine that ends.
+    PreCopy,
 }

@@ -270,16 +270,19 @@ impl FermataMachine {
     ///
     /// When it is not saved.
     pub fn store(&mut self, store: &Path, name: &str) -> Result<SnapshotReport> {
+        self.live(in_store(store, name), None)
+    }
+
+    /// Saves it, by `copy` if that is said, and the guest goes on.
+    ///
+    /// # Errors
+    ///
+    /// When it is not saved.
+    pub fn live(&mut self, to: Destination, copy: Option<MemoryCopy>) -> Result<SnapshotReport> {
         let request = SnapshotRequest {
-            to: Destination::Stored {
-                store: StoreLocation {
-                    directory: store.to_owned(),
-                    key_file: None,
-                },
-                name: name.to_owned(),
-            },
+            to,
             then: AfterSnapshot::Resume(GuestClock::StandStill),
-            copy: None,
+            copy,
             bytes_per_second: None,
         };
         self.runtime
@@ -310,6 +313,17 @@ impl FermataMachine {
 
     async fn connect(&self) -> Result<Client> {
         Ok(Client::connect(self.process.port, &self.secret).await?)
+    }
+}
+
+/// As `name` in the store in this directory.
+pub(crate) fn in_store(directory: &Path, name: &str) -> Destination {
+    Destination::Stored {
+        store: StoreLocation {
+            directory: directory.to_owned(),
+            key_file: None,
+        },
+        name: name.to_owned(),
     }
 }
 

@@ -38,7 +38,7 @@ const PAGE_BYTES: u64 = 4096;
 const WATCHED: Duration = Duration::from_secs(4);
 
 impl Load {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Idle => "idle",
             Self::Busy => "125 MB/s",
@@ -46,7 +46,9 @@ impl Load {
         }
     }
 
-    fn pace(self, ticks_a_second: u64) -> Pace {
+    /// How a guest writes that does it.
+    pub(crate) fn pace(self) -> Pace {
+        let ticks_a_second = ticks_a_second();
         let pages_a_tick = match self {
             Self::Idle => 1,
             Self::Busy => BUSY_BYTES_A_SECOND / PAGE_BYTES / ticks_a_second,
@@ -78,7 +80,7 @@ pub fn snapshots(
 ) -> Result<Vec<Row>> {
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
     let store = new_store(directory.path())?;
-    let pace = load.pace(ticks_a_second());
+    let pace = load.pace();
     let (mut machine, _, _wire) = usual(fermata, mem_mib, pace, directory.path())?;
     let first = machine.store(&store, "first")?;
     println!(
@@ -134,7 +136,7 @@ pub fn share(
 ) -> Result<Option<Row>> {
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
     let store = new_store(directory.path())?;
-    let pace = load.pace(ticks_a_second());
+    let pace = load.pace();
     let (mut machine, console, _wire) = usual(fermata, mem_mib, pace, directory.path())?;
     let mut shares = Vec::new();
     for run in 0..runs {
@@ -158,7 +160,7 @@ pub fn share(
 }
 
 /// A machine with what users' machines have, whose guest has filled its memory and goes on at this pace.
-fn usual(
+pub(crate) fn usual(
     fermata: &Fermata,
     mem_mib: u64,
     pace: Pace,
@@ -179,7 +181,7 @@ fn ticks_while(console: &Console, work: impl FnOnce() -> Result<()>) -> Result<f
     Ok(ticks as f64 / begun.elapsed().as_secs_f64())
 }
 
-fn new_store(directory: &Path) -> Result<PathBuf> {
+pub(crate) fn new_store(directory: &Path) -> Result<PathBuf> {
     let path = directory.join("store");
     Store::create_dir(&path, &CreateOptions::default(), OpenOptions::default())?;
     Ok(path)

@@ -16,6 +16,7 @@ pub mod instant;
 pub mod io;
 pub mod native;
 pub mod on_demand;
+pub mod pre_copy;
 pub mod qemu;
 pub mod report;
 mod row;

@@ -78,6 +78,10 @@ pub enum Bench {
     CowSaved,
     /// How fast a guest writes beside one snapshot after the other, of how fast it does without, in percent.
     CowShare,
+    /// How long the guest stands still for a snapshot whose memory was copied before.
+    PrecopyStop,
+    /// From the request for such a snapshot until it is durable.
+    PrecopyTotal,
     /// From the request for one fork until who asked is told that its guest runs.
     Fork,
     /// The 99th percentile of that.
@@ -185,7 +189,9 @@ impl Bench {
             | Self::Fork
             | Self::ForkP99
             | Self::Fork100
-            | Self::CowTotal => "ms",
+            | Self::CowTotal
+            | Self::PrecopyStop
+            | Self::PrecopyTotal => "ms",
             Self::CowShare => "%",
             Self::ForkPrivate => "KiB",
             Self::Size | Self::FourSize | Self::CourseSize | Self::Pss | Self::CowSaved => "MiB",
@@ -247,6 +253,8 @@ impl fmt::Display for Bench {
             Self::CowTotal => "cow-total",
             Self::CowSaved => "cow-saved",
             Self::CowShare => "cow-share",
+            Self::PrecopyStop => "precopy-stop",
+            Self::PrecopyTotal => "precopy-total",
             Self::Fork => "fork",
             Self::ForkP99 => "fork-p99",
             Self::Fork100 => "fork-100",

@@ -99,6 +99,9 @@ pub enum MemoryCopy {
     StopAndCopy,
     /// The guest goes on at once. What it writes to is copied before it does.
     CopyOnWrite,
+    /// Memory is copied while the guest runs, over and over what it wrote to meanwhile, until little is left or rounds stop
+    /// shrinking. Only then it stands still; what is left is saved as by copy-on-write, or before it is let go, if it does not go on.
+    PreCopy,
 }
 
 /// Argument of [`Vmm::snapshot`].
@@ -131,6 +134,9 @@ pub struct SnapshotReport {
     pub copy: MemoryCopy,
     /// How often memory was gone through before the guest stood still.
     pub rounds: u32,
+    /// Bytes of guest memory that were copied before it stood still, some more than once.
+    #[serde(default)]
+    pub copied_bytes: u64,
     /// Bytes of guest memory that were left to be looked at while it stood still.
     pub last_round_bytes: u64,
     /// How long the guest stood still, in microseconds.

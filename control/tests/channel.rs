@@ -71,6 +71,7 @@ impl Vmm for Service {
             written_bytes: 0,
             copy: control::MemoryCopy::StopAndCopy,
             rounds: 0,
+            copied_bytes: 0,
             last_round_bytes: 0,
             downtime_us: 0,
             total_us: left.as_micros() as u64,

@@ -5,7 +5,7 @@ use std::io;
 use dedup::{ImageStats, Writer};
 use memory::{AtCut, MachineMemory, PartKind};
 
-use crate::{Error, Saving};
+use crate::{Error, Saving, image_file::ImageFile};
 
 /// What some bytes are, for who saves them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,14 +14,19 @@ pub enum Piece {
     Kept(u64),
     /// So many bytes are zeros.
     Zeros(u64),
+    /// So many bytes are as they were copied last ([`Draft::copy`](crate::Draft::copy)).
+    Copied(u64),
     /// So many bytes have to be read.
     Data(u64),
 }
 
 impl Piece {
     pub(crate) fn bytes(self) -> u64 {
-        let (Self::Kept(bytes) | Self::Zeros(bytes) | Self::Data(bytes)) = self;
-        bytes
+        match self {
+            Self::Kept(bytes) | Self::Zeros(bytes) | Self::Copied(bytes) | Self::Data(bytes) => {
+                bytes
+            }
+        }
     }
 }
 
@@ -71,6 +76,7 @@ impl Content for AtCut {
             .map(|part| match part.kind {
                 PartKind::InBase => Piece::Kept(part.bytes),
                 PartKind::Zeros => Piece::Zeros(part.bytes),
+                PartKind::Copied => Piece::Copied(part.bytes),
                 PartKind::Data => Piece::Data(part.bytes),
             })
             .collect();
@@ -88,12 +94,13 @@ impl Content for AtCut {
     }
 }
 
-/// Saves it as the image `name`.
+/// Saves it as the image `name`. What was copied is in `copies`.
 pub(crate) fn write(
     writer: &mut Writer,
     unit: u64,
     name: &str,
     content: &impl Content,
+    copies: Option<&ImageFile>,
     saving: &Saving,
 ) -> Result<ImageStats, Error> {
     let failed = || Error::store(name);
@@ -102,7 +109,7 @@ pub(crate) fn write(
         .pieces(image.parent_size(), unit)
         .map_err(Error::Read)?;
     let data = pieces.iter().map(|piece| match piece {
-        Piece::Data(bytes) => *bytes,
+        Piece::Copied(bytes) | Piece::Data(bytes) => *bytes,
         Piece::Kept(_) | Piece::Zeros(_) => 0,
     });
     saving.begin(data.sum());
@@ -111,6 +118,11 @@ pub(crate) fn write(
         let written = match piece {
             Piece::Kept(bytes) => image.keep(bytes),
             Piece::Zeros(bytes) => image.skip_zeros(bytes),
+            Piece::Copied(bytes) => image.write_with(bytes, |offset, buffer| {
+                let copies = copies.ok_or(io::ErrorKind::NotFound)?;
+                copies.read(at + offset, buffer)?;
+                saving.pass(buffer.len() as u64)
+            }),
             Piece::Data(bytes) => image.write_with(bytes, |offset, buffer| {
                 content.read(at + offset, buffer)?;
                 saving.advance(buffer.len() as u64)

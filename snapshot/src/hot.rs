@@ -19,7 +19,9 @@ use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES};
 
-use crate::{Content, Error, Saving, Written, image::Image, table::Table, transfer};
+use crate::{
+    Content, Error, Saving, Written, image::Image, image_file::ImageFile, table::Table, transfer,
+};
 
 /// What must be sealed: content and length.
 const SEALS: SealFlags = SealFlags::WRITE
@@ -80,19 +82,27 @@ impl Footer {
     }
 }
 
-/// Writes `memory` and `state` into `file`, which is empty. Nothing seals it: that is for who made the file.
+/// Begins an image in `file`, which is empty, of a machine with so many bytes of memory.
+pub(crate) fn begin(file: &File, memory_bytes: u64) -> Result<ImageFile, Error> {
+    let begun = file.set_len(memory_bytes);
+    let file = begun.and_then(|()| file.try_clone());
+    let file = file.map_err(Error::io("write", NAME))?;
+    Ok(ImageFile::new(file, memory_bytes))
+}
+
+/// Writes `memory` and `state` into `file`, in which `image` is. Nothing seals it: that is for who made the file.
 pub(crate) fn write(
     file: &File,
     state: &Container,
+    image: ImageFile,
     memory: &impl Content,
     saving: &Saving,
 ) -> Result<Written, Error> {
-    let memory_bytes = state.header.memory_bytes;
-    let failed = || Error::io("write", NAME);
-    file.set_len(memory_bytes).map_err(failed())?;
-    let (table, written) =
-        transfer::write_memory(memory, memory_bytes, file, saving).map_err(failed())?;
-    write_tail(file, state, &table, memory_bytes)?;
+    image
+        .save(memory, saving)
+        .map_err(Error::io("write", NAME))?;
+    let (table, written) = image.finish();
+    write_tail(file, state, &table, written.memory_bytes)?;
     Ok(written)
 }
 

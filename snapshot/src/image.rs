@@ -12,25 +12,33 @@ use saved_state::SnapshotId;
 use crate::{
     Content, Error, Saving, Written,
     durable::{Pending, open_for_reading},
+    image_file::ImageFile,
     table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
     transfer,
 };
 
-/// Writes `memory`, of `memory_bytes` bytes, as the memory file of snapshot `id`. It is complete, but not yet durable.
+/// Begins the memory file `pending` of a machine with so many bytes of memory.
+pub(crate) fn begin_image(pending: &Pending, memory_bytes: u64) -> Result<ImageFile, Error> {
+    let file = pending.file();
+    let begun = file.set_len(Footer::file_bytes(memory_bytes));
+    let file = begun.and_then(|()| file.try_clone());
+    let file = file.map_err(Error::io("write", pending.target()))?;
+    Ok(ImageFile::new(file, memory_bytes))
+}
+
+/// Writes `memory` as the memory file `pending` of snapshot `id`, in which `image` is. It is complete, but not yet durable.
 pub(crate) fn write_image(
     pending: &Pending,
+    image: ImageFile,
     memory: &impl Content,
-    memory_bytes: u64,
     id: SnapshotId,
     saving: &Saving,
 ) -> Result<Written, Error> {
-    let target = pending.target();
+    let failed = || Error::io("write", pending.target());
     let file = pending.file();
-    let failed = || Error::io("write", target);
-    file.set_len(Footer::file_bytes(memory_bytes))
-        .map_err(failed())?;
-    let (table, written) =
-        transfer::write_memory(memory, memory_bytes, file, saving).map_err(failed())?;
+    image.save(memory, saving).map_err(failed())?;
+    let (table, written) = image.finish();
+    let memory_bytes = written.memory_bytes;
     let table = table.to_bytes();
     let footer = Footer::new(id, memory_bytes, &table);
     file.write_all_at(&table, memory_bytes).map_err(failed())?;

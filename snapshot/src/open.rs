@@ -119,7 +119,9 @@ impl Snapshot {
             Memory::Image(image) => hot::write_image(file, &self.state, image),
             // A store verifies what it reads, and the rest needs no more than the seals.
             Memory::Stored(_) | Memory::Hot(_) => {
-                hot::write(file, &self.state, &self.load()?, &Saving::default()).map(drop)
+                let image = hot::begin(file, self.state.header.memory_bytes)?;
+                let memory = self.load()?;
+                hot::write(file, &self.state, image, &memory, &Saving::default()).map(drop)
             }
         }
     }

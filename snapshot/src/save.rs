@@ -1,6 +1,6 @@
 //! Saving a machine: to two files, into a store, or both.
 
-use std::{fmt, fs::File, io::Write};
+use std::{fmt, fs::File, io::Write, path::Path};
 
 use dedup::{Saved, Store, Writer};
 use memory::MachineMemory;
@@ -10,9 +10,11 @@ use crate::{
     Content, Error, Saving, Written, content, disk,
     files::{Files, PendingFiles},
     hot,
-    image::write_image,
+    image::{begin_image, write_image},
+    image_file::ImageFile,
     reference::Reference,
     stored,
+    transfer::granules_of,
 };
 
 /// Where a snapshot is to appear.
@@ -51,6 +53,8 @@ pub struct StorePlace<'a> {
 pub struct Draft {
     id: SnapshotId,
     place: Place,
+    /// Copies of memory, and where they are: in the place itself, if what is there can be written over.
+    copies: Option<ImageFile>,
 }
 
 /// A snapshot whose bytes are written but neither durable nor visible. Dropped, it leaves nothing but, in a
@@ -124,7 +128,11 @@ pub fn begin(to: Destination<'_>, id: SnapshotId) -> Result<Draft, Error> {
             Place::Hot(file.try_clone().map_err(Error::io("write", hot::NAME))?)
         }
     };
-    Ok(Draft { id, place })
+    Ok(Draft {
+        id,
+        place,
+        copies: None,
+    })
 }
 
 /// Writes `state` and `memory`, all of which is in memory, to where they are not seen yet.
@@ -141,6 +149,29 @@ pub fn write(
     begin(to, state.header.id)?.write(state, memory, saving)
 }
 
+impl Place {
+    /// Begins an image of a machine's memory, of so many bytes, that can be written over.
+    fn begin_image(&self, memory_bytes: u64) -> Result<ImageFile, Error> {
+        match self {
+            Self::Files(files) => begin_image(&files.memory, memory_bytes),
+            Self::Hot(file) => hot::begin(file, memory_bytes),
+            Self::Stored(_) | Self::Referenced { .. } => stored::begin_copies(memory_bytes),
+        }
+    }
+
+    /// What an image that cannot be written to here is.
+    fn failed(&self) -> impl FnOnce(std::io::Error) -> Error {
+        Error::io(
+            "write",
+            match self {
+                Self::Files(files) => files.memory.target(),
+                Self::Hot(_) => Path::new(hot::NAME),
+                Self::Stored(_) | Self::Referenced { .. } => Path::new(stored::COPIES),
+            },
+        )
+    }
+}
+
 impl Draft {
     /// Whether memory of so many bytes that did not change since the parent can be kept from there, if it is in whole parts of
     /// `unit` bytes.
@@ -152,6 +183,47 @@ impl Draft {
                 parent == Some(memory_bytes) && unit.is_multiple_of(stored.unit)
             }
         }
+    }
+
+    /// Begins with copies of memory, of so many bytes, that are made before the machine's cut. In files they are streamed to where
+    /// they belong; for a store they are kept in memory.
+    ///
+    /// # Errors
+    ///
+    /// What the host says.
+    pub fn begin_copies(&mut self, memory_bytes: u64) -> Result<(), Error> {
+        self.copies = Some(self.place.begin_image(memory_bytes)?);
+        Ok(())
+    }
+
+    /// Whether there are any.
+    pub fn has_copies(&self) -> bool {
+        self.copies.is_some()
+    }
+
+    /// Copies the parts of `unit` bytes at these offsets of memory, as `read` has them, over what was copied of them before. Those
+    /// of which `read` says that it has none are left as they are. Returns how many bytes were copied.
+    ///
+    /// # Errors
+    ///
+    /// What `read` or the host says, or that the snapshot is not wanted any more.
+    ///
+    /// # Panics
+    ///
+    /// When `read` does.
+    pub fn copy(
+        &self,
+        offsets: &[u64],
+        unit: u64,
+        read: impl Fn(u64, &mut [u8]) -> std::io::Result<bool> + Sync,
+        saving: &Saving,
+    ) -> Result<u64, Error> {
+        let copies = self.copies.as_ref();
+        let copies = copies.ok_or_else(|| Error::Read(std::io::ErrorKind::NotFound.into()))?;
+        let ranges: Vec<_> = offsets.iter().map(|at| *at..*at + unit).collect();
+        saving.begin(ranges.len() as u64 * unit);
+        let copied = copies.write(&granules_of(&ranges), read, saving);
+        copied.map_err(self.place.failed())
     }
 
     /// Writes `state`, which has this snapshot's id, and `memory` to where they are not seen yet. A machine that stands still
@@ -166,16 +238,28 @@ impl Draft {
         memory: &impl Content,
         saving: &Saving,
     ) -> Result<Unpublished, Error> {
-        let Self { id, mut place } = self;
+        let Self {
+            id,
+            mut place,
+            copies,
+        } = self;
         let memory_bytes = state.header.memory_bytes;
         let bytes = state.to_bytes();
         let written = match &mut place {
-            Place::Files(files) => write_image(&files.memory, memory, memory_bytes, id, saving)?,
-            Place::Hot(file) => hot::write(file, state, memory, saving)?,
+            Place::Files(files) => {
+                let begun = || begin_image(&files.memory, memory_bytes);
+                let image = copies.map_or_else(begun, Ok)?;
+                write_image(&files.memory, image, memory, id, saving)?
+            }
+            Place::Hot(file) => {
+                let image = copies.map_or_else(|| hot::begin(file, memory_bytes), Ok)?;
+                hot::write(file, state, image, memory, saving)?
+            }
             Place::Stored(stored) | Place::Referenced { stored, .. } => {
                 let InStore { unit, writer, .. } = stored;
                 writer.set_manifest(bytes.clone());
-                stored::write_memory(writer, *unit, memory_bytes, memory, saving)?
+                let copies = copies.as_ref();
+                stored::write_memory(writer, *unit, memory_bytes, memory, copies, saving)?
             }
         };
         if let Place::Files(files) | Place::Referenced { files, .. } = &place {
@@ -216,7 +300,7 @@ impl Unpublished {
             Place::Stored(stored) | Place::Referenced { stored, .. } => {
                 let InStore { unit, writer, .. } = stored;
                 let name = disk::image_name(number);
-                content::write(writer, *unit, &name, content, saving).map(drop)
+                content::write(writer, *unit, &name, content, None, saving).map(drop)
             }
         }
     }

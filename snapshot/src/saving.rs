@@ -106,24 +106,35 @@ impl Saving {
         self.progress.begin(bytes);
     }
 
+    /// Tells that so many more bytes are done, which did not have to be read from the machine.
+    ///
+    /// # Errors
+    ///
+    /// When it is not wanted any more.
+    pub(crate) fn pass(&self, bytes: u64) -> io::Result<()> {
+        self.progress.advance(bytes);
+        match self.is_cancelled() {
+            true => Err(io::Error::other("the snapshot was cancelled")),
+            false => Ok(()),
+        }
+    }
+
     /// Tells that so many more bytes were read; returns when more may be.
     ///
     /// # Errors
     ///
     /// When it is not wanted any more.
     pub(crate) fn advance(&self, bytes: u64) -> io::Result<()> {
-        self.progress.advance(bytes);
         let now = Instant::now();
         let due = self.pace().as_mut().map(|pace| pace.after(bytes, now));
+        self.pass(bytes)?;
         loop {
-            if self.is_cancelled() {
-                return Err(io::Error::other("the snapshot was cancelled"));
-            }
             let left = due.map(|due| due.saturating_duration_since(Instant::now()));
             match left.filter(|left| !left.is_zero()) {
                 Some(left) => thread::sleep(left.min(NAP)),
                 None => return Ok(()),
             }
+            self.pass(0)?;
         }
     }
 

@@ -1,12 +1,16 @@
 //! A saved machine in a store: its memory as an image, its state as the manifest.
 
-use std::{ops::Range, path::Path, sync::Arc};
+use std::{fs::File, ops::Range, path::Path, sync::Arc};
 
 use dedup::{ImageReader, Key, OpenOptions, SnapshotReader, Store, Writer, Zeros};
 use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES};
+use rustix::fs::MemfdFlags;
 use saved_state::Container;
 
-use crate::{Content, Error, OnDemand, OnLoss, Saving, StorePlace, StoredDisk, Written, content};
+use crate::{
+    Content, Error, OnDemand, OnLoss, Saving, StorePlace, StoredDisk, Written, content,
+    image_file::ImageFile,
+};
 
 /// The name of the image that is a machine's memory.
 pub const MEMORY_IMAGE: &str = "memory";
@@ -43,6 +47,17 @@ pub(crate) fn begin(
     begun.map_err(Error::store(name))
 }
 
+/// Begins copies of the memory, of so many bytes, of a machine that goes into a store: they are in memory of the host's that is
+/// taken for what is not zero.
+pub(crate) fn begin_copies(memory_bytes: u64) -> Result<ImageFile, Error> {
+    let made = rustix::fs::memfd_create("fermata-copies", MemfdFlags::CLOEXEC);
+    let file = made.map_err(Error::errno("make", COPIES))?;
+    let file = File::from(file);
+    file.set_len(memory_bytes)
+        .map_err(Error::io("make", COPIES))?;
+    Ok(ImageFile::new(file, memory_bytes))
+}
+
 /// Saves `memory`, of `bytes` bytes. Nothing is visible or durable before the writer's commit, which does not look at the
 /// memory any more.
 pub(crate) fn write_memory(
@@ -50,15 +65,19 @@ pub(crate) fn write_memory(
     unit: u64,
     bytes: u64,
     memory: &impl Content,
+    copies: Option<&ImageFile>,
     saving: &Saving,
 ) -> Result<Written, Error> {
-    let stats = content::write(writer, unit, MEMORY_IMAGE, memory, saving)?;
+    let stats = content::write(writer, unit, MEMORY_IMAGE, memory, copies, saving)?;
     let data_chunks = stats.known_chunks + stats.new_chunks;
     Ok(Written {
         memory_bytes: bytes,
         data_bytes: (data_chunks * unit).min(bytes),
     })
 }
+
+/// What copies of a machine's memory are called in messages: they have no path.
+pub(crate) const COPIES: &str = "the copies of the guest's memory";
 
 /// Where a store is.
 #[derive(Clone, Copy, Debug)]

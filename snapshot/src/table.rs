@@ -21,7 +21,7 @@ const MAGIC: [u8; 8] = *b"FERMATAM";
 const VERSION: u32 = 1;
 const CHECKSUM_BYTES: usize = 32;
 /// A granule of zeros is a hole: it has no digest.
-const HOLE: u64 = 0;
+pub(crate) const HOLE: u64 = 0;
 
 /// The digest of a granule's `content`, [`HOLE`] if it is all zero.
 pub(crate) fn digest(content: &[u8]) -> u64 {

@@ -1,4 +1,4 @@
-//! Guest memory into a file, and the check of a file, granule by granule on all cores.
+//! Memory images granule by granule, on all cores; and how one is read and checked.
 
 use std::{
     fs::File,
@@ -6,83 +6,21 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     path::Path,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
 };
 
-use memory::PAGE_BYTES;
 use rustix::fs::SeekFrom;
 
 use crate::{
-    Content, Error, Piece, Saving,
-    table::{GRANULE_BYTES, Table, digest, is_zero},
+    Error,
+    image_file::write_pages,
+    table::{GRANULE_BYTES, Table, digest},
 };
 
 /// Granules that a thread takes at a time: enough that taking costs nothing, few enough that the
 /// last ones are shared.
 const BATCH: usize = 16;
-
-/// How much of guest memory was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Written {
-    /// Bytes of guest memory, which is how long the image is.
-    pub memory_bytes: u64,
-    /// Bytes that were not zero and so were written.
-    pub data_bytes: u64,
-}
-
-/// Writes `memory` to the front of `file`, leaving holes where it is zero, and returns the table of
-/// what was written. Each granule is copied first, so that digest and file agree even if the guest
-/// should write meanwhile.
-pub(crate) fn write_memory(
-    memory: &impl Content,
-    memory_bytes: u64,
-    file: &File,
-    saving: &Saving,
-) -> io::Result<(Table, Written)> {
-    let granules = granules_of(&data_in(&memory.pieces(None, GRANULE_BYTES)?));
-    saving.begin(granules.len() as u64 * GRANULE_BYTES);
-    let digests: Vec<AtomicU64> = (0..memory_bytes.div_ceil(GRANULE_BYTES))
-        .map(|_| AtomicU64::new(0))
-        .collect();
-    let data_bytes = AtomicU64::new(0);
-    // A file takes one writer at a time. Those who wait in the kernel spin there for the inode's lock,
-    // which on few CPUs keeps them from copying and digesting: they wait here, and write a batch.
-    let turn = Mutex::new(());
-    on_all_cores(&granules, |buffer, batch| {
-        let place = |granule: usize| {
-            let start = granule as u64 * GRANULE_BYTES;
-            (start, (memory_bytes - start).min(GRANULE_BYTES) as usize)
-        };
-        for (granule, content) in batch.iter().zip(buffer.chunks_mut(GRANULE_BYTES as usize)) {
-            let (start, length) = place(*granule);
-            let content = &mut content[..length];
-            memory.read(start, content)?;
-            digests[*granule].store(digest(content), Ordering::Relaxed);
-        }
-        let writing = turn.lock();
-        for (granule, content) in batch.iter().zip(buffer.chunks(GRANULE_BYTES as usize)) {
-            let (start, length) = place(*granule);
-            let written = write_pages(file, &content[..length], start)?;
-            data_bytes.fetch_add(written, Ordering::Relaxed);
-        }
-        drop(writing);
-        saving.advance(batch.len() as u64 * GRANULE_BYTES)
-    })?;
-    let table = Table {
-        digests: digests.into_iter().map(AtomicU64::into_inner).collect(),
-    };
-    Ok((
-        table,
-        Written {
-            memory_bytes,
-            data_bytes: data_bytes.into_inner(),
-        },
-    ))
-}
 
 /// Reads the ranges `data` of `file`, which is at `path`, to their places in `image`.
 pub(crate) fn read_data(
@@ -132,40 +70,8 @@ pub(crate) fn find_damage(
     Ok((damaged != usize::MAX).then_some(damaged))
 }
 
-/// Writes the pages of `content` that are not zero at their place behind `start`; returns the bytes
-/// written.
-fn write_pages(file: &File, content: &[u8], start: u64) -> io::Result<u64> {
-    let mut written = 0;
-    let mut run: Option<usize> = None;
-    let page = PAGE_BYTES as usize;
-    for at in (0..=content.len()).step_by(page) {
-        let zero = at == content.len() || is_zero(&content[at..at + page]);
-        match (zero, run) {
-            (false, None) => run = Some(at),
-            (true, Some(first)) => {
-                file.write_all_at(&content[first..at], start + first as u64)?;
-                written += (at - first) as u64;
-                run = None;
-            }
-            _ => {}
-        }
-    }
-    Ok(written)
-}
-
-/// Where there is something to read.
-fn data_in(pieces: &[Piece]) -> Vec<Range<u64>> {
-    let mut at = 0;
-    let ranges = pieces.iter().filter_map(|piece| {
-        let start = at;
-        at += piece.bytes();
-        matches!(piece, Piece::Data(_)).then_some(start..at)
-    });
-    ranges.collect()
-}
-
 /// The granules that `ranges` touch, ascending, each once.
-fn granules_of(ranges: &[Range<u64>]) -> Vec<usize> {
+pub(crate) fn granules_of(ranges: &[Range<u64>]) -> Vec<usize> {
     let mut granules: Vec<usize> = Vec::new();
     for range in ranges {
         let first = (range.start / GRANULE_BYTES) as usize;
@@ -198,7 +104,7 @@ fn data_of(file: &File, end: u64) -> io::Result<Vec<Range<u64>>> {
 
 /// Does `work` for `granules` on all cores, batch by batch, each thread with a buffer of a batch. Stops
 /// at the first error and returns it.
-fn on_all_cores(
+pub(crate) fn on_all_cores(
     granules: &[usize],
     work: impl Fn(&mut [u8], &[usize]) -> io::Result<()> + Sync,
 ) -> io::Result<()> {

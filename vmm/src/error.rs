@@ -96,11 +96,11 @@ pub(crate) enum Error {
     )]
     NoMemfd { path: String },
     #[error(
-        "a machine that does not go on is saved while it stands still; leave the way out, or let it go on"
+        "a machine that does not go on has nothing written beside it; leave the way out, take pre-copy, or let it go on"
     )]
     NothingGoesOn,
     #[error(
-        "only a snapshot that the guest goes on beside can be slowed; leave the limit out, or let the machine go on and be saved by copy-on-write"
+        "only a snapshot that the guest goes on beside can be slowed; leave the limit out, or let the machine go on and be saved by copy-on-write, or by pre-copy"
     )]
     NothingBeside,
     #[error("the snapshot was cancelled; nothing of it is kept")]

@@ -4,6 +4,7 @@
 //! how it ended. `ARCHITECTURE.md` draws the threads.
 
 mod balloons;
+mod beside;
 mod boot;
 mod console;
 mod controller;
@@ -23,6 +24,7 @@ mod metrics;
 mod nets;
 mod place;
 mod platform;
+mod pre_copy;
 mod process;
 mod save;
 mod service;

@@ -1,10 +1,11 @@
-//! Snapshots that the guest goes on beside: what is written to its memory is known.
+//! Snapshots that the guest goes on beside, at least until little of it is left to be saved: what is written to its memory is
+//! known.
 
 use control::MemoryCopy;
-use memory::{Armed, AtCut, Outcome, Tracker};
-use snapshot::Draft;
+use memory::{AtCut, Elsewhere, Outcome, Tracker};
+use snapshot::{Draft, Saving};
 
-use crate::{error::Error, machine::Machine};
+use crate::{beside::beside_guest, error::Error, machine::Machine, pre_copy};
 
 /// Knows what is written to a machine's memory.
 pub(crate) struct Live {
@@ -13,25 +14,68 @@ pub(crate) struct Live {
     base: Option<String>,
 }
 
-/// How the memory of `machine` is saved, as it was `asked` for: if by copy-on-write, as much as can be is done for that while the
-/// guest runs. That takes a machine that goes on.
+/// What was done for a snapshot while the guest ran.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Prepared {
+    /// How its memory is saved.
+    pub(crate) copy: MemoryCopy,
+    /// How often memory was gone through.
+    pub(crate) rounds: u32,
+    /// Bytes that were copied.
+    pub(crate) copied_bytes: u64,
+}
+
+/// A snapshot that is to be taken.
+pub(crate) struct Plan<'a> {
+    /// How memory is to be saved, if it was said.
+    pub(crate) copy: Option<MemoryCopy>,
+    pub(crate) goes_on: bool,
+    /// What the machine was last in the store.
+    pub(crate) last: Option<&'a str>,
+    pub(crate) saving: &'a Saving,
+}
+
+/// Does for a snapshot of `machine` what can be done while the guest runs. There is nothing if it stands still until it is saved.
 pub(crate) fn prepare(
     machine: &mut Machine,
-    asked: Option<MemoryCopy>,
-    goes_on: bool,
-) -> Result<Option<Armed>, Error> {
-    match asked {
+    plan: &Plan<'_>,
+    draft: &mut Draft,
+) -> Result<Option<Prepared>, Error> {
+    match plan.copy {
         Some(MemoryCopy::StopAndCopy) => Ok(None),
-        Some(MemoryCopy::CopyOnWrite) if !goes_on => Err(Error::NothingGoesOn),
+        Some(MemoryCopy::CopyOnWrite) if !plan.goes_on => Err(Error::NothingGoesOn),
         Some(MemoryCopy::CopyOnWrite) => arm(machine).map(Some),
-        None if !goes_on => Ok(None),
+        Some(MemoryCopy::PreCopy) => pre_copy(machine, plan, draft).map(Some),
+        None if !plan.goes_on => Ok(None),
         None => Ok(arm(machine)
             .inspect_err(|error| tracing::info!("the guest stands still to be saved: {error}"))
             .ok()),
     }
 }
 
-fn arm(machine: &mut Machine) -> Result<Armed, Error> {
+fn arm(machine: &mut Machine) -> Result<Prepared, Error> {
+    let armed = live(machine)?.tracker.arm().map_err(Error::Host)?;
+    Ok(Prepared {
+        copy: MemoryCopy::CopyOnWrite,
+        rounds: armed.rounds,
+        copied_bytes: 0,
+    })
+}
+
+fn pre_copy(machine: &mut Machine, plan: &Plan<'_>, draft: &mut Draft) -> Result<Prepared, Error> {
+    let memory_bytes = machine.memory().layout().bytes();
+    let live = live(machine)?;
+    draft.begin_copies(memory_bytes)?;
+    let building = live.is_building(draft, plan.last, memory_bytes);
+    let rounds = beside_guest(|| pre_copy::copy(&live.tracker, draft, building, plan.saving))?;
+    Ok(Prepared {
+        copy: MemoryCopy::PreCopy,
+        rounds: rounds.count,
+        copied_bytes: rounds.bytes,
+    })
+}
+
+fn live(machine: &mut Machine) -> Result<&mut Live, Error> {
     let live = match machine.live.take() {
         Some(live) => live,
         None => Live {
@@ -39,11 +83,16 @@ fn arm(machine: &mut Machine) -> Result<Armed, Error> {
             base: None,
         },
     };
-    let live = machine.live.insert(live);
-    live.tracker.arm().map_err(Error::Host)
+    Ok(machine.live.insert(live))
 }
 
 impl Live {
+    /// Whether `draft` takes from its parent what was not written to since.
+    fn is_building(&self, draft: &Draft, last: Option<&str>, memory_bytes: u64) -> bool {
+        let is_parent = self.base.is_some() && self.base.as_deref() == last;
+        is_parent && draft.can_keep(memory_bytes, AtCut::UNIT_BYTES)
+    }
+
     /// What memory is now, for `draft`. The machine is held; `last` is what it was last in the store.
     pub(crate) fn cut(
         &self,
@@ -51,9 +100,11 @@ impl Live {
         last: Option<&str>,
         memory_bytes: u64,
     ) -> Result<AtCut, Error> {
-        let is_parent = self.base.is_some() && self.base.as_deref() == last;
-        let building = is_parent && draft.can_keep(memory_bytes, AtCut::UNIT_BYTES);
-        self.tracker.cut(building).map_err(Error::Host)
+        let elsewhere = Elsewhere {
+            base: self.is_building(draft, last, memory_bytes),
+            copies: draft.has_copies(),
+        };
+        self.tracker.cut(elsewhere).map_err(Error::Host)
     }
 
     /// The snapshot of `at_cut` is complete, and in the store by this id if it went there.

@@ -6,7 +6,6 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -20,17 +19,14 @@ use saved_state::{Container, SnapshotId};
 use snapshot::{Content, Draft, Saved, Saving, Unpublished, Written};
 
 use crate::{
+    beside::beside_guest,
     disks::{self, Cuts},
     error::Error,
-    live,
+    live::{self, Plan, Prepared},
     machine::{Held, Machine},
     place,
     stored_disks::{self, StoredAs},
 };
-
-/// Of the threads that save a machine while its guest runs. Where both want all CPUs, the kernel's weights for it and for 0
-/// give them a sixth.
-const NICENESS_BESIDE_GUEST: i32 = 7;
 
 /// A snapshot whose machine's state is saved.
 struct Work<'a> {
@@ -67,10 +63,35 @@ struct Done {
 struct Taken {
     done: Done,
     downtime: Duration,
-    /// Bytes of memory that were looked at while the guest stood still.
-    last_round_bytes: u64,
-    /// What memory was, if the guest went on before it was written.
+    cut: Cut,
+}
+
+/// What became of memory at the cut.
+struct Cut {
+    /// What it was, if it was not just read while the guest stood still.
     at_cut: Option<AtCut>,
+    /// What was done for that before.
+    prepared: Option<Prepared>,
+    /// Bytes that were looked at while the guest stood still.
+    last_round_bytes: u64,
+}
+
+impl Cut {
+    fn known(at_cut: AtCut, prepared: Prepared) -> Self {
+        Self {
+            last_round_bytes: at_cut.protected_bytes(),
+            at_cut: Some(at_cut),
+            prepared: Some(prepared),
+        }
+    }
+
+    fn read(written: Written) -> Self {
+        Self {
+            at_cut: None,
+            prepared: None,
+            last_round_bytes: written.data_bytes,
+        }
+    }
 }
 
 impl<'a> Work<'a> {
@@ -122,16 +143,22 @@ pub(crate) fn take_snapshot(
     if let place::OpenDestination::Hot(_) = destination {
         disks::apart(machine.disks().iter().map(|disk| disk.config.clone()))?;
     }
-    let draft = snapshot::begin(destination.with_parent(parent), id)?;
+    let mut draft = snapshot::begin(destination.with_parent(parent), id)?;
     let next_heads = disks::prepare(machine.disks())?;
     let goes_on = match request.then {
         AfterSnapshot::Resume(_) => true,
         AfterSnapshot::AsBefore(_) => machine.is_running(),
         AfterSnapshot::Halt => false,
     };
-    let armed = live::prepare(machine, request.copy, goes_on)?;
+    let plan = Plan {
+        copy: request.copy,
+        goes_on,
+        last: parent,
+        saving: &counters.saving,
+    };
+    let prepared = live::prepare(machine, &plan, &mut draft)?;
     let limited = request.bytes_per_second.is_some();
-    if limited && armed.is_none() {
+    if limited && prepared.is_none() {
         return Err(Error::NothingBeside);
     }
     wanted(&counters.saving)?;
@@ -155,22 +182,24 @@ pub(crate) fn take_snapshot(
     };
     // If what is needed to go on beside it cannot be had after all.
     let may_stop = request.copy.is_none() && !limited;
-    let taken = match (goes_on, &armed) {
-        (true, Some(_)) => copy_on_write(held, work, may_stop)?,
+    let taken = match (goes_on, prepared) {
+        (true, Some(prepared)) => copy_on_write(held, work, prepared, may_stop)?,
         (true, None) => stop_and_copy(held, work)?,
-        (false, _) => stay(held, work)?,
+        (false, Some(prepared)) => stay_copied(held, work, prepared)?,
+        (false, None) => stay(held, work)?,
     };
     let Done {
         written,
         state_bytes,
         stored,
     } = taken.done;
-    let copy = match taken.at_cut {
-        Some(_) => MemoryCopy::CopyOnWrite,
-        None => MemoryCopy::StopAndCopy,
-    };
+    let Cut {
+        at_cut,
+        prepared,
+        last_round_bytes,
+    } = taken.cut;
     let stored = stored.map(|(saved, layers)| (stored_report(saved), layers));
-    if let (Some(live), Some(at_cut)) = (&mut machine.live, taken.at_cut) {
+    if let (Some(live), Some(at_cut)) = (&mut machine.live, at_cut) {
         let stored = stored.as_ref().map(|(stored, _)| stored.id.as_str());
         live.saved(at_cut, stored);
     }
@@ -185,17 +214,23 @@ pub(crate) fn take_snapshot(
         state_bytes,
         memory_bytes: written.memory_bytes,
         written_bytes: written.data_bytes,
-        copy,
-        rounds: armed.map_or(0, |armed| armed.rounds),
-        last_round_bytes: taken.last_round_bytes,
+        copy: prepared.map_or(MemoryCopy::StopAndCopy, |prepared| prepared.copy),
+        rounds: prepared.map_or(0, |prepared| prepared.rounds),
+        copied_bytes: prepared.map_or(0, |prepared| prepared.copied_bytes),
+        last_round_bytes,
         downtime_us: taken.downtime.as_micros() as u64,
         total_us: begun.elapsed().as_micros() as u64,
         stored: stored.map(|(stored, _)| stored),
     })
 }
 
-/// The machine goes on at once, and its memory is written beside it.
-fn copy_on_write(held: Held<'_>, work: Work<'_>, may_stop: bool) -> Result<Taken, Error> {
+/// The machine goes on at once, and what is not copied of its memory is written beside it.
+fn copy_on_write(
+    held: Held<'_>,
+    work: Work<'_>,
+    prepared: Prepared,
+    may_stop: bool,
+) -> Result<Taken, Error> {
     // After its state was saved, which can write to memory.
     let at_cut = match held.cut(&work.draft, work.rest.last) {
         Err(error) if may_stop => {
@@ -207,21 +242,14 @@ fn copy_on_write(held: Held<'_>, work: Work<'_>, may_stop: bool) -> Result<Taken
     let since = held.since();
     let gone_on = held.let_go();
     let downtime = since.elapsed();
-    let done = match beside_guest(|| work.write(&at_cut)?.publish()) {
-        Ok(done) => done,
-        Err(error) => {
-            // What was in the base before is there still.
-            at_cut.finish(Outcome::SameBase);
-            return Err(error);
-        }
-    };
+    let done = beside_guest(|| work.write(&at_cut)?.publish());
+    let (done, at_cut) = known(done, at_cut)?;
     // Of a machine that cannot go on, the snapshot is all that is left.
     gone_on?;
     Ok(Taken {
         done,
         downtime,
-        last_round_bytes: at_cut.protected_bytes(),
-        at_cut: Some(at_cut),
+        cut: Cut::known(at_cut, prepared),
     })
 }
 
@@ -235,39 +263,47 @@ fn stop_and_copy(held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
     // As above.
     gone_on?;
     Ok(Taken {
-        last_round_bytes: done.written.data_bytes,
+        cut: Cut::read(done.written),
         done,
         downtime,
-        at_cut: None,
     })
 }
 
-/// The machine stays held.
+/// The machine stays held, and what is not copied of its memory is written.
+fn stay_copied(held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result<Taken, Error> {
+    let at_cut = held.cut(&work.draft, work.rest.last)?;
+    let done = work.write(&at_cut).and_then(InWork::publish);
+    let (done, at_cut) = known(done, at_cut)?;
+    let downtime = held.since().elapsed();
+    held.keep();
+    Ok(Taken {
+        done,
+        downtime,
+        cut: Cut::known(at_cut, prepared),
+    })
+}
+
+/// The machine stays held until its memory is written, and further.
 fn stay(held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
     let done = work.write(held.memory())?.publish()?;
     let downtime = held.since().elapsed();
     held.keep();
     Ok(Taken {
-        last_round_bytes: done.written.data_bytes,
+        cut: Cut::read(done.written),
         done,
         downtime,
-        at_cut: None,
     })
 }
 
-/// Does `work`, and lets the guest have the CPUs first.
-fn beside_guest<T: Send>(work: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
-    let work = || {
-        // Threads that are made from here on inherit it. Nobody is refused to be nicer.
-        let _ = rustix::process::setpriority_process(None, NICENESS_BESIDE_GUEST);
-        work()
-    };
-    thread::scope(|scope| {
-        let thread = thread::Builder::new().name("saver".to_owned());
-        let saver = thread.spawn_scoped(scope, work).map_err(Error::Host)?;
-        let panicked = || Error::Host(std::io::Error::other("the saving thread panicked"));
-        saver.join().unwrap_or_else(|_| Err(panicked()))
-    })
+/// What is done; if it failed, what was in the base before is there still.
+fn known(done: Result<Done, Error>, at_cut: AtCut) -> Result<(Done, AtCut), Error> {
+    match done {
+        Ok(done) => Ok((done, at_cut)),
+        Err(error) => {
+            at_cut.finish(Outcome::SameBase);
+            Err(error)
+        }
+    }
 }
 
 /// Whether to go on with it.

@@ -8,7 +8,7 @@ use benches::{
     Fermata, Figures, Row, forks,
     instant::{self, Load},
     on_demand::SavedMachine,
-    report,
+    pre_copy, report,
 };
 use clap::Parser;
 
@@ -61,6 +61,7 @@ fn main() -> Result<()> {
             scratch.path(),
         )?);
     }
+    rows.extend(pre_copy::table(&fermata, arguments.runs, scratch.path())?);
     rows.extend(forks::measure(&fermata, arguments.runs, scratch.path())?);
     rows.extend(restores(&fermata, arguments.runs)?);
     println!("{}", report::list(&rows));

@@ -49,6 +49,8 @@ enum Way {
     StopAndCopy,
     /// The guest goes on at once; what it writes to is copied before it does.
     CopyOnWrite,
+    /// Memory is copied while the guest runs, over and over what it wrote to meanwhile; it stands still when little is left.
+    PreCopy,
 }
 
 impl Way {
@@ -56,6 +58,7 @@ impl Way {
         match self {
             Self::StopAndCopy => MemoryCopy::StopAndCopy,
             Self::CopyOnWrite => MemoryCopy::CopyOnWrite,
+            Self::PreCopy => MemoryCopy::PreCopy,
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use super::{Flags, GRANULE_BYTES, Outcome, Phase, Shared};
+use super::{Elsewhere, Flags, GRANULE_BYTES, Outcome, Phase, Shared};
 
 /// What some bytes of memory were at a cut, for who saves them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub struct Part {
 pub enum PartKind {
     /// What they are in the base.
     InBase,
+    /// What they are in the copy that was made of them last.
+    Copied,
     /// Zeros.
     Zeros,
     /// To be read.
@@ -32,17 +34,17 @@ pub enum PartKind {
 #[derive(Debug)]
 pub struct AtCut {
     shared: Arc<Shared>,
-    building: bool,
+    elsewhere: Elsewhere,
     protected_bytes: u64,
     finished: bool,
 }
 
 impl AtCut {
-    pub(super) fn new(shared: Arc<Shared>, building: bool) -> io::Result<Self> {
-        let protected_bytes = begin(&shared, building)?;
+    pub(super) fn new(shared: Arc<Shared>, elsewhere: Elsewhere) -> io::Result<Self> {
+        let protected_bytes = begin(&shared, elsewhere)?;
         Ok(Self {
             shared,
-            building,
+            elsewhere,
             protected_bytes,
             finished: false,
         })
@@ -69,8 +71,10 @@ impl AtCut {
             let flags = granules.flags(granule);
             let kind = if flags.has(Flags::ABSENT) {
                 PartKind::Zeros
-            } else if self.building && flags.has(Flags::IN_BASE) {
+            } else if self.elsewhere.base && flags.has(Flags::IN_BASE) {
                 PartKind::InBase
+            } else if self.elsewhere.copies && flags.has(Flags::COPIED) {
+                PartKind::Copied
             } else {
                 PartKind::Data
             };
@@ -170,7 +174,7 @@ impl Drop for AtCut {
 }
 
 /// Protects what was written to; returns its bytes.
-fn begin(shared: &Shared, building: bool) -> io::Result<u64> {
+fn begin(shared: &Shared, elsewhere: Elsewhere) -> io::Result<u64> {
     let mut phase = shared.phase_alone();
     shared.check_ready(*phase)?;
     let granules = &shared.granules;
@@ -186,6 +190,6 @@ fn begin(shared: &Shared, building: bool) -> io::Result<u64> {
         }
     }
     shared.torn.store(false, Ordering::SeqCst);
-    *phase = Phase::Saving { building };
+    *phase = Phase::Saving { elsewhere };
     Ok(protected)
 }

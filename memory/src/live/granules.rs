@@ -33,6 +33,8 @@ impl Flags {
     pub(crate) const ASIDE: Self = Self(1 << 3);
     /// What it had at the cut has been read, all of it.
     pub(crate) const READ: Self = Self(1 << 4);
+    /// Of what it has, or had at the cut, there is a copy that was made before.
+    pub(crate) const COPIED: Self = Self(1 << 5);
 
     pub(crate) const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
@@ -46,11 +48,16 @@ impl Flags {
         self.0 & other.0 == other.0
     }
 
-    /// Whether what it had at the cut is in no other place, and still to be read. `building` says whether the snapshot
-    /// takes from the base what is in there.
-    pub(crate) fn is_owed(self, building: bool) -> bool {
-        let elsewhere = self.has(Self::ABSENT) || (building && self.has(Self::IN_BASE));
-        self.has(Self::PROTECTED) && !elsewhere && !self.has(Self::READ)
+    /// Whether what it has, or had at the cut, is known without reading it, for a snapshot that takes what it can from `elsewhere`.
+    pub(crate) fn is_known(self, elsewhere: Elsewhere) -> bool {
+        self.has(Self::ABSENT)
+            || (elsewhere.base && self.has(Self::IN_BASE))
+            || (elsewhere.copies && self.has(Self::COPIED))
+    }
+
+    /// Whether what it had at the cut is in no other place, and still to be read.
+    pub(crate) fn is_owed(self, elsewhere: Elsewhere) -> bool {
+        self.has(Self::PROTECTED) && !self.is_known(elsewhere) && !self.has(Self::READ)
     }
 
     /// Once somebody writes to it.
@@ -67,7 +74,8 @@ impl Flags {
         if !self.has(Self::PROTECTED) {
             return Self::WRITTEN;
         }
-        let kept = self.without(Self::ASIDE).without(Self::READ);
+        let of_cut = Self::ASIDE.with(Self::READ).with(Self::COPIED);
+        let kept = self.without(of_cut);
         match outcome {
             Outcome::SameBase => kept,
             Outcome::NoBase => kept.without(Self::IN_BASE),
@@ -75,6 +83,15 @@ impl Flags {
             Outcome::NewBase => kept.with(Self::IN_BASE),
         }
     }
+}
+
+/// What a snapshot takes from where, that then is not read from memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// From its base, what was not written to since that.
+    pub base: bool,
+    /// From copies ([`Tracker::copy`](super::Tracker::copy)), what was not written to since they were made.
+    pub copies: bool,
 }
 
 /// What the next snapshot can be built on.
@@ -225,14 +242,18 @@ mod tests {
     fn only_what_is_nowhere_else_is_owed() {
         let protected = Flags::PROTECTED;
         let in_base = protected.with(Flags::IN_BASE);
-        assert!(protected.is_owed(true) && protected.is_owed(false));
-        assert!(!in_base.is_owed(true) && in_base.is_owed(false));
+        let copied = protected.with(Flags::COPIED);
+        let [nowhere, base, copies] = [(false, false), (true, false), (false, true)]
+            .map(|(base, copies)| Elsewhere { base, copies });
+        assert!([nowhere, base, copies].map(|from| protected.is_owed(from)) == [true; 3]);
+        assert!([nowhere, base, copies].map(|from| in_base.is_owed(from)) == [true, false, true]);
+        assert!([nowhere, base, copies].map(|from| copied.is_owed(from)) == [true, true, false]);
         for elsewhere in [Flags::ABSENT, Flags::READ] {
-            assert!(!protected.with(elsewhere).is_owed(false));
+            assert!(!protected.with(elsewhere).is_owed(nowhere));
         }
         // What is in memory is of after the cut.
-        assert!(!protected.written(true).is_owed(false));
-        assert!(!Flags::WRITTEN.is_owed(false));
+        assert!(!protected.written(true).is_owed(nowhere));
+        assert!(!Flags::WRITTEN.is_owed(nowhere));
     }
 
     #[test]
@@ -245,7 +266,11 @@ mod tests {
         assert_eq!(in_base.after_cut(Outcome::NoBase), Flags::PROTECTED);
         let absent = Flags::PROTECTED.with(Flags::ABSENT);
         assert_eq!(absent.after_cut(Outcome::NewBase), absent);
-        for flags in [saved, in_base, absent, Flags::PROTECTED.with(Flags::ASIDE)] {
+        let copied = Flags::PROTECTED.with(Flags::COPIED);
+        assert_eq!(copied.after_cut(Outcome::NewBase), in_base);
+        assert_eq!(copied.after_cut(Outcome::NoBase), Flags::PROTECTED);
+        let aside = Flags::PROTECTED.with(Flags::ASIDE);
+        for flags in [saved, in_base, absent, copied, aside] {
             let written = flags.written(true);
             assert_eq!(written.after_cut(Outcome::NewBase), Flags::WRITTEN);
             assert_eq!(flags.written(false), Flags::WRITTEN);

@@ -4,13 +4,14 @@
 //! write-protecting it (userfaultfd) and waiting for the first write. [`Tracker::arm`] protects what was written to
 //! while the guest runs, over and over, until little is left; so that in [`Tracker::cut`], for which the guest stands
 //! still, only that little has to be protected. From then on nobody writes to a granule before what it had at the cut is
-//! read, set aside, or known to be in a snapshot that was taken before.
+//! read, set aside, or known to be in a snapshot that was taken before, or in a copy ([`Tracker::copy`]) that was.
 //!
 //! Of blocks of which the host has no page, accesses are noticed instead of writes: there is nothing to protect, and a
 //! page of zeros for each of theirs would take page tables, and huge pages from the guest.
 
 mod aside;
 mod at_cut;
+mod copies;
 mod granules;
 #[cfg(test)]
 mod tests;
@@ -33,7 +34,7 @@ use rustix::{
 };
 
 pub use at_cut::{AtCut, Part, PartKind};
-pub use granules::Outcome;
+pub use granules::{Elsewhere, Outcome};
 
 use crate::{
     Error, HostPages, MachineMemory,
@@ -100,8 +101,8 @@ enum Phase {
     Tracking,
     /// It is set aside, if it is owed.
     Saving {
-        /// Whether what is in the base is taken from there.
-        building: bool,
+        /// What is not owed, for it is taken from there.
+        elsewhere: Elsewhere,
     },
     /// Nothing; what was set aside is being given back to the host.
     Clearing,
@@ -159,14 +160,14 @@ impl Tracker {
         Ok(Armed { rounds, left_bytes })
     }
 
-    /// Keeps what memory has now until it is saved. The guest stands still, and nobody else writes to it. With `building`, the
-    /// snapshot takes from its base what is in there.
+    /// Keeps what memory has now until it is saved. The guest stands still, and nobody else writes to it. The snapshot takes from
+    /// `elsewhere` what is there.
     ///
     /// # Errors
     ///
     /// When the kernel refuses, or the last cut has not ended; nothing is kept.
-    pub fn cut(&self, building: bool) -> io::Result<AtCut> {
-        AtCut::new(Arc::clone(&self.shared), building)
+    pub fn cut(&self, elsewhere: Elsewhere) -> io::Result<AtCut> {
+        AtCut::new(Arc::clone(&self.shared), elsewhere)
     }
 }
 
@@ -271,7 +272,7 @@ impl Shared {
     fn give_up(&self, granule: usize, phase: Phase) {
         let flags = self.granules.flags(granule);
         let flags = match phase {
-            Phase::Saving { building } if flags.is_owed(building) => {
+            Phase::Saving { elsewhere } if flags.is_owed(elsewhere) => {
                 if let Err(error) = self.set_aside(granule) {
                     // The guest is not to suffer from it, only the snapshot.
                     tracing::warn!("memory at the cut cannot be kept: {error}");

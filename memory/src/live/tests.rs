@@ -13,6 +13,11 @@ use crate::{Discarder, Layout, MIN_MEMORY_BYTES, PAGE_BYTES};
 const PAGE: u64 = PAGE_BYTES;
 const BYTES: u64 = MIN_MEMORY_BYTES + 3 * PAGE;
 
+const FROM_BASE: Elsewhere = Elsewhere {
+    base: true,
+    copies: false,
+};
+
 /// What each page begins with, where that is not zero.
 type Content = BTreeMap<u64, u64>;
 
@@ -23,12 +28,16 @@ struct Machine {
     content: Content,
     /// What can be built on.
     base: Option<Content>,
+    /// What was copied last, since there was a cut.
+    copies: Option<Content>,
 }
 
 /// A cut that is being read.
 struct Saving {
     at_cut: AtCut,
-    building: bool,
+    elsewhere: Elsewhere,
+    /// What may be taken from there.
+    copies: Content,
     parts: Vec<Part>,
     content: Content,
     /// The page that is read next.
@@ -44,6 +53,7 @@ impl Machine {
             memory,
             content: Content::new(),
             base: None,
+            copies: None,
         }
     }
 
@@ -59,13 +69,36 @@ impl Machine {
         self.content.retain(|page, _| !pages.contains(page));
     }
 
-    fn cut(&self, building: bool) -> Saving {
+    /// Copies at most so many granules that are not copied yet.
+    fn copy(&mut self, count: usize, building: bool) {
+        if self.copies.is_none() {
+            self.tracker.begin_copies().unwrap();
+        }
+        let copies = self.copies.get_or_insert_default();
         let building = building && self.base.is_some();
-        let at_cut = self.tracker.cut(building).unwrap();
+        for offset in self.tracker.to_copy(building).unwrap().iter().take(count) {
+            let bytes = GRANULE_BYTES.min(BYTES - offset) as usize;
+            let mut content = vec![0; bytes];
+            assert!(self.tracker.copy(*offset, &mut content).unwrap());
+            for (page, content) in (offset / PAGE..).zip(content.chunks(PAGE as usize)) {
+                let value = u64::from_ne_bytes(*content.first_chunk().unwrap());
+                copies.insert(page, value);
+            }
+        }
+    }
+
+    fn cut(&mut self, elsewhere: Elsewhere) -> Saving {
+        let copies = self.copies.take();
+        let elsewhere = Elsewhere {
+            base: elsewhere.base && self.base.is_some(),
+            copies: elsewhere.copies && copies.is_some(),
+        };
+        let at_cut = self.tracker.cut(elsewhere).unwrap();
         Saving {
             parts: at_cut.parts(),
             at_cut,
-            building,
+            elsewhere,
+            copies: copies.unwrap_or_default(),
             content: self.content.clone(),
             at: 0,
         }
@@ -96,8 +129,12 @@ impl Saving {
                 let found = match part.kind {
                     PartKind::Zeros => 0,
                     PartKind::InBase => {
-                        assert!(self.building);
+                        assert!(self.elsewhere.base);
                         base.unwrap().get(&page).copied().unwrap_or(0)
+                    }
+                    PartKind::Copied => {
+                        assert!(self.elsewhere.copies);
+                        *self.copies.get(&page).unwrap()
                     }
                     PartKind::Data => {
                         let mut content = [0; PAGE as usize];
@@ -119,7 +156,8 @@ enum Step {
     Write(u64, u64),
     Discard(Range<u64>),
     Arm,
-    Cut { building: bool },
+    Copy { count: usize, building: bool },
+    Cut(Elsewhere),
     Read(u64),
     Finish(Outcome),
 }
@@ -145,7 +183,8 @@ fn any_step() -> impl Strategy<Value = Step> {
         2 => (any_page(), 1..40u64).prop_map(|(page, count)| Step::Discard(page..page + count)),
         1 => Just(Step::Discard(0..512)),
         2 => Just(Step::Arm),
-        3 => any::<bool>().prop_map(|building| Step::Cut { building }),
+        3 => (1..40usize, any::<bool>()).prop_map(|(count, building)| Step::Copy { count, building }),
+        3 => any::<[bool; 2]>().prop_map(|[base, copies]| Step::Cut(Elsewhere { base, copies })),
         3 => prop_oneof![1..60u64, 400..600u64].prop_map(Step::Read),
         2 => outcome.prop_map(Step::Finish),
     ]
@@ -165,9 +204,14 @@ proptest! {
                 (Step::Write(page, value), _) => machine.write(page, value),
                 (Step::Discard(pages), _) => machine.discard(pages),
                 (Step::Arm, None) => drop(machine.tracker.arm().unwrap()),
-                (Step::Cut { building }, None) => saving = Some(machine.cut(building)),
-                (Step::Cut { building }, Some(_)) => {
-                    prop_assert!(machine.tracker.cut(building).is_err());
+                (Step::Copy { count, building }, None) => machine.copy(count, building),
+                (Step::Copy { .. }, Some(_)) => {
+                    prop_assert!(machine.tracker.begin_copies().is_err());
+                    prop_assert!(machine.tracker.copy(0, &mut [0; GRANULE_BYTES as usize]).is_err());
+                }
+                (Step::Cut(elsewhere), None) => saving = Some(machine.cut(elsewhere)),
+                (Step::Cut(elsewhere), Some(_)) => {
+                    prop_assert!(machine.tracker.cut(elsewhere).is_err());
                 }
                 (Step::Read(pages), Some(saving)) => saving.check(pages, machine.base.as_ref()),
                 (Step::Finish(outcome), Some(_)) => {
@@ -193,7 +237,7 @@ fn what_a_guest_never_touched_costs_nothing_and_what_is_unchanged_is_in_the_base
     }
     let armed = machine.tracker.arm().unwrap();
     assert_eq!((armed.rounds, armed.left_bytes), (1, 0));
-    let cut = machine.cut(true);
+    let cut = machine.cut(FROM_BASE);
     assert_eq!(cut.at_cut.protected_bytes(), 0);
     let bytes = |cut: &Saving, kind| -> u64 {
         let parts = cut.parts.iter().filter(|part| part.kind == kind);
@@ -207,7 +251,7 @@ fn what_a_guest_never_touched_costs_nothing_and_what_is_unchanged_is_in_the_base
 
     machine.write(3, 7);
     machine.write(5 * 512, 7);
-    let cut = machine.cut(true);
+    let cut = machine.cut(FROM_BASE);
     assert_eq!(cut.at_cut.protected_bytes(), GRANULE_BYTES + BLOCK_BYTES);
     assert_eq!(bytes(&cut, PartKind::Data), GRANULE_BYTES + BLOCK_BYTES);
     assert_eq!(
@@ -222,7 +266,7 @@ fn what_was_read_is_not_set_aside_and_cannot_be_read_again_once_it_is_written_to
     let mut machine = Machine::new();
     machine.write(0, 1);
     machine.write(16, 2);
-    let mut cut = machine.cut(false);
+    let mut cut = machine.cut(Elsewhere::default());
     cut.check(16, None);
     machine.write(0, 3);
     machine.write(16, 4);
@@ -238,7 +282,7 @@ fn what_was_read_is_not_set_aside_and_cannot_be_read_again_once_it_is_written_to
 fn a_cut_whose_tracker_is_gone_is_no_longer_believed() {
     let mut machine = Machine::new();
     machine.write(0, 1);
-    let cut = machine.cut(false);
+    let cut = machine.cut(Elsewhere::default());
     let Machine {
         memory, tracker, ..
     } = machine;
@@ -260,7 +304,7 @@ fn who_was_told_of_a_write_to_a_block_that_is_gone_since_leaves_it_alone() {
     assert!(shared.is_absent(0));
     // Who touches it does not wait for ever.
     machine.write(3 * 16, 2);
-    let cut = machine.cut(false);
+    let cut = machine.cut(Elsewhere::default());
     machine.finish(cut, Outcome::NewBase);
 }
 
@@ -269,7 +313,7 @@ fn a_guest_that_writes_over_all_of_its_memory_is_saved_all_the_same() {
     let mut machine = Machine::new();
     let pages = || (0..BYTES / PAGE).step_by((GRANULE_BYTES / PAGE) as usize);
     pages().for_each(|page| machine.write(page, 1));
-    let cut = machine.cut(false);
+    let cut = machine.cut(Elsewhere::default());
     pages().for_each(|page| machine.write(page, 2));
     machine.finish(cut, Outcome::NewBase);
 }
@@ -283,6 +327,31 @@ fn memory_that_is_mapped_from_a_file_is_not_tracked() {
     let memory = MachineMemory::from_image(layout, &file, data).unwrap();
     let refused = memory.track().unwrap_err().to_string();
     assert!(refused.contains("mapped from a memory file"), "{refused}");
+}
+
+/// Two rounds of copies, where they belong in the image.
+fn copied(tracker: &Tracker) -> Vec<u8> {
+    let mut image = vec![0; BYTES as usize];
+    tracker.begin_copies().unwrap();
+    for _ in 0..2 {
+        for offset in tracker.to_copy(false).unwrap() {
+            let end = (offset + GRANULE_BYTES).min(BYTES);
+            let content = &mut image[offset as usize..end as usize];
+            tracker.copy(offset, content).unwrap();
+        }
+    }
+    image
+}
+
+/// What of a cut is to be taken from copies.
+fn copied_parts(cut: &AtCut) -> Vec<Range<u64>> {
+    let mut at = 0;
+    let parts = cut.parts().into_iter().filter_map(|part| {
+        let start = at;
+        at += part.bytes;
+        (part.kind == PartKind::Copied).then_some(start..at)
+    });
+    parts.collect()
 }
 
 /// Writers that count in pages of their own, ever up, each page after the one before it: at any instant, no page is
@@ -318,14 +387,26 @@ fn cuts_under_writers_are_of_one_instant() {
             if round % 3 != 0 {
                 tracker.arm().unwrap();
             }
+            // While they write.
+            let copies = (round % 2 == 0).then(|| copied(&tracker));
             let still = held.write().unwrap();
-            let cut = tracker.cut(false).unwrap();
+            let cut = tracker.cut(Elsewhere {
+                base: false,
+                copies: copies.is_some(),
+            });
+            let cut = cut.unwrap();
             drop(still);
+            let copies = copies.unwrap_or_default();
+            let is_copied = copied_parts(&cut);
             for (writer, last) in (0..).zip(&mut last) {
                 let counts: Vec<u64> = (writer * PAGES..(writer + 1) * PAGES)
                     .map(|page| {
+                        let at = page * PAGE + 128;
                         let mut content = [0; 8];
-                        cut.read(page * PAGE + 128, &mut content).unwrap();
+                        match is_copied.iter().any(|part| part.contains(&at)) {
+                            true => content.copy_from_slice(&copies[at as usize..][..8]),
+                            false => cut.read(at, &mut content).unwrap(),
+                        }
                         u64::from_ne_bytes(content)
                     })
                     .collect();
@@ -338,4 +419,32 @@ fn cuts_under_writers_are_of_one_instant() {
         }
         done.store(true, Ordering::Relaxed);
     });
+}
+
+#[test]
+fn what_is_written_to_is_copied_again_and_the_rest_is_not() {
+    let mut machine = Machine::new();
+    for page in 0..512 {
+        machine.write(page, page + 1);
+    }
+    machine.tracker.begin_copies().unwrap();
+    let to_copy = |machine: &Machine| machine.tracker.to_copy(false).unwrap();
+    let copy = |machine: &Machine, offset: u64| {
+        let mut content = vec![0; GRANULE_BYTES as usize];
+        machine.tracker.copy(offset, &mut content).unwrap()
+    };
+    let first = to_copy(&machine);
+    assert_eq!(first.len(), 32);
+    machine.write(16, 7);
+    let copied = first.iter().filter(|offset| copy(&machine, **offset));
+    assert_eq!(copied.count(), 31);
+    machine.write(3 * 16, 7);
+    assert_eq!(to_copy(&machine), [GRANULE_BYTES, 3 * GRANULE_BYTES]);
+    // What is not one whole granule is none.
+    let mut less = [0; PAGE as usize];
+    assert!(machine.tracker.copy(0, &mut less).is_err());
+    assert!(machine.tracker.copy(BYTES, &mut []).is_err());
+    // Whoever gave up is not taken from.
+    machine.tracker.begin_copies().unwrap();
+    assert_eq!(to_copy(&machine).len(), 32);
 }

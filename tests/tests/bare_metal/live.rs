@@ -1,6 +1,6 @@
 //! Machines go on beside their snapshots.
 
-use std::{process::Stdio, thread, time::Duration};
+use std::{fs, os::unix::fs::MetadataExt, process::Stdio, thread, time::Duration};
 
 use api_types::VmState;
 use rustix::process::{Pid, Signal, kill_process};
@@ -52,9 +52,11 @@ fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
         };
         // At any moment of its round.
         thread::sleep(Duration::from_millis(round * 7919 % 41));
-        let words = [&["snapshot", "--json", &pid], to].concat();
+        // Two of five by pre-copy, so that each way follows each on each destination.
+        let copy = ["copy-on-write", "pre-copy"][usize::from(round % 5 < 2)];
+        let words = [&["snapshot", "--json", &pid, "--copy", copy], to].concat();
         let report = cli.json(&words).unwrap();
-        assert_eq!(report["copy"], "copy-on-write", "{report}");
+        assert_eq!(report["copy"], copy, "{report}");
         assert!(report["rounds"].as_u64().unwrap() > 0, "{report}");
         let copy = match round % 4 {
             1 => restored(&cli, &server, &[&name, "--on-demand"]),
@@ -107,6 +109,12 @@ fn a_snapshot_takes_what_was_written_to_since_the_last() {
     assert_eq!(fourth["copy"], "copy-on-write");
     assert!(read() * 4 > all * 3, "{} of {all}", read());
     assert!(new(&fourth) < (64 << 20) / 200, "{fourth}");
+    // Nor is what is in the base copied.
+    let copied = save(&["copied", "--copy", "pre-copy"]);
+    let copied_bytes = copied["copied_bytes"].as_u64().unwrap();
+    assert!(copied_bytes * 4 < all, "{copied}");
+    assert!(new(&copied) < (64 << 20) / 200, "{copied}");
+    cli.run(&["store", "rm", "copied"]).unwrap();
     // Nor is one that is gone.
     cli.run(&["store", "rm", "fourth"]).unwrap();
     cli.run(&["store", "gc"]).unwrap();
@@ -146,8 +154,8 @@ fn where_the_guest_cannot_go_on_it_stands_still_or_that_is_said() {
 }
 
 /// How a snapshot that takes minutes ends when `then` is done.
-fn slow_snapshot(cli: &Cli, server: &Server, pid: &str, then: impl FnOnce()) -> String {
-    let words = ["snapshot", pid, "slow", "--limit", "200K"];
+fn slow_snapshot(cli: &Cli, server: &Server, pid: &str, copy: &str, then: impl FnOnce()) -> String {
+    let words = ["snapshot", pid, "slow", "--limit", "200K", "--copy", copy];
     thread::scope(|scope| {
         let saving = scope.spawn(|| cli.refused(&words).unwrap());
         let pid = pid.parse().unwrap();
@@ -176,9 +184,14 @@ fn a_snapshot_is_cancelled_and_the_machine_goes_on_and_is_saved_again() {
         let answer = server.client.delete(&path).unwrap();
         assert_eq!(answer.status, 200, "{answer:?}");
     };
-    let ways: [&dyn Fn(); 2] = [&cancel, &delete];
-    for way in ways {
-        let said = slow_snapshot(&cli, &server, &pid, way);
+    let ways: [(&str, &dyn Fn()); 4] = [
+        ("copy-on-write", &cancel),
+        ("pre-copy", &cancel),
+        ("copy-on-write", &delete),
+        ("pre-copy", &delete),
+    ];
+    for (copy, way) in ways {
+        let said = slow_snapshot(&cli, &server, &pid, copy, way);
         assert!(said.contains("was cancelled"), "{said}");
         assert!(!hear(&server, witness).disturbed);
     }
@@ -192,7 +205,7 @@ fn a_snapshot_is_cancelled_and_the_machine_goes_on_and_is_saved_again() {
 
     // Nor does it keep its machine from ending.
     let stop = || drop(cli.run(&["stop", &pid]).unwrap());
-    let said = slow_snapshot(&cli, &server, &pid, stop);
+    let said = slow_snapshot(&cli, &server, &pid, "pre-copy", stop);
     assert!(
         said.contains("cancelled") || said.contains("went away"),
         "{said}"
@@ -235,4 +248,51 @@ fn only_what_the_guest_goes_on_beside_is_slowed() {
         assert!(refused.contains("leave the limit out"), "{refused}");
     }
     cli.run(&snapshot).unwrap();
+}
+
+#[test]
+fn memory_is_copied_before_the_guest_stands_still_also_of_one_that_ends() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    let number = |report: &Value, field: &str| report[field].as_u64().unwrap();
+    let save = |machine: Machine, to: &[&str]| {
+        let pid = machine.pid.to_string();
+        let words = ["snapshot", "--json", &pid, "--copy", "pre-copy"];
+        cli.json(&[&words, to].concat()).unwrap()
+    };
+    // One that writes to little is copied whole while it does.
+    let machine = counting(&server, 3);
+    let quiet = save(machine, &["quiet"]);
+    let copied = number(&quiet, "copied_bytes");
+    assert!(
+        copied + (1 << 20) > number(&quiet, "written_bytes"),
+        "{quiet}"
+    );
+    assert!(number(&quiet, "last_round_bytes") < 1 << 20, "{quiet}");
+    // One that writes to all of its memory is not, and its memory is right all the same. A file that was written over meanwhile is
+    // no larger for it.
+    let witness = boot(&server, &bare_metal::witness());
+    let before = hear(&server, witness).round;
+    save(witness, &["stored"]);
+    let ended = save(witness, &["state", "memory", "--halt"]);
+    assert_eq!(ended["copy"], "pre-copy", "{ended}");
+    let file = fs::metadata(server.path("memory")).unwrap();
+    let (size, taken) = (file.len(), file.blocks() * 512);
+    let memory = number(&ended, "memory_bytes");
+    assert!(size >= memory && size - memory < memory / 100, "{size}");
+    let written = number(&ended, "written_bytes");
+    assert!(taken <= written + memory / 50, "{taken} for {written}");
+    for words in [&["stored"][..], &["state", "memory"]] {
+        let copy = restored(&cli, &server, words);
+        let said = hear(&server, copy);
+        assert!(!said.disturbed && said.round > before, "{said:?}");
+    }
+    // One that stands still leaves nothing for later.
+    let copy = restored(&cli, &server, &["stored"]);
+    cli.run(&["pause", &copy.pid.to_string()]).unwrap();
+    let still = save(copy, &["still"]);
+    assert_eq!(number(&still, "last_round_bytes"), 0, "{still}");
+    let copy = restored(&cli, &server, &["still"]);
+    assert!(!hear(&server, copy).disturbed);
 }
