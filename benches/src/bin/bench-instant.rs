@@ -1,7 +1,10 @@
 //! `cargo xtask bench instant`: snapshots that a guest does not feel, forks, and restores on demand, on the host's
 //! own `/dev/kvm`.
 
-use std::path::PathBuf;
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 use benches::{
@@ -33,6 +36,56 @@ struct Arguments {
     /// Guest memory in MiB, several separated by commas; guests fill at most 3072
     #[arg(long, value_delimiter = ',', default_values_t = [256, 1024, 8192])]
     mem_mib: Vec<u64>,
+    /// What is measured, several separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = Part::ALL)]
+    parts: Vec<Part>,
+}
+
+/// What can be measured alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// How long a guest stands still for a snapshot by copy-on-write.
+    Stops,
+    /// How fast it is beside such snapshots.
+    Share,
+    /// Snapshots by pre-copy.
+    PreCopy,
+    /// Forks.
+    Forks,
+    /// Restores on demand.
+    Restores,
+}
+
+impl Part {
+    const ALL: [Self; 5] = [
+        Self::Stops,
+        Self::Share,
+        Self::PreCopy,
+        Self::Forks,
+        Self::Restores,
+    ];
+
+    fn measure(self, fermata: &Fermata, arguments: &Arguments, scratch: &Path) -> Result<Vec<Row>> {
+        match self {
+            Self::Stops => stops(fermata, arguments, scratch),
+            Self::Share => share(fermata, arguments.runs, scratch),
+            Self::PreCopy => pre_copy::table(fermata, arguments.runs, scratch),
+            Self::Forks => forks::measure(fermata, arguments.runs, scratch),
+            Self::Restores => restores(fermata, arguments.runs),
+        }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stops => "stops",
+            Self::Share => "share",
+            Self::PreCopy => "pre-copy",
+            Self::Forks => "forks",
+            Self::Restores => "restores",
+        })
+    }
 }
 
 fn main() -> Result<()> {
@@ -40,32 +93,29 @@ fn main() -> Result<()> {
     let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
     let fermata = Fermata::new(scratch.path())?;
     let mut rows = Vec::new();
-    for mem_mib in arguments.mem_mib {
-        for load in [Load::Idle, Load::Busy] {
-            let count = arguments.snapshots;
-            rows.extend(instant::snapshots(
-                &fermata,
-                mem_mib,
-                load,
-                count,
-                scratch.path(),
-            )?);
-        }
+    for part in &arguments.parts {
+        rows.extend(part.measure(&fermata, &arguments, scratch.path())?);
     }
-    for load in [Load::Busy, Load::Unpaced] {
-        rows.extend(instant::share(
-            &fermata,
-            256,
-            load,
-            arguments.runs,
-            scratch.path(),
-        )?);
-    }
-    rows.extend(pre_copy::table(&fermata, arguments.runs, scratch.path())?);
-    rows.extend(forks::measure(&fermata, arguments.runs, scratch.path())?);
-    rows.extend(restores(&fermata, arguments.runs)?);
     println!("{}", report::list(&rows));
     report::write_json(&rows, &arguments.json)
+}
+
+fn stops(fermata: &Fermata, arguments: &Arguments, scratch: &Path) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for mem_mib in &arguments.mem_mib {
+        for load in [Load::Idle, Load::Busy] {
+            let count = arguments.snapshots;
+            rows.extend(instant::snapshots(fermata, *mem_mib, load, count, scratch)?);
+        }
+    }
+    Ok(rows)
+}
+
+fn share(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
+    let loads = [Load::Busy, Load::Unpaced].into_iter();
+    loads
+        .filter_map(|load| instant::share(fermata, 256, load, runs, scratch).transpose())
+        .collect()
 }
 
 /// Of one machine from a store.
