@@ -4,7 +4,11 @@
 
 #![allow(unsafe_code)]
 
+mod crew;
+
 use std::{arch::global_asm, slice};
+
+pub use crew::crew;
 
 /// Guest-physical address that the guests are loaded at.
 const LOAD_ADDRESS: u64 = 0x10_0000;

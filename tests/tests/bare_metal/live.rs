@@ -20,9 +20,9 @@ fn restored(cli: &Cli, server: &Server, words: &[&str]) -> Machine {
 }
 
 /// How many snapshots are taken where more show more; this variable asks for others than are taken as a rule.
-fn rounds() -> u64 {
+fn rounds(usual: u64) -> u64 {
     let asked = std::env::var("FERMATA_TEST_ROUNDS").ok();
-    asked.map_or(8, |rounds| rounds.parse().unwrap())
+    asked.map_or(usual, |rounds| rounds.parse().unwrap())
 }
 
 /// The saved machine `name` goes on as one fork.
@@ -43,7 +43,7 @@ fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
     hear(&server, witness);
     let pid = witness.pid.to_string();
     let mut before = 0;
-    for round in 0..rounds() {
+    for round in 0..rounds(8) {
         let name = format!("snapshot-{round}");
         // Every fourth goes into files, which takes all of memory and leaves the store's last what the next builds on.
         let to = match round % 4 {
@@ -75,6 +75,58 @@ fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
         }
     }
     assert!(!hear(&server, witness).disturbed);
+    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
+    assert_eq!(checked["problems"], json!([]), "{checked}");
+}
+
+/// Has the crew's balloon become one of so many MiB, some time.
+fn ballooned(server: &Server, machine: Machine, mib: u64) {
+    let path = format!("/vms/{}/balloon", machine.pid);
+    let answer = server.client.patch(&path, &json!({"target_mib": mib}));
+    assert_eq!(answer.unwrap().status, 200);
+}
+
+#[test]
+fn all_vcpus_write_while_memory_is_given_back_and_nothing_is_torn_lost_or_leaked() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    fs::write(server.tree().join("kernel"), bare_metal::crew()).unwrap();
+    let more = json!({"vcpus": 3, "memory_mib": 128, "balloon": {"deflate_on_oom": true}});
+    let crew = server.client.boot(&server.path("kernel"), &more).unwrap();
+    hear(&server, crew);
+    let pid = crew.pid.to_string();
+    let mut before = 0;
+    for round in 0..rounds(4) {
+        ballooned(&server, crew, [16, 2, 10, 0][round as usize % 4]);
+        let name = format!("snapshot-{round}");
+        thread::sleep(Duration::from_millis(round * 7919 % 41));
+        let copy = ["copy-on-write", "pre-copy"][usize::from(round % 5 < 2)];
+        let to = match round % 4 {
+            3 => &["state", "memory"][..],
+            _ => &[name.as_str()],
+        };
+        let words = [&["snapshot", "--json", &pid, "--copy", copy], to].concat();
+        let report = cli.json(&words).unwrap();
+        assert_eq!(report["copy"], copy, "{report}");
+        let copy = match round % 4 {
+            1 => restored(&cli, &server, &[&name, "--on-demand"]),
+            2 => forked(&cli, &name),
+            _ => restored(&cli, &server, to),
+        };
+        // It gives memory back, or takes it, while more comes and it is saved again.
+        ballooned(&server, copy, [2, 16, 4, 12][round as usize % 4]);
+        let said = hear(&server, copy);
+        assert!(!said.disturbed && said.round > before, "{round}: {said:?}");
+        before = hear(&server, crew).round;
+        cli.run(&["stop", &copy.pid.to_string()]).unwrap();
+        if round % 4 == 3 {
+            cli.run(&["store", "rm", &format!("snapshot-{}", round - 2)])
+                .unwrap();
+            cli.run(&["store", "gc"]).unwrap();
+        }
+    }
+    assert!(!hear(&server, crew).disturbed);
     let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
     assert_eq!(checked["problems"], json!([]), "{checked}");
 }
