@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on should stop
 
+#[path = "level3/at_once.rs"]
+mod at_once;
 #[path = "level3/balloon.rs"]
 mod balloon;
 #[path = "level3/branching.rs"]

@@ -354,6 +354,15 @@ fn copied_parts(cut: &AtCut) -> Vec<Range<u64>> {
     parts.collect()
 }
 
+/// Sets it however its scope ends: who fails must not leave others at work.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Writers that count in pages of their own, ever up, each page after the one before it: at any instant, no page is
 /// ahead of one before it, nor behind it by more than one.
 #[test]
@@ -379,6 +388,7 @@ fn cuts_under_writers_are_of_one_instant() {
         for writer in 0..2 {
             scope.spawn(move || write(writer));
         }
+        let _at_end = AtEnd(&done);
         let mut last = [0; 2];
         let mut round = 0;
         // The host decides how far the writers come.
@@ -417,7 +427,6 @@ fn cuts_under_writers_are_of_one_instant() {
             }
             cut.finish(Outcome::NoBase);
         }
-        done.store(true, Ordering::Relaxed);
     });
 }
 

@@ -1,17 +1,23 @@
-//! A VMM that is killed in the middle of a snapshot.
+//! Who is killed in the middle of a snapshot.
 
 use std::{
     fs,
+    process::Stdio,
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::Duration,
 };
 
-use api_types::EndReason;
+use api_types::{EndReason, Vm, VmState};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use system_tests::{bare_metal, wait};
+use system_tests::{bare_metal, http::Machine, server::Server, wait};
 
-use crate::server;
+use crate::{
+    boot, cli, hear,
+    live::{restored, rounds},
+    server,
+};
 
 /// Large enough that writing it takes a while: the guest's memory is filled by the test itself, from
 /// a kernel file padded with data.
@@ -40,7 +46,7 @@ fn the_files_of_the_last_snapshot_are_untouched() {
             answer
         });
         wait::until("the snapshot to begin", || {
-            let saving = client.vm(machine.pid).unwrap().state == api_types::VmState::Saving;
+            let saving = client.vm(machine.pid).unwrap().state == VmState::Saving;
             (saving || answered.load(Ordering::SeqCst)).then_some(())
         })
         .unwrap();
@@ -59,4 +65,63 @@ fn the_files_of_the_last_snapshot_are_untouched() {
     let restored = client.restore(&state, &memory).unwrap();
     let console = server.console(restored).unwrap();
     console.first("a count", bare_metal::count).unwrap();
+}
+
+/// Waits until the machine has ended, or has done with its snapshot.
+fn settled(server: &Server, machine: Machine) {
+    wait::until("the snapshot to end", || {
+        // The server forgets those that it has not started.
+        let vm = server.client.vm(machine.pid);
+        let saves = |vm: Vm| vm.ended.is_none() && vm.state == VmState::Saving;
+        (!vm.is_ok_and(saves)).then_some(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn who_saves_is_killed_at_any_moment_and_the_store_stays_clean() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    let mut machine = boot(&server, &bare_metal::witness());
+    hear(&server, machine);
+    cli.run(&["snapshot", &machine.pid.to_string(), "first"])
+        .unwrap();
+    for round in 0..rounds(9) {
+        let name = format!("snapshot-{round}");
+        let pid = machine.pid.to_string();
+        let copy = ["copy-on-write", "pre-copy", "stop-and-copy"][round as usize % 3];
+        let mut command = cli.command(&["snapshot", &pid, &name, "--copy", copy]);
+        let command = command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut command = command.spawn().unwrap();
+        thread::sleep(Duration::from_millis(round * 7919 % 83));
+        // The machine, three times of four, or who asked.
+        let dies = round % 4 != 3;
+        match dies {
+            true => {
+                let pid = Pid::from_raw(machine.pid as i32).unwrap();
+                kill_process(pid, Signal::KILL).unwrap();
+            }
+            // It may have ended.
+            false => drop(command.kill()),
+        }
+        command.wait().unwrap();
+        settled(&server, machine);
+        let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
+        assert_eq!(checked["problems"], json!([]), "{round}: {checked}");
+        // What is there is whole, and what is not can be.
+        let listed = cli.json(&["store", "ls", "--json"]).unwrap();
+        let mut listed = listed.as_array().unwrap().iter();
+        let is_there = listed.any(|snapshot| snapshot["name"] == name.as_str());
+        if dies {
+            let from = if is_there { &name } else { "first" };
+            machine = restored(&cli, &server, &[from]);
+        }
+        assert!(!hear(&server, machine).disturbed, "{round}");
+        if !is_there {
+            let pid = machine.pid.to_string();
+            cli.run(&["snapshot", &pid, &name]).unwrap();
+        }
+        cli.run(&["store", "gc"]).unwrap();
+    }
 }

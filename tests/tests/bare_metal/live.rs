@@ -9,7 +9,8 @@ use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server, wait};
 
 use crate::{boot, cli, counting, gauge, hear, server};
 
-fn restored(cli: &Cli, server: &Server, words: &[&str]) -> Machine {
+/// The saved machine that `words` name, as `fermata restore` wants it, goes on.
+pub(crate) fn restored(cli: &Cli, server: &Server, words: &[&str]) -> Machine {
     let answer = cli.json(&[&["restore", "--json"], words].concat()).unwrap();
     let pid = answer["pid"].as_u64().unwrap() as u32;
     let vms = server.client.get("/vms").unwrap().body;
@@ -20,7 +21,7 @@ fn restored(cli: &Cli, server: &Server, words: &[&str]) -> Machine {
 }
 
 /// How many snapshots are taken where more show more; this variable asks for others than are taken as a rule.
-fn rounds(usual: u64) -> u64 {
+pub(crate) fn rounds(usual: u64) -> u64 {
     let asked = std::env::var("FERMATA_TEST_ROUNDS").ok();
     asked.map_or(usual, |rounds| rounds.parse().unwrap())
 }

@@ -1,0 +1,87 @@
+//! A Linux guest goes on before its memory has come, as many at once, and from snapshots that it did not stand still for.
+
+use api_types::EndReason;
+use serde_json::Value;
+use system_tests::{
+    cli::Cli,
+    console::{Console, count},
+    http::Machine,
+    linux,
+    server::Server,
+    wait,
+};
+
+fn machine(answer: &Value) -> Machine {
+    Machine {
+        pid: u32::try_from(answer["pid"].as_u64().unwrap()).unwrap(),
+        port: u16::try_from(answer["port"].as_u64().unwrap()).unwrap(),
+    }
+}
+
+/// Waits until a machine that was saved at the count `cut` has gone on, from there.
+fn goes_on(server: &Server, machine: Machine, cut: u64) -> Console {
+    let console = server.console(machine).unwrap();
+    let first = linux::counts_past(&console, 0).unwrap();
+    assert!((cut..=cut + 2).contains(&first), "{first} after {cut}");
+    console
+}
+
+#[test]
+fn a_linux_guest_goes_on_at_once_on_demand_and_forked() {
+    let directory = tempfile::tempdir().unwrap();
+    let server: Server = linux::server_with(&[]).unwrap();
+    let client = &server.client;
+    let cli = Cli::new(directory.path(), &server.run_directory());
+    cli.run(&["store", "init"]).unwrap();
+    let parent = linux::boot(&server, "counter").unwrap();
+    let console = server.console(parent).unwrap();
+    let before = linux::verify(&console).unwrap();
+    let pid = parent.pid.to_string();
+
+    // Two forks of it as it runs, which go on by themselves, and so does it.
+    let forks = cli.json(&["fork", &pid, "--count", "2", "--json"]).unwrap();
+    for fork in forks.as_array().unwrap() {
+        let fork = machine(fork);
+        let console = server.console(fork).unwrap();
+        linux::counts_past(&console, 0).unwrap();
+        linux::nothing_lost(&before, &linux::verify(&console).unwrap()).unwrap();
+        cli.run(&["stop", &fork.pid.to_string()]).unwrap();
+    }
+    let then = console.last(count).unwrap();
+    linux::counts_past(&console, then).unwrap();
+
+    // By pre-copy into the store, and then it ends.
+    let pre_copy = ["--copy", "pre-copy", "--halt", "--json"];
+    let report = cli
+        .json(&[&["snapshot", &pid, "noon"][..], &pre_copy].concat())
+        .unwrap();
+    let copied = report["copied_bytes"].as_u64().unwrap();
+    let written = report["written_bytes"].as_u64().unwrap();
+    assert!(copied > written / 2, "{report}");
+    let ended = wait::until("the machine to end", || {
+        client.vm(parent.pid).unwrap().ended
+    });
+    assert_eq!(ended.unwrap().reason, EndReason::Halted);
+    let cut = console.last(count).unwrap();
+
+    // Its memory comes when it is touched, and is saved anew when all of it has.
+    let words = ["restore", "noon", "--on-demand", "--json"];
+    let lazy = machine(&cli.json(&words).unwrap());
+    let console = goes_on(&server, lazy, cut);
+    linux::nothing_lost(&before, &linux::verify(&console).unwrap()).unwrap();
+    let pid = lazy.pid.to_string();
+    cli.run(&["snapshot", &pid, "evening"]).unwrap();
+    let then = console.last(count).unwrap();
+    linux::counts_past(&console, then).unwrap();
+
+    // And so it is from there, as two.
+    let forks = cli
+        .json(&["fork", "evening", "--count", "2", "--json"])
+        .unwrap();
+    for fork in forks.as_array().unwrap() {
+        let console = server.console(machine(fork)).unwrap();
+        let first = linux::counts_past(&console, 0).unwrap();
+        assert!(first > cut && first <= then + 2, "{first}, {cut}, {then}");
+        linux::nothing_lost(&before, &linux::verify(&console).unwrap()).unwrap();
+    }
+}
