@@ -24,7 +24,7 @@ pub struct ServerConfig {
     /// Where the memory of snapshots goes, so that memory files are small references to it, and where
     /// such references lead. Without a store, memory files are complete in themselves.
     pub store: Option<StoreLocation>,
-    /// How many VMM processes are prepared for forks. With any, the hot image of the saved machine that was forked last is kept, too.
+    /// How many VMM processes are prepared for forks and for restores on demand. With any, the hot image of the saved machine that was forked last is kept, too.
     pub pool: usize,
     /// What a machine gets when the request does not say.
     pub defaults: Defaults,

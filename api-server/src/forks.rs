@@ -85,7 +85,7 @@ impl Machines {
 /// What is kept for the next fork.
 #[derive(Debug)]
 pub(crate) struct Forks {
-    pool: Arc<Pool>,
+    pub(crate) pool: Arc<Pool>,
     keeps: bool,
     /// The image of the saved machine that was forked last.
     image: Mutex<Option<(Stamp, Arc<HotImage>)>>,

@@ -11,7 +11,7 @@ use api_types::{
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
-    Registry, Secret, Spawned, Stopped, spawn,
+    Registry, Secret, Shape, Spawned, Stopped, spawn,
 };
 use futures::future::join_all;
 use tokio::task::{JoinError, spawn_blocking};
@@ -114,14 +114,35 @@ impl Machines {
             Origin::Boot(_) => limits.launch,
             Origin::Restore(_) | Origin::Fork(_) => limits.restore,
         };
-        let vmm = spawn(program, &spec, Log::File, bound).await?;
+        let vmm = if spec.on_demand {
+            self.forks.pool.spawn(&spec, bound).await?
+        } else {
+            spawn(program, &spec, Log::File, bound).await?
+        };
         Span::current().record("pid", vmm.pid);
         for note in &plan.notes {
             warn!(note, "a request asked for more than there is");
         }
         let answer = self.adopt(&spec, vmm, plan.notes);
         info!(port = answer.port, "a VM runs");
+        if spec.on_demand {
+            self.prepare_another(answer.pid);
+        }
         Ok(answer)
+    }
+
+    /// Has processes be prepared for machines as large as this one.
+    fn prepare_another(&self, pid: u32) {
+        // It may have ended by now.
+        let Ok(Some(record)) = self.registry.find_pid(pid) else {
+            return;
+        };
+        let shape = Shape {
+            vcpus: record.vcpus,
+            memory_mib: record.memory_mib,
+        };
+        let pool = Arc::clone(&self.forks.pool);
+        tokio::spawn(async move { pool.fill(shape).await });
     }
 
     /// What every VMM is told that this server starts.

@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context, Result};
 use control::{
     AfterSnapshot, Client, CpuModel, Destination, GuestClock, HotImage, LaunchSpec, Log,
-    MachineConfig, MemoryCopy, Origin, Pool, Registry, Secret, SnapshotReport, SnapshotRequest,
-    Source, Spawned, StoreLocation,
+    MachineConfig, MemoryCopy, Origin, Pool, Registry, Secret, Shape, SnapshotReport,
+    SnapshotRequest, Source, Spawned, StoreLocation,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -90,6 +90,25 @@ impl Fermata {
         })
     }
 
+    /// The same, in a process of `pool`, if there is one prepared.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn restore_prepared(
+        &self,
+        pool: &Pool,
+        source: Source,
+        console: &Path,
+    ) -> Result<FermataMachine> {
+        let spec = LaunchSpec {
+            on_demand: true,
+            ..self.spec(Origin::Restore(source), console)?
+        };
+        let starting = pool.spawn(&spec, START_DEADLINE);
+        Ok(self.machine(self.runtime.block_on(starting)?, &spec))
+    }
+
     fn launch(&self, spec: LaunchSpec) -> Result<FermataMachine> {
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
         Ok(self.machine(self.runtime.block_on(starting)?, &spec))
@@ -117,9 +136,9 @@ impl Fermata {
         Ok(Pool::new(&self.program, &self.registry, most)?)
     }
 
-    /// Prepares as many processes as `pool` takes for forks of `image`.
-    pub fn fill(&self, pool: &Pool, image: &HotImage) {
-        self.runtime.block_on(pool.fill(image.shape()));
+    /// Prepares as many processes as `pool` takes for machines of `shape`.
+    pub fn fill(&self, pool: &Pool, shape: Shape) {
+        self.runtime.block_on(pool.fill(shape));
     }
 
     /// Has `count` machines begin on `image`, in processes of `pool`, with their consoles in `scratch`.

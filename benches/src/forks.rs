@@ -44,7 +44,7 @@ pub fn measure(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>>
         let pool = fermata.pool(usize::from(prepared))?;
         let mut times = Vec::new();
         for _ in 0..SINGLE {
-            fermata.fill(&pool, &image);
+            fermata.fill(&pool, image.shape());
             let begun = Instant::now();
             let forks = fermata.fork(&pool, &image, 1, scratch)?;
             times.push(ms(begun.elapsed()));
@@ -57,7 +57,7 @@ pub fn measure(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>>
         let pool = fermata.pool(prepared as usize)?;
         let (mut times, mut private) = (Vec::new(), Vec::new());
         for _ in 0..runs {
-            fermata.fill(&pool, &image);
+            fermata.fill(&pool, image.shape());
             let begun = Instant::now();
             let forks = fermata.fork(&pool, &image, MANY, scratch)?;
             times.push(ms(begun.elapsed()));

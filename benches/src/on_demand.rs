@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use control::{AfterSnapshot, Destination, Origin, Source, StoreLocation};
+use control::{AfterSnapshot, Destination, Origin, Shape, Source, StoreLocation};
 use dedup::{CreateOptions, OpenOptions, Store};
 
 use crate::{
@@ -26,6 +26,25 @@ const NAME: &str = "one";
 /// A machine in a store.
 pub struct SavedMachine {
     store: StoreLocation,
+    shape: Shape,
+}
+
+/// How it is restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    AllFirst,
+    OnDemand,
+    Prepared,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::AllFirst => "all first",
+            Self::OnDemand => "on demand",
+            Self::Prepared => "on demand, prepared",
+        }
+    }
 }
 
 impl SavedMachine {
@@ -54,7 +73,12 @@ impl SavedMachine {
         };
         std::fs::write(&kernel, filler.kernel()).context("cannot write the guest")?;
         let mut console = Console::create(directory.join("booted.console"))?;
-        let origin = Origin::Boot(config(mem_mib, &kernel));
+        let config = config(mem_mib, &kernel);
+        let shape = Shape {
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
+        };
+        let origin = Origin::Boot(config);
         let mut machine = fermata.start(origin, console.path())?;
         console.wait_for_output()?;
         let to = Destination::Stored {
@@ -62,10 +86,11 @@ impl SavedMachine {
             name: NAME.to_owned(),
         };
         machine.save(to, AfterSnapshot::Halt)?;
-        Ok(Self { store })
+        Ok(Self { store, shape })
     }
 
-    /// Restores it once with all of its memory loaded first, and once on demand, in an order that turns round from run to run.
+    /// Restores it once with all of its memory loaded first, once on demand, and once on demand in a process that was prepared, in an
+    /// order that turns from run to run.
     ///
     /// # Errors
     ///
@@ -77,12 +102,10 @@ impl SavedMachine {
         directory: &Path,
         figures: &mut Figures,
     ) -> Result<()> {
-        let mut ways = [true, false];
-        if run % 2 == 1 {
-            ways.reverse();
-        }
-        for on_demand in ways {
-            self.restore(fermata, on_demand, directory, figures)?;
+        let mut ways = [Way::AllFirst, Way::OnDemand, Way::Prepared];
+        ways.rotate_left(run as usize % 3);
+        for way in ways {
+            self.restore(fermata, way, directory, figures)?;
         }
         Ok(())
     }
@@ -90,7 +113,7 @@ impl SavedMachine {
     fn restore(
         &self,
         fermata: &Fermata,
-        on_demand: bool,
+        way: Way,
         directory: &Path,
         figures: &mut Figures,
     ) -> Result<()> {
@@ -99,24 +122,26 @@ impl SavedMachine {
             store: self.store.clone(),
             name: NAME.to_owned(),
         };
+        let pool = fermata.pool(1)?;
+        if way == Way::Prepared {
+            fermata.fill(&pool, self.shape);
+        }
         let begun = Instant::now();
-        let (machine, setting) = if on_demand {
-            let machine = fermata.restore_on_demand(source, console.path())?;
-            (machine, "on demand")
-        } else {
-            let machine = fermata.start(Origin::Restore(source), console.path())?;
-            (machine, "all first")
-        };
+        let machine = match way {
+            Way::AllFirst => fermata.start(Origin::Restore(source), console.path()),
+            Way::OnDemand => fermata.restore_on_demand(source, console.path()),
+            Way::Prepared => fermata.restore_prepared(&pool, source, console.path()),
+        }?;
         console.wait_for_output()?;
         let first = begun.elapsed();
         machine.wait_for_memory()?;
         let all = begun.elapsed();
         let mut add = |bench, time: Duration| {
             let ms = time.as_micros() as f64 / 1000.0;
-            figures.add(bench, System::Fermata, setting, ms);
+            figures.add(bench, System::Fermata, way.name(), ms);
         };
         add(Bench::RestoreFirst, first);
-        if on_demand {
+        if way != Way::AllFirst {
             add(Bench::RestoreAll, all);
         }
         Ok(())

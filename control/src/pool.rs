@@ -1,5 +1,5 @@
-//! VMM processes that are started before they are needed, each with a machine that has its size and no content yet: what a fork
-//! then waits for is only its own.
+//! VMM processes that are started before they are needed, each with a machine that has its size and no content yet: what a fork, or a
+//! machine that is restored on demand, then waits for is only its own.
 
 use std::{
     mem,
@@ -19,7 +19,7 @@ use crate::{
 /// How long a process may take until it is prepared.
 const PREPARE_BOUND: Duration = Duration::from_secs(60);
 
-/// Where VMMs for forks come from: processes that are prepared, as long as there are any, and else new ones. Prepared processes
+/// Where VMMs for forks and for restores on demand come from: processes that are prepared, as long as there are any, and else new ones. Prepared processes
 /// end with this, also if whose it is is killed.
 #[derive(Debug)]
 pub struct Pool {
@@ -30,7 +30,7 @@ pub struct Pool {
     ready: Mutex<Ready>,
 }
 
-/// The processes that are prepared, all for one shape: that of what was forked last.
+/// The processes that are prepared, all for one shape: that of what was last forked, or restored on demand.
 #[derive(Debug, Default)]
 struct Ready {
     shape: Option<Shape>,
@@ -69,15 +69,33 @@ impl Pool {
         specs: Vec<LaunchSpec>,
         deadline: Duration,
     ) -> Result<Vec<Spawned>, SpawnError> {
-        let start = || match self.take(image.shape()) {
+        let start = || match self.take(Some(image.shape())) {
             Some(prepared) => Ok(prepared),
             None => Started::new(&self.program, &self.registry, Log::File),
         };
         fork_in(start, image, specs, deadline).await
     }
 
-    /// Prepares processes for machines of `shape` until there are as many as are kept. Those of another shape end. It is for after a fork,
-    /// when nobody waits: it also clears the run directory of old logs.
+    /// Starts a VMM for `spec`, as [`spawn`](crate::spawn()) does. What is prepared in it is of use to a machine of that size which is
+    /// restored on demand; others begin in it all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError`].
+    pub async fn spawn(
+        &self,
+        spec: &LaunchSpec,
+        deadline: Duration,
+    ) -> Result<Spawned, SpawnError> {
+        let started = match self.take(None) {
+            Some(prepared) => prepared,
+            None => Started::new(&self.program, &self.registry, Log::File)?,
+        };
+        started.run(spec.clone(), None, deadline).await
+    }
+
+    /// Prepares processes for machines of `shape` until there are as many as are kept. Those of another shape end. It is for after a fork or a
+    /// restore, when nobody waits: it also clears the run directory of old logs.
     pub async fn fill(&self, shape: Shape) {
         if let Err(error) = open_pruned(self.registry.dir()) {
             warn!(%error, "old logs are not removed");
@@ -116,10 +134,10 @@ impl Pool {
         started.prepare(shape, PREPARE_BOUND).await
     }
 
-    /// One that is prepared for `shape` and has not ended while it waited.
-    fn take(&self, shape: Shape) -> Option<Started> {
+    /// One that is prepared, for `shape` if that is given, and has not ended while it waited.
+    fn take(&self, shape: Option<Shape>) -> Option<Started> {
         let mut ready = self.ready();
-        if ready.shape != Some(shape) {
+        if shape.is_some() && ready.shape != shape {
             return None;
         }
         while let Some(mut started) = ready.processes.pop() {

@@ -20,7 +20,7 @@ use rustix::{
 };
 
 use crate::{
-    Error, Layout, MachineMemory, PAGE_BYTES,
+    Error, MachineMemory, PAGE_BYTES,
     host::{Host, ask_for_huge_pages, ask_for_small_pages},
     settled::Settled,
     userfault::{Userfault, Watch},
@@ -44,15 +44,16 @@ pub struct Arrivals {
 }
 
 impl MachineMemory {
-    /// Memory whose content [`Arrivals`] brings. `data` are the ranges of the image, ascending, in which there may be other than
-    /// zeros.
+    /// Makes it memory whose content [`Arrivals`] brings: it must be all zero, of pages that any process has, and neither a guest
+    /// nor a device may have come to it yet. It stays where it is, so that a machine can be made around it before it is known
+    /// which. `data` are the ranges of the image, ascending, in which there may be other than zeros.
     ///
     /// # Errors
     ///
-    /// [`Error::Map`] when the host has no room for it, [`Error::Userfault`] when it does not permit this.
-    pub fn arriving(layout: Layout, data: &[Range<u64>]) -> Result<(Self, Arrivals), Error> {
-        let settled = Arc::new(Settled::new(layout.bytes()));
-        let memory = Self::to_be_settled(layout, Arc::clone(&settled))?;
+    /// [`Error::Userfault`] when the host does not permit this.
+    pub fn arriving(self, data: &[Range<u64>]) -> Result<(Self, Arrivals), Error> {
+        let settled = Arc::new(Settled::new(self.layout().bytes()));
+        let memory = self.with_settled(Arc::clone(&settled));
         let host = memory.host().clone();
         let arrivals = Arrivals::watch(host, settled, data).map_err(Error::Userfault)?;
         Ok((memory, arrivals))

@@ -261,11 +261,10 @@ impl MachineMemory {
         Ok(())
     }
 
-    /// Fresh memory, of which `settled` says what has come.
-    pub(crate) fn to_be_settled(layout: Layout, settled: Arc<Settled>) -> Result<Self, Error> {
-        let mut memory = Self::zeroed(layout)?;
-        memory.host.settled = Some(settled);
-        Ok(memory)
+    /// The same, of which `settled` says what has come.
+    pub(crate) fn with_settled(mut self, settled: Arc<Settled>) -> Self {
+        self.host.settled = Some(settled);
+        self
     }
 
     /// Takes the memory image at `host` for a machine's.

@@ -193,18 +193,23 @@ impl Snapshot {
     }
 
     /// The memory of a store, none of which is there yet: it comes when it is touched, each page verified, and what nobody
-    /// touches by the way ([`OnDemand::bring_the_rest`]). `on_loss` is told when somebody waits for a page that cannot be had.
+    /// touches by the way ([`OnDemand::bring_the_rest`]). `on_loss` is told when somebody waits for a page that cannot be had. It comes
+    /// into `memory`, which must be as of [`MachineMemory::arriving`] and of its size, if that is there, and else into new.
     ///
     /// # Errors
     ///
     /// [`Error::NotOnDemand`], [`Error::GuestMemory`] where this cannot be; as of [`Snapshot::load`].
-    pub fn load_on_demand(&self, on_loss: OnLoss) -> Result<(MachineMemory, OnDemand), Error> {
+    pub fn load_on_demand(
+        &self,
+        memory: Option<MachineMemory>,
+        on_loss: OnLoss,
+    ) -> Result<(MachineMemory, OnDemand), Error> {
         match &self.memory {
             Memory::Image(image) => Err(Error::NotOnDemand {
                 what: image.path().display().to_string(),
                 reason: "it is a file, which is mapped anyway",
             }),
-            Memory::Stored(stored) => stored.load_on_demand(on_loss),
+            Memory::Stored(stored) => stored.load_on_demand(memory, on_loss),
             Memory::Hot(_) => Err(Error::NotOnDemand {
                 what: hot::NAME.to_owned(),
                 reason: "it is in memory, which is mapped anyway",

@@ -162,9 +162,10 @@ impl Stored {
         })
     }
 
-    /// Memory into which this comes.
+    /// `memory`, which must be of its size, into which this comes.
     pub(crate) fn load_on_demand(
         &self,
+        memory: Option<MachineMemory>,
         on_loss: OnLoss,
     ) -> Result<(MachineMemory, OnDemand), Error> {
         let image = Arc::clone(&self.memory);
@@ -175,8 +176,12 @@ impl Stored {
             });
         }
         let layout = self.layout()?;
+        let memory = match memory {
+            Some(memory) => memory,
+            None => MachineMemory::zeroed(layout.clone())?,
+        };
         let parts: Vec<Range<u64>> = image.parts().map(|part| image.part(part)).collect();
-        let (memory, arrivals) = MachineMemory::arriving(layout.clone(), &parts)?;
+        let (memory, arrivals) = memory.arriving(&parts)?;
         let facts = self.snapshot.facts().images.iter();
         let zeros = facts
             .filter(|image| image.name == MEMORY_IMAGE)

@@ -66,7 +66,7 @@ impl Place {
         let on_loss = move |lost: &Lost| {
             let _ = losses.send(lost.clone());
         };
-        match self.open(name).load_on_demand(Box::new(on_loss)) {
+        match self.open(name).load_on_demand(None, Box::new(on_loss)) {
             Ok((memory, coming)) => {
                 coming.bring_the_rest().unwrap();
                 Some((memory, coming, told))
@@ -275,7 +275,7 @@ fn a_store_that_is_gone_is_a_loss_and_one_that_is_back_is_none() {
     let on_loss = move |lost: &Lost| {
         let _ = losses.send(lost.clone());
     };
-    let Ok((memory, coming)) = snapshot.load_on_demand(Box::new(on_loss)) else {
+    let Ok((memory, coming)) = snapshot.load_on_demand(None, Box::new(on_loss)) else {
         eprintln!("there is no userfaultfd here, so nothing was tested");
         return;
     };
@@ -299,7 +299,7 @@ fn what_cannot_come_on_demand_says_so() {
     place.save("a", &full());
     let refused = place
         .open("a")
-        .load_on_demand(Box::new(|_| ()))
+        .load_on_demand(None, Box::new(|_| ()))
         .unwrap_err();
     assert!(
         refused.to_string().contains("smaller than a page"),
@@ -315,6 +315,6 @@ fn what_cannot_come_on_demand_says_so() {
     let unpublished = write(to, &container(1), &full(), &Saving::default()).unwrap();
     unpublished.publish().unwrap();
     let opened = Snapshot::open(Source::Files { files, store: None }).unwrap();
-    let refused = opened.load_on_demand(Box::new(|_| ())).unwrap_err();
+    let refused = opened.load_on_demand(None, Box::new(|_| ())).unwrap_err();
     assert!(refused.to_string().contains("mapped anyway"), "{refused}");
 }

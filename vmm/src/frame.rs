@@ -4,8 +4,6 @@
 use control::Shape;
 use hypervisor::{Vcpu, Vm};
 use memory::MachineMemory;
-use saved_state::Header;
-use snapshot::Snapshot;
 
 use crate::{error::Error, limits::layout_of};
 
@@ -34,9 +32,8 @@ impl Frame {
         Self::new(MachineMemory::zeroed(layout)?, shape.vcpus)
     }
 
-    /// Itself with the memory of `saved`, whose header is `header`, if it is for that.
-    pub(crate) fn filled(self, saved: &Snapshot, header: &Header) -> Result<Option<Self>, Error> {
-        let fits = self.vcpus.len() == header.vcpus as usize && saved.load_over(&self.memory)?;
-        Ok(fits.then_some(self))
+    /// Whether it is for a machine with so many vCPUs and bytes of memory.
+    pub(crate) fn is_for(&self, vcpus: u32, memory_bytes: u64) -> bool {
+        self.vcpus.len() == vcpus as usize && self.memory.layout().bytes() == memory_bytes
     }
 }

@@ -286,15 +286,7 @@ impl Machine {
         let vsock = vsocks::saved(&state, &spec.vsock_change, confinement, goes_on)?;
         let balloon = balloons::saved(&state)?;
         let count = state.header.vcpus;
-        let prepared = prepared.filter(|_| !spec.hugepages);
-        let filled = prepared.map(|frame| frame.filled(&saved, &state.header));
-        let (frame, arriving) = match filled.transpose()?.flatten() {
-            Some(frame) => (frame, None),
-            None => {
-                let (memory, arriving) = stall::load(&saved, spec, listeners)?;
-                (Frame::new(memory, count)?, arriving)
-            }
-        };
+        let (frame, arriving) = stall::load(&saved, prepared, count, spec, listeners)?;
         let Frame {
             memory,
             mut vm,

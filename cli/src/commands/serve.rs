@@ -35,8 +35,8 @@ pub(crate) struct Args {
     /// A disk for requests that do not say, as `fermata run` takes it.
     #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
     disks: Vec<DiskConfig>,
-    /// How many VMM processes are prepared for forks, so that these need not wait for their start. They are for machines of the size that
-    /// was forked last, and take some hundred KiB each. With any, the memory of the saved machine that was forked last is kept, too,
+    /// How many VMM processes are prepared for forks and for restores on demand, so that these need not wait for their start. They are for
+    /// machines of the size that was asked for last, and take some hundred KiB each. With any, the memory of the saved machine that was forked last is kept, too,
     /// so that the next fork of it does not read its files again.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pool: usize,

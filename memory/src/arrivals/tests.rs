@@ -7,7 +7,7 @@ use std::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::{GuestMemory, MIN_MEMORY_BYTES};
+use crate::{GuestMemory, Layout, MIN_MEMORY_BYTES};
 
 const HUGE: u64 = 2 << 20;
 const PAGE: u64 = PAGE_BYTES;
@@ -15,7 +15,7 @@ const PAGE: u64 = PAGE_BYTES;
 /// Memory of which `data` comes; none where the host does not permit it.
 fn arriving(data: &[Range<u64>]) -> Option<(MachineMemory, Arrivals)> {
     let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
-    match MachineMemory::arriving(layout, data) {
+    match MachineMemory::zeroed(layout).unwrap().arriving(data) {
         Ok(both) => Some(both),
         Err(Error::Userfault(e)) => {
             eprintln!("there is no userfaultfd here, so nothing was tested: {e}");

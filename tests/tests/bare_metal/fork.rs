@@ -447,8 +447,8 @@ fn a_server_forks_within_its_tree() {
     assert_eq!(left.as_array().unwrap().len(), 7);
 }
 
-/// The processes that are prepared for forks: they have a log and no record.
-fn prepared(server: &Server) -> BTreeSet<u32> {
+/// The processes that are prepared for machines: they have a log and no record.
+pub(crate) fn prepared(server: &Server) -> BTreeSet<u32> {
     let names = fs::read_dir(server.run_directory()).unwrap();
     let pids = names.filter_map(|entry| {
         let path = entry.unwrap().path();

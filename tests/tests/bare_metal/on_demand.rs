@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 use system_tests::{
     bare_metal::{self, count},
     console::Console,
-    http::Machine,
+    http::{Answer, Machine},
     server::Server,
     wait,
 };
 
-use crate::{gauge, server, server_with, store::Beside};
+use crate::{fork::prepared, gauge, server, server_with, store::Beside};
 
 /// A machine that is restored by name, or is about to be saved so.
 struct Restored {
@@ -266,7 +266,7 @@ fn a_server_restores_on_demand_what_its_store_has() {
     let beside = Beside::new(&without);
     let store = directory.path().join("store").display().to_string();
     beside.run(&["store", "init", "--store", &store]);
-    let server = server_with(&["--store", &store]).unwrap();
+    let server = server_with(&["--store", &store, "--pool", "1"]).unwrap();
     let restore = |server: &Server| {
         let body = json!({
             "cpu_snapshot_path": server.path("state"),
@@ -284,13 +284,23 @@ fn a_server_restores_on_demand_what_its_store_has() {
         let answer = restore(server);
         if can {
             assert_eq!(answer.status, 200, "{answer:?}");
-            let number = |name: &str| answer.body[name].as_u64().unwrap();
-            let restored = Machine {
-                pid: number("pid") as u32,
-                port: number("port") as u16,
+            let goes_on = |answer: &Answer| {
+                let number = |name: &str| answer.body[name].as_u64().unwrap();
+                let restored = Machine {
+                    pid: number("pid") as u32,
+                    port: number("port") as u16,
+                };
+                let console = server.console(restored).unwrap();
+                console.first("a count", count).unwrap();
+                restored.pid
             };
-            let console = server.console(restored).unwrap();
-            console.first("a count", count).unwrap();
+            goes_on(&answer);
+            // The next ones begin in processes that were prepared for machines like this.
+            wait::until("a prepared process to become the machine", || {
+                let waiting = prepared(server);
+                waiting.contains(&goes_on(&restore(server))).then_some(())
+            })
+            .unwrap();
         } else {
             assert_eq!(answer.status, 400, "{answer:?}");
             let said = answer.body.to_string();

@@ -7,11 +7,10 @@
 use std::{ops::Range, time::Duration};
 
 use control::LaunchSpec;
-use memory::MachineMemory;
 use snapshot::{Lost, OnDemand, Snapshot};
 
 use super::{Bounds, CLOCK_LEAD, Listeners, Machine, host_pages};
-use crate::error::Error;
+use crate::{error::Error, frame::Frame};
 
 /// How long a machine that lacks a page may take to stand still. Who takes longer waits for the page.
 const BOUNDS: Bounds = Bounds {
@@ -38,21 +37,48 @@ impl Stalled {
     }
 }
 
-/// The memory of `saved`: all of it, or none yet and who brings it.
+/// What has the memory of `saved`, which comes on demand if `spec` says so, with who brings it then: `prepared`, if that is there and
+/// for it, or another.
 pub(super) fn load(
     saved: &Snapshot,
+    prepared: Option<Frame>,
+    vcpus: u32,
     spec: &LaunchSpec,
     listeners: &Listeners,
-) -> Result<(MachineMemory, Option<OnDemand>), Error> {
-    if !spec.on_demand {
-        return Ok((saved.load_into(host_pages(spec))?, None));
+) -> Result<(Frame, Option<OnDemand>), Error> {
+    let bytes = saved.state.header.memory_bytes;
+    let prepared = prepared.filter(|frame| frame.is_for(vcpus, bytes) && !spec.hugepages);
+    if spec.on_demand {
+        let (frame, arriving) = on_demand(saved, prepared, vcpus, spec, listeners)?;
+        return Ok((frame, Some(arriving)));
     }
+    if let Some(frame) = prepared
+        && saved.load_over(&frame.memory)?
+    {
+        return Ok((frame, None));
+    }
+    let memory = saved.load_into(host_pages(spec))?;
+    Ok((Frame::new(memory, vcpus)?, None))
+}
+
+fn on_demand(
+    saved: &Snapshot,
+    prepared: Option<Frame>,
+    vcpus: u32,
+    spec: &LaunchSpec,
+    listeners: &Listeners,
+) -> Result<(Frame, OnDemand), Error> {
     if spec.hugepages {
         return Err(Error::HugeOnDemand);
     }
     let lost = listeners.lost.clone();
-    let (memory, arriving) = saved.load_on_demand(Box::new(move |page| lost(page)))?;
-    Ok((memory, Some(arriving)))
+    let on_loss = Box::new(move |page: &Lost| lost(page));
+    let Some(Frame { memory, vm, vcpus }) = prepared else {
+        let (memory, arriving) = saved.load_on_demand(None, on_loss)?;
+        return Ok((Frame::new(memory, vcpus)?, arriving));
+    };
+    let (memory, arriving) = saved.load_on_demand(Some(memory), on_loss)?;
+    Ok((Frame { memory, vm, vcpus }, arriving))
 }
 
 impl Machine {
