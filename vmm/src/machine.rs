@@ -133,6 +133,8 @@ pub(crate) struct Machine {
     cut: Cut,
     /// Until a restored machine runs for the first time.
     restored: bool,
+    /// While it is held, whether its guest can see that already.
+    told: bool,
     /// It did not go on when it should have, and is in no known state.
     lost: bool,
     /// What it was last in a store, by its id there: what its next snapshot builds on.
@@ -384,6 +386,7 @@ impl Machine {
             clock,
             cut,
             restored,
+            told: false,
             lost: false,
             stored_as,
             live: None,
@@ -490,7 +493,7 @@ impl Machine {
             devices.generation.renew(self.memory.guest())?;
             vmclock::tell(self.memory.guest(), Disruption::Copied)?;
         } else if clock == GuestClock::StandStill {
-            vmclock::tell(self.memory.guest(), Disruption::Held)?;
+            self.tell_of_hold()?;
         }
         let start = match (clock, self.cut) {
             (GuestClock::StandStill, _) => self.clock.start(CLOCK_LEAD, Duration::ZERO),
@@ -502,7 +505,17 @@ impl Machine {
         };
         self.start(start)?;
         self.restored = false;
+        self.told = false;
         self.quiesced = None;
+        Ok(())
+    }
+
+    /// Has the guest see, once, that its clocks have stood still.
+    fn tell_of_hold(&mut self) -> Result<(), Error> {
+        if !self.told {
+            vmclock::tell(self.memory.guest(), Disruption::Held)?;
+            self.told = true;
+        }
         Ok(())
     }
 
@@ -569,6 +582,7 @@ impl Held<'_> {
             clock,
             cut,
             restored: _,
+            told: _,
             lost: _,
             stored_as: _,
             live: _,
@@ -592,7 +606,11 @@ impl Held<'_> {
     }
 
     /// What its memory is now, for `draft`, while it goes on. `last` is what it was last in the store.
-    pub(crate) fn cut(&self, draft: &Draft, last: Option<&StoredAs>) -> Result<AtCut, Error> {
+    pub(crate) fn cut(&mut self, draft: &Draft, last: Option<&StoredAs>) -> Result<AtCut, Error> {
+        // After the cut, to write that would take a fault, for which the guest waits.
+        if self.clock == GuestClock::StandStill && !self.machine.restored {
+            self.machine.tell_of_hold()?;
+        }
         let Machine { live, memory, .. } = &*self.machine;
         let live = live
             .as_ref()

@@ -226,7 +226,7 @@ pub(crate) fn take_snapshot(
 
 /// The machine goes on at once, and what is not copied of its memory is written beside it.
 fn copy_on_write(
-    held: Held<'_>,
+    mut held: Held<'_>,
     work: Work<'_>,
     prepared: Prepared,
     may_stop: bool,
@@ -270,7 +270,7 @@ fn stop_and_copy(held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
 }
 
 /// The machine stays held, and what is not copied of its memory is written.
-fn stay_copied(held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result<Taken, Error> {
+fn stay_copied(mut held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result<Taken, Error> {
     let at_cut = held.cut(&work.draft, work.rest.last)?;
     let done = work.write(&at_cut).and_then(InWork::publish);
     let (done, at_cut) = known(done, at_cut)?;

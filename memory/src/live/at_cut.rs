@@ -180,9 +180,7 @@ fn begin(shared: &Shared, elsewhere: Elsewhere) -> io::Result<u64> {
     let granules = &shared.granules;
     let mut protected = 0;
     for block in 0..granules.blocks() {
-        let of_block = granules.of_block(block);
-        let written = |granule: &usize| !granules.flags(*granule).has(Flags::PROTECTED);
-        let count = of_block.filter(written).count() as u64;
+        let count = granules.unprotected(block) as u64;
         if count > 0 {
             let _turn = shared.block(block);
             shared.protect_written(block)?;

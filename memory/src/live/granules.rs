@@ -2,7 +2,7 @@
 
 use std::{
     ops::Range,
-    sync::atomic::{AtomicU8, AtomicU16, Ordering},
+    sync::atomic::{AtomicU8, AtomicU16, AtomicUsize, Ordering},
 };
 
 use crate::PAGE_BYTES;
@@ -110,6 +110,9 @@ pub enum Outcome {
 pub(crate) struct Granules {
     bytes: u64,
     flags: Box<[AtomicU8]>,
+    /// For each block, how many of its granules are not protected: a machine that stands still is not to wait until all flags of a
+    /// large memory are gone through.
+    unprotected: Box<[AtomicUsize]>,
     /// For each granule, which of its pages have been read since the cut.
     read: Box<[AtomicU16]>,
 }
@@ -118,8 +121,13 @@ impl Granules {
     /// Of so many bytes of memory, all of which was written to.
     pub(crate) fn new(bytes: u64) -> Self {
         let count = bytes.div_ceil(GRANULE_BYTES);
+        let in_block = |block: u64| (count - block).min(GRANULES_A_BLOCK as u64) as usize;
+        let blocks = (0..count).step_by(GRANULES_A_BLOCK);
         Self {
             bytes,
+            unprotected: blocks
+                .map(|first| AtomicUsize::new(in_block(first)))
+                .collect(),
             flags: (0..count).map(|_| AtomicU8::new(0)).collect(),
             read: (0..count).map(|_| AtomicU16::new(0)).collect(),
         }
@@ -130,7 +138,7 @@ impl Granules {
     }
 
     pub(crate) fn blocks(&self) -> usize {
-        self.flags.len().div_ceil(GRANULES_A_BLOCK)
+        self.unprotected.len()
     }
 
     /// The granules of a block.
@@ -160,9 +168,22 @@ impl Granules {
 
     /// Who calls this has the lock of the granule's block, or knows that nobody else looks.
     pub(crate) fn set(&self, granule: usize, flags: Flags) {
-        if let Some(known) = self.flags.get(granule) {
-            known.store(flags.0, Ordering::Relaxed);
+        let block = self.unprotected.get(granule / GRANULES_A_BLOCK);
+        let (Some(known), Some(unprotected)) = (self.flags.get(granule), block) else {
+            return;
+        };
+        let was = Flags(known.swap(flags.0, Ordering::Relaxed));
+        match (was.has(Flags::PROTECTED), flags.has(Flags::PROTECTED)) {
+            (true, false) => drop(unprotected.fetch_add(1, Ordering::Relaxed)),
+            (false, true) => drop(unprotected.fetch_sub(1, Ordering::Relaxed)),
+            _ => {}
         }
+    }
+
+    /// How many granules of a block are not protected.
+    pub(crate) fn unprotected(&self, block: usize) -> usize {
+        let unprotected = self.unprotected.get(block);
+        unprotected.map_or(0, |count| count.load(Ordering::Relaxed))
     }
 
     /// Whether all of these granules have all of these flags, or, with [`Flags::WRITTEN`], none.
@@ -176,8 +197,9 @@ impl Granules {
 
     /// How many granules are not protected.
     pub(crate) fn written(&self) -> usize {
-        let all = (0..self.count()).map(|granule| self.flags(granule));
-        all.filter(|flags| !flags.has(Flags::PROTECTED)).count()
+        (0..self.blocks())
+            .map(|block| self.unprotected(block))
+            .sum()
     }
 
     /// Notes that `image`, which lies in `granule`, has been read. Whether all of the granule has been, then.
@@ -236,6 +258,23 @@ mod tests {
         assert_eq!(granules.blocks(), 1);
         assert_eq!(granules.of_block(0), 0..2);
         assert_eq!(granules.flags(2), Flags::WRITTEN);
+    }
+
+    #[test]
+    fn what_is_not_protected_is_counted() {
+        let granules = Granules::new(BLOCK_BYTES + 2 * GRANULE_BYTES + PAGE_BYTES);
+        let counts = || [granules.unprotected(0), granules.unprotected(1)];
+        assert_eq!((counts(), granules.written()), ([32, 3], 35));
+        for (granule, flags) in [(0, Flags::PROTECTED), (34, Flags::PROTECTED)] {
+            granules.set(granule, flags);
+            granules.set(granule, flags.with(Flags::COPIED));
+        }
+        assert_eq!((counts(), granules.written()), ([31, 2], 33));
+        // One that is not there is not counted either.
+        granules.set(35, Flags::PROTECTED);
+        granules.set(34, granules.flags(34).written(true));
+        granules.finish(0, Outcome::NewBase);
+        assert_eq!((counts(), granules.unprotected(2)), ([31, 3], 0));
     }
 
     #[test]

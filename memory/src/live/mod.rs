@@ -352,10 +352,10 @@ impl Shared {
     /// Protects what was written to.
     fn arm_written(&self) -> io::Result<()> {
         for block in 0..self.granules.blocks() {
-            let granules = self.granules.of_block(block);
-            if self.granules.all(granules.clone(), Flags::PROTECTED) {
+            if self.granules.unprotected(block) == 0 {
                 continue;
             }
+            let granules = self.granules.of_block(block);
             let phase = self.phase();
             self.check_ready(*phase)?;
             let _turn = self.block(block);

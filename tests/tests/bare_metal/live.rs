@@ -341,11 +341,11 @@ fn memory_is_copied_before_the_guest_stands_still_also_of_one_that_ends() {
         let said = hear(&server, copy);
         assert!(!said.disturbed && said.round > before, "{said:?}");
     }
-    // One that stands still leaves nothing for later.
+    // One that stands still leaves nothing for later but where it is told that it did.
     let copy = restored(&cli, &server, &["stored"]);
     cli.run(&["pause", &copy.pid.to_string()]).unwrap();
     let still = save(copy, &["still"]);
-    assert_eq!(number(&still, "last_round_bytes"), 0, "{still}");
+    assert!(number(&still, "last_round_bytes") <= 64 << 10, "{still}");
     let copy = restored(&cli, &server, &["still"]);
     assert!(!hear(&server, copy).disturbed);
 }
