@@ -2,10 +2,10 @@
 
 use std::{path::Path, time::Duration};
 
-use api_types::{AttachedNet, Balloon, BalloonStatistics, Disk, Vm, VmOrigin, VmState};
+use api_types::{AttachedNet, Balloon, BalloonStatistics, Disk, Reset, Vm, VmOrigin, VmState};
 use control::{
     BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
-    Registry, Source, Status,
+    Registry, ResetReport, Source, Status,
 };
 use tokio::time::timeout;
 use tracing::debug;
@@ -95,6 +95,18 @@ fn saved(source: &Source) -> VmOrigin {
             snapshot: name.clone(),
             store: text(&store.directory),
         },
+    }
+}
+
+/// A reset as clients see it.
+pub fn reset_of(report: ResetReport) -> Reset {
+    let ResetReport {
+        dirty_pages,
+        total_us,
+    } = report;
+    Reset {
+        dirty_pages,
+        total_us,
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use api_types::{
     Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorCode,
-    GuestClock, Health, Metric, Vm, VmState,
+    GuestClock, Health, Metric, Reset, Vm, VmState,
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
@@ -20,7 +20,7 @@ use tracing::{Span, info, instrument, warn};
 use crate::{
     ServerConfig, SetupError,
     children::{Children, why},
-    describe::{balloon_of, console, describe, origin, status_of, text},
+    describe::{balloon_of, console, describe, origin, reset_of, status_of, text},
     error::ApiError,
     forks::Forks,
     plan,
@@ -293,6 +293,15 @@ impl Machines {
         let clock = plan::guest_clock(clock);
         connect(&record).await?.resume(clock).await?;
         Ok(self.living(&record).await)
+    }
+
+    /// Has a machine be what it was when it was made.
+    #[instrument(skip(self))]
+    pub(crate) async fn reset(&self, pid: u32, clock: GuestClock) -> Result<Reset, ApiError> {
+        let record = self.record(pid)?;
+        let clock = plan::guest_clock(clock);
+        let report = connect(&record).await?.reset(clock).await?;
+        Ok(reset_of(report))
     }
 
     /// Makes a disk of a machine larger.

@@ -22,6 +22,7 @@ use crate::routes;
         routes::change_balloon,
         routes::pause,
         routes::resume,
+        routes::reset,
         routes::cancel_snapshot,
         routes::resize_disk,
         routes::end,

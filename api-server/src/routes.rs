@@ -2,7 +2,7 @@
 
 use api_types::{
     Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorBody,
-    ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, SNAPSHOT_TAKEN,
+    ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, Reset, SNAPSHOT_TAKEN,
     SnapshotRequest, Vm,
 };
 use rocket::{
@@ -29,6 +29,7 @@ pub(crate) fn all() -> Vec<Route> {
         change_balloon,
         pause,
         resume,
+        reset,
         cancel_snapshot,
         resize_disk,
         end,
@@ -238,6 +239,31 @@ async fn pause(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
 async fn resume(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> Answer<Vm> {
     let clock = guest_clock(clock)?;
     machines.resume(process_id(pid)?, clock).await.map(Json)
+}
+
+/// Has a machine be what it was when it was forked, or restored from two files: it undoes what it has done since. If it ran it
+/// goes on from there, else it stays held.
+#[utoipa::path(
+    tag = "machines",
+    params(
+        ("pid" = u32, Path, description = "The VMM's process id."),
+        ("clock" = Option<GuestClock>, Query, description = "What its clocks have done since it was saved: stand-still, unless told otherwise."),
+    ),
+    responses(
+        (status = 200, description = "The machine is what it was.", body = Reset),
+        (status = 400, description = "That is not a process id, or not a way for clocks to go.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 409, description = "The machine is being saved, has ended, or has nothing that it could go back to: it was booted, its memory is not mapped, or it writes to a raw disk.", body = ErrorBody),
+        (status = 500, description = "The machine cannot be reset; if it could not go on either, it has ended.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+        (status = 507, description = "The file system is full, and the machine has ended.", body = ErrorBody),
+    )
+)]
+#[post("/vms/<pid>/reset?<clock>")]
+async fn reset(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> Answer<Reset> {
+    let clock = guest_clock(clock)?;
+    machines.reset(process_id(pid)?, clock).await.map(Json)
 }
 
 /// Cancels the snapshot that is being taken of a machine: the request for it fails, and nothing of it is kept. The machine runs, or

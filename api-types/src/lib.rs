@@ -10,6 +10,7 @@ mod clock;
 mod create;
 mod error;
 mod fork;
+mod reset;
 mod snapshot;
 mod vm;
 
@@ -18,6 +19,7 @@ pub use clock::GuestClock;
 pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, GuestConfig, Net};
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{ForkAnswer, ForkRequest};
+pub use reset::Reset;
 pub use snapshot::{MemoryCopy, SNAPSHOT_TAKEN, SnapshotRequest};
 pub use vm::{
     AttachedNet, DeleteAnswer, DiskSize, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState,

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use control::{
     AfterSnapshot, Client, CpuModel, Destination, GuestClock, HotImage, LaunchSpec, Log,
-    MachineConfig, MemoryCopy, Origin, Pool, Registry, Secret, Shape, SnapshotReport,
+    MachineConfig, MemoryCopy, Origin, Pool, Registry, ResetReport, Secret, Shape, SnapshotReport,
     SnapshotRequest, Source, Spawned, StoreLocation,
 };
 use testbed::environment;
@@ -306,6 +306,23 @@ impl FermataMachine {
         };
         self.runtime
             .block_on(async { Ok(self.connect().await?.snapshot(request).await?) })
+    }
+
+    /// Gives what resets the machine, each time after `ready`, by one connection.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer; then, when it is not reset or not ready.
+    pub fn resets(
+        &self,
+        mut ready: impl FnMut() -> Result<()>,
+    ) -> Result<impl FnMut() -> Result<ResetReport>> {
+        let client = self.runtime.block_on(self.connect())?;
+        Ok(move || {
+            ready()?;
+            let reset = client.reset(GuestClock::StandStill);
+            Ok(self.runtime.block_on(reset)?)
+        })
     }
 
     /// Waits until all of its memory has come.

@@ -7,6 +7,7 @@ pub mod chain;
 mod chronometer;
 mod console;
 mod cycle;
+mod dirtier;
 mod elf;
 mod fermata;
 mod filler;
@@ -19,6 +20,7 @@ pub mod on_demand;
 pub mod pre_copy;
 pub mod qemu;
 pub mod report;
+pub mod resets;
 mod row;
 pub mod store;
 

@@ -90,6 +90,12 @@ pub enum Bench {
     Fork100,
     /// Memory that each of a hundred has of its own, in KiB.
     ForkPrivate,
+    /// How often in a second a machine is reset and its guest has written to pages again.
+    ResetRate,
+    /// From when the VMM turns to a reset until the guest runs again, in microseconds.
+    Reset,
+    /// The 99th percentile of that.
+    ResetP99,
     /// What an idle VMM takes beside its guest's memory, in MiB.
     Pss,
 }
@@ -165,7 +171,7 @@ impl Row {
 
     /// Whether its median is better than that of another row of the same benchmark.
     pub fn is_better_than(&self, other: &Self) -> bool {
-        if self.unit == "MB/s" {
+        if matches!(self.unit, "MB/s" | "1/s") {
             self.median > other.median
         } else {
             self.median < other.median
@@ -196,7 +202,8 @@ impl Bench {
             Self::ForkPrivate => "KiB",
             Self::Size | Self::FourSize | Self::CourseSize | Self::Pss | Self::CowSaved => "MiB",
             Self::LoadOne | Self::FourSave | Self::CourseSave => "s",
-            Self::ReadAt | Self::ReadAtP99 | Self::ClockStep => "µs",
+            Self::ReadAt | Self::ReadAtP99 | Self::ClockStep | Self::Reset | Self::ResetP99 => "µs",
+            Self::ResetRate => "1/s",
             Self::Save
             | Self::SaveAgain
             | Self::Load
@@ -259,6 +266,9 @@ impl fmt::Display for Bench {
             Self::ForkP99 => "fork-p99",
             Self::Fork100 => "fork-100",
             Self::ForkPrivate => "fork-private",
+            Self::ResetRate => "reset-rate",
+            Self::Reset => "reset",
+            Self::ResetP99 => "reset-p99",
             Self::Pss => "pss",
         })
     }

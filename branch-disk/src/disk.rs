@@ -12,12 +12,14 @@ use std::{
 use crate::{
     bits::Bits,
     chain::{Bottom, Chain, Mode, Rule, overlay, sealed_below, whole_map},
+    create::Foundation,
     error::Error,
     header::{LayerId, Parent},
     io::{Sink, Source, Space},
     layer::Layer,
     layout::{Geometry, SECTOR_BYTES},
     map::{BOTTOM, Map, Owner},
+    name,
     seal::{Cut, LayerRef, Next, Plan, Seal, is},
 };
 
@@ -45,6 +47,8 @@ pub struct Disk {
     pub(crate) fleeting: bool,
     /// Something was written to it.
     pub(crate) touched: bool,
+    /// Another has taken its head's place, and nobody needs what is in it.
+    pub(crate) replaced: bool,
 }
 
 /// What a disk has done since it was opened.
@@ -97,6 +101,7 @@ impl Disk {
             lookups: AtomicU64::new(0),
             fleeting: false,
             touched: false,
+            replaced: false,
         })
     }
 
@@ -369,6 +374,51 @@ impl Disk {
         })
     }
 
+    /// Makes a disk that [`Disk::branch`] has made what it was then: as the sealed layer `on`, and of its size. What was written
+    /// since is lost, but for what was sealed. Where nothing was written, nothing is done; else its head is removed and another made,
+    /// which syncs files.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; the disk must not be used then.
+    pub fn start_over(&mut self, on: &LayerRef, rule: &Rule<'_>) -> Result<(), Error> {
+        if self.is_as(on.id) {
+            return Ok(());
+        }
+        // They belong to snapshots.
+        for seal in &self.seals {
+            if let Err(error) = seal.make_durable() {
+                tracing::warn!(path = %self.path.display(), "a sealed layer may not be durable: {error}");
+            }
+        }
+        if let Some(head) = self.layers.last()
+            && !is(&self.path, head)?
+        {
+            return Err(Error::OtherLayer {
+                path: self.path.clone(),
+                expected: head.header.id,
+            });
+        }
+        name::discard(&self.path);
+        let on = Foundation::Layer(on.path.clone(), Some(on.id));
+        let anew = Self::create(&self.path, None, &on, rule)?.fleeting();
+        let mut old = std::mem::replace(self, anew);
+        old.replaced = true;
+        Ok(())
+    }
+
+    /// Whether it has the content and the size of the layer `id` because it stands on that, and nothing was written to its head.
+    fn is_as(&self, id: LayerId) -> bool {
+        match &*self.layers {
+            [.., below, _] => {
+                self.bits.is_empty()
+                    && below.header.id == id
+                    && below.header.geometry == self.geometry
+            }
+            _ => false,
+        }
+    }
+
     /// What it has done since it was opened.
     pub fn counts(&self) -> Counts {
         Counts {
@@ -417,8 +467,11 @@ impl Disk {
 impl Drop for Disk {
     /// What the guest has not flushed may be lost, but need not be.
     fn drop(&mut self) {
+        if self.replaced {
+            return;
+        }
         if self.fleeting && !self.touched {
-            crate::name::discard(&self.path);
+            name::discard(&self.path);
             return;
         }
         if !self.failed

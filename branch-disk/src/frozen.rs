@@ -57,6 +57,7 @@ impl Frozen {
             lookups: AtomicU64::new(0),
             fleeting: false,
             touched: false,
+            replaced: false,
         })
     }
 }

@@ -26,8 +26,8 @@ use control::{LOG_VARIABLE, Registry, allow_many_files};
 use tracing_subscriber::EnvFilter;
 
 use commands::{
-    balloon as balloon_commands, cancel, disk, fork, inspect, pause, ps, restore, run, serve,
-    snapshot, stop, store as store_commands,
+    balloon as balloon_commands, cancel, disk, fork, inspect, pause, ps, reset, restore, run,
+    serve, snapshot, stop, store as store_commands,
 };
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
@@ -60,6 +60,8 @@ enum Command {
     Cancel(cancel::Args),
     /// Lets a saved machine go on.
     Restore(restore::Args),
+    /// Has a machine be what it was when it was forked or restored: undoes what it has done since.
+    Reset(reset::Args),
     /// Has one machine go on as many, from one instant: one that runs, or a saved one.
     Fork(fork::Args),
     /// Looks into a store of snapshots, and keeps it in order.
@@ -102,6 +104,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
         Command::Cancel(args) => wait(cancel::cancel(&args, run_dir)),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
+        Command::Reset(args) => wait(reset::reset(&args, run_dir)),
         Command::Fork(args) => wait(fork::fork(args, run_dir)),
         Command::Store(args) => store_commands::run(&args),
         Command::Disk(args) => wait(disk::run(&args, run_dir)),

@@ -10,7 +10,7 @@ use tarpc::{client::RpcError, context::Context};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    BalloonChange, BalloonStatus, Failure, GuestClock, Metric, Secret, SnapshotReport,
+    BalloonChange, BalloonStatus, Failure, GuestClock, Metric, ResetReport, Secret, SnapshotReport,
     SnapshotRequest, Status, VmmClient,
     wire::{self, HANDSHAKE_DEADLINE},
 };
@@ -112,6 +112,15 @@ impl Client {
     /// Those of [`Client::status`], and [`ClientError::Refused`].
     pub async fn resume(&self, clock: GuestClock) -> Result<(), ClientError> {
         Ok(answer(ANSWER_DEADLINE, |context| self.0.resume(context, clock)).await??)
+    }
+
+    /// Has the machine be what it was when it was forked or restored.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Client::status`], and [`ClientError::Refused`].
+    pub async fn reset(&self, clock: GuestClock) -> Result<ResetReport, ClientError> {
+        Ok(answer(ANSWER_DEADLINE, |context| self.0.reset(context, clock)).await??)
     }
 
     /// Saves the machine; returns when both files are durable, which may take long.

@@ -48,7 +48,7 @@ pub use save::saved;
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, MemoryCopy, Metric,
+    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, MemoryCopy, Metric, ResetReport,
     SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status,
     StoredReport, Vmm, VmmClient,
 };

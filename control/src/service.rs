@@ -15,6 +15,9 @@ pub trait Vmm {
     async fn pause() -> Result<(), Failure>;
     /// Lets the guest go on; a machine that runs already goes on.
     async fn resume(clock: GuestClock) -> Result<(), Failure>;
+    /// Has the machine be what it was when it was forked or restored: it undoes what it has done since. If it ran it goes on from there,
+    /// else it stays held.
+    async fn reset(clock: GuestClock) -> Result<ResetReport, Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
     /// Has the snapshot that is being taken not be taken, which who asked for it is told. The machine runs, or stays held if it was and
@@ -145,6 +148,15 @@ pub struct SnapshotReport {
     pub total_us: u64,
     /// What it took in a store, if it went into one.
     pub stored: Option<StoredReport>,
+}
+
+/// Answer of [`Vmm::reset`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResetReport {
+    /// Pages of guest memory, of 4 KiB, that had another content than in the snapshot, or had been given back.
+    pub dirty_pages: u64,
+    /// From when the VMM turned to it until the machine was reset, and ran if it was to, in microseconds.
+    pub total_us: u64,
 }
 
 /// What a snapshot took in a store.

@@ -49,6 +49,11 @@ macro_rules! conforms {
             }
 
             #[test]
+            fn a_device_that_was_in_use_saves_what_it_was_restored_from_again() {
+                used_saves_the_same::<It>();
+            }
+
+            #[test]
             fn a_section_of_another_kind_or_version_is_refused() {
                 foreign_is_refused::<It>();
             }
@@ -96,6 +101,28 @@ pub(crate) fn restored_saves_the_same<S: Subject>() {
     device.restore(&section).unwrap();
     assert_eq!(device.save(INSTANCE).unwrap(), section);
     subject.go_on(&mut device);
+}
+
+/// Of a state in which it had a driver at work, and of one in which it had none.
+pub(crate) fn used_saves_the_same<S: Subject>() {
+    let subject = S::new();
+    let sections = [worked(&subject), subject.fresh().save(INSTANCE).unwrap()];
+    proptest!(|(accesses in accesses(S::SPAN), works: bool, which in 0usize..2)| {
+        let mut device = subject.fresh();
+        let section = &sections[which];
+        device.restore(section).unwrap();
+        if works && which == 1 {
+            subject.work(&mut device);
+        }
+        for access in accesses {
+            perform(&mut device, access);
+        }
+        device.restore(section).unwrap();
+        assert_eq!(device.save(INSTANCE).unwrap(), *section);
+        if which == 0 {
+            subject.go_on(&mut device);
+        }
+    });
 }
 
 pub(crate) fn foreign_is_refused<S: Subject>() {

@@ -43,8 +43,9 @@ pub trait Device: BusDevice {
     /// [`saved_state::Error::Encode`] when the state breaks a bound of the encoding.
     fn save(&self, instance: u32) -> Result<Section, saved_state::Error>;
 
-    /// Takes over a saved state. `self` must be fresh and have the backing that the saved device had;
-    /// guest memory must have its size, but need not have its content yet.
+    /// Takes over a saved state. `self` must have the backing that the saved device had, and be fresh or one that has taken over this
+    /// state before and was in use since; guest memory must have its size, but need not have its content yet. The event
+    /// loop must be quiesced and the vCPUs stopped.
     ///
     /// # Errors
     ///

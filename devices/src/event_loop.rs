@@ -31,6 +31,9 @@ const DRAIN_TIME: Duration = Duration::from_millis(200);
 /// How long one that is dropped is waited for: less than a VMM may take that is asked to stop.
 const END_BOUND: Duration = Duration::from_secs(5);
 
+mod gate;
+use gate::{Gate, Gated};
+
 type Subscriber = Box<dyn MutEventSubscriber + Send>;
 type Workers = Arc<[Arc<Mutex<Worker>>]>;
 
@@ -57,6 +60,7 @@ pub enum EventLoopError {
 pub struct EventLoop {
     endpoint: RemoteEndpoint<Subscriber>,
     workers: Workers,
+    gate: Arc<Gate>,
     stopping: Arc<AtomicBool>,
     /// Releases the loop from the last quiesce.
     release: Mutex<Option<Sender<()>>>,
@@ -67,15 +71,36 @@ pub struct EventLoop {
 /// The loop stands still: nothing of the devices changes guest memory or themselves, and their locks
 /// are free. When it is dropped the loop goes on, and first looks at all queues.
 #[must_use = "the loop goes on when this is dropped"]
-#[derive(Debug)]
-pub struct Quiesced {
-    release: Sender<()>,
+pub struct Quiesced(StandsStill);
+
+impl fmt::Debug for Quiesced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Quiesced").finish_non_exhaustive()
+    }
+}
+
+/// What keeps the loop from going on.
+enum StandsStill {
+    /// It waits to be released.
+    Waits(Sender<()>),
+    /// It is not let in to the devices.
+    Out(Arc<Gate>, RemoteEndpoint<Subscriber>, Workers),
 }
 
 impl Drop for Quiesced {
     fn drop(&mut self) {
-        // It fails when the loop has been stopped meanwhile.
-        let _ = self.release.send(());
+        match &self.0 {
+            // It fails when the loop has been stopped meanwhile.
+            StandsStill::Waits(release) => drop(release.send(())),
+            StandsStill::Out(gate, endpoint, workers) => {
+                gate.open();
+                if workers.iter().any(|worker| lock(worker).is_active()) {
+                    let (gate, workers) = (Arc::clone(gate), Arc::clone(workers));
+                    // As above. By the gate, which may be closed again before the loop comes to it.
+                    let _ = endpoint.fire(move |_| gate.pass(|| look_at_all(&workers)));
+                }
+            }
+        }
     }
 }
 
@@ -95,12 +120,18 @@ impl EventLoop {
             .map(|transport| Arc::clone(lock(transport).worker()))
             .collect();
         let mut manager = EventManager::<Subscriber>::new()?;
+        let gate = Arc::new(Gate::default());
+        let gated = |subscriber| {
+            let gate = Arc::clone(&gate);
+            Box::new(Gated { gate, subscriber })
+        };
         for worker in workers.iter() {
-            manager.add_subscriber(Box::new(QueueEvents::new(Arc::clone(worker))));
+            let events = QueueEvents::new(Arc::clone(worker));
+            manager.add_subscriber(gated(Box::new(events)));
         }
         if let Some(input) = input {
             let events = InputEvents::new(input).map_err(EventLoopError::Start)?;
-            manager.add_subscriber(Box::new(events));
+            manager.add_subscriber(gated(Box::new(events)));
         }
         let endpoint = manager.remote_endpoint();
         let stopping = Arc::new(AtomicBool::new(false));
@@ -110,10 +141,11 @@ impl EventLoop {
             .name(THREAD_NAME.to_owned())
             .spawn({
                 let (workers, stopping) = (Arc::clone(&workers), Arc::clone(&stopping));
+                let gate = Arc::clone(&gate);
                 move || {
                     // Dropped when the thread ends, in whatever way: that is the signal.
                     let _end: Sender<()> = end;
-                    stand_still(&released, &workers, &stopping);
+                    stand_still(&released, &workers, &gate);
                     run(&mut manager, &stopping);
                 }
             })
@@ -121,12 +153,13 @@ impl EventLoop {
         let event_loop = Self {
             endpoint,
             workers,
+            gate,
             stopping,
             release: Mutex::new(Some(release.clone())),
             ended,
             thread: Some(thread),
         };
-        Ok((event_loop, Quiesced { release }))
+        Ok((event_loop, Quiesced(StandsStill::Waits(release))))
     }
 
     /// Serves what the guest has made available, and then does nothing until what it returns is
@@ -139,17 +172,15 @@ impl EventLoop {
     pub fn quiesce(&self, timeout: Duration) -> Result<Quiesced, EventLoopError> {
         let (acknowledge, acknowledged) = mpsc::channel();
         let (release, released) = mpsc::channel();
-        let quiesced = Quiesced {
-            release: release.clone(),
-        };
+        let quiesced = Quiesced(StandsStill::Waits(release.clone()));
         // Before the loop hears of it, so that a stop cannot come in between.
         *lock(&self.release) = Some(release);
-        let (workers, stopping) = (Arc::clone(&self.workers), Arc::clone(&self.stopping));
+        let (workers, gate) = (Arc::clone(&self.workers), Arc::clone(&self.gate));
         self.endpoint
             .fire(move |_| {
                 drain(&workers);
                 if acknowledge.send(()).is_ok() {
-                    stand_still(&released, &workers, &stopping);
+                    stand_still(&released, &workers, &gate);
                 }
             })
             .map_err(|_| EventLoopError::Ended)?;
@@ -158,6 +189,17 @@ impl EventLoop {
             Err(RecvTimeoutError::Timeout) => Err(EventLoopError::NotAnswering(timeout)),
             Err(RecvTimeoutError::Disconnected) => Err(EventLoopError::Ended),
         }
+    }
+
+    /// Has the loop do nothing until what it returns is dropped, as [`EventLoop::quiesce`] does, but at once, and without serving
+    /// what the guest has made available: for who takes from it all that it has done. `None` if the loop is just
+    /// at work. The guard of an earlier one must be gone.
+    pub fn halt(&self) -> Option<Quiesced> {
+        let closed = self.gate.close();
+        closed.then(|| {
+            let (gate, workers) = (Arc::clone(&self.gate), Arc::clone(&self.workers));
+            Quiesced(StandsStill::Out(gate, self.endpoint.clone(), workers))
+        })
     }
 
     /// Ends the loop and waits for it. A quiesced loop ends without having done anything more.
@@ -180,6 +222,7 @@ impl EventLoop {
 
     fn request_stop(&self) {
         self.stopping.store(true, Ordering::Release);
+        self.gate.end();
         if let Some(release) = lock(&self.release).take() {
             let _ = release.send(());
         }
@@ -236,12 +279,13 @@ fn drain(workers: &Workers) {
 
 /// Waits until released, and then looks at all queues: the guest may have notified the machine that
 /// was saved, whose eventfds are not this one's.
-fn stand_still(released: &Receiver<()>, workers: &Workers, stopping: &AtomicBool) {
-    // An error means that the guard is gone, which releases too.
+fn stand_still(released: &Receiver<()>, workers: &Workers, gate: &Gate) {
+    // An error means that the guard is gone, which releases too. Who has stopped the loop does not let it in.
     let _ = released.recv();
-    if stopping.load(Ordering::Acquire) {
-        return;
-    }
+    gate.pass(|| look_at_all(workers));
+}
+
+fn look_at_all(workers: &Workers) {
     for worker in workers.iter() {
         let mut worker = lock(worker);
         for index in 0..worker.queue_count() {

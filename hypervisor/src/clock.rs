@@ -358,6 +358,11 @@ impl Vm {
 }
 
 impl ClockStart {
+    /// Whether the guest sees no time pass.
+    pub(crate) fn stood_still(&self) -> bool {
+        self.passed.is_zero()
+    }
+
     /// Returns when guest time goes on, and the guest may be entered.
     pub fn wait(&self) {
         self.at.wait();

@@ -15,6 +15,8 @@ const IA32_SYSENTER_EIP: u32 = 0x176;
 pub(crate) const IA32_MISC_ENABLE: u32 = 0x1a0;
 pub(crate) const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 pub(crate) const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Where KVM tells a guest of pages that the host brings behind it (Documentation/virt/kvm/x86/msr.rst).
+pub(crate) const KVM_ASYNC_PF: u32 = 0x4b56_4d02;
 
 /// Writing one of these makes KVM write the wall clock into guest memory there and then; the guest
 /// does so each time that it wants to know the time and never expects a value to stay.
@@ -32,8 +34,8 @@ const UNLISTED: [RangeInclusive<u32>; 6] = [
     0x2ff..=0x2ff,
     0x400..=0x47f,
 ];
-/// KVM takes 256 at a time.
-const BATCH: usize = 128;
+/// What is asked for at a time: as many as KVM takes.
+const BATCH: usize = 255;
 
 /// The value of one model-specific register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Versionize)]

@@ -6,7 +6,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::{
-    ClockStart, Error, GuestCpuid, HostTsc, MsrEntry,
+    ClockStart, Error, GuestCpuid, HostTsc, MsrEntry, VcpuState,
     clock::ClockOf,
     error::Asked,
     kick::{Bound, Kick},
@@ -239,8 +239,12 @@ impl BoundVcpu {
     }
 
     /// Tells the guest's watchdogs that it was held (`KVM_KVMCLOCK_CTRL`), before it runs again. A
-    /// guest without kvmclock has no way to be told, which is no error.
-    pub fn excuse_hold(&self) {
+    /// guest without kvmclock has no way to be told, which is no error. One that goes on from when it was saved, and for which no time has
+    /// passed by `start`, has nothing to be told.
+    pub fn excuse_hold(&self, start: &ClockStart) {
+        if matches!(self.vcpu.clock, ClockOf::Restored(_)) && start.stood_still() {
+            return;
+        }
         if let Err(e) = self.vcpu.fd.kvmclock_ctrl() {
             tracing::debug!(
                 vcpu = self.vcpu.id,
@@ -266,6 +270,16 @@ impl BoundVcpu {
     /// When KVM refuses.
     pub fn start_clock(&mut self, start: ClockStart) -> Result<(), Error> {
         self.vcpu.start_clock(start)
+    }
+
+    /// Makes a vCPU that was restored from `state` what it was then, whatever it has done since, but for its clock, which waits to be
+    /// started as it did then. It must not be in the guest; its clock need not have been stopped.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses; the vCPU is in no known state then.
+    pub fn reset(&mut self, state: &VcpuState) -> Result<(), Error> {
+        self.vcpu.reset(state)
     }
 
     fn cannot_run(&self, reason: String) -> Error {

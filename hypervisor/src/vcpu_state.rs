@@ -1,8 +1,8 @@
 //! The saved state of a vCPU.
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_regs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Xsave, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use saved_state::{Kind, SavedState};
 use versionize::{VersionMap, Versionize, VersionizeResult};
@@ -117,6 +117,38 @@ impl Vcpu {
     ///
     /// When the state is not one of this architecture, or KVM refuses it.
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        // What the vCPU has decides what can be set, so CPUID is first.
+        self.set_cpuid(state.cpuid_entries()?)?;
+        self.restore_tsc_rate(&state.clock)?;
+        self.set_state(state, &state.msrs)
+    }
+
+    /// Makes a vCPU that was restored from `state` what it was then, whatever it has done since; its clock waits to be started, as it
+    /// did then. CPUID and the rate of its counter are as they were: no guest changes them. Each of the requests counts here: under
+    /// another hypervisor, each may take as long as a page takes to be faulted in.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub(crate) fn reset(&mut self, state: &VcpuState) -> Result<(), Error> {
+        let mp_state: kvm_mp_state = from_bytes("run state", &state.mp_state)?;
+        if !matches!(
+            mp_state.mp_state,
+            KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_HALTED
+        ) {
+            // KVM takes in start-up interrupts when it is asked this. Else one could come to a vCPU that waits for another.
+            self.fd.get_mp_state().asked("read the run state")?;
+        }
+        // Of pages that the host has brought since, that guest has never heard: KVM forgets them. And the timer must not be armed
+        // when the local APIC is set, which would arm it anew.
+        let off = [msrs::KVM_ASYNC_PF, msrs::IA32_TSC_DEADLINE];
+        let off = off.map(|index| MsrEntry { index, value: 0 });
+        let msrs = [&off[..], &state.msrs].concat();
+        self.set_state(state, &msrs)
+    }
+
+    /// Sets all of `state` that a guest can change, and `all_msrs`, which its registers are among.
+    fn set_state(&mut self, state: &VcpuState, all_msrs: &[MsrEntry]) -> Result<(), Error> {
         let VcpuState {
             id: _,
             cpuid: _,
@@ -127,16 +159,12 @@ impl Vcpu {
             xcrs,
             debug_regs,
             lapic,
-            msrs,
+            msrs: _,
             events,
             clock,
         } = state;
-        // What the vCPU has decides what can be set, so CPUID is first.
-        self.set_cpuid(state.cpuid_entries()?)?;
         let fd = &self.fd;
-        self.restore_tsc_rate(clock)?;
-        // The local APIC's place and mode are among the special registers; its timer is armed by
-        // the registers that follow.
+        // The local APIC's place and mode are among the special registers.
         sregs::set(fd, &from_bytes("special registers", sregs)?)?;
         let regs: kvm_regs = from_bytes("registers", regs)?;
         fd.set_regs(&regs).asked("set the registers")?;
@@ -147,9 +175,9 @@ impl Vcpu {
         let debug_regs: kvm_debugregs = from_bytes("debug registers", debug_regs)?;
         fd.set_debug_regs(&debug_regs)
             .asked("set the debug registers")?;
+        msrs::set(fd, all_msrs)?;
         let lapic: kvm_lapic_state = from_bytes("local APIC", lapic)?;
         fd.set_lapic(&lapic).asked("set the local APIC")?;
-        msrs::set(fd, msrs)?;
         let mp_state: kvm_mp_state = from_bytes("run state", mp_state)?;
         fd.set_mp_state(mp_state).asked("set the run state")?;
         let events: kvm_vcpu_events = from_bytes("pending events", events)?;

@@ -44,6 +44,39 @@ impl Backed {
             .collect()
     }
 
+    /// Has everything in it again that was in it when it was of `all`, the ranges that it was made of, and returns what is to be
+    /// mapped from the file for that. It is all of them if there could be too many mappings else, for parts that are put back
+    /// need not become one mapping with what is beside them.
+    pub(crate) fn put_back(&mut self, all: &[Range<u64>]) -> Vec<Range<u64>> {
+        let missing = self.missing(all);
+        if missing.is_empty() {
+            return missing;
+        }
+        let crowded = self.mappings > MAX_MAPPINGS / 2;
+        let mappings = self.mappings;
+        *self = Self::new(all.to_vec());
+        if crowded {
+            return all.to_vec();
+        }
+        self.mappings = mappings;
+        missing
+    }
+
+    /// What of `all` is not in it, ascending.
+    fn missing(&self, all: &[Range<u64>]) -> Vec<Range<u64>> {
+        let mut missing = Vec::new();
+        for range in all {
+            let mut at = range.start;
+            for part in self.within(range) {
+                missing.push(at..part.start);
+                at = part.end;
+            }
+            missing.push(at..range.end);
+        }
+        missing.retain(|part| !part.is_empty());
+        missing
+    }
+
     /// Takes `part`, one of [`Backed::within`], out, once `renew` has put other memory in its place. Returns whether that
     /// was done: not if there could be too many mappings.
     pub(crate) fn take_out(&mut self, part: &Range<u64>, renew: impl FnOnce()) -> bool {
@@ -96,6 +129,29 @@ mod tests {
         assert!(take(&mut backed, 0..end));
     }
 
+    #[test]
+    fn what_was_taken_out_is_put_back_and_never_in_too_many_mappings() {
+        let end = 4 * MAX_MAPPINGS as u64;
+        let all = [0..end, end + 8..end + 16];
+        let mut backed = Backed::new(all.to_vec());
+        assert_eq!(backed.put_back(&all), []);
+        let mut anew = 0;
+        for round in 0..MAX_MAPPINGS as u64 {
+            assert!(take(&mut backed, 7..9));
+            assert!(take(&mut backed, end - 2..end + 10));
+            let back = backed.put_back(&all);
+            if back == all {
+                anew += 1;
+                assert_eq!(backed.mappings, 5, "{round}");
+            } else {
+                assert_eq!(back, [7..9, end - 2..end, end + 8..end + 10]);
+            }
+            assert_eq!(backed.ranges(), all);
+            assert!(backed.mappings <= MAX_MAPPINGS / 2 + 4);
+        }
+        assert!(anew > 2, "{anew}");
+    }
+
     proptest! {
         #[test]
         fn what_is_taken_out_is_what_was_named(
@@ -104,11 +160,15 @@ mod tests {
             let mut backed = Backed::new(vec![0..20, 30..64, 70..71]);
             let in_any = |ranges: &[Range<u64>], at| ranges.iter().any(|range| range.contains(&at));
             let mut model: Vec<bool> = (0..130).map(|at| in_any(&backed.ranges(), at)).collect();
+            let was = model.clone();
             for (start, bytes) in ranges {
                 prop_assert!(take(&mut backed, start..start + bytes));
                 model[start as usize..(start + bytes) as usize].fill(false);
                 let found: Vec<bool> = (0..130).map(|at| in_any(&backed.ranges(), at)).collect();
                 prop_assert_eq!(&found, &model);
+                let missing = backed.missing(&[0..20, 30..64, 70..71]);
+                let is_missing = |at| in_any(&missing, at);
+                prop_assert!((0..130).all(|at| is_missing(at) == (was[at as usize] && !model[at as usize])));
             }
         }
     }

@@ -10,7 +10,10 @@ use std::{
     io::{self, Write},
     ops::Range,
     process, ptr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Weak,
+    },
 };
 
 use rustix::{
@@ -20,7 +23,8 @@ use rustix::{
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap, MmapRegion, VolatileSlice};
 
 use crate::{
-    Discarder, GuestMemory, Layout, Region, backed::Backed, live::Shared, settled::Settled,
+    Discarder, GuestMemory, Layout, Original, Region, backed::Backed, live::Shared,
+    settled::Settled,
 };
 
 /// Guest memory begins at such a boundary of the host's address space, so that the kernel can back
@@ -51,6 +55,9 @@ pub enum Error {
     /// What the guest writes to cannot be known.
     #[error("what the guest writes to its memory cannot be known: {0}")]
     Untracked(#[source] io::Error),
+    /// There is nothing behind it that it could be brought back to.
+    #[error("the guest's memory is not mapped from an image, and cannot be what it was again")]
+    NoImage,
     /// The host does not let this process resolve page faults.
     #[error(
         "the guest's memory cannot come on demand, for the host does not permit it (userfaultfd): {0}; run as root or with access to /dev/userfaultfd, or restore without it"
@@ -79,6 +86,15 @@ pub struct MachineMemory {
     layout: Layout,
     guest: GuestMemory,
     host: Host,
+    image: OnceLock<Image>,
+}
+
+/// What memory was mapped from.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) file: File,
+    /// The ranges that were mapped, ascending and apart; all else was zero.
+    pub(crate) mapped: Vec<Range<u64>>,
 }
 
 /// Where a machine's memory is on the host: all of it as one memory image.
@@ -253,12 +269,36 @@ impl MachineMemory {
     ///
     /// [`Error::Map`] when the host has no room for it; the memory is of no use then.
     pub fn map_over(&self, image: &File, data: &[Range<u64>]) -> Result<(), Error> {
-        let backed = round_out(data, HUGE_PAGE_BYTES as u64, self.layout.bytes());
-        for range in &backed {
+        let bytes = self.layout.bytes();
+        let mapped = round_out(data, HUGE_PAGE_BYTES as u64, bytes);
+        let file = image.try_clone();
+        let file = file.map_err(|source| Error::Map { bytes, source })?;
+        for range in &mapped {
             map_image(self.host.at(0), image, range)?;
         }
-        *self.host.backed() = Backed::new(backed);
+        *self.host.backed() = Backed::new(mapped.clone());
+        // The first stays, which is the only one: memory that has an image is not all zero.
+        let _ = self.image.set(Image { file, mapped });
         Ok(())
+    }
+
+    /// Whether it was made of an image, so that there can be an [`Original`] of it.
+    pub fn has_image(&self) -> bool {
+        self.image.get().is_some()
+    }
+
+    /// What it was mapped from.
+    pub(crate) fn image(&self) -> Result<&Image, Error> {
+        self.image.get().ok_or(Error::NoImage)
+    }
+
+    /// What it was when it was made of an image, which it can be again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoImage`] when it was not, or [`Error::Map`].
+    pub fn original(&self) -> Result<Original, Error> {
+        Original::new(self)
     }
 
     /// The same, of which `settled` says what has come.
@@ -293,6 +333,7 @@ impl MachineMemory {
                 tracker: Arc::default(),
                 settled: None,
             },
+            image: OnceLock::new(),
         })
     }
 
@@ -402,6 +443,40 @@ fn map_reserved(bytes: u64) -> Result<*mut u8, Error> {
         .map_err(|_| Error::HugePages { count })
 }
 
+/// Maps `bytes` of `image` from its beginning, to be read.
+#[allow(unsafe_code)]
+pub(crate) fn map_to_read(image: &File, bytes: u64) -> Result<*const u8, Error> {
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let mapped = unsafe {
+        rustix::mm::mmap(
+            ptr::null_mut(),
+            bytes as usize,
+            ProtFlags::READ,
+            MapFlags::SHARED | MapFlags::NORESERVE,
+            image,
+            0,
+        )
+    };
+    let mapped = mapped.map_err(|errno| Error::Map {
+        bytes,
+        source: errno.into(),
+    })?;
+    Ok(mapped.cast_const().cast())
+}
+
+/// Undoes what [`map_to_read`] did.
+///
+/// # Safety
+///
+/// It mapped `bytes` at `image`, and nobody reads there from now on.
+#[allow(unsafe_code)]
+pub(crate) unsafe fn unmap(image: *const u8, bytes: u64) {
+    // SAFETY: that is the caller's promise.
+    if let Err(error) = unsafe { rustix::mm::munmap(image.cast_mut().cast(), bytes as usize) } {
+        tracing::debug!(%error, "an image stays mapped");
+    }
+}
+
 /// Asks for transparent huge pages in `bytes` of guest memory at `host`.
 #[allow(unsafe_code)]
 pub(crate) fn ask_for_huge_pages(host: *mut u8, bytes: u64) {
@@ -431,7 +506,7 @@ unsafe fn fresh<'a>(host: *mut u8, bytes: u64) -> &'a mut [u8] {
 
 /// Maps `range` of `image` over the memory at `host`.
 #[allow(unsafe_code)]
-fn map_image(host: *mut u8, image: &File, range: &Range<u64>) -> Result<(), Error> {
+pub(crate) fn map_image(host: *mut u8, image: &File, range: &Range<u64>) -> Result<(), Error> {
     let bytes = range.end - range.start;
     let at = host.wrapping_add(range.start as usize);
     // SAFETY: the range lies in the mapping of guest memory at `host`, which stays mapped throughout and which nobody has references

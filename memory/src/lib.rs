@@ -10,6 +10,8 @@ mod discard;
 mod host;
 mod layout;
 mod live;
+mod original;
+mod own_pages;
 mod populated;
 mod settled;
 mod userfault;
@@ -19,6 +21,7 @@ pub use discard::Discarder;
 pub use host::{Error, HostPages, MachineMemory};
 pub use layout::{HOLE_END, HOLE_START, InvalidSize, Layout, MIN_MEMORY_BYTES, Region};
 pub use live::{Armed, AtCut, Elsewhere, Outcome, Part, PartKind, Tracker};
+pub use original::{BroughtBack, Original};
 
 /// Bytes of a page, the unit in which memory is saved.
 pub const PAGE_BYTES: u64 = 4096;

@@ -14,6 +14,7 @@ use crate::{
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
+const FILE_OR_SHARED: u64 = 1 << 61;
 const ENTRY_BYTES: usize = 8;
 const PAGES_A_READ: u64 = 8192;
 
@@ -32,7 +33,7 @@ impl MachineMemory {
         let mut ranges = Runs::default();
         let mut backed = self.backed().into_iter().peekable();
         for (region, host) in self.host_addresses() {
-            touched(&page_map, &region, host, |touched| {
+            find(&page_map, &region, host, is_there, |touched| {
                 while let Some(range) = backed.next_if(|range| range.start <= touched.start) {
                     ranges.push(range);
                 }
@@ -59,6 +60,17 @@ impl PageMap {
         self.0.read_exact_at(entries, at)
     }
 
+    /// Calls `found` with each run of pages of the memory image at `host` that are the machine's own, as a range of the image,
+    /// ascending.
+    pub(crate) fn own(&self, host: &Host, found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        let image = Region {
+            gpa: 0,
+            bytes: host.bytes(),
+            image_offset: 0,
+        };
+        find(self, &image, host.at(0) as u64, is_own, found)
+    }
+
     /// Whether the host has any page of `image`, which is not more than a huge page.
     pub(crate) fn holds_any(&self, host: &Host, image: &Range<u64>) -> io::Result<bool> {
         let mut buffer = [0; (HUGE_PAGE_BYTES as u64 / PAGE_BYTES) as usize * ENTRY_BYTES];
@@ -74,11 +86,17 @@ fn is_there(entry: &[u8; ENTRY_BYTES]) -> bool {
     u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0
 }
 
-/// Calls `found` with each run of pages of `region` that the host holds, as a range of the image.
-fn touched(
+/// Whether a page is there and of this process alone: one of a file's is not, nor is one that is shared.
+fn is_own(entry: &[u8; ENTRY_BYTES]) -> bool {
+    is_there(entry) && u64::from_ne_bytes(*entry) & FILE_OR_SHARED == 0
+}
+
+/// Calls `found` with each run of pages of `region` whose entries are `wanted`, as a range of the image.
+fn find(
     page_map: &PageMap,
     region: &Region,
     host: u64,
+    wanted: impl Fn(&[u8; ENTRY_BYTES]) -> bool,
     mut found: impl FnMut(Range<u64>),
 ) -> io::Result<()> {
     let pages = region.bytes / PAGE_BYTES;
@@ -91,7 +109,7 @@ fn touched(
         let (entries, _) = bytes.as_chunks::<ENTRY_BYTES>();
         let mut start = None;
         for at in 0..=batch {
-            let there = entries.get(at).is_some_and(is_there);
+            let there = entries.get(at).is_some_and(&wanted);
             match (there, start) {
                 (true, None) => start = Some(at as u64),
                 (false, Some(first)) => {

@@ -74,6 +74,17 @@ impl Container {
             .ok_or(Error::MissingSection { kind, instance })
     }
 
+    /// A section, which stays in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::MissingSection`].
+    pub fn get(&self, kind: Kind, instance: u32) -> Result<&Section, Error> {
+        self.sections
+            .get(&(kind, instance))
+            .ok_or(Error::MissingSection { kind, instance })
+    }
+
     /// The sections, by kind and instance.
     pub fn sections(&self) -> impl Iterator<Item = &Section> {
         self.sections.values()

@@ -33,6 +33,8 @@ mod on_demand;
 mod pause;
 #[path = "bare_metal/python.rs"]
 mod python;
+#[path = "bare_metal/reset.rs"]
+mod reset;
 #[path = "bare_metal/resize.rs"]
 mod resize;
 #[path = "bare_metal/round_trip.rs"]

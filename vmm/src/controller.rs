@@ -6,7 +6,9 @@ use std::sync::{
     mpsc::{Receiver, RecvTimeoutError, Sender},
 };
 
-use control::{AfterSnapshot, Exit, Failure, GuestClock, SnapshotReport, SnapshotRequest};
+use control::{
+    AfterSnapshot, Exit, Failure, GuestClock, ResetReport, SnapshotReport, SnapshotRequest,
+};
 use devices::GuestRequest;
 use snapshot::Lost;
 use tokio::sync::oneshot;
@@ -31,6 +33,8 @@ pub(crate) enum Request {
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
     /// The disk of this number is to have so many bytes.
     ResizeDisk(u32, u64, Reply<()>),
+    /// It is to be what it was when it was made.
+    Reset(GuestClock, Reply<ResetReport>),
     Stop(Reply<()>),
 }
 
@@ -115,6 +119,7 @@ impl Controller {
                 }
                 answer(reply, resized.map_err(Failure::from));
             }
+            Event::Client(Request::Reset(clock, reply)) => self.reset(clock, reply),
             Event::Client(Request::Stop(reply)) => {
                 self.end(Exit::Stopped);
                 answer(reply, Ok(()));
@@ -161,6 +166,18 @@ impl Controller {
                 error.into()
             }
             error => self.lost(error),
+        });
+        answer(reply, answered);
+    }
+
+    fn reset(&mut self, clock: GuestClock, reply: Reply<ResetReport>) {
+        let reset = self.machine.reset(clock, &self.ending);
+        let answered = reset.map_err(|error| match self.machine.is_lost() {
+            true => self.lost(error),
+            false => {
+                tracing::warn!("the machine is not reset: {error}");
+                error.into()
+            }
         });
         answer(reply, answered);
     }

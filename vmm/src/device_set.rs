@@ -179,6 +179,19 @@ impl DeviceSet {
         Ok(())
     }
 
+    /// Restores every device once more from the `sections` that all were restored from before. What is behind their disks may be
+    /// other disks.
+    pub(crate) fn reset(&self, sections: &Container) -> Result<(), Error> {
+        for (size, _) in &self.disks {
+            size.refresh();
+        }
+        for (kind, instance, device) in self.numbered() {
+            let section = sections.get(kind, instance)?;
+            lock(device).restore(section)?;
+        }
+        Ok(())
+    }
+
     /// Raises the interrupts that were pending when the devices were saved; once, before the guest
     /// runs.
     pub(crate) fn resume(&self) {
@@ -282,7 +295,11 @@ impl Builder<'_> {
 }
 
 fn block(disk: &AttachedDisk) -> Result<Block, Error> {
-    let AttachedDisk { config, branch } = disk;
+    let AttachedDisk {
+        config,
+        branch,
+        began_on: _,
+    } = disk;
     let id = config.serial.clone();
     let id = id.unwrap_or_else(|| disk_id(&config.path));
     let block = match branch {

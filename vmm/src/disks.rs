@@ -24,6 +24,8 @@ pub(crate) struct AttachedDisk {
     pub(crate) config: DiskConfig,
     /// There if it branches; a raw image is opened by its device.
     pub(crate) branch: Option<SharedDisk>,
+    /// The sealed layer that its first head was made on, of a machine that goes on and writes to it.
+    pub(crate) began_on: Option<LayerRef>,
 }
 
 /// What each disk was at a cut, in their order; nothing of those that do not branch.
@@ -52,6 +54,7 @@ pub(crate) fn attach(
         Ok(AttachedDisk {
             config: config.clone(),
             branch,
+            began_on: None,
         })
     };
     configs.iter().map(attach).collect()
@@ -87,6 +90,7 @@ pub(crate) fn reattach(
                     path: state.path.clone(),
                 });
             }
+            let mut began_on = None;
             let branch = match layer {
                 None => None,
                 Some(id) if config.read_only => {
@@ -100,11 +104,16 @@ pub(crate) fn reattach(
                 }
                 Some(id) => {
                     let disk = Disk::branch(&config.path, Some(id), &rule)?;
-                    config.path = disk.path().to_owned();
+                    let path = std::mem::replace(&mut config.path, disk.path().to_owned());
+                    began_on = Some(LayerRef { path, id });
                     Some(Arc::new(Mutex::new(disk)))
                 }
             };
-            Ok(AttachedDisk { config, branch })
+            Ok(AttachedDisk {
+                config,
+                branch,
+                began_on,
+            })
         })
         .collect()
 }
@@ -128,6 +137,27 @@ pub(crate) fn apart(mut disks: impl Iterator<Item = DiskConfig>) -> Result<(), E
         }),
         None => Ok(()),
     }
+}
+
+/// Whether all that a machine writes to these disks can be undone.
+pub(crate) fn undoable(disks: &[AttachedDisk]) -> Result<(), Error> {
+    let undoable = |disk: &&AttachedDisk| disk.config.read_only || disk.began_on.is_some();
+    match disks.iter().find(|disk| !undoable(disk)) {
+        Some(disk) => Err(Error::NotUndone {
+            path: disk.config.path.display().to_string(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Undoes what was written to these disks since their machine was made.
+pub(crate) fn undo(disks: &[AttachedDisk], confinement: Option<&Confinement>) -> Result<(), Error> {
+    for disk in disks {
+        if let (Some(branch), Some(on)) = (&disk.branch, &disk.began_on) {
+            lock(branch).start_over(on, &|path: &Path| allows(confinement, path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether there is something at `path`, or it cannot be told.

@@ -80,6 +80,18 @@ pub(crate) enum Error {
         "forks would all write to the disk {path}, which is a raw image; let it branch (`fermata disk create {path}.disk --base {path}`), or attach it read-only (`ro`)"
     )]
     SharedDisk { path: String },
+    #[error(
+        "the machine has no snapshot mapped that it could go back to; fork one that has (`fermata fork`), or restore it from its two files, and without huge pages"
+    )]
+    NothingToGoBackTo,
+    #[error(
+        "the machine writes to the disk {path}, which is a raw image, and that cannot be undone; let it branch (`fermata disk create {path}.disk --base {path}`), or attach it read-only (`ro`)"
+    )]
+    NotUndone { path: String },
+    #[error(
+        "the machine could not be reset and has ended, for it is in no known state; fork or restore its snapshot again: {0}"
+    )]
+    ResetFailed(#[source] Box<Error>),
     #[error("the errand does not follow the one before it; install all programs from one release")]
     OutOfTurn,
     #[error("a fork needs a hot image to begin on, and none came with it; use `fermata fork`")]
@@ -173,6 +185,8 @@ impl Error {
                 FailureKind::BadRequest
             }
             Self::ImageOpen { .. } => FailureKind::Host,
+            Self::NothingToGoBackTo | Self::NotUndone { .. } => FailureKind::WrongState,
+            Self::ResetFailed(error) => error.kind(),
             Self::DiskChanged { .. } | Self::GuestEnds | Self::NobodyWaits | Self::Cancelled => {
                 FailureKind::WrongState
             }

@@ -27,7 +27,8 @@ pub(crate) enum Event {
     Pause,
     /// It is to go on.
     Resume,
-    /// Something of it is to be another than it was, whether it runs or not.
+    /// Something of it is to be another than it was, or all of it what it once was, whether it runs or not: it then runs, or does not,
+    /// as before. Not while it is saved, which would save some of either.
     Change,
     /// A snapshot begins.
     Save,

@@ -34,7 +34,9 @@ use crate::{
     vsocks,
 };
 
+mod reset;
 mod stall;
+use reset::Baseline;
 use stall::Stalled;
 
 /// How long those who are to stand still may take.
@@ -141,6 +143,8 @@ pub(crate) struct Machine {
     pub(crate) stored_as: Option<StoredAs>,
     /// What is written to its memory, once that has to be known.
     pub(crate) live: Option<Live>,
+    /// What it can be again, if it can.
+    baseline: Option<Baseline>,
 }
 
 /// A machine that is held. Dropped, it lets the machine go on if it ran before.
@@ -195,6 +199,7 @@ struct Parts {
     restored: bool,
     stored_as: Option<StoredAs>,
     arriving: Option<OnDemand>,
+    baseline: Option<Baseline>,
 }
 
 impl Machine {
@@ -252,6 +257,7 @@ impl Machine {
                 restored: false,
                 stored_as: None,
                 arriving: None,
+                baseline: None,
             },
             listeners,
         )
@@ -269,6 +275,7 @@ impl Machine {
         let confinement = spec.confinement.as_ref();
         layout_of(saved.state.header.memory_bytes)?;
         let mut state = saved.take_state();
+        let whole = state.clone();
         let MachineState { disks } = state.take(0)?;
         // Before any is opened, for a state file may name very many.
         if disks.len() > MAX_DEVICES {
@@ -324,6 +331,7 @@ impl Machine {
         state.finish()?;
         let first = vcpus.first().ok_or(hypervisor::Error::VcpuCount(0))?;
         let clock = ClockPlan::new(first)?;
+        let baseline = Baseline::new(whole, &memory, confinement, clock);
         Self::assemble(
             Parts {
                 vm,
@@ -338,6 +346,7 @@ impl Machine {
                 restored: true,
                 stored_as,
                 arriving,
+                baseline,
             },
             listeners,
         )
@@ -357,6 +366,7 @@ impl Machine {
             restored,
             stored_as,
             arriving,
+            baseline,
         } = parts;
         let input = input.map(|source| SerialInput {
             source,
@@ -390,6 +400,7 @@ impl Machine {
             lost: false,
             stored_as,
             live: None,
+            baseline,
         })
     }
 
@@ -480,6 +491,11 @@ impl Machine {
     /// Lets it run; one that runs goes on. Its clocks go on from where they stood, or from where they would be by now.
     /// When this fails, the machine is in no known state, unless it is for lack of a page: then it stands still as before.
     pub(crate) fn run(&mut self, clock: GuestClock) -> Result<(), Error> {
+        self.run_after(CLOCK_LEAD, clock)
+    }
+
+    /// As [`Machine::run`]; `lead` is for the vCPUs to get ready in.
+    fn run_after(&mut self, lead: Duration, clock: GuestClock) -> Result<(), Error> {
         if self.is_running() {
             return Ok(());
         }
@@ -496,11 +512,11 @@ impl Machine {
             self.tell_of_hold()?;
         }
         let start = match (clock, self.cut) {
-            (GuestClock::StandStill, _) => self.clock.start(CLOCK_LEAD, Duration::ZERO),
-            (GuestClock::Follow, Cut::Held { .. }) => self.clock.never_stopped(CLOCK_LEAD),
+            (GuestClock::StandStill, _) => self.clock.start(lead, Duration::ZERO),
+            (GuestClock::Follow, Cut::Held { .. }) => self.clock.never_stopped(lead),
             (GuestClock::Follow, Cut::Saved { unix_ns }) => {
-                let passed = since_unix(unix_ns) + CLOCK_LEAD;
-                self.clock.start(CLOCK_LEAD, passed)
+                let passed = since_unix(unix_ns) + lead;
+                self.clock.start(lead, passed)
             }
         };
         self.start(start)?;
@@ -586,6 +602,7 @@ impl Held<'_> {
             lost: _,
             stored_as: _,
             live: _,
+            baseline: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(id, vm, memory, *vcpu_count, *cut));
         let disks: Result<_, _> = (disks.iter().enumerate())

@@ -23,6 +23,8 @@ pub(crate) struct MachineCounts {
     pub(crate) snapshots: Counter,
     pub(crate) failed_snapshots: Counter,
     pub(crate) last_downtime_us: Gauge,
+    pub(crate) resets: Counter,
+    pub(crate) last_reset_us: Gauge,
 }
 
 /// A value that goes up and down.
@@ -93,6 +95,8 @@ impl MachineCounts {
             snapshots,
             failed_snapshots,
             last_downtime_us,
+            resets,
+            last_reset_us,
         } = self;
         [
             ("fermata_holds_total", holds.get()),
@@ -101,6 +105,8 @@ impl MachineCounts {
             ("fermata_snapshots_total", snapshots.get()),
             ("fermata_failed_snapshots_total", failed_snapshots.get()),
             ("fermata_last_downtime_microseconds", last_downtime_us.get()),
+            ("fermata_resets_total", resets.get()),
+            ("fermata_last_reset_microseconds", last_reset_us.get()),
         ]
         .map(|(name, value)| Metric {
             name: name.to_owned(),

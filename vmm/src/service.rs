@@ -7,7 +7,7 @@ use std::{
 
 use control::{
     BalloonChange, BalloonStatus, Failure, FailureKind, GuestClock, MachineState, Metric,
-    SnapshotReport, SnapshotRequest, Status, Vmm,
+    ResetReport, SnapshotReport, SnapshotRequest, Status, Vmm,
 };
 use tarpc::context::Context;
 use tokio::sync::oneshot;
@@ -71,6 +71,11 @@ impl Vmm for Service {
     async fn resume(self, _: Context, clock: GuestClock) -> Result<(), Failure> {
         self.admit(lifecycle::Event::Resume)?;
         self.ask(|reply| Request::Resume(clock, reply)).await
+    }
+
+    async fn reset(self, _: Context, clock: GuestClock) -> Result<ResetReport, Failure> {
+        self.admit(lifecycle::Event::Change)?;
+        self.ask(|reply| Request::Reset(clock, reply)).await
     }
 
     async fn snapshot(

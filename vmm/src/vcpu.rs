@@ -11,7 +11,7 @@ use std::{
 use devices::Bus;
 use hypervisor::{BoundVcpu, ClockStart, HostTsc, IoHandler, Kick, Ran, Vcpu, VcpuState};
 
-use crate::metrics::ExitCounts;
+use crate::{awake, metrics::ExitCounts};
 
 /// What a vCPU's thread is told. A kick has to follow, or the thread may not look.
 #[derive(Debug)]
@@ -22,6 +22,10 @@ pub(crate) enum Command {
     Hold,
     /// Read its state, with its clock as it was then; only while it is held.
     Save(HostTsc),
+    /// Hold it, and leave its clock alone, which is set anew anyway.
+    Stop,
+    /// Hold it, and make it what it was when it was restored from the state of its number.
+    Reset(Arc<[VcpuState]>),
     /// End the thread.
     End,
 }
@@ -53,6 +57,10 @@ pub(crate) enum Done {
     Held(Result<HostTsc, hypervisor::Error>),
     /// Its state.
     Saved(Result<Box<VcpuState>, hypervisor::Error>),
+    /// It is held, and its clock goes on.
+    Stopped,
+    /// It is held, and what it was.
+    Reset(Result<(), hypervisor::Error>),
     /// The thread is about to end.
     Ended,
 }
@@ -106,6 +114,8 @@ pub(crate) struct VcpuThread {
 /// What a vCPU's thread is doing.
 enum State {
     Held,
+    /// It is held, has been reset, and is told to go on at once.
+    Reset,
     Running,
     Ended,
 }
@@ -146,6 +156,11 @@ impl VcpuThread {
                     // The machine is gone.
                     Err(_) => State::Ended,
                 },
+                State::Reset => match awake::recv(&self.orders) {
+                    Ok(order) => self.obey(&mut vcpu, State::Held, order),
+                    Err(TryRecvError::Empty) => State::Held,
+                    Err(TryRecvError::Disconnected) => State::Ended,
+                },
                 State::Running => self.run_guest(&mut vcpu),
                 State::Ended => return,
             };
@@ -159,7 +174,7 @@ impl VcpuThread {
         let (state, done) = match (command, state) {
             (Command::Run(_), State::Running) => (State::Running, Done::Running(Ok(()))),
             (Command::Run(clock), _) => {
-                vcpu.excuse_hold();
+                vcpu.excuse_hold(&clock);
                 match vcpu.start_clock(clock) {
                     Ok(()) => {
                         start = Some(clock);
@@ -172,6 +187,8 @@ impl VcpuThread {
             (Command::Save(stopped), state) => {
                 (state, Done::Saved(vcpu.save(stopped).map(Box::new)))
             }
+            (Command::Stop, _) => (State::Held, Done::Stopped),
+            (Command::Reset(states), _) => (State::Reset, Done::Reset(reset(vcpu, &states))),
             (Command::End, _) => (State::Ended, Done::Ended),
         };
         self.acknowledge(vcpu, round, done);
@@ -222,4 +239,10 @@ impl VcpuThread {
             done,
         });
     }
+}
+
+fn reset(vcpu: &mut BoundVcpu, states: &[VcpuState]) -> Result<(), hypervisor::Error> {
+    let state = states.iter().find(|state| state.id == vcpu.id());
+    let missing = hypervisor::Error::Missing("the state of each vCPU");
+    vcpu.reset(state.ok_or(missing)?)
 }

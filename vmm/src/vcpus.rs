@@ -12,6 +12,7 @@ use std::{
 use hypervisor::{ClockStart, HostTsc, Kick, Vcpu, VcpuState};
 
 use crate::{
+    awake,
     metrics::ExitCounts,
     vcpu::{Acknowledgement, Buses, Command, Done, Order, VcpuEnd, VcpuThread},
 };
@@ -41,6 +42,8 @@ pub(crate) struct Vcpus {
     vcpus: Vec<Handle>,
     acknowledgements: Receiver<Acknowledgement>,
     round: u64,
+    /// All of them are known to be held, and look for orders without being kicked.
+    held: bool,
 }
 
 #[derive(Debug)]
@@ -65,6 +68,7 @@ impl Vcpus {
             vcpus: Vec::new(),
             acknowledgements,
             round: 0,
+            held: false,
         };
         for vcpu in vcpus {
             let id = vcpu.id();
@@ -89,6 +93,7 @@ impl Vcpus {
                 handle.kick = Some(kick);
             }
         }
+        started.held = true;
         Ok(started)
     }
 
@@ -103,12 +108,14 @@ impl Vcpus {
                 last = last.max(stopped?);
             }
         }
+        self.held = true;
         Ok(last)
     }
 
     /// Lets all of them run. Clocks that were stopped go on as `start` says.
     pub(crate) fn run(&mut self, start: ClockStart) -> Result<(), Error> {
         self.tell(|| Command::Run(start));
+        self.held = false;
         for (_, done) in self.gather(BOUND)? {
             if let Done::Running(result) = done {
                 result?;
@@ -130,7 +137,26 @@ impl Vcpus {
         Ok(states)
     }
 
-    /// Begins a round: gives all of them a command, and a kick so that they look.
+    /// Makes all of them what they were when they were restored from `states`, whether they run or are held; their clocks are stopped as
+    /// they were then. When it fails, they are in no known state.
+    pub(crate) fn reset(&mut self, states: &Arc<[VcpuState]>) -> Result<(), Error> {
+        if !self.held && self.vcpus.len() > 1 {
+            // One that still ran could send others an interrupt.
+            self.tell(|| Command::Stop);
+            self.gather(BOUND)?;
+            self.held = true;
+        }
+        self.tell(|| Command::Reset(Arc::clone(states)));
+        for (_, done) in self.gather(BOUND)? {
+            if let Done::Reset(reset) = done {
+                reset?;
+            }
+        }
+        self.held = true;
+        Ok(())
+    }
+
+    /// Begins a round: gives all of them a command, and a kick so that they look, unless they wait for one.
     fn tell(&mut self, command: impl Fn() -> Command) {
         self.round += 1;
         for vcpu in &self.vcpus {
@@ -139,7 +165,7 @@ impl Vcpus {
                 round: self.round,
                 command: command(),
             });
-            if let Some(kick) = vcpu.kick {
+            if let Some(kick) = vcpu.kick.filter(|_| !self.held) {
                 kick.kick();
             }
         }
@@ -150,8 +176,10 @@ impl Vcpus {
         let deadline = Instant::now() + bound;
         let mut answers: Vec<(u32, Done)> = Vec::with_capacity(self.vcpus.len());
         while answers.len() < self.vcpus.len() {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.acknowledgements.recv_timeout(left) {
+            let left = || deadline.saturating_duration_since(Instant::now());
+            let received = awake::recv(&self.acknowledgements)
+                .or_else(|_| self.acknowledgements.recv_timeout(left()));
+            match received {
                 Ok(Acknowledgement { vcpu, round, done }) if round == self.round => {
                     answers.push((vcpu, done));
                 }

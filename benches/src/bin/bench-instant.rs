@@ -1,4 +1,4 @@
-//! `cargo xtask bench instant`: snapshots that a guest does not feel, forks, and restores on demand, on the host's
+//! `cargo xtask bench instant`: snapshots that a guest does not feel, forks, resets, and restores on demand, on the host's
 //! own `/dev/kvm`.
 
 use std::{
@@ -11,7 +11,7 @@ use benches::{
     Fermata, Figures, Row, forks,
     instant::{self, Load},
     on_demand::SavedMachine,
-    pre_copy, report,
+    pre_copy, report, resets,
 };
 use clap::Parser;
 
@@ -20,6 +20,9 @@ const SCRATCH: &str = "/dev/shm";
 
 /// Memory of the machine that is restored from a store, in MiB.
 const RESTORED_MIB: u64 = 4096;
+
+/// Memory of the machines that are reset, in MiB.
+const RESET_MIB: [u64; 2] = [256, 2048];
 
 #[derive(Parser)]
 #[command(about = "Saves, forks and restores guests of a few instructions")]
@@ -52,16 +55,19 @@ enum Part {
     PreCopy,
     /// Forks.
     Forks,
+    /// Resets.
+    Resets,
     /// Restores on demand.
     Restores,
 }
 
 impl Part {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Stops,
         Self::Share,
         Self::PreCopy,
         Self::Forks,
+        Self::Resets,
         Self::Restores,
     ];
 
@@ -71,6 +77,7 @@ impl Part {
             Self::Share => share(fermata, arguments.runs, scratch),
             Self::PreCopy => pre_copy::table(fermata, arguments.runs, scratch),
             Self::Forks => forks::measure(fermata, arguments.runs, scratch),
+            Self::Resets => resets(fermata, arguments.runs, scratch),
             Self::Restores => restores(fermata, arguments.runs),
         }
     }
@@ -83,6 +90,7 @@ impl fmt::Display for Part {
             Self::Share => "share",
             Self::PreCopy => "pre-copy",
             Self::Forks => "forks",
+            Self::Resets => "resets",
             Self::Restores => "restores",
         })
     }
@@ -116,6 +124,14 @@ fn share(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
     loads
         .filter_map(|load| instant::share(fermata, 256, load, runs, scratch).transpose())
         .collect()
+}
+
+fn resets(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for mem_mib in RESET_MIB {
+        rows.extend(resets::measure(fermata, mem_mib, runs, scratch)?);
+    }
+    Ok(rows)
 }
 
 /// Of one machine from a store.

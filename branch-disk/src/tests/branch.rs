@@ -36,6 +36,52 @@ fn a_cut_is_an_instant_and_branches_of_it_go_their_own_ways() {
 }
 
 #[test]
+fn a_branch_that_starts_over_is_what_it_began_as() {
+    let bench = Bench::new(64);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 512, &[0xaa; 1024]);
+    let monday = sealed(&mut disk);
+    let began = all(&disk);
+    let mut branch = Disk::branch(&monday.path, Some(monday.id), &anything).unwrap();
+    let path = branch.path().to_owned();
+    let inode = || fs::metadata(&path).unwrap().ino();
+    let first = inode();
+    branch.start_over(&monday, &anything).unwrap();
+    assert_eq!(inode(), first, "there was nothing to undo");
+    for round in 1..4 {
+        write(&mut branch, 0, &[round; 2048]);
+        branch.flush().unwrap();
+        branch.discard(8192, 4096).unwrap();
+        branch.start_over(&monday, &anything).unwrap();
+        assert!(all(&branch) == began);
+        assert_eq!(branch.path(), path);
+    }
+    // What a snapshot has, it keeps; a disk that has grown is as large as it was.
+    write(&mut branch, 512, &[7; 512]);
+    let kept = sealed(&mut branch);
+    let content = all(&branch);
+    let grown = branch.plan().grown_to(2 * branch.bytes()).unwrap();
+    let cut = branch.cut(grown.prepare().unwrap()).unwrap();
+    cut.finish().unwrap();
+    branch.start_over(&monday, &anything).unwrap();
+    assert!(all(&branch) == began);
+    let other = Disk::branch(&kept.path, Some(kept.id), &anything).unwrap();
+    assert!(all(&other) == content);
+    // It is one of the branches that go when nothing was written to them, and else stay.
+    drop(branch);
+    assert!(!path.exists());
+    let mut branch = Disk::branch(&monday.path, Some(monday.id), &anything).unwrap();
+    write(&mut branch, 0, &[1; 512]);
+    branch.start_over(&monday, &anything).unwrap();
+    write(&mut branch, 0, &[2; 512]);
+    let path = branch.path().to_owned();
+    drop(branch);
+    sound(&path);
+    let branch = Disk::open(&path, Mode::Write, &anything).unwrap();
+    assert_eq!(read(&branch, 0, 512), [2; 512]);
+}
+
+#[test]
 fn a_write_on_a_fresh_branch_reads_nothing() {
     let bench = Bench::new(4096);
     let mut disk = bench.on_base("d");

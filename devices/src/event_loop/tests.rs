@@ -99,6 +99,39 @@ fn a_quiesce_serves_what_is_available_and_then_nothing() {
 }
 
 #[test]
+fn a_halted_loop_serves_nothing_until_it_goes_on_and_then_looks_at_all_queues() {
+    let machine = Machine::new();
+    let (event_loop, quiesced) = machine.spawn();
+    let mut driver = machine.driver();
+    drop(quiesced);
+    let halt = || loop {
+        // It may be at work still.
+        if let Some(halted) = event_loop.halt() {
+            break halted;
+        }
+    };
+    for round in 1..=200 {
+        let halted = halt();
+        assert!(event_loop.halt().is_none());
+        driver.offer(&[Part::In(8)]);
+        if round % 2 == 0 {
+            machine.notify();
+        }
+        thread::yield_now();
+        assert_eq!(driver.used(), round - 1);
+        drop(halted);
+        machine.line.wait();
+        assert_eq!(driver.used(), round);
+    }
+    let halted = halt();
+    driver.offer(&[Part::In(8)]);
+    machine.notify();
+    event_loop.stop(PATIENCE).unwrap();
+    drop(halted);
+    assert_eq!(driver.used(), 200);
+}
+
+#[test]
 fn it_can_be_quiesced_again_and_again() {
     let machine = Machine::new();
     let (event_loop, quiesced) = machine.spawn();

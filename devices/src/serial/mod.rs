@@ -159,6 +159,8 @@ impl Device for Serial {
         let restored = Uart::from_state(&state, self.line.clone(), Arc::clone(&self.events), sink);
         self.line.muted.store(false, Ordering::Relaxed);
         self.uart = restored.map_err(|e| impossible(e.to_string()))?;
+        // Who waits for room in the queue of a port that was in use need not find this one full.
+        self.events.announce_room();
         Ok(())
     }
 

@@ -18,6 +18,11 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
+    /// Whether a driver is at work.
+    pub(crate) fn is_active(&self) -> bool {
+        self.active
+    }
+
     /// Serves queue `index` for one bounded round. Returns whether there may be more to do; then the
     /// queue's event is signalled.
     pub(crate) fn process(&mut self, index: usize) -> bool {

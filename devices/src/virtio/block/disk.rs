@@ -171,7 +171,7 @@ enum Backing {
 pub(super) struct Disk {
     backing: Backing,
     path: String,
-    /// It only grows, and after what is behind it has.
+    /// It only grows, and after what is behind it has; unless its machine is reset.
     sectors: AtomicU64,
     read_only: bool,
     peek: Mutex<Peek>,
@@ -390,6 +390,14 @@ impl Disk {
         }
         self.sectors.store(bytes / SECTOR_BYTES, Ordering::Release);
         Ok(())
+    }
+
+    /// As [`super::DiskSize::refresh`].
+    pub(super) fn refresh_size(&self) {
+        if let Backing::Branch(disk) = &self.backing {
+            let bytes = lock(disk).bytes();
+            self.sectors.store(bytes / SECTOR_BYTES, Ordering::Release);
+        }
     }
 
     fn writable(&self, sector: u64, len: u64) -> io::Result<u64> {

@@ -31,4 +31,9 @@ impl DiskSize {
     pub fn grow(&self, bytes: u64) -> Result<(), DiskError> {
         self.0.grow(bytes)
     }
+
+    /// Has the disk have the size that what is behind it has, which is another disk than it was. The driver is not told.
+    pub fn refresh(&self) {
+        self.0.refresh_size();
+    }
 }

@@ -160,6 +160,10 @@ impl Device for MmioTransport {
 
     fn restore(&mut self, section: &Section) -> Result<(), Error> {
         let mut worker = lock(&self.worker);
+        if worker.active {
+            // What its driver has told it since is not what the saved one's had.
+            worker.device.reset();
+        }
         let checked = worker.device.restore(section)?.check(
             self.kind,
             self.features,

@@ -1,0 +1,130 @@
+//! What keeps the loop from its devices while somebody else works on them, without a word from its thread: most of the time that
+//! waits for events, and need not wake up to go on waiting.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+
+use super::Subscriber;
+use crate::sync::lock;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    /// Nobody is in.
+    #[default]
+    Open,
+    /// The loop is in.
+    Entered,
+    /// The loop waits if it wants in.
+    Closed,
+    /// The loop is not let in any more.
+    Ended,
+}
+
+/// The way from the loop to its devices.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Gate {
+    /// Keeps the loop out, if it is not in.
+    pub(super) fn close(&self) -> bool {
+        let mut state = lock(&self.state);
+        let open = *state == State::Open;
+        if open {
+            *state = State::Closed;
+        }
+        open
+    }
+
+    /// Lets it in again.
+    pub(super) fn open(&self) {
+        self.change(State::Closed, State::Open);
+    }
+
+    /// Never lets it in again.
+    pub(super) fn end(&self) {
+        *lock(&self.state) = State::Ended;
+        self.changed.notify_all();
+    }
+
+    /// Does `work` once the loop is let in, if it ever is.
+    pub(super) fn pass(&self, work: impl FnOnce()) {
+        let state = lock(&self.state);
+        let closed = |state: &mut State| *state == State::Closed;
+        let waited = self.changed.wait_while(state, closed);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
+        if *state == State::Ended {
+            return;
+        }
+        *state = State::Entered;
+        drop(state);
+        work();
+        self.change(State::Entered, State::Open);
+    }
+
+    fn change(&self, from: State, to: State) {
+        let mut state = lock(&self.state);
+        if *state == from {
+            *state = to;
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// What the loop does, behind the gate.
+pub(super) struct Gated {
+    pub(super) gate: std::sync::Arc<Gate>,
+    pub(super) subscriber: Subscriber,
+}
+
+impl MutEventSubscriber for Gated {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.subscriber.init(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        self.gate.pass(|| self.subscriber.process(events, ops));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, thread};
+
+    use super::*;
+
+    #[test]
+    fn who_is_in_keeps_it_from_being_closed_and_who_is_not_waits() {
+        let gate = Arc::new(Gate::default());
+        gate.pass(|| assert!(!gate.close()));
+        assert!(gate.close());
+        assert!(!gate.close());
+        let passed = Arc::new(Mutex::new(false));
+        let waiting = thread::spawn({
+            let (gate, passed) = (Arc::clone(&gate), Arc::clone(&passed));
+            move || gate.pass(|| *lock(&passed) = true)
+        });
+        assert!(!*lock(&passed));
+        gate.open();
+        waiting.join().unwrap();
+        assert!(*lock(&passed));
+    }
+
+    #[test]
+    fn nobody_passes_one_that_has_ended() {
+        let gate = Arc::new(Gate::default());
+        assert!(gate.close());
+        let waiting = thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || gate.pass(|| panic!("it passed"))
+        });
+        gate.end();
+        waiting.join().unwrap();
+        gate.open();
+        gate.pass(|| panic!("it passed"));
+        assert!(!gate.close());
+    }
+}

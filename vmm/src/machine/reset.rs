@@ -1,0 +1,156 @@
+//! A machine that goes back to the snapshot it was made of, in its process: by undoing what it has done since.
+//!
+//! That takes memory which is mapped from the snapshot's, and disks that can go back, too. What is outside of the machine stays
+//! as it is: nothing that a guest has sent comes back, and what is on its way to it comes to the machine that it was.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use control::{Confinement, GuestClock, ResetReport};
+use hypervisor::{ClockPlan, VcpuState, VmState};
+use memory::{BroughtBack, MachineMemory, Original};
+use saved_state::{Container, SavedState};
+
+use super::{BOUNDS, Cut, Machine};
+use crate::{disks, error::Error};
+
+/// What vCPUs have to get ready in: they have just been told something, and are awake. Whoever is late has the guest see that
+/// time pass, and whoever resets a machine thousands of times a second would rather that than wait.
+const LEAD: Duration = Duration::from_micros(10);
+
+/// What a machine was made of.
+pub(super) struct Baseline {
+    state: Container,
+    /// Where its disks may lie.
+    confinement: Option<Confinement>,
+    /// How its clocks go on from there.
+    clock: ClockPlan,
+    ready: Option<Ready>,
+}
+
+/// What is made of it before the first reset.
+struct Ready {
+    vcpus: Arc<[VcpuState]>,
+    vm: VmState,
+    memory: Original,
+}
+
+impl Baseline {
+    /// Of a machine that is made of `state`; `None` if `memory` has nothing that it could go back to.
+    pub(super) fn new(
+        state: Container,
+        memory: &MachineMemory,
+        confinement: Option<&Confinement>,
+        clock: ClockPlan,
+    ) -> Option<Self> {
+        memory.has_image().then(|| Self {
+            state,
+            confinement: confinement.cloned(),
+            clock,
+            ready: None,
+        })
+    }
+
+    fn make_ready(&mut self, memory: &MachineMemory) -> Result<(), Error> {
+        if self.ready.is_some() {
+            return Ok(());
+        }
+        let vcpus = 0..self.state.header.vcpus;
+        let vcpus = vcpus.map(|id| self.state.get(VcpuState::KIND, id)?.decode());
+        self.ready = Some(Ready {
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm: self.state.get(VmState::KIND, 0)?.decode()?,
+            memory: memory.original()?,
+        });
+        Ok(())
+    }
+}
+
+impl Machine {
+    /// Has it be what it was when it was made. If it ran it goes on from there, with `clock` for what its clocks have done since it
+    /// was saved; else it stays held. When this fails, it is as it was, or lost.
+    pub(crate) fn reset(
+        &mut self,
+        clock: GuestClock,
+        ending: &AtomicBool,
+    ) -> Result<ResetReport, Error> {
+        let begun = Instant::now();
+        disks::undoable(&self.disks)?;
+        let baseline = self.baseline.as_mut().ok_or(Error::NothingToGoBackTo)?;
+        baseline.make_ready(&self.memory)?;
+        // A guest that has switched itself off waits for its end, which is behind this in the queue.
+        if ending.load(Ordering::SeqCst) {
+            return Err(Error::GuestEnds);
+        }
+        let ran = self.is_running();
+        let gone_back = self.go_back().and_then(|memory| {
+            if ran && !ending.load(Ordering::SeqCst) {
+                self.run_after(LEAD, clock)?;
+            }
+            Ok(memory)
+        });
+        let memory = gone_back.map_err(|error| {
+            self.lost = true;
+            Error::ResetFailed(Box::new(error))
+        })?;
+        let took = begun.elapsed().as_micros() as u64;
+        let counts = &self.counters.machine;
+        counts.resets.add(1);
+        counts.last_reset_us.set(took);
+        Ok(ResetReport {
+            dirty_pages: memory.dirty_pages,
+            total_us: took,
+        })
+    }
+
+    /// Stops it, if it runs, and undoes what it has done.
+    fn go_back(&mut self) -> Result<BroughtBack, Error> {
+        // Before the vCPUs, unlike in a hold: what they still ask of a device is undone with the rest.
+        if self.quiesced.is_none() {
+            self.quiesced = self.event_loop.halt();
+        }
+        let Self {
+            vm,
+            disks,
+            vcpus,
+            event_loop,
+            counters,
+            quiesced,
+            baseline,
+            ..
+        } = self;
+        let Some(Baseline {
+            state,
+            confinement,
+            clock,
+            ready: Some(ready),
+        }) = baseline
+        else {
+            return Err(Error::NothingToGoBackTo);
+        };
+        vcpus.reset(&ready.vcpus)?;
+        if quiesced.is_none() {
+            *quiesced = Some(event_loop.quiesce(BOUNDS.devices)?);
+        }
+        // What is written to its memory is its own affair from here on, and its next snapshot builds on none.
+        self.live = None;
+        self.stored_as = None;
+        disks::undo(disks, confinement.as_ref())?;
+        // After the vCPUs, as when it was made.
+        vm.restore(&ready.vm)?;
+        counters.devices.reset(state)?;
+        // Last: until here, KVM has written to where the guest had told it to, like how long a vCPU was kept from running.
+        let memory = ready.memory.bring_back().map_err(Error::Host)?;
+        self.clock = *clock;
+        self.cut = Cut::Saved {
+            unix_ns: state.header.created_unix_ns,
+        };
+        self.restored = true;
+        Ok(memory)
+    }
+}
