@@ -503,3 +503,16 @@ fn a_restored_balloon_is_what_it_was_and_asks_at_once() {
     });
     assert!(other.device.restore(&section).is_err());
 }
+
+#[test]
+fn one_that_is_restored_to_before_it_had_a_driver_has_none() {
+    let host = Host::new();
+    let mut balloons = host.balloon(options());
+    let section = balloons.device.save(0).unwrap();
+    let _driver = Driver::start(&mut balloons.device, host.memory.guest(), ALL);
+    set(&mut balloons.device, ACTUAL_REGISTER, 7);
+    assert!(balloons.control.status().driver);
+    balloons.device.restore(&section).unwrap();
+    let status = balloons.control.status();
+    assert_eq!((status.driver, status.actual_pages), (false, 0));
+}

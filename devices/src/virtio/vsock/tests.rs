@@ -453,6 +453,15 @@ fn a_restored_guest_is_told_and_its_ports_are_listened_on() {
 }
 
 #[test]
+fn connections_end_when_a_device_in_use_is_restored() {
+    let mut bench = Bench::new();
+    let section = bench.device.save(0).unwrap();
+    let (_, stream) = bench.connected();
+    bench.device.restore(&section).unwrap();
+    assert!(at_end(&stream));
+}
+
+#[test]
 fn a_driver_that_breaks_a_rule_needs_a_reset_and_its_connections_end() {
     let mut bench = Bench::new();
     let (_, stream) = bench.connected();
