@@ -93,8 +93,10 @@ impl Drop for Quiesced {
             // It fails when the loop has been stopped meanwhile.
             StandsStill::Waits(release) => drop(release.send(())),
             StandsStill::Out(gate, endpoint, workers) => {
+                // While their locks are free.
+                let active = workers.iter().any(|worker| lock(worker).is_active());
                 gate.open();
-                if workers.iter().any(|worker| lock(worker).is_active()) {
+                if active {
                     let (gate, workers) = (Arc::clone(gate), Arc::clone(workers));
                     // As above. By the gate, which may be closed again before the loop comes to it.
                     let _ = endpoint.fire(move |_| gate.pass(|| look_at_all(&workers)));
@@ -178,7 +180,7 @@ impl EventLoop {
         let (workers, gate) = (Arc::clone(&self.workers), Arc::clone(&self.gate));
         self.endpoint
             .fire(move |_| {
-                drain(&workers);
+                gate.pass(|| drain(&workers));
                 if acknowledge.send(()).is_ok() {
                     stand_still(&released, &workers, &gate);
                 }

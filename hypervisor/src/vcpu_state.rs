@@ -178,6 +178,10 @@ impl Vcpu {
         msrs::set(fd, all_msrs)?;
         let lapic: kvm_lapic_state = from_bytes("local APIC", lapic)?;
         fd.set_lapic(&lapic).asked("set the local APIC")?;
+        if counts_down(&lapic) {
+            // KVM drops the count where the timer's mode changes to or from that of deadlines. By now it has not changed.
+            fd.set_lapic(&lapic).asked("set the local APIC")?;
+        }
         let mp_state: kvm_mp_state = from_bytes("run state", mp_state)?;
         fd.set_mp_state(mp_state).asked("set the run state")?;
         let events: kvm_vcpu_events = from_bytes("pending events", events)?;
@@ -235,4 +239,15 @@ impl Vcpu {
             .div_ceil(4);
         Xsave::new(words).map_err(|_| Error::Missing("memory for the extended state"))
     }
+}
+
+/// Whether the timer of a local APIC is one that counts down (Intel SDM volume 3, "APIC Timer").
+fn counts_down(lapic: &kvm_lapic_state) -> bool {
+    const LVT_TIMER: usize = 0x320;
+    const INITIAL_COUNT: usize = 0x380;
+    const MODE: u32 = 0b11 << 17;
+    const DEADLINE: u32 = 0b10 << 17;
+    let register =
+        |at: usize| u32::from_le_bytes(std::array::from_fn(|i| lapic.regs[at + i] as u8));
+    register(LVT_TIMER) & MODE != DEADLINE && register(INITIAL_COUNT) != 0
 }

@@ -58,6 +58,11 @@ pub enum Error {
     /// There is nothing behind it that it could be brought back to.
     #[error("the guest's memory is not mapped from an image, and cannot be what it was again")]
     NoImage,
+    /// What was written to cannot be found.
+    #[error(
+        "what the machine has written to its memory cannot be found: {0}; it needs /proc/self/pagemap and a free file descriptor"
+    )]
+    OwnPages(#[source] io::Error),
     /// The host does not let this process resolve page faults.
     #[error(
         "the guest's memory cannot come on demand, for the host does not permit it (userfaultfd): {0}; run as root or with access to /dev/userfaultfd, or restore without it"
@@ -443,7 +448,7 @@ fn map_reserved(bytes: u64) -> Result<*mut u8, Error> {
         .map_err(|_| Error::HugePages { count })
 }
 
-/// Maps `bytes` of `image` from its beginning, to be read.
+/// Maps `bytes` of `image` from its beginning, to be read. Privately, for Linux before 6.7 has no shared mappings of what is sealed.
 #[allow(unsafe_code)]
 pub(crate) fn map_to_read(image: &File, bytes: u64) -> Result<*const u8, Error> {
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
@@ -452,7 +457,7 @@ pub(crate) fn map_to_read(image: &File, bytes: u64) -> Result<*const u8, Error> 
             ptr::null_mut(),
             bytes as usize,
             ProtFlags::READ,
-            MapFlags::SHARED | MapFlags::NORESERVE,
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
             image,
             0,
         )

@@ -76,7 +76,7 @@ impl Original {
         Ok(Self {
             host: memory.host().clone(),
             content: Content::new(memory.image()?, bytes)?,
-            own_pages: OwnPages::new().map_err(|source| Error::Map { bytes, source })?,
+            own_pages: OwnPages::new().map_err(Error::OwnPages)?,
             kept: Vec::new(),
             found: Vec::new(),
             begun: false,
@@ -204,8 +204,7 @@ impl Original {
 
 impl Content {
     fn new(image: &Image, bytes: u64) -> Result<Self, Error> {
-        let file = image.file.try_clone();
-        let file = file.map_err(|source| Error::Map { bytes, source })?;
+        let file = image.file.try_clone().map_err(Error::OwnPages)?;
         Ok(Self {
             address: map_to_read(&file, bytes)?,
             bytes,

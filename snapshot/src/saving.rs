@@ -71,6 +71,11 @@ impl Saving {
         self.stage.store(Stage::Wanted as u8, Ordering::SeqCst);
     }
 
+    /// Has the rest of it be as fast as can be.
+    pub fn unlimit(&self) {
+        *self.pace() = None;
+    }
+
     /// Has it not be taken; says whether it is not.
     pub fn cancel(&self) -> bool {
         self.go_to(Stage::Cancelled) || self.is_cancelled()
@@ -172,6 +177,14 @@ mod tests {
         assert!(saving.complete());
         assert!(!saving.cancel() && !saving.is_cancelled());
         saving.advance(1).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_limited_any_more_does_not_wait() {
+        let saving = Saving::default();
+        saving.restart(NonZeroU64::new(1));
+        saving.unlimit();
+        saving.advance(1 << 40).unwrap();
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Waiting without going to sleep, for what comes at once.
 //!
 //! To be woken up on another CPU takes as long as much of what the threads that reset a machine do for each other; under another
-//! hypervisor, longer. Where there is one CPU, who waits keeps the other from it: there, nobody waits so. Nor does anybody yield
+//! hypervisor, longer. Where there are fewer CPUs than threads, who waits keeps another from one: there, nobody waits so. Nor does anybody yield
 //! meanwhile, after which the kernel lets whoever else computes go on for milliseconds.
 
 use std::{
@@ -15,23 +15,19 @@ use rustix::thread::sched_getaffinity;
 /// How long it is worth it: about as long as a vCPU takes to be stopped and set anew.
 const AT_ONCE: Duration = Duration::from_micros(300);
 
+/// Whether so many threads and one more can be awake at the same time. A machine may be bound to other CPUs at any time.
+pub(crate) fn pays(threads: usize) -> bool {
+    sched_getaffinity(None).is_ok_and(|cpus| cpus.count() as usize > threads)
+}
+
 /// What comes at once, or the news that nobody is left to send anything; [`TryRecvError::Empty`] if nothing does.
 pub(crate) fn recv<T>(from: &Receiver<T>) -> Result<T, TryRecvError> {
     let begun = Instant::now();
-    let mut apart = None;
     loop {
         let received = from.try_recv();
-        if !matches!(received, Err(TryRecvError::Empty))
-            || !*apart.get_or_insert_with(is_another_cpu)
-            || begun.elapsed() > AT_ONCE
-        {
+        if !matches!(received, Err(TryRecvError::Empty)) || begun.elapsed() > AT_ONCE {
             return received;
         }
         hint::spin_loop();
     }
-}
-
-/// Asked each time, for a machine may be bound to a CPU at any time.
-fn is_another_cpu() -> bool {
-    sched_getaffinity(None).is_ok_and(|cpus| cpus.count() > 1)
 }

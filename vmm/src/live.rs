@@ -1,6 +1,8 @@
 //! Snapshots that the guest goes on beside, at least until little of it is left to be saved: what is written to its memory is
 //! known.
 
+use std::sync::atomic::AtomicBool;
+
 use control::MemoryCopy;
 use memory::{AtCut, Elsewhere, Outcome, Tracker};
 use snapshot::{Draft, Saving};
@@ -33,6 +35,8 @@ pub(crate) struct Plan<'a> {
     /// What the machine was last in the store.
     pub(crate) last: Option<&'a str>,
     pub(crate) saving: &'a Saving,
+    /// Set once the guest has ended itself.
+    pub(crate) ending: &'a AtomicBool,
 }
 
 /// Does for a snapshot of `machine` what can be done while the guest runs. There is nothing if it stands still until it is saved.
@@ -67,7 +71,7 @@ fn pre_copy(machine: &mut Machine, plan: &Plan<'_>, draft: &mut Draft) -> Result
     let live = live(machine)?;
     draft.begin_copies(memory_bytes)?;
     let building = live.is_building(draft, plan.last, memory_bytes);
-    let rounds = beside_guest(|| pre_copy::copy(&live.tracker, draft, building, plan.saving))?;
+    let rounds = beside_guest(|| pre_copy::copy(&live.tracker, draft, building, plan))?;
     Ok(Prepared {
         copy: MemoryCopy::PreCopy,
         rounds: rounds.count,

@@ -2,10 +2,12 @@
 //!
 //! That is how live migration works (Clark et al., NSDI 2005), and how VNsnap (Kangarlou, Xu and Eugster, 2008) saves machines.
 
-use memory::{AtCut, Tracker};
-use snapshot::{Draft, Saving};
+use std::{io, sync::atomic::Ordering};
 
-use crate::error::Error;
+use memory::{AtCut, Tracker};
+use snapshot::Draft;
+
+use crate::{error::Error, live::Plan};
 
 /// With at most so many granules left the guest is stopped: to copy them is not worth another round.
 const FEW: usize = 32;
@@ -27,7 +29,7 @@ pub(crate) fn copy(
     tracker: &Tracker,
     draft: &Draft,
     building: bool,
-    saving: &Saving,
+    plan: &Plan<'_>,
 ) -> Result<Rounds, Error> {
     tracker.begin_copies().map_err(Error::Host)?;
     let mut rounds = Rounds::default();
@@ -39,8 +41,17 @@ pub(crate) fn copy(
         if left.len() <= FEW || !shrinks || rounds.count == MAX_ROUNDS {
             return Ok(rounds);
         }
-        let read = |offset, content: &mut [u8]| tracker.copy(offset, content);
-        let copied = draft.copy(&left, AtCut::UNIT_BYTES, read, saving)?;
+        let ends = || plan.ending.load(Ordering::SeqCst);
+        let read = |offset, content: &mut [u8]| match ends() {
+            // There will be nothing to save.
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => tracker.copy(offset, content),
+        };
+        let copied = draft.copy(&left, AtCut::UNIT_BYTES, read, plan.saving);
+        let copied = copied.map_err(|error| match ends() {
+            true => Error::GuestEnds,
+            false => error.into(),
+        })?;
         rounds.bytes += copied * AtCut::UNIT_BYTES;
         last = left.len();
         tracing::debug!(

@@ -13,7 +13,7 @@ use branch_disk::LayerId;
 use control::{
     AfterSnapshot, GuestClock, MemoryCopy, SnapshotReport, SnapshotRequest, StoredReport,
 };
-use memory::{AtCut, Outcome};
+use memory::{AtCut, Outcome, PartKind};
 use rustix::rand::{GetRandomFlags, getrandom};
 use saved_state::{Container, SnapshotId};
 use snapshot::{Content, Draft, Saved, Saving, Unpublished, Written};
@@ -155,6 +155,7 @@ pub(crate) fn take_snapshot(
         goes_on,
         last: parent,
         saving: &counters.saving,
+        ending,
     };
     let prepared = live::prepare(machine, &plan, &mut draft)?;
     let limited = request.bytes_per_second.is_some();
@@ -272,6 +273,11 @@ fn stop_and_copy(held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
 /// The machine stays held, and what is not copied of its memory is written.
 fn stay_copied(mut held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result<Taken, Error> {
     let at_cut = held.cut(&work.draft, work.rest.last)?;
+    let left = at_cut.parts().into_iter();
+    let left = left.filter(|part| part.kind == PartKind::Data);
+    let last_round_bytes = left.map(|part| part.bytes).sum();
+    // Nobody is spared by that any more.
+    work.rest.saving.unlimit();
     let done = work.write(&at_cut).and_then(InWork::publish);
     let (done, at_cut) = known(done, at_cut)?;
     let downtime = held.since().elapsed();
@@ -279,7 +285,10 @@ fn stay_copied(mut held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result
     Ok(Taken {
         done,
         downtime,
-        cut: Cut::known(at_cut, prepared),
+        cut: Cut {
+            last_round_bytes,
+            ..Cut::known(at_cut, prepared)
+        },
     })
 }
 

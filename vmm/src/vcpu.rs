@@ -22,10 +22,13 @@ pub(crate) enum Command {
     Hold,
     /// Read its state, with its clock as it was then; only while it is held.
     Save(HostTsc),
-    /// Hold it, and leave its clock alone, which is set anew anyway.
-    Stop,
-    /// Hold it, and make it what it was when it was restored from the state of its number.
-    Reset(Arc<[VcpuState]>),
+    /// Hold it, and leave its clock alone, which is set anew anyway; and have its thread be awake for what comes next, if that pays.
+    Stop { awake: bool },
+    /// Make it what it was when it was restored from the state of its number, while it is held. As above.
+    Reset {
+        states: Arc<[VcpuState]>,
+        awake: bool,
+    },
     /// End the thread.
     End,
 }
@@ -114,8 +117,8 @@ pub(crate) struct VcpuThread {
 /// What a vCPU's thread is doing.
 enum State {
     Held,
-    /// It is held, has been reset, and is told to go on at once.
-    Reset,
+    /// It is held, and is told something else at once.
+    Awake,
     Running,
     Ended,
 }
@@ -156,7 +159,7 @@ impl VcpuThread {
                     // The machine is gone.
                     Err(_) => State::Ended,
                 },
-                State::Reset => match awake::recv(&self.orders) {
+                State::Awake => match awake::recv(&self.orders) {
                     Ok(order) => self.obey(&mut vcpu, State::Held, order),
                     Err(TryRecvError::Empty) => State::Held,
                     Err(TryRecvError::Disconnected) => State::Ended,
@@ -187,8 +190,10 @@ impl VcpuThread {
             (Command::Save(stopped), state) => {
                 (state, Done::Saved(vcpu.save(stopped).map(Box::new)))
             }
-            (Command::Stop, _) => (State::Held, Done::Stopped),
-            (Command::Reset(states), _) => (State::Reset, Done::Reset(reset(vcpu, &states))),
+            (Command::Stop { awake }, _) => (held(awake), Done::Stopped),
+            (Command::Reset { states, awake }, _) => {
+                (held(awake), Done::Reset(reset(vcpu, &states)))
+            }
             (Command::End, _) => (State::Ended, Done::Ended),
         };
         self.acknowledge(vcpu, round, done);
@@ -238,6 +243,13 @@ impl VcpuThread {
             round,
             done,
         });
+    }
+}
+
+fn held(awake: bool) -> State {
+    match awake {
+        true => State::Awake,
+        false => State::Held,
     }
 }
 

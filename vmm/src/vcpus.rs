@@ -44,6 +44,8 @@ pub(crate) struct Vcpus {
     round: u64,
     /// All of them are known to be held, and look for orders without being kicked.
     held: bool,
+    /// What they answer comes at once, and is waited for without sleeping.
+    awake: bool,
 }
 
 #[derive(Debug)]
@@ -69,6 +71,7 @@ impl Vcpus {
             acknowledgements,
             round: 0,
             held: false,
+            awake: false,
         };
         for vcpu in vcpus {
             let id = vcpu.id();
@@ -116,7 +119,9 @@ impl Vcpus {
     pub(crate) fn run(&mut self, start: ClockStart) -> Result<(), Error> {
         self.tell(|| Command::Run(start));
         self.held = false;
-        for (_, done) in self.gather(BOUND)? {
+        let told = self.gather(BOUND);
+        self.awake = false;
+        for (_, done) in told? {
             if let Done::Running(result) = done {
                 result?;
             }
@@ -137,22 +142,31 @@ impl Vcpus {
         Ok(states)
     }
 
-    /// Makes all of them what they were when they were restored from `states`, whether they run or are held; their clocks are stopped as
-    /// they were then. When it fails, they are in no known state.
-    pub(crate) fn reset(&mut self, states: &Arc<[VcpuState]>) -> Result<(), Error> {
-        if !self.held && self.vcpus.len() > 1 {
-            // One that still ran could send others an interrupt.
-            self.tell(|| Command::Stop);
+    /// Holds all of them, and leaves their clocks alone: they are to be reset, and to go on at once if `goes_on`.
+    pub(crate) fn stop(&mut self, goes_on: bool) -> Result<(), Error> {
+        self.awake = goes_on && awake::pays(self.vcpus.len());
+        if !self.held {
+            let awake = self.awake;
+            self.tell(|| Command::Stop { awake });
             self.gather(BOUND)?;
             self.held = true;
         }
-        self.tell(|| Command::Reset(Arc::clone(states)));
+        Ok(())
+    }
+
+    /// Makes all of them, which were stopped, what they were when they were restored from `states`; their clocks are stopped as they were
+    /// then. When it fails, they are in no known state.
+    pub(crate) fn reset(&mut self, states: &Arc<[VcpuState]>) -> Result<(), Error> {
+        let awake = self.awake;
+        self.tell(|| Command::Reset {
+            states: Arc::clone(states),
+            awake,
+        });
         for (_, done) in self.gather(BOUND)? {
             if let Done::Reset(reset) = done {
                 reset?;
             }
         }
-        self.held = true;
         Ok(())
     }
 
@@ -177,8 +191,11 @@ impl Vcpus {
         let mut answers: Vec<(u32, Done)> = Vec::with_capacity(self.vcpus.len());
         while answers.len() < self.vcpus.len() {
             let left = || deadline.saturating_duration_since(Instant::now());
-            let received = awake::recv(&self.acknowledgements)
-                .or_else(|_| self.acknowledgements.recv_timeout(left()));
+            let asleep = || self.acknowledgements.recv_timeout(left());
+            let received = match self.awake {
+                true => awake::recv(&self.acknowledgements).or_else(|_| asleep()),
+                false => asleep(),
+            };
             match received {
                 Ok(Acknowledgement { vcpu, round, done }) if round == self.round => {
                     answers.push((vcpu, done));

@@ -1,6 +1,7 @@
 use std::{fs::File, os::unix::fs::FileExt};
 
 use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -13,9 +14,10 @@ const DATA: [Range<u64>; 2] = [0..3 * PAGE, 2 * HUGE..3 * HUGE];
 /// Both parts and both gaps are touched.
 const USED: u64 = 4 * HUGE;
 
-/// An image whose pages have their number in `DATA`, from 1 on.
+/// An image whose pages have their number in `DATA`, from 1 on; sealed, as a fork's is.
 fn image() -> File {
-    let file = tempfile::tempfile().unwrap();
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(memfd_create("image", flags).unwrap());
     file.set_len(MIN_MEMORY_BYTES).unwrap();
     for range in DATA {
         for at in pages(&range) {
@@ -23,6 +25,7 @@ fn image() -> File {
             file.write_all_at(&number.to_le_bytes(), at).unwrap();
         }
     }
+    fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
     file
 }
 

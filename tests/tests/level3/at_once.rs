@@ -1,12 +1,12 @@
 //! A Linux guest goes on before its memory has come, as many at once, and from snapshots that it did not stand still for.
 
 use api_types::EndReason;
-use serde_json::Value;
+use serde_json::{Value, json};
 use system_tests::{
     cli::Cli,
     console::{Console, count},
     http::Machine,
-    linux,
+    linux::{self, CMDLINE},
     server::Server,
     wait,
 };
@@ -28,12 +28,21 @@ fn goes_on(server: &Server, machine: Machine, cut: u64) -> Console {
 
 #[test]
 fn a_linux_guest_goes_on_at_once_on_demand_and_forked() {
-    let directory = tempfile::tempdir().unwrap();
-    let server: Server = linux::server_with(&[]).unwrap();
+    let server: Server = linux::server().unwrap();
     let client = &server.client;
-    let cli = Cli::new(directory.path(), &server.run_directory());
+    let cli = Cli::new(&server.tree(), &server.run_directory());
     cli.run(&["store", "init"]).unwrap();
-    let parent = linux::boot(&server, "counter").unwrap();
+    // Each has a layer of its own of it.
+    cli.run(&["disk", "create", "web.disk", "--base", "disk"])
+        .unwrap();
+    let more = json!({
+        "vcpus": 2,
+        "memory_mib": 256,
+        "initrd_path": server.path("initrd"),
+        "cmdline": format!("{CMDLINE} fermata.role=counter"),
+        "disks": [{"path": server.path("web.disk"), "format": "branch"}],
+    });
+    let parent = client.boot(&server.path("vmlinuz"), &more).unwrap();
     let console = server.console(parent).unwrap();
     let before = linux::verify(&console).unwrap();
     let pid = parent.pid.to_string();

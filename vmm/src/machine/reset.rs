@@ -88,7 +88,7 @@ impl Machine {
             return Err(Error::GuestEnds);
         }
         let ran = self.is_running();
-        let gone_back = self.go_back().and_then(|memory| {
+        let gone_back = self.go_back(ran).and_then(|memory| {
             if ran && !ending.load(Ordering::SeqCst) {
                 self.run_after(LEAD, clock)?;
             }
@@ -108,8 +108,8 @@ impl Machine {
         })
     }
 
-    /// Stops it, if it runs, and undoes what it has done.
-    fn go_back(&mut self) -> Result<BroughtBack, Error> {
+    /// Stops it, if it runs, and undoes what it has done. If `goes_on`, it runs at once.
+    fn go_back(&mut self, goes_on: bool) -> Result<BroughtBack, Error> {
         // Before the vCPUs, unlike in a hold: what they still ask of a device is undone with the rest.
         if self.quiesced.is_none() {
             self.quiesced = self.event_loop.halt();
@@ -133,15 +133,18 @@ impl Machine {
         else {
             return Err(Error::NothingToGoBackTo);
         };
-        vcpus.reset(&ready.vcpus)?;
+        vcpus.stop(goes_on)?;
         if quiesced.is_none() {
             *quiesced = Some(event_loop.quiesce(BOUNDS.devices)?);
         }
+        // As it is programmed now, the timer would go on to interrupt, also vCPUs that have been reset.
+        vm.restore(&ready.vm)?;
+        vcpus.reset(&ready.vcpus)?;
         // What is written to its memory is its own affair from here on, and its next snapshot builds on none.
         self.live = None;
         self.stored_as = None;
         disks::undo(disks, confinement.as_ref())?;
-        // After the vCPUs, as when it was made.
+        // Once more, after the vCPUs, as when it was made: a controller delivers to the local APICs as it is set.
         vm.restore(&ready.vm)?;
         counters.devices.reset(state)?;
         // Last: until here, KVM has written to where the guest had told it to, like how long a vCPU was kept from running.
