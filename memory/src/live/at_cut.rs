@@ -7,6 +7,10 @@ use std::{
 
 use super::{Elsewhere, Flags, GRANULE_BYTES, Outcome, Phase, Shared};
 
+/// To copy so many granules takes less than to protect them, of which KVM has to be told, and the fault after that of who writes to
+/// them next: it is most likely the ones that are written to all the time.
+const FEW: usize = 4;
+
 /// What some bytes of memory were at a cut, for who saves them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -58,7 +62,7 @@ impl AtCut {
         self.shared.host.bytes()
     }
 
-    /// Bytes that had to be protected while the guest stood still.
+    /// Bytes that had to be protected or set aside while the guest stood still.
     pub fn protected_bytes(&self) -> u64 {
         self.protected_bytes
     }
@@ -173,21 +177,21 @@ impl Drop for AtCut {
     }
 }
 
-/// Protects what was written to; returns its bytes.
+/// Protects what was written to, or sets it aside at once if that is less; returns its bytes.
 fn begin(shared: &Shared, elsewhere: Elsewhere) -> io::Result<u64> {
     let mut phase = shared.phase_alone();
     shared.check_ready(*phase)?;
     let granules = &shared.granules;
-    let mut protected = 0;
-    for block in 0..granules.blocks() {
-        let count = granules.unprotected(block) as u64;
-        if count > 0 {
-            let _turn = shared.block(block);
-            shared.protect_written(block)?;
-            protected += count * GRANULE_BYTES;
+    let written = granules.written();
+    let blocks = (0..granules.blocks()).filter(|block| granules.unprotected(*block) > 0);
+    for block in blocks {
+        let _turn = shared.block(block);
+        match written <= FEW {
+            true => shared.set_written_aside(block)?,
+            false => shared.protect_written(block)?,
         }
     }
     shared.torn.store(false, Ordering::SeqCst);
     *phase = Phase::Saving { elsewhere };
-    Ok(protected)
+    Ok(written as u64 * GRANULE_BYTES)
 }

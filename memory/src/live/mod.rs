@@ -385,6 +385,17 @@ impl Shared {
         Ok(())
     }
 
+    /// Sets aside what the granules of a block have that were written to, which stay as they are. The caller has its lock.
+    fn set_written_aside(&self, block: usize) -> io::Result<()> {
+        for granule in self.granules.of_block(block) {
+            if !self.granules.flags(granule).has(Flags::PROTECTED) {
+                self.set_aside(granule)?;
+                self.granules.set(granule, Flags::ASIDE);
+            }
+        }
+        Ok(())
+    }
+
     /// Notices accesses to a block from now on, if the host has no page of it. The caller has its lock.
     fn leave_absent(&self, block: usize) -> io::Result<bool> {
         let granules = self.granules.of_block(block);
