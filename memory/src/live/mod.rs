@@ -72,7 +72,8 @@ pub struct Armed {
 }
 
 /// What all who track a memory share. Locks are taken in the order `phase`, a block's. Nobody who has one touches guest
-/// memory but to read what is protected, so that nobody who waits for a page has one.
+/// memory but to read what is protected or, at a cut, in blocks whose accesses are not noticed, so that nobody who waits for a page
+/// has one.
 #[derive(Debug)]
 pub(crate) struct Shared {
     host: Host,
