@@ -35,6 +35,43 @@ fn forked(cli: &Cli, name: &str) -> Machine {
     }
 }
 
+/// Saves the machine `pid` at any moment of what its guest does, two times of five by pre-copy, so that each way follows each on each
+/// destination; and has it go on as another: from the store, on demand, as a fork, or from files.
+fn saved_and_gone_on(cli: &Cli, server: &Server, pid: &str, round: u64) -> Machine {
+    let name = format!("snapshot-{round}");
+    // What goes into files takes all of memory and leaves the store's last what the next builds on.
+    let to = match round % 4 {
+        3 => &["state", "memory"][..],
+        _ => &[name.as_str()],
+    };
+    thread::sleep(Duration::from_millis(round * 7919 % 41));
+    let copy = ["copy-on-write", "pre-copy"][usize::from(round % 5 < 2)];
+    let words = [&["snapshot", "--json", pid, "--copy", copy], to].concat();
+    let report = cli.json(&words).unwrap();
+    assert_eq!(report["copy"], copy, "{report}");
+    assert!(report["rounds"].as_u64().unwrap() > 0, "{report}");
+    match round % 4 {
+        1 => restored(cli, server, &[&name, "--on-demand"]),
+        2 => forked(cli, &name),
+        _ => restored(cli, server, to),
+    }
+}
+
+/// Ends `copy`, and now and then removes a snapshot that others were built on.
+fn done_with(cli: &Cli, copy: Machine, round: u64) {
+    cli.run(&["stop", &copy.pid.to_string()]).unwrap();
+    if round % 4 == 3 {
+        cli.run(&["store", "rm", &format!("snapshot-{}", round - 2)])
+            .unwrap();
+        cli.run(&["store", "gc"]).unwrap();
+    }
+}
+
+fn assert_clean(cli: &Cli) {
+    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
+    assert_eq!(checked["problems"], json!([]), "{checked}");
+}
+
 #[test]
 fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
     let Some(server) = server() else { return };
@@ -45,39 +82,15 @@ fn a_guest_that_writes_all_the_time_is_saved_as_it_was_at_each_cut() {
     let pid = witness.pid.to_string();
     let mut before = 0;
     for round in 0..rounds(8) {
-        let name = format!("snapshot-{round}");
-        // Every fourth goes into files, which takes all of memory and leaves the store's last what the next builds on.
-        let to = match round % 4 {
-            3 => &["state", "memory"][..],
-            _ => &[name.as_str()],
-        };
-        // At any moment of its round.
-        thread::sleep(Duration::from_millis(round * 7919 % 41));
-        // Two of five by pre-copy, so that each way follows each on each destination.
-        let copy = ["copy-on-write", "pre-copy"][usize::from(round % 5 < 2)];
-        let words = [&["snapshot", "--json", &pid, "--copy", copy], to].concat();
-        let report = cli.json(&words).unwrap();
-        assert_eq!(report["copy"], copy, "{report}");
-        assert!(report["rounds"].as_u64().unwrap() > 0, "{report}");
-        let copy = match round % 4 {
-            1 => restored(&cli, &server, &[&name, "--on-demand"]),
-            2 => forked(&cli, &name),
-            _ => restored(&cli, &server, to),
-        };
+        let copy = saved_and_gone_on(&cli, &server, &pid, round);
         // It verifies what it wrote before the cut.
         let said = hear(&server, copy);
         assert!(!said.disturbed && said.round > before, "{round}: {said:?}");
         before = hear(&server, witness).round;
-        cli.run(&["stop", &copy.pid.to_string()]).unwrap();
-        if round % 4 == 3 {
-            cli.run(&["store", "rm", &format!("snapshot-{}", round - 2)])
-                .unwrap();
-            cli.run(&["store", "gc"]).unwrap();
-        }
+        done_with(&cli, copy, round);
     }
     assert!(!hear(&server, witness).disturbed);
-    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
-    assert_eq!(checked["problems"], json!([]), "{checked}");
+    assert_clean(&cli);
 }
 
 /// Has the crew's balloon become one of so many MiB, some time.
@@ -100,36 +113,16 @@ fn all_vcpus_write_while_memory_is_given_back_and_nothing_is_torn_lost_or_leaked
     let mut before = 0;
     for round in 0..rounds(4) {
         ballooned(&server, crew, [16, 2, 10, 0][round as usize % 4]);
-        let name = format!("snapshot-{round}");
-        thread::sleep(Duration::from_millis(round * 7919 % 41));
-        let copy = ["copy-on-write", "pre-copy"][usize::from(round % 5 < 2)];
-        let to = match round % 4 {
-            3 => &["state", "memory"][..],
-            _ => &[name.as_str()],
-        };
-        let words = [&["snapshot", "--json", &pid, "--copy", copy], to].concat();
-        let report = cli.json(&words).unwrap();
-        assert_eq!(report["copy"], copy, "{report}");
-        let copy = match round % 4 {
-            1 => restored(&cli, &server, &[&name, "--on-demand"]),
-            2 => forked(&cli, &name),
-            _ => restored(&cli, &server, to),
-        };
-        // It gives memory back, or takes it, while more comes and it is saved again.
+        let copy = saved_and_gone_on(&cli, &server, &pid, round);
+        // It gives memory back, or takes it, while more of it comes.
         ballooned(&server, copy, [2, 16, 4, 12][round as usize % 4]);
         let said = hear(&server, copy);
         assert!(!said.disturbed && said.round > before, "{round}: {said:?}");
         before = hear(&server, crew).round;
-        cli.run(&["stop", &copy.pid.to_string()]).unwrap();
-        if round % 4 == 3 {
-            cli.run(&["store", "rm", &format!("snapshot-{}", round - 2)])
-                .unwrap();
-            cli.run(&["store", "gc"]).unwrap();
-        }
+        done_with(&cli, copy, round);
     }
     assert!(!hear(&server, crew).disturbed);
-    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
-    assert_eq!(checked["problems"], json!([]), "{checked}");
+    assert_clean(&cli);
 }
 
 #[test]
@@ -172,8 +165,7 @@ fn a_snapshot_takes_what_was_written_to_since_the_last() {
     cli.run(&["store", "rm", "fourth"]).unwrap();
     cli.run(&["store", "gc"]).unwrap();
     save(&["fifth"]);
-    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
-    assert_eq!(checked["problems"], json!([]), "{checked}");
+    assert_clean(&cli);
     let copy = restored(&cli, &server, &["fifth"]);
     let console = server.console(copy).unwrap();
     console.first("a count", bare_metal::count).unwrap();
@@ -253,8 +245,7 @@ fn a_snapshot_is_cancelled_and_the_machine_goes_on_and_is_saved_again() {
     cli.run(&["snapshot", &pid, "whole"]).unwrap();
     let copy = restored(&cli, &server, &["whole"]);
     assert!(!hear(&server, copy).disturbed);
-    let checked = cli.json(&["store", "fsck", "--json"]).unwrap();
-    assert_eq!(checked["problems"], json!([]), "{checked}");
+    assert_clean(&cli);
 
     // Nor does it keep its machine from ending.
     let stop = || drop(cli.run(&["stop", &pid]).unwrap());
