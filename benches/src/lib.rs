@@ -12,6 +12,7 @@ mod elf;
 mod fermata;
 mod filler;
 pub mod forks;
+mod full;
 pub mod images;
 pub mod instant;
 pub mod io;

@@ -26,6 +26,9 @@ enum State {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    /// How often somebody has found it closed.
+    #[cfg(test)]
+    found_closed: std::sync::atomic::AtomicUsize,
 }
 
 impl Gate {
@@ -53,7 +56,13 @@ impl Gate {
     /// Does `work` once the loop is let in, if it ever is.
     pub(super) fn pass(&self, work: impl FnOnce()) {
         let state = lock(&self.state);
-        let closed = |state: &mut State| *state == State::Closed;
+        let closed = |state: &mut State| {
+            let closed = *state == State::Closed;
+            #[cfg(test)]
+            self.found_closed
+                .fetch_add(closed.into(), std::sync::atomic::Ordering::Relaxed);
+            closed
+        };
         let waited = self.changed.wait_while(state, closed);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         if *state == State::Ended {
@@ -92,9 +101,20 @@ impl MutEventSubscriber for Gated {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::Arc, thread};
+    use std::{
+        sync::{Arc, atomic::Ordering},
+        thread::{self, JoinHandle},
+    };
 
     use super::*;
+
+    /// Returns when `who` waits at the closed gate.
+    fn waits(gate: &Gate, who: &JoinHandle<()>) {
+        while gate.found_closed.load(Ordering::Relaxed) == 0 {
+            assert!(!who.is_finished(), "it did not wait");
+            thread::yield_now();
+        }
+    }
 
     #[test]
     fn who_is_in_keeps_it_from_being_closed_and_who_is_not_waits() {
@@ -107,6 +127,7 @@ mod tests {
             let (gate, passed) = (Arc::clone(&gate), Arc::clone(&passed));
             move || gate.pass(|| *lock(&passed) = true)
         });
+        waits(&gate, &waiting);
         assert!(!*lock(&passed));
         gate.open();
         waiting.join().unwrap();
@@ -121,6 +142,7 @@ mod tests {
             let gate = Arc::clone(&gate);
             move || gate.pass(|| panic!("it passed"))
         });
+        waits(&gate, &waiting);
         gate.end();
         waiting.join().unwrap();
         gate.open();
