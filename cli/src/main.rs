@@ -11,6 +11,7 @@ mod machine;
 mod machine_file;
 mod net;
 mod output;
+mod peer_key;
 mod program;
 mod progress;
 mod size;
@@ -26,8 +27,8 @@ use control::{LOG_VARIABLE, Registry, allow_many_files};
 use tracing_subscriber::EnvFilter;
 
 use commands::{
-    balloon as balloon_commands, cancel, disk, fork, inspect, pause, ps, reset, restore, run,
-    serve, snapshot, stop, store as store_commands,
+    balloon as balloon_commands, cancel, disk, fork, inspect, pause, ps, receive, reset, restore,
+    run, serve, snapshot, stop, store as store_commands,
 };
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
@@ -58,6 +59,8 @@ enum Command {
     Snapshot(snapshot::Args),
     /// Ends the snapshot that is being taken of a machine; nothing of it is kept.
     Cancel(cancel::Args),
+    /// Receives snapshots that other hosts send (`fermata snapshot --to`).
+    Receive(receive::Args),
     /// Lets a saved machine go on.
     Restore(restore::Args),
     /// Has a machine be what it was when it was forked or restored: undoes what it has done since.
@@ -81,7 +84,10 @@ enum Command {
 fn main() -> ExitCode {
     let Cli { run_dir, command } = Cli::parse();
     start_log(&command);
-    if matches!(command, Command::Serve(_) | Command::Fork(_)) {
+    if matches!(
+        command,
+        Command::Serve(_) | Command::Fork(_) | Command::Receive(_)
+    ) {
         allow_many_files();
     }
     let run_dir = run_dir.unwrap_or_else(Registry::default_dir);
@@ -103,6 +109,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Resume(args) => wait(pause::resume(&args, run_dir)),
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),
         Command::Cancel(args) => wait(cancel::cancel(&args, run_dir)),
+        Command::Receive(args) => receive::receive(&args),
         Command::Restore(args) => wait(restore::restore(args, run_dir)),
         Command::Reset(args) => wait(reset::reset(&args, run_dir)),
         Command::Fork(args) => wait(fork::fork(args, run_dir)),
@@ -125,7 +132,7 @@ fn wait(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Resu
 /// Messages go to standard error: for a server what it does, for a command only what is wrong.
 fn start_log(command: &Command) {
     let default = match command {
-        Command::Serve(_) => "info,tarpc=warn,rocket=off",
+        Command::Serve(_) | Command::Receive(_) => "info,tarpc=warn,rocket=off",
         _ => "warn,tarpc=error",
     };
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default));

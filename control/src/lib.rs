@@ -49,7 +49,7 @@ pub use secret::Secret;
 pub use server::serve;
 pub use service::{
     AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, MemoryCopy, Metric, ResetReport,
-    SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SnapshotReport, SnapshotRequest, Status,
+    SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SentReport, SnapshotReport, SnapshotRequest, Status,
     StoredReport, Vmm, VmmClient,
 };
 pub use spawn::{Log, SpawnError, Spawned, fork, spawn};

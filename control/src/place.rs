@@ -47,6 +47,15 @@ pub enum Destination {
         /// Where the memfd is open, like `/proc/<pid>/fd/<number>`; absolute.
         path: PathBuf,
     },
+    /// To another fermata, which keeps it.
+    Peer {
+        /// Where that listens, like `host:7070`.
+        address: String,
+        /// The file with the key that both have; absolute.
+        key_file: PathBuf,
+        /// A name that nothing there has yet.
+        name: String,
+    },
 }
 
 /// Where a saved machine comes from.
@@ -98,7 +107,7 @@ impl Destination {
     #[must_use]
     pub fn is_absolute(&self) -> bool {
         let (store, files) = match self {
-            Self::Image { path } => return path.is_absolute(),
+            Self::Image { path } | Self::Peer { key_file: path, .. } => return path.is_absolute(),
             Self::Files { state, memory } => (None, Some((state, memory))),
             Self::Stored { store, .. } => (Some(store), None),
             Self::Referenced {

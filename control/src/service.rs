@@ -148,6 +148,9 @@ pub struct SnapshotReport {
     pub total_us: u64,
     /// What it took in a store, if it went into one.
     pub stored: Option<StoredReport>,
+    /// What became of it with a peer, if it was sent to one.
+    #[serde(default)]
+    pub sent: Option<SentReport>,
 }
 
 /// Answer of [`Vmm::reset`].
@@ -167,6 +170,17 @@ pub struct StoredReport {
     /// Its id there, in hexadecimal.
     pub id: String,
     /// Bytes by which the store has grown: of chunks that it did not hold, and of the snapshot itself.
+    pub new_bytes: u64,
+}
+
+/// What became of a snapshot that a peer keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentReport {
+    /// Its name there.
+    pub name: String,
+    /// Its id in the peer's store, in hexadecimal, if it is in one.
+    pub id: Option<String>,
+    /// Bytes by which that has grown.
     pub new_bytes: u64,
 }
 

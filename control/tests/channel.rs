@@ -83,6 +83,7 @@ impl Vmm for Service {
             downtime_us: 0,
             total_us: left.as_micros() as u64,
             stored: None,
+            sent: None,
         })
     }
 

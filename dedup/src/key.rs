@@ -125,7 +125,8 @@ impl Key {
         from_hex::<KEY_BYTES>(digits).map(Key::from)
     }
 
-    pub(crate) fn bytes(&self) -> &[u8; KEY_BYTES] {
+    /// Its bytes, which are nobody else's to see.
+    pub fn bytes(&self) -> &[u8; KEY_BYTES] {
         &self.0
     }
 }

@@ -54,6 +54,7 @@ pub use error::{Error, Result};
 pub use fsck::{Problem, Report, repair_config};
 pub use gc::{Collected, GcOptions};
 pub use key::Key;
+pub use name::check_name;
 pub use progress::Progress;
 pub use read::{Around, Decoded, ImageReader, PartReader, Zeros};
 pub use snapshot::{Facts, ImageFacts, SnapshotId};

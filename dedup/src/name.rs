@@ -44,8 +44,12 @@ pub(crate) fn fill_random(bytes: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// Accepts names that are safe as file names everywhere.
-pub(crate) fn check_name(name: &str) -> Result<()> {
+/// Accepts names that snapshots can have: they are safe as file names everywhere.
+///
+/// # Errors
+///
+/// [`Error::Name`].
+pub fn check_name(name: &str) -> Result<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if (1..=128).contains(&name.len()) && name.chars().all(allowed) && !name.starts_with(['.', '-'])
     {

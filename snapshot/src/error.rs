@@ -4,6 +4,8 @@ use std::{io, path::PathBuf};
 
 use rustix::io::Errno;
 
+use crate::PeerError;
+
 /// An error that names the file it is about.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -96,9 +98,26 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
-    /// There is no thread to bring memory.
+    /// A snapshot that was to be sent is not with its peer.
+    #[error("the peer at {address} {cause}")]
+    Peer {
+        /// The peer.
+        address: String,
+        /// Why.
+        cause: PeerError,
+    },
+    /// A snapshot that comes does not come any more.
+    #[error("the sender {0}")]
+    Sender(#[source] PeerError),
+    /// A snapshot that comes is not kept.
+    #[error("{0}")]
+    Refused(String),
+    /// There is a snapshot of that name.
+    #[error("there is a snapshot {0:?} here already; choose another name or remove it")]
+    NameTaken(String),
+    /// There is no thread to bring memory, or to keep a snapshot.
     #[error(
-        "a thread that brings the guest's memory cannot be started: {0}; the host is out of threads"
+        "a thread that is needed for a snapshot cannot be started: {0}; the host is out of threads"
     )]
     Thread(#[source] io::Error),
     /// Guest memory could not be had or read.

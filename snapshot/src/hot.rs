@@ -20,7 +20,8 @@ use rustix::fs::{SealFlags, fcntl_get_seals};
 use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES};
 
 use crate::{
-    Content, Error, Saving, Written, image::Image, image_file::ImageFile, table::Table, transfer,
+    Content, Error, Saving, Written, granules, image::Image, image_file::ImageFile, table::Table,
+    transfer,
 };
 
 /// What must be sealed: content and length.
@@ -98,9 +99,7 @@ pub(crate) fn write(
     memory: &impl Content,
     saving: &Saving,
 ) -> Result<Written, Error> {
-    image
-        .save(memory, saving)
-        .map_err(Error::io("write", NAME))?;
+    granules::save(&image, memory, saving).map_err(Error::io("write", NAME))?;
     let (table, written) = image.finish();
     write_tail(file, state, &table, written.memory_bytes)?;
     Ok(written)

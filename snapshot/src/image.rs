@@ -12,6 +12,7 @@ use saved_state::SnapshotId;
 use crate::{
     Content, Error, Saving, Written,
     durable::{Pending, open_for_reading},
+    granules,
     image_file::ImageFile,
     table::{FOOTER_BYTES, Footer, GRANULE_BYTES, Table},
     transfer,
@@ -36,7 +37,7 @@ pub(crate) fn write_image(
 ) -> Result<Written, Error> {
     let failed = || Error::io("write", pending.target());
     let file = pending.file();
-    image.save(memory, saving).map_err(failed())?;
+    granules::save(&image, memory, saving).map_err(failed())?;
     let (table, written) = image.finish();
     let memory_bytes = written.memory_bytes;
     let table = table.to_bytes();

@@ -15,9 +15,9 @@ use memory::PAGE_BYTES;
 use rustix::{fs::FallocateFlags, io::Errno};
 
 use crate::{
-    Content, Piece, Saving,
+    Piece, Saving,
+    granules::{Granules, bytes_of},
     table::{GRANULE_BYTES, HOLE, Table, digest, is_zero},
-    transfer::{granules_of, on_all_cores},
 };
 
 /// How much of guest memory was written.
@@ -62,61 +62,7 @@ impl ImageFile {
         }
     }
 
-    /// Has the file be `memory`, which knows what of it was written here before.
-    pub(crate) fn save(&self, memory: &impl Content, saving: &Saving) -> io::Result<()> {
-        let pieces = memory.pieces(None, GRANULE_BYTES)?;
-        let granules = |is: fn(&Piece) -> bool| {
-            let mut at = 0;
-            let ranges = pieces.iter().filter_map(|piece| {
-                let start = at;
-                at += piece.bytes();
-                is(piece).then_some(start..at)
-            });
-            granules_of(&ranges.collect::<Vec<_>>())
-        };
-        let data = granules(|piece| matches!(piece, Piece::Data(_)));
-        let copied = granules(|piece| matches!(piece, Piece::Copied(_)));
-        let mut is_zero = vec![true; self.granules.len()];
-        for granule in data.iter().chain(&copied) {
-            is_zero[*granule] = false;
-        }
-        for granule in (0..is_zero.len()).filter(|granule| is_zero[*granule]) {
-            self.erase(granule)?;
-        }
-        saving.begin(data.len() as u64 * GRANULE_BYTES);
-        let read = |offset, content: &mut [u8]| memory.read(offset, content).map(|()| true);
-        self.write(&data, read, saving).map(drop)
-    }
-
-    /// Writes these granules, as `read` has them, on all cores. Each is copied first, so that digest and file agree even if the
-    /// guest should write meanwhile. One of which `read` says that it has none stays what it is. Returns how many were written.
-    pub(crate) fn write(
-        &self,
-        granules: &[usize],
-        read: impl Fn(u64, &mut [u8]) -> io::Result<bool> + Sync,
-        saving: &Saving,
-    ) -> io::Result<u64> {
-        let written = AtomicU64::new(0);
-        on_all_cores(granules, |buffer, batch| {
-            let mut had = Vec::with_capacity(batch.len());
-            for (granule, content) in batch.iter().zip(buffer.chunks_mut(GRANULE_BYTES as usize)) {
-                let content = &mut content[..self.bytes_of(*granule)];
-                if read(*granule as u64 * GRANULE_BYTES, content)? {
-                    had.push((*granule, digest(content), &*content));
-                }
-            }
-            written.fetch_add(had.len() as u64, Ordering::Relaxed);
-            let writing = self.turn.lock();
-            for (granule, digest, content) in had {
-                self.put(granule, digest, content)?;
-            }
-            drop(writing);
-            saving.advance(batch.len() as u64 * GRANULE_BYTES)
-        })?;
-        Ok(written.into_inner())
-    }
-
-    fn put(&self, granule: usize, digest: u64, content: &[u8]) -> io::Result<()> {
+    fn put_one(&self, granule: usize, digest: u64, content: &[u8]) -> io::Result<()> {
         let start = granule as u64 * GRANULE_BYTES;
         let known = &self.granules[granule];
         let was = known.digest.swap(digest, Ordering::Relaxed);
@@ -134,18 +80,9 @@ impl ImageFile {
         Ok(())
     }
 
-    /// Has this granule be zeros.
-    fn erase(&self, granule: usize) -> io::Result<()> {
-        let known = &self.granules[granule];
-        if known.digest.swap(HOLE, Ordering::Relaxed) != HOLE {
-            self.punch(granule)?;
-        }
-        known.pages.store(0, Ordering::Relaxed);
-        Ok(())
-    }
-
     fn punch(&self, granule: usize) -> io::Result<()> {
-        let (start, bytes) = (granule as u64 * GRANULE_BYTES, self.bytes_of(granule));
+        let start = granule as u64 * GRANULE_BYTES;
+        let bytes = bytes_of(granule, self.memory_bytes);
         let hole = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
         match rustix::fs::fallocate(&self.file, hole, start, bytes as u64) {
             // Zeros are as good, if not as small.
@@ -159,9 +96,17 @@ impl ImageFile {
         self.file.read_exact_at(buffer, offset)
     }
 
-    fn bytes_of(&self, granule: usize) -> usize {
-        let start = granule as u64 * GRANULE_BYTES;
-        (self.memory_bytes - start).min(GRANULE_BYTES) as usize
+    /// What of it is not zeros, by granules.
+    pub(crate) fn pieces(&self) -> Vec<Piece> {
+        let granules = self.granules.iter().enumerate();
+        let piece = |(granule, known): (usize, &Granule)| {
+            let bytes = bytes_of(granule, self.memory_bytes) as u64;
+            match known.digest.load(Ordering::Relaxed) {
+                HOLE => Piece::Zeros(bytes),
+                _ => Piece::Copied(bytes),
+            }
+        };
+        granules.map(piece).collect()
     }
 
     /// What is in the file.
@@ -177,6 +122,30 @@ impl ImageFile {
         let digests = self.granules.into_iter();
         let digests = digests.map(|known| known.digest.into_inner()).collect();
         (Table { digests }, written)
+    }
+}
+
+impl Granules for ImageFile {
+    fn bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    fn put(&self, batch: &[(usize, &[u8])], _: &Saving) -> io::Result<()> {
+        let digests: Vec<u64> = batch.iter().map(|(_, content)| digest(content)).collect();
+        let _writing = self.turn.lock();
+        for ((granule, content), digest) in batch.iter().zip(digests) {
+            self.put_one(*granule, digest, content)?;
+        }
+        Ok(())
+    }
+
+    fn erase(&self, granule: usize, _: &Saving) -> io::Result<()> {
+        let known = &self.granules[granule];
+        if known.digest.swap(HOLE, Ordering::Relaxed) != HOLE {
+            self.punch(granule)?;
+        }
+        known.pages.store(0, Ordering::Relaxed);
+        Ok(())
     }
 }
 
@@ -206,6 +175,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{Content, granules};
 
     const PAGE: usize = PAGE_BYTES as usize;
     /// The last granule is short.
@@ -290,13 +260,13 @@ mod tests {
                     buffer.copy_from_slice(&content(granule, &pages));
                     Ok(is_there)
                 };
-                let written = image.write(&[granule], read, &saving).unwrap();
+                let written = granules::write(&image, &[granule], read, &saving).unwrap();
                 prop_assert_eq!(written, u64::from(is_there));
                 if is_there {
                     model[granule] = pages;
                 }
             }
-            image.save(&Memory(at_cut), &saving).unwrap();
+            granules::save(&image, &Memory(at_cut), &saving).unwrap();
             for (pages, at_cut) in model.iter_mut().zip(at_cut) {
                 match at_cut {
                     AtCut::Copied => {}

@@ -1,4 +1,4 @@
-//! A saved machine: its state ([`saved_state::Container`]) and its memory, as two files or in a store.
+//! A saved machine: its state ([`saved_state::Container`]) and its memory, as two files in a store, or with another fermata.
 //!
 //! [`write`] makes a snapshot appear whole, or not at all; [`Snapshot::open`] checks it before anything in it is
 //! believed. `docs/state-format.md`, `docs/memory-format.md` and `docs/store-format.md` specify the bytes.
@@ -11,6 +11,7 @@ mod disk;
 mod durable;
 mod error;
 mod files;
+mod granules;
 mod hot;
 mod image;
 mod image_file;
@@ -19,6 +20,7 @@ mod open;
 mod reference;
 mod save;
 mod saving;
+mod sent;
 mod stored;
 mod table;
 mod transfer;
@@ -27,13 +29,14 @@ mod transfer;
 const FORGED: bool = cfg!(fuzzing);
 
 pub use content::{Content, Piece};
-pub use dedup::{Error as StoreError, Progress, Saved, Store};
+pub use dedup::{Error as StoreError, Key, Progress, Saved, Store};
 pub use disk::StoredDisk;
 pub use error::Error;
 pub use files::Files;
 pub use image_file::Written;
 pub use on_demand::{Lost, OnDemand, OnLoss};
 pub use open::{Snapshot, Source, read_state};
-pub use save::{Destination, Draft, StorePlace, Unpublished, begin, write};
+pub use save::{Destination, Draft, Published, StorePlace, Unpublished, begin, write};
 pub use saving::Saving;
+pub use sent::{Keep, PeerAt, PeerError, Place, Received, Why, receive};
 pub use stored::{MEMORY_IMAGE, StoreAt};

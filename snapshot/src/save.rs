@@ -1,18 +1,25 @@
 //! Saving a machine: to two files, into a store, or both.
 
-use std::{fmt, fs::File, io::Write, path::Path};
+use std::{
+    fmt,
+    fs::File,
+    io::{self, Write},
+    path::Path,
+};
 
 use dedup::{Saved, Store, Writer};
 use memory::MachineMemory;
 use saved_state::{Container, Header, SnapshotId};
 
 use crate::{
-    Content, Error, Saving, Written, content, disk,
+    Content, Error, PeerAt, Piece, Received, Saving, Written, content, disk,
     files::{Files, PendingFiles},
+    granules::{self, Granules},
     hot,
     image::{begin_image, write_image},
     image_file::ImageFile,
     reference::Reference,
+    sent::Sender,
     stored,
     transfer::granules_of,
 };
@@ -38,6 +45,15 @@ pub enum Destination<'a> {
     },
     /// In this file, which is empty: a hot image. Who made the file seals it.
     Hot(&'a File),
+    /// With a peer, which keeps it where it was told to.
+    Peer {
+        /// The peer.
+        at: PeerAt<'a>,
+        /// Its name there, which nothing there has yet.
+        name: &'a str,
+        /// Bytes of the machine's memory.
+        memory_bytes: u64,
+    },
 }
 
 /// A store, and what it holds already of the machine.
@@ -53,8 +69,17 @@ pub struct StorePlace<'a> {
 pub struct Draft {
     id: SnapshotId,
     place: Place,
-    /// Copies of memory, and where they are: in the place itself, if what is there can be written over.
-    copies: Option<ImageFile>,
+    copies: Copies,
+}
+
+/// Copies of memory that were made before the cut, and where they are.
+enum Copies {
+    /// There are none.
+    None,
+    /// In the place itself, if what is there can be written over, or in memory.
+    In(ImageFile),
+    /// With the peer.
+    Sent,
 }
 
 /// A snapshot whose bytes are written but neither durable nor visible. Dropped, it leaves nothing but, in a
@@ -77,6 +102,28 @@ enum Place {
         files: PendingFiles,
     },
     Hot(File),
+    Peer(Box<Sender>),
+}
+
+/// Where a snapshot is that is complete and durable.
+#[derive(Clone, Debug)]
+pub enum Published {
+    /// In files, or in a hot image.
+    InFiles,
+    /// In a store, and perhaps in files that refer to it.
+    InStore(Saved),
+    /// With a peer.
+    WithPeer(Received),
+}
+
+impl Published {
+    /// What became of it in the store, if that is where it went.
+    pub fn in_store(self) -> Option<Saved> {
+        match self {
+            Self::InStore(saved) => Some(saved),
+            Self::InFiles | Self::WithPeer(_) => None,
+        }
+    }
 }
 
 /// A snapshot in work in a store.
@@ -127,11 +174,16 @@ pub fn begin(to: Destination<'_>, id: SnapshotId) -> Result<Draft, Error> {
         Destination::Hot(file) => {
             Place::Hot(file.try_clone().map_err(Error::io("write", hot::NAME))?)
         }
+        Destination::Peer {
+            at,
+            name,
+            memory_bytes,
+        } => Place::Peer(Box::new(Sender::begin(at, name, id, memory_bytes)?)),
     };
     Ok(Draft {
         id,
         place,
-        copies: None,
+        copies: Copies::None,
     })
 }
 
@@ -150,25 +202,26 @@ pub fn write(
 }
 
 impl Place {
-    /// Begins an image of a machine's memory, of so many bytes, that can be written over.
-    fn begin_image(&self, memory_bytes: u64) -> Result<ImageFile, Error> {
-        match self {
+    /// Begins copies of a machine's memory, of so many bytes, that can be written over.
+    fn begin_copies(&self, memory_bytes: u64) -> Result<Copies, Error> {
+        let image = match self {
             Self::Files(files) => begin_image(&files.memory, memory_bytes),
             Self::Hot(file) => hot::begin(file, memory_bytes),
             Self::Stored(_) | Self::Referenced { .. } => stored::begin_copies(memory_bytes),
-        }
+            Self::Peer(_) => return Ok(Copies::Sent),
+        };
+        image.map(Copies::In)
     }
 
-    /// What an image that cannot be written to here is.
-    fn failed(&self) -> impl FnOnce(std::io::Error) -> Error {
-        Error::io(
-            "write",
-            match self {
-                Self::Files(files) => files.memory.target(),
-                Self::Hot(_) => Path::new(hot::NAME),
-                Self::Stored(_) | Self::Referenced { .. } => Path::new(stored::COPIES),
-            },
-        )
+    /// What copies that cannot be written here are.
+    fn failed(&self, error: io::Error) -> Error {
+        let path = match self {
+            Self::Files(files) => files.memory.target(),
+            Self::Hot(_) => Path::new(hot::NAME),
+            Self::Stored(_) | Self::Referenced { .. } => Path::new(stored::COPIES),
+            Self::Peer(sender) => return sender.failed()(error),
+        };
+        Error::io("write", path)(error)
     }
 }
 
@@ -177,7 +230,7 @@ impl Draft {
     /// `unit` bytes.
     pub fn can_keep(&self, memory_bytes: u64, unit: u64) -> bool {
         match &self.place {
-            Place::Files(_) | Place::Hot(_) => false,
+            Place::Files(_) | Place::Hot(_) | Place::Peer(_) => false,
             Place::Stored(stored) | Place::Referenced { stored, .. } => {
                 let parent = stored.writer.parent_size(stored::MEMORY_IMAGE);
                 parent == Some(memory_bytes) && unit.is_multiple_of(stored.unit)
@@ -185,20 +238,38 @@ impl Draft {
         }
     }
 
-    /// Begins with copies of memory, of so many bytes, that are made before the machine's cut. In files they are streamed to where
-    /// they belong; for a store they are kept in memory.
+    /// Begins with copies of memory, of so many bytes, that are made before the machine's cut. To files and peers they are streamed;
+    /// for a store they are kept in memory.
     ///
     /// # Errors
     ///
     /// What the host says.
     pub fn begin_copies(&mut self, memory_bytes: u64) -> Result<(), Error> {
-        self.copies = Some(self.place.begin_image(memory_bytes)?);
+        self.copies = self.place.begin_copies(memory_bytes)?;
         Ok(())
     }
 
     /// Whether there are any.
     pub fn has_copies(&self) -> bool {
-        self.copies.is_some()
+        !matches!(self.copies, Copies::None)
+    }
+
+    /// Has the copy of this granule be `content`.
+    pub(crate) fn put(&self, granule: usize, content: &[u8]) -> Result<(), Error> {
+        let Copies::In(image) = &self.copies else {
+            return Err(no_copies());
+        };
+        // Nobody cancels it.
+        let put = image.put(&[(granule, content)], &Saving::default());
+        put.map_err(|error| self.place.failed(error))
+    }
+
+    /// What of the copies is not zeros.
+    pub(crate) fn copied(&self) -> Vec<Piece> {
+        match &self.copies {
+            Copies::In(image) => image.pieces(),
+            Copies::None | Copies::Sent => Vec::new(),
+        }
     }
 
     /// Copies the parts of `unit` bytes at these offsets of memory, as `read` has them, over what was copied of them before. Those
@@ -215,15 +286,20 @@ impl Draft {
         &self,
         offsets: &[u64],
         unit: u64,
-        read: impl Fn(u64, &mut [u8]) -> std::io::Result<bool> + Sync,
+        read: impl Fn(u64, &mut [u8]) -> io::Result<bool> + Sync,
         saving: &Saving,
     ) -> Result<u64, Error> {
-        let copies = self.copies.as_ref();
-        let copies = copies.ok_or_else(|| Error::Read(std::io::ErrorKind::NotFound.into()))?;
         let ranges: Vec<_> = offsets.iter().map(|at| *at..*at + unit).collect();
-        saving.begin(ranges.len() as u64 * unit);
-        let copied = copies.write(&granules_of(&ranges), read, saving);
-        copied.map_err(self.place.failed())
+        let ranges = granules_of(&ranges);
+        saving.begin(offsets.len() as u64 * unit);
+        let copied = match (&self.copies, &self.place) {
+            (Copies::In(image), _) => granules::write(image, &ranges, read, saving),
+            (Copies::Sent, Place::Peer(sender)) => {
+                granules::write(&sender.memory(), &ranges, read, saving)
+            }
+            _ => return Err(no_copies()),
+        };
+        copied.map_err(|error| self.place.failed(error))
     }
 
     /// Writes `state`, which has this snapshot's id, and `memory` to where they are not seen yet. A machine that stands still
@@ -247,20 +323,29 @@ impl Draft {
         let bytes = state.to_bytes();
         let written = match &mut place {
             Place::Files(files) => {
-                let begun = || begin_image(&files.memory, memory_bytes);
-                let image = copies.map_or_else(begun, Ok)?;
+                let image = match copies {
+                    Copies::In(image) => image,
+                    _ => begin_image(&files.memory, memory_bytes)?,
+                };
                 write_image(&files.memory, image, memory, id, saving)?
             }
             Place::Hot(file) => {
-                let image = copies.map_or_else(|| hot::begin(file, memory_bytes), Ok)?;
+                let image = match copies {
+                    Copies::In(image) => image,
+                    _ => hot::begin(file, memory_bytes)?,
+                };
                 hot::write(file, state, image, memory, saving)?
             }
             Place::Stored(stored) | Place::Referenced { stored, .. } => {
                 let InStore { unit, writer, .. } = stored;
                 writer.set_manifest(bytes.clone());
-                let copies = copies.as_ref();
+                let copies = match &copies {
+                    Copies::In(image) => Some(image),
+                    _ => None,
+                };
                 stored::write_memory(writer, *unit, memory_bytes, memory, copies, saving)?
             }
+            Place::Peer(sender) => sender.write(&bytes, memory, saving)?,
         };
         if let Place::Files(files) | Place::Referenced { files, .. } = &place {
             let state = &files.state;
@@ -279,12 +364,16 @@ impl Draft {
 }
 
 impl Unpublished {
-    /// Whether it goes into a store.
-    pub fn is_in_store(&self) -> bool {
-        matches!(self.place, Place::Stored(_) | Place::Referenced { .. })
+    /// Whether it has a place for disks: in a store, or with a peer that has one.
+    pub fn keeps_disks(&self) -> bool {
+        match &self.place {
+            Place::Stored(_) | Place::Referenced { .. } => true,
+            Place::Peer(sender) => sender.keeps_disks(),
+            Place::Files(_) | Place::Hot(_) => false,
+        }
     }
 
-    /// Saves the machine's disk with this number too, if the snapshot goes into a store; elsewhere there is no place for it.
+    /// Saves the machine's disk with this number too, if there is a place for it.
     ///
     /// # Errors
     ///
@@ -302,26 +391,31 @@ impl Unpublished {
                 let name = disk::image_name(number);
                 content::write(writer, *unit, &name, content, None, saving).map(drop)
             }
+            Place::Peer(sender) if sender.keeps_disks() => {
+                sender.write_disk(number, content, saving)
+            }
+            Place::Peer(_) => Ok(()),
         }
     }
 
     /// Makes the snapshot durable and gives it its names. When it returns, a power cut does not take it away;
-    /// when it fails, what was at the paths is still there, and a store may have it under the name of its id.
-    /// Returns what became of it in the store, if that is where it went.
+    /// when it fails, what was at the paths is still there, and a store may have it under the name of its id, or the peer under its
+    /// name. Returns where it is.
     ///
     /// # Errors
     ///
     /// An [`Error`] that names the file or the snapshot.
-    pub fn publish(self) -> Result<Option<Saved>, Error> {
+    pub fn publish(self) -> Result<Published, Error> {
         let commit = |stored: InStore| {
             let saved = stored.writer.commit();
             saved.map_err(Error::store("the store"))
         };
         match self.place {
-            Place::Files(files) => files.publish().map(|()| None),
+            Place::Files(files) => files.publish().map(|()| Published::InFiles),
             // Who made it seals it.
-            Place::Hot(_) => Ok(None),
-            Place::Stored(stored) => commit(stored).map(Some),
+            Place::Hot(_) => Ok(Published::InFiles),
+            Place::Stored(stored) => commit(stored).map(Published::InStore),
+            Place::Peer(sender) => sender.publish().map(Published::WithPeer),
             Place::Referenced { stored, files } => {
                 let store = stored.store;
                 let saved = commit(stored)?;
@@ -338,8 +432,13 @@ impl Unpublished {
                     .map_err(Error::io("write", memory.target()))?;
                 // Only now: a reference must never be there without what it refers to.
                 files.publish()?;
-                Ok(Some(saved))
+                Ok(Published::InStore(saved))
             }
         }
     }
+}
+
+/// Of a draft in which nobody has begun with copies.
+fn no_copies() -> Error {
+    Error::Read(io::ErrorKind::NotFound.into())
 }

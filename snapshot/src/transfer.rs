@@ -83,7 +83,7 @@ pub(crate) fn granules_of(ranges: &[Range<u64>]) -> Vec<usize> {
 }
 
 /// The ranges of `file` below `end` that are no holes.
-fn data_of(file: &File, end: u64) -> io::Result<Vec<Range<u64>>> {
+pub(crate) fn data_of(file: &File, end: u64) -> io::Result<Vec<Range<u64>>> {
     let mut ranges = Vec::new();
     let mut at = 0;
     while at < end {

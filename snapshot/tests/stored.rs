@@ -93,7 +93,9 @@ fn at(directory: &Path) -> StoreAt<'_> {
 }
 
 fn publish(to: Destination<'_>, id: u8, memory: &MachineMemory) -> Result<Saved, Error> {
-    let saved = write(to, &container(id), memory, &Saving::default())?.publish()?;
+    let saved = write(to, &container(id), memory, &Saving::default())?
+        .publish()?
+        .in_store();
     Ok(saved.unwrap())
 }
 
@@ -112,7 +114,7 @@ fn memory_and_state_come_back() {
     let progress = saving.progress();
     assert!(progress.total() > 0);
     assert_eq!(progress.done(), progress.total());
-    let saved = unpublished.publish().unwrap().unwrap();
+    let saved = unpublished.publish().unwrap().in_store().unwrap();
 
     let snapshot = place.open("monday").unwrap();
     assert_eq!(snapshot.state.header.id, SnapshotId([7; 16]));
@@ -359,9 +361,9 @@ fn a_disk_is_saved_with_its_machine_and_only_what_has_changed_is_read() {
         };
         let saving = Saving::default();
         let mut unpublished = write(to, &container(1), &memory, &saving).unwrap();
-        assert!(unpublished.is_in_store());
+        assert!(unpublished.keeps_disks());
         unpublished.write_disk(0, &disk, &saving).unwrap();
-        let saved = unpublished.publish().unwrap().unwrap();
+        let saved = unpublished.publish().unwrap().in_store().unwrap();
         assert_eq!(disk.kept.into_inner(), parent.is_some());
         parent = Some(saved.id.to_string());
 

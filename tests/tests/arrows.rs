@@ -33,8 +33,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("devices", &["branch-disk", "memory", "saved-state"]),
     ("hypervisor", &["memory", "saved-state"]),
     ("memory", &[]),
+    ("peer", &[]),
     ("saved-state", &[]),
-    ("snapshot", &["dedup", "memory", "saved-state"]),
+    ("snapshot", &["dedup", "memory", "peer", "saved-state"]),
     (
         "system-tests",
         &["api-types", "control", "snapshot", "testbed"],

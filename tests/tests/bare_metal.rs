@@ -39,6 +39,8 @@ mod reset;
 mod resize;
 #[path = "bare_metal/round_trip.rs"]
 mod round_trip;
+#[path = "bare_metal/sent.rs"]
+mod sent;
 #[path = "bare_metal/store.rs"]
 mod store;
 

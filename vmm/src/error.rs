@@ -270,6 +270,22 @@ fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
         }
         Snapshot::GuestMemory(_) | Snapshot::Read(_) | Snapshot::Thread(_) => FailureKind::Host,
         Snapshot::Store { cause, .. } => store_kind(cause),
+        Snapshot::Peer { cause, .. } => peer_kind(cause),
+        Snapshot::NameTaken(_) => FailureKind::WrongState,
+        Snapshot::Sender(_) | Snapshot::Refused(_) => FailureKind::Host,
+    }
+}
+
+fn peer_kind(error: &snapshot::PeerError) -> FailureKind {
+    use snapshot::{PeerError, Why};
+    match error {
+        PeerError::Refused { why, .. } => match why {
+            Why::BadRequest => FailureKind::BadRequest,
+            Why::NameTaken => FailureKind::WrongState,
+            Why::NoSpace => FailureKind::NoSpace,
+            Why::Other => FailureKind::Host,
+        },
+        PeerError::Stream(_) | PeerError::Nonsense => FailureKind::Host,
     }
 }
 

@@ -4,20 +4,32 @@ use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use control::{Destination, Source, StoreLocation};
 use rustix::fs::fcntl_get_seals;
-use snapshot::{Files, Snapshot, Store, StoreAt, StorePlace};
+use snapshot::{Files, PeerAt, Snapshot, Store, StoreAt, StorePlace};
 
 use crate::error::Error;
 
 /// Where a snapshot goes, with its store opened.
 pub(crate) enum OpenDestination<'a> {
     Files(Files<'a>),
-    Stored { store: Store, name: &'a str },
-    Referenced { store: Store, files: Files<'a> },
+    Stored {
+        store: Store,
+        name: &'a str,
+    },
+    Referenced {
+        store: Store,
+        files: Files<'a>,
+    },
     Hot(File),
+    Peer {
+        at: PeerAt<'a>,
+        name: &'a str,
+        memory_bytes: u64,
+    },
 }
 
 impl<'a> OpenDestination<'a> {
-    pub(crate) fn new(to: &'a Destination) -> Result<Self, Error> {
+    /// Opens it for a machine with so many bytes of memory.
+    pub(crate) fn new(to: &'a Destination, memory_bytes: u64) -> Result<Self, Error> {
         Ok(match to {
             Destination::Files { state, memory } => Self::Files(Files { state, memory }),
             Destination::Stored { store, name } => Self::Stored {
@@ -33,6 +45,15 @@ impl<'a> OpenDestination<'a> {
                 files: Files { state, memory },
             },
             Destination::Image { path } => Self::Hot(open_memfd(path)?),
+            Destination::Peer {
+                address,
+                key_file,
+                name,
+            } => Self::Peer {
+                at: PeerAt { address, key_file },
+                name,
+                memory_bytes,
+            },
         })
     }
 
@@ -49,6 +70,15 @@ impl<'a> OpenDestination<'a> {
                 files: *files,
             },
             Self::Hot(file) => snapshot::Destination::Hot(file),
+            Self::Peer {
+                at,
+                name,
+                memory_bytes,
+            } => snapshot::Destination::Peer {
+                at: *at,
+                name,
+                memory_bytes: *memory_bytes,
+            },
         }
     }
 }

@@ -11,12 +11,13 @@ use std::{
 
 use branch_disk::LayerId;
 use control::{
-    AfterSnapshot, GuestClock, MemoryCopy, SnapshotReport, SnapshotRequest, StoredReport,
+    AfterSnapshot, GuestClock, MemoryCopy, SentReport, SnapshotReport, SnapshotRequest,
+    StoredReport,
 };
 use memory::{AtCut, Outcome, PartKind};
 use rustix::rand::{GetRandomFlags, getrandom};
 use saved_state::{Container, SnapshotId};
-use snapshot::{Content, Draft, Saved, Saving, Unpublished, Written};
+use snapshot::{Content, Draft, Published, Received, Saved, Saving, Unpublished, Written};
 
 use crate::{
     beside::beside_guest,
@@ -55,8 +56,9 @@ struct InWork<'a> {
 struct Done {
     written: Written,
     state_bytes: u64,
-    /// What became of it in the store, if it went there, and what the disks were.
-    stored: Option<(Saved, Vec<Option<LayerId>>)>,
+    published: Published,
+    /// What the disks were, if they were saved with it.
+    layers: Vec<Option<LayerId>>,
 }
 
 /// A snapshot that was taken.
@@ -121,7 +123,8 @@ impl InWork<'_> {
         Ok(Done {
             written,
             state_bytes,
-            stored: unpublished.publish()?.map(|saved| (saved, layers)),
+            published: unpublished.publish()?,
+            layers,
         })
     }
 }
@@ -138,7 +141,8 @@ pub(crate) fn take_snapshot(
     let last = machine.stored_as.clone();
     let parent = last.as_ref().map(|last| last.id.as_str());
     // What can be done before the machine is held, and what can fail, costs the guest nothing.
-    let destination = place::OpenDestination::new(&request.to)?;
+    let memory_bytes = machine.memory().layout().bytes();
+    let destination = place::OpenDestination::new(&request.to, memory_bytes)?;
     let id = new_id()?;
     if let place::OpenDestination::Hot(_) = destination {
         disks::apart(machine.disks().iter().map(|disk| disk.config.clone()))?;
@@ -192,22 +196,26 @@ pub(crate) fn take_snapshot(
     let Done {
         written,
         state_bytes,
-        stored,
+        published,
+        layers,
     } = taken.done;
     let Cut {
         at_cut,
         prepared,
         last_round_bytes,
     } = taken.cut;
-    let stored = stored.map(|(saved, layers)| (stored_report(saved), layers));
+    let (stored, sent) = match published {
+        Published::InFiles => (None, None),
+        Published::InStore(saved) => (Some(stored_report(saved)), None),
+        Published::WithPeer(received) => (None, Some(sent_report(received))),
+    };
     if let (Some(live), Some(at_cut)) = (&mut machine.live, at_cut) {
-        let stored = stored.as_ref().map(|(stored, _)| stored.id.as_str());
-        live.saved(at_cut, stored);
+        live.saved(at_cut, stored.as_ref().map(|stored| stored.id.as_str()));
     }
-    if let Some((stored, layers)) = &stored {
+    if let Some(stored) = &stored {
         machine.stored_as = Some(StoredAs {
             id: stored.id.clone(),
-            layers: layers.clone(),
+            layers,
         });
     }
     Ok(SnapshotReport {
@@ -221,7 +229,8 @@ pub(crate) fn take_snapshot(
         last_round_bytes,
         downtime_us: taken.downtime.as_micros() as u64,
         total_us: begun.elapsed().as_micros() as u64,
-        stored: stored.map(|(stored, _)| stored),
+        stored,
+        sent,
     })
 }
 
@@ -334,6 +343,14 @@ fn clock_of(then: AfterSnapshot) -> GuestClock {
     match then {
         AfterSnapshot::Resume(clock) | AfterSnapshot::AsBefore(clock) => clock,
         AfterSnapshot::Halt => GuestClock::default(),
+    }
+}
+
+fn sent_report(received: Received) -> SentReport {
+    SentReport {
+        name: received.name,
+        id: received.id.map(hex::encode),
+        new_bytes: received.new_bytes,
     }
 }
 

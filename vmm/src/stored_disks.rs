@@ -49,14 +49,14 @@ impl Content for AtCut {
     }
 }
 
-/// Saves what the machine's disks were at a cut with the snapshot, if that goes into a store. Gives the layers that they were.
+/// Saves what the machine's disks were at a cut with the snapshot, if that has a place for them. Gives the layers that they were.
 pub(crate) fn save(
     into: &mut Unpublished,
     disks: Vec<Option<Frozen>>,
     last: Option<&StoredAs>,
     saving: &Saving,
 ) -> Result<Vec<Option<LayerId>>, Error> {
-    if !into.is_in_store() {
+    if !into.keeps_disks() {
         return Ok(Vec::new());
     }
     let mut layers = Vec::with_capacity(disks.len());

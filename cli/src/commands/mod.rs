@@ -7,6 +7,7 @@ pub(crate) mod fork;
 pub(crate) mod inspect;
 pub(crate) mod pause;
 pub(crate) mod ps;
+pub(crate) mod receive;
 pub(crate) mod reset;
 pub(crate) mod restore;
 pub(crate) mod run;

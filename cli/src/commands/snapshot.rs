@@ -10,7 +10,7 @@ use control::{
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{machine, output, progress::Progress, size, store::StoreArgs};
+use crate::{machine, output, peer_key::PeerKeyArgs, progress::Progress, size, store::StoreArgs};
 
 /// How often a machine is asked how far it is.
 const POLL: Duration = Duration::from_millis(200);
@@ -26,6 +26,11 @@ pub(crate) struct Args {
     // With two paths, the memory file is a reference if --store is given.
     #[command(flatten)]
     store: StoreArgs,
+    /// Sends the snapshot to the host on which `fermata receive` listens there, which keeps it under NAME.
+    #[arg(long = "to", value_name = "HOST:PORT", conflicts_with_all = ["store", "key_file"])]
+    peer: Option<String>,
+    #[command(flatten)]
+    peer_key: PeerKeyArgs,
     /// Ends the machine once it is saved.
     #[arg(long)]
     halt: bool,
@@ -66,7 +71,7 @@ impl Way {
 pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let record = args.vm.find(&Registry::open(run_dir)?)?;
     let request = SnapshotRequest {
-        to: destination(&args.to, &args.store)?,
+        to: destination(&args)?,
         then: if args.halt {
             AfterSnapshot::Halt
         } else {
@@ -84,8 +89,12 @@ pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-fn destination(to: &[String], store: &StoreArgs) -> anyhow::Result<Destination> {
-    match to {
+fn destination(args: &Args) -> anyhow::Result<Destination> {
+    let store = &args.store;
+    if let Some(address) = &args.peer {
+        return sent(&args.to, address, &args.peer_key);
+    }
+    match &args.to[..] {
         [name] if name.contains('/') => bail!(
             "{name} is no name for a snapshot in the store; for two files, name the memory file too"
         ),
@@ -106,6 +115,18 @@ fn destination(to: &[String], store: &StoreArgs) -> anyhow::Result<Destination> 
         }
         _ => bail!("name the snapshot, or two files"),
     }
+}
+
+/// With the peer at `address`.
+fn sent(to: &[String], address: &str, key: &PeerKeyArgs) -> anyhow::Result<Destination> {
+    let [name] = to else {
+        bail!("name the snapshot that is sent; in which files it is kept says who receives it");
+    };
+    Ok(Destination::Peer {
+        address: address.to_owned(),
+        key_file: key.file()?,
+        name: name.clone(),
+    })
 }
 
 /// Has the machine saved, and shows how far that is.
@@ -160,14 +181,20 @@ async fn saved_so_far(client: &Client) -> Result<(u64, u64), ClientError> {
 }
 
 fn said(report: &SnapshotReport) -> String {
-    let what = match &report.stored {
-        None => format!(
+    let what = match (&report.stored, &report.sent) {
+        (None, Some(sent)) => format!(
+            "snapshot {} sent: {} in use of {}",
+            sent.name,
+            output::bytes(report.written_bytes),
+            output::bytes(report.memory_bytes),
+        ),
+        (None, None) => format!(
             "snapshot {}: {} of {} written",
             report.id,
             output::bytes(report.written_bytes),
             output::bytes(report.memory_bytes),
         ),
-        Some(stored) => format!(
+        (Some(stored), _) => format!(
             "snapshot {}: {} in use of {}, {} new in the store",
             stored.name,
             output::bytes(report.written_bytes),

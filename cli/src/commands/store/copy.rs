@@ -93,7 +93,7 @@ fn copy(saved: &Snapshot, to: Destination<'_>, what: &'static str) -> anyhow::Re
         snapshot::write(to, &saved.state, &memory, &saving)
     })?;
     let written = unpublished.written;
-    let stored = unpublished.publish()?;
+    let stored = unpublished.publish()?.in_store();
     Ok(Copied {
         snapshot: saved.state.header.id.to_string(),
         memory_bytes: written.memory_bytes,

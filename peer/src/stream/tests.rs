@@ -1,0 +1,208 @@
+use std::{net::TcpListener, thread};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const KEY: [u8; KEY_BYTES] = [7; KEY_BYTES];
+
+fn always() -> bool {
+    true
+}
+
+/// Both ends of a TCP connection.
+fn tcp() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (there, listener.accept().unwrap().0)
+}
+
+/// Greets at both ends, with these keys.
+fn greet(
+    connects: [u8; KEY_BYTES],
+    listens: [u8; KEY_BYTES],
+) -> (Result<Stream, Error>, Result<Stream, Error>) {
+    let (there, here) = tcp();
+    let there = thread::spawn(move || Stream::greet(there, &connects, End::Connects));
+    let here = Stream::accept(here, &listens);
+    (there.join().unwrap(), here)
+}
+
+fn pair() -> (Stream, Stream) {
+    let (there, here) = greet(KEY, KEY);
+    (there.unwrap(), here.unwrap())
+}
+
+/// An end of which nothing is sealed: it shakes hands over `tcp` and gives that back with the state.
+fn raw(tcp: &TcpStream, end: End) -> TransportState {
+    let until = Instant::now() + GREETING_TIME;
+    Greeting { tcp, until }.shake_hands(&KEY, end).unwrap()
+}
+
+fn receive_any(stream: &mut Stream) -> Result<(), Error> {
+    stream.receive(&mut [0; 1], &always)
+}
+
+#[test]
+fn who_has_another_key_is_refused_at_both_ends() {
+    let (there, here) = greet(KEY, [8; KEY_BYTES]);
+    assert!(matches!(there, Err(Error::Key)), "{there:?}");
+    assert!(matches!(here, Err(Error::Key)), "{here:?}");
+}
+
+#[test]
+fn somebody_else_and_another_version_are_told_apart() {
+    for (said, is_version) in [(b"FERMATAP\x02\0\0\0", true), (b"GET / HTTP/1", false)] {
+        let (mut there, here) = tcp();
+        there.write_all(said).unwrap();
+        let refused = Stream::accept(here, &KEY);
+        match is_version {
+            true => assert!(matches!(refused, Err(Error::Version { theirs: 2, .. }))),
+            false => assert!(matches!(refused, Err(Error::NotFermata))),
+        }
+    }
+}
+
+#[test]
+fn nobody_there_is_said_so() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let refused = Stream::connect(&address, &KEY);
+    assert!(matches!(refused, Err(Error::Unreachable(_))));
+}
+
+#[test]
+fn what_is_sent_has_no_trace_of_its_content() {
+    let (there, here) = tcp();
+    let mut copy = here.try_clone().unwrap();
+    let greeting = thread::spawn(move || Stream::greet(there, &KEY, End::Connects));
+    let _noise = raw(&here, End::Listens);
+    let mut stream = greeting.join().unwrap().unwrap();
+    stream.send(&[0x55; 4096], &always).unwrap();
+    stream.flush(&always).unwrap();
+    let mut seen = vec![0; LENGTH_BYTES + 4096 + TAG_BYTES];
+    copy.read_exact(&mut seen).unwrap();
+    assert!(!seen.windows(4).any(|bytes| bytes == [0x55; 4]));
+}
+
+#[test]
+fn what_is_changed_repeated_or_cut_is_an_error() {
+    type Change = fn(Vec<u8>) -> Vec<u8>;
+    let cases: [(&str, Change); 4] = [
+        ("changed", |mut record| {
+            record[10] ^= 1;
+            record
+        }),
+        ("too short to be sealed", |_| vec![0, 3, 1, 2, 3]),
+        ("of no length", |_| vec![0, 0]),
+        ("cut", |record| record[..record.len() - 1].to_vec()),
+    ];
+    for (case, change) in cases {
+        let (there, here) = tcp();
+        let greeting = thread::spawn(move || {
+            let noise = raw(&there, End::Connects);
+            (there, noise)
+        });
+        let mut stream = Stream::accept(here, &KEY).unwrap();
+        let (mut there, mut noise) = greeting.join().unwrap();
+        let mut sealed = [0; 64];
+        let bytes = noise.write_message(b"content", &mut sealed).unwrap();
+        let record = [&(bytes as u16).to_be_bytes(), &sealed[..bytes]].concat();
+        there.write_all(&change(record.clone())).unwrap();
+        drop(there);
+        let received = receive_any(&mut stream);
+        assert!(
+            matches!(received, Err(Error::Forged | Error::Closed)),
+            "{case}: {received:?}"
+        );
+    }
+    // The same record twice.
+    let (there, here) = tcp();
+    let greeting = thread::spawn(move || {
+        let noise = raw(&there, End::Connects);
+        (there, noise)
+    });
+    let mut stream = Stream::accept(here, &KEY).unwrap();
+    let (mut there, mut noise) = greeting.join().unwrap();
+    let mut sealed = [0; 64];
+    let bytes = noise.write_message(b"!", &mut sealed).unwrap();
+    let record = [&(bytes as u16).to_be_bytes(), &sealed[..bytes]].concat();
+    there.write_all(&[record.clone(), record].concat()).unwrap();
+    receive_any(&mut stream).unwrap();
+    assert!(matches!(receive_any(&mut stream), Err(Error::Forged)));
+}
+
+#[test]
+fn a_peer_that_does_not_move_is_an_error_and_so_is_not_being_wanted() {
+    let (mut there, mut here) = pair();
+    here.set_patience(Duration::from_millis(300));
+    assert!(matches!(receive_any(&mut here), Err(Error::Silent(_))));
+    let unwanted = here.receive(&mut [0; 1], &|| false);
+    assert!(matches!(unwanted, Err(Error::Unwanted)));
+    // It is of use still.
+    there.send(b"!", &always).unwrap();
+    there.flush(&always).unwrap();
+    receive_any(&mut here).unwrap();
+    // A peer that takes nothing.
+    there.set_patience(Duration::from_millis(300));
+    let sent = there.send(&vec![1; 64 << 20], &always);
+    assert!(matches!(sent, Err(Error::Silent(_))), "{sent:?}");
+}
+
+#[test]
+fn what_is_said_last_is_heard_by_who_is_sending() {
+    let (mut there, mut here) = pair();
+    let closing = thread::spawn(move || {
+        here.send(b"no", &always).unwrap();
+        here.close(Duration::from_secs(10));
+    });
+    while !there.has_come().unwrap() {
+        there.send(&[1; 100_000], &always).unwrap();
+    }
+    let mut heard = [0; 2];
+    there.receive(&mut heard, &always).unwrap();
+    assert_eq!(&heard, b"no");
+    drop(there);
+    closing.join().unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn what_is_sent_is_received_however_it_is_cut(
+        sent in proptest::collection::vec((0..200_000usize, any::<bool>()), 1..6),
+        pieces in proptest::collection::vec(1..150_000usize, 1..6),
+    ) {
+        let (mut there, mut here) = pair();
+        let total: usize = sent.iter().map(|(bytes, _)| bytes).sum();
+        let content: Vec<u8> = (0..total).map(|at| ((at * 31) >> 3) as u8).collect();
+        let expected = content.clone();
+        let sending = thread::spawn(move || {
+            let mut at = 0;
+            for (bytes, flush) in sent {
+                there.send(&content[at..at + bytes], &always).unwrap();
+                at += bytes;
+                if flush {
+                    there.flush(&always).unwrap();
+                }
+            }
+            there.flush(&always).unwrap();
+            there
+        });
+        let mut received = vec![0; total];
+        let mut at = 0;
+        for bytes in pieces.iter().cycle() {
+            let end = total.min(at + bytes);
+            here.receive(&mut received[at..end], &always).unwrap();
+            at = end;
+            if at == total {
+                break;
+            }
+        }
+        prop_assert!(received == expected);
+        drop(sending.join().unwrap());
+        prop_assert!(matches!(receive_any(&mut here), Err(Error::Closed)));
+    }
+}

@@ -1,0 +1,95 @@
+//! The sender's end: who speaks, and hears only why that is in vain, until all is said.
+
+use std::{io, time::Duration};
+
+use peer::Stream;
+
+use super::message::{Message, Why};
+
+/// A receiver is at work all the time and says so; one that has not moved for so long is of no use.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a snapshot is not with the peer.
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// It cannot be spoken to.
+    #[error(transparent)]
+    Stream(#[from] peer::Error),
+    /// It does not keep it.
+    #[error("does not keep the snapshot: {text}")]
+    Refused {
+        /// Why.
+        why: Why,
+        /// Why, in a sentence.
+        text: String,
+    },
+    /// It says what makes no sense.
+    #[error("said what makes no sense here; use one release on both hosts")]
+    Nonsense,
+}
+
+impl From<PeerError> for io::Error {
+    fn from(error: PeerError) -> Self {
+        Self::other(error)
+    }
+}
+
+/// Who is spoken to.
+#[derive(Debug)]
+pub(crate) struct Line {
+    stream: Stream,
+    heard: Vec<u8>,
+}
+
+impl Line {
+    pub(crate) fn new(mut stream: Stream) -> Self {
+        stream.set_patience(PATIENCE);
+        Self {
+            stream,
+            heard: Vec::new(),
+        }
+    }
+
+    /// Says `message`. It goes out with what is said next, or when the peer is waited for.
+    pub(crate) fn say(
+        &mut self,
+        message: Message<'_>,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(), PeerError> {
+        // Until all is said, who hears of anything hears that it is in vain.
+        let said = match self.stream.has_come()? {
+            true => Err(peer::Error::Closed.into()),
+            false => message.send(&mut self.stream, wanted),
+        };
+        said.map_err(|error| self.reason(error))
+    }
+
+    /// Waits for what the peer says next.
+    pub(crate) fn hear(&mut self, wanted: &dyn Fn() -> bool) -> Result<Message<'_>, PeerError> {
+        if let Err(error) = self.stream.flush(wanted) {
+            return Err(self.reason(error.into()));
+        }
+        match Message::receive(&mut self.stream, &mut self.heard, wanted)? {
+            Message::Failed { why, text } => Err(refused(why, text)),
+            message => Ok(message),
+        }
+    }
+
+    /// Why the peer is not spoken to any more: what it said before it hung up, if it did.
+    fn reason(&mut self, error: PeerError) -> PeerError {
+        if !matches!(error, PeerError::Stream(peer::Error::Closed)) {
+            return error;
+        }
+        match Message::receive(&mut self.stream, &mut self.heard, &|| true) {
+            Ok(Message::Failed { why, text }) => refused(why, text),
+            _ => error,
+        }
+    }
+}
+
+fn refused(why: Why, text: &str) -> PeerError {
+    PeerError::Refused {
+        why,
+        text: text.to_owned(),
+    }
+}
