@@ -24,6 +24,8 @@ pub struct ServerConfig {
     /// Where the memory of snapshots goes, so that memory files are small references to it, and where
     /// such references lead. Without a store, memory files are complete in themselves.
     pub store: Option<StoreLocation>,
+    /// Where machines may be saved besides.
+    pub peers: Option<Peers>,
     /// How many VMM processes are prepared for forks and for restores on demand. With any, the hot image of the saved machine that was forked last is kept, too.
     pub pool: usize,
     /// What a machine gets when the request does not say.
@@ -42,11 +44,21 @@ impl ServerConfig {
             vmm_binary: vmm_binary.into(),
             run_dir: Registry::default_dir(),
             store: None,
+            peers: None,
             pool: 0,
             defaults: Defaults::default(),
             limits: Limits::default(),
         }
     }
+}
+
+/// Other hosts, on which `fermata receive` listens.
+#[derive(Clone, Debug)]
+pub struct Peers {
+    /// The file with the key that all of them have; absolute.
+    pub key_file: PathBuf,
+    /// Where they listen, like `host:7070`.
+    pub addresses: Vec<String>,
 }
 
 /// What a machine gets when the request does not say. The paths are the operator's and need not lie in

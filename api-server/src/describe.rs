@@ -2,10 +2,12 @@
 
 use std::{path::Path, time::Duration};
 
-use api_types::{AttachedNet, Balloon, BalloonStatistics, Disk, Reset, Vm, VmOrigin, VmState};
+use api_types::{
+    AttachedNet, Balloon, BalloonStatistics, Disk, Reset, Sent, Vm, VmOrigin, VmState,
+};
 use control::{
     BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
-    Registry, ResetReport, Source, Status,
+    Registry, ResetReport, SentReport, SnapshotReport, Source, Status,
 };
 use tokio::time::timeout;
 use tracing::debug;
@@ -108,6 +110,22 @@ pub fn reset_of(report: ResetReport) -> Reset {
         dirty_pages,
         total_us,
     }
+}
+
+/// A snapshot that was sent as clients see it.
+pub(crate) fn sent_of(report: SnapshotReport) -> Option<Sent> {
+    let SentReport {
+        name,
+        id,
+        new_bytes,
+    } = report.sent?;
+    Some(Sent {
+        name,
+        id,
+        new_bytes,
+        downtime_us: report.downtime_us,
+        total_us: report.total_us,
+    })
 }
 
 /// A balloon as clients see it.

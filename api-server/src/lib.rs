@@ -18,13 +18,13 @@ mod plan;
 mod routes;
 mod tree;
 
-pub use config::{Defaults, Limits, ServerConfig};
+pub use config::{Defaults, Limits, Peers, ServerConfig};
 pub use describe::{balloon_of, describe, reset_of, status_of};
 pub use openapi::document;
 
-use std::io;
+use std::{io, path::Path};
 
-use control::{DiskConfig, DiskFormat, RegistryError, StoreLocation};
+use control::{DiskConfig, DiskFormat, RegistryError};
 use rocket::{
     Build, Rocket,
     config::{Ident, LogLevel},
@@ -48,13 +48,13 @@ pub enum SetupError {
         #[source]
         source: io::Error,
     },
-    /// The store or its key lies in the tree, or the tree in the store.
+    /// The store or a key lies in the tree, or the tree in the store.
     #[error(
-        "{} and the tree {} lie in each other, so that clients could reach into the store; keep them apart",
+        "{} and the tree {} lie in each other, so that clients could reach what is not theirs; keep them apart",
         path.display(), root.display()
     )]
-    StoreInTree {
-        /// The store's directory, or its key file.
+    InTree {
+        /// The store's directory, or a key file.
         path: std::path::PathBuf,
         /// The tree.
         root: std::path::PathBuf,
@@ -95,8 +95,11 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
         root: config.root.clone(),
         source,
     })?;
-    if let Some(store) = &config.store {
-        keep_apart(&tree, store)?;
+    let store = config.store.iter();
+    let store = store.flat_map(|store| [Some(&store.directory), store.key_file.as_ref()]);
+    let peers = config.peers.iter().map(|peers| &peers.key_file);
+    for path in store.flatten().chain(peers) {
+        keep_apart(&tree, path)?;
     }
     for disk in &config.defaults.disks {
         within(&tree, disk)?;
@@ -122,23 +125,18 @@ fn within(tree: &Tree, disk: &DiskConfig) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// Clients name files in the tree to be read, written and attached: none of the store may be among them.
-fn keep_apart(tree: &Tree, store: &StoreLocation) -> Result<(), SetupError> {
+/// Clients name files in the tree to be read, written and attached: none of the store, and no key, may be among them.
+fn keep_apart(tree: &Tree, path: &Path) -> Result<(), SetupError> {
     let root = tree.resolved();
-    for path in [Some(&store.directory), store.key_file.as_ref()]
-        .into_iter()
-        .flatten()
-    {
-        // One that is not there is refused when it is opened.
-        let real = path.canonicalize().unwrap_or_else(|_| path.clone());
-        if real.starts_with(root) || root.starts_with(&real) {
-            return Err(SetupError::StoreInTree {
-                path: path.clone(),
-                root: root.to_owned(),
-            });
-        }
+    // One that is not there is refused when it is opened.
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    match real.starts_with(root) || root.starts_with(&real) {
+        true => Err(SetupError::InTree {
+            path: path.to_owned(),
+            root: root.to_owned(),
+        }),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -167,23 +165,19 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_clients_could_reach_into_is_refused() {
+    fn a_store_or_a_key_that_clients_could_reach_into_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         for name in ["tree", "tree/store", "store", "store/tree"] {
             std::fs::create_dir(path(name)).unwrap();
         }
         std::fs::write(path("tree/key"), "").unwrap();
-        let apart = |root: &str, store: &str, key: Option<&str>| {
-            let location = StoreLocation {
-                directory: path(store),
-                key_file: key.map(path),
-            };
-            keep_apart(&Tree::open(&path(root)).unwrap(), &location).is_ok()
+        let apart = |root: &str, other: &str| {
+            keep_apart(&Tree::open(&path(root)).unwrap(), &path(other)).is_ok()
         };
-        assert!(apart("tree", "store", None));
-        assert!(!apart("tree", "tree/store", None));
-        assert!(!apart("store/tree", "store", None));
-        assert!(!apart("tree", "store", Some("tree/key")));
+        assert!(apart("tree", "store"));
+        assert!(!apart("tree", "tree/store"));
+        assert!(!apart("store/tree", "store"));
+        assert!(!apart("tree", "tree/key"));
     }
 }

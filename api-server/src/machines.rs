@@ -7,11 +7,11 @@ use std::{
 
 use api_types::{
     Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorCode,
-    GuestClock, Health, Metric, Reset, Vm, VmState,
+    GuestClock, Health, Metric, Reset, Sent, Vm, VmState,
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
-    Registry, Secret, Shape, Spawned, Stopped, spawn,
+    Registry, Secret, Shape, SnapshotReport, SnapshotRequest, Spawned, Stopped, spawn,
 };
 use futures::future::join_all;
 use tokio::task::{JoinError, spawn_blocking};
@@ -20,7 +20,7 @@ use tracing::{Span, info, instrument, warn};
 use crate::{
     ServerConfig, SetupError,
     children::{Children, why},
-    describe::{balloon_of, console, describe, origin, reset_of, status_of, text},
+    describe::{balloon_of, console, describe, origin, reset_of, sent_of, status_of, text},
     error::ApiError,
     forks::Forks,
     plan,
@@ -209,16 +209,39 @@ impl Machines {
                 format!("no VM has port {port}; GET /vms lists them"),
             )
         })?;
-        let pid = record.process.pid;
-        Span::current().record("pid", pid);
+        Span::current().record("pid", record.process.pid);
+        self.save(&record, plan).await.map(drop)
+    }
+
+    /// Saves a machine on another host; returns once it is durable there.
+    #[instrument(skip_all, fields(pid, peer = request.peer))]
+    pub(crate) async fn send(
+        &self,
+        pid: u32,
+        request: api_types::SendRequest,
+    ) -> Result<Sent, ApiError> {
+        let plan = plan::send(&self.config, &request)?;
+        let record = self.record(pid)?;
+        let sent = sent_of(self.save(&record, plan).await?);
+        sent.ok_or_else(|| {
+            let message = "the VMM does not say what became of the snapshot; use one release";
+            ApiError::new(ErrorCode::Internal, message)
+        })
+    }
+
+    async fn save(
+        &self,
+        record: &Record,
+        plan: SnapshotRequest,
+    ) -> Result<SnapshotReport, ApiError> {
         let then = plan.then;
-        let saving = async { connect(&record).await?.snapshot(plan).await };
-        match control::saved(&record, then, saving).await {
+        let saving = async { connect(record).await?.snapshot(plan).await };
+        match control::saved(record, then, saving).await {
             Ok(report) => {
                 info!(?report, "a snapshot was taken");
-                Ok(())
+                Ok(report)
             }
-            Err(ClientError::Lost(_)) => Err(self.lost(pid).await),
+            Err(ClientError::Lost(_)) => Err(self.lost(record.process.pid).await),
             Err(error) => Err(error.into()),
         }
     }

@@ -14,6 +14,7 @@ use crate::routes;
     paths(
         routes::create,
         routes::snapshot,
+        routes::send,
         routes::fork,
         routes::list,
         routes::show,

@@ -1,15 +1,14 @@
 //! From a request to what a VMM is told. Nothing is started here.
 
-use std::{
-    num::NonZeroU64,
-    path::{Path, PathBuf},
-};
+mod saving;
+
+use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
-    AfterSnapshot, BalloonConfig, CpuModel, Destination, DiskConfig, DiskFormat, GuestClock,
-    MacAddress, MachineConfig, MemoryCopy, NetAttachment, NetChange, NetConfig, NotAMac, Origin,
-    RateLimit, SnapshotRequest, Source, VsockChange, of_their_own,
+    BalloonConfig, CpuModel, DiskConfig, DiskFormat, GuestClock, MacAddress, MachineConfig,
+    NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source, VsockChange,
+    of_their_own,
 };
 
 use crate::{
@@ -17,6 +16,8 @@ use crate::{
     error::ApiError,
     tree::{PathError, Tree},
 };
+
+pub(crate) use saving::{send, snapshot};
 
 /// The least memory a machine may have, in MiB.
 const MIN_MEMORY_MIB: u64 = 64;
@@ -286,38 +287,6 @@ fn notes(request: &CreateRequest) -> Vec<String> {
     notes
 }
 
-pub(crate) fn snapshot(
-    config: &ServerConfig,
-    tree: &Tree,
-    request: &api_types::SnapshotRequest,
-) -> Result<SnapshotRequest, ApiError> {
-    let state = tree.output("cpu_snapshot_path", &request.cpu_snapshot_path)?;
-    let memory = tree.output("memory_snapshot_path", &request.memory_snapshot_path)?;
-    different(&state, &memory)?;
-    let to = match config.store.clone() {
-        None => Destination::Files { state, memory },
-        Some(store) => Destination::Referenced {
-            store,
-            state,
-            memory,
-        },
-    };
-    Ok(SnapshotRequest {
-        to,
-        then: if request.resume {
-            AfterSnapshot::Resume(guest_clock(request.clock))
-        } else {
-            AfterSnapshot::Halt
-        },
-        copy: request.copy.map(|copy| match copy {
-            api_types::MemoryCopy::StopAndCopy => MemoryCopy::StopAndCopy,
-            api_types::MemoryCopy::CopyOnWrite => MemoryCopy::CopyOnWrite,
-            api_types::MemoryCopy::PreCopy => MemoryCopy::PreCopy,
-        }),
-        bytes_per_second: request.bytes_per_second.map(not_none).transpose()?,
-    })
-}
-
 fn cpu_model(model: api_types::CpuModel) -> CpuModel {
     match model {
         api_types::CpuModel::Host => CpuModel::Host,
@@ -335,15 +304,6 @@ pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
 
 fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {
     tree.input(field, path.as_deref().unwrap_or_default())
-}
-
-fn not_none(bytes_per_second: u64) -> Result<NonZeroU64, ApiError> {
-    NonZeroU64::new(bytes_per_second).ok_or_else(|| {
-        ApiError::new(
-            ErrorCode::BadRequest,
-            "bytes_per_second is 0, and nothing would ever be saved; ask for more, or leave it out",
-        )
-    })
 }
 
 fn different(state: &Path, memory: &Path) -> Result<(), ApiError> {
@@ -633,39 +593,6 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_goes_into_two_files_in_the_tree() {
-        let bench = Bench::new();
-        let mut request = api_types::SnapshotRequest {
-            cpu_snapshot_path: "new-state".to_owned(),
-            memory_snapshot_path: "new-memory".to_owned(),
-            rpc_port: 1,
-            resume: true,
-            clock: api_types::GuestClock::Follow,
-            copy: Some(api_types::MemoryCopy::StopAndCopy),
-            bytes_per_second: None,
-        };
-        let plan = |request: &_| snapshot(&bench.config, &bench.tree, request);
-        let planned = plan(&request).unwrap();
-        let Destination::Files { state, .. } = &planned.to else {
-            panic!("{:?}", planned.to);
-        };
-        assert_eq!(state.parent(), bench.path("kernel").parent());
-        assert_eq!(planned.then, AfterSnapshot::Resume(GuestClock::Follow));
-        assert_eq!(planned.copy, Some(MemoryCopy::StopAndCopy));
-        request.bytes_per_second = Some(5);
-        assert_eq!(plan(&request).unwrap().bytes_per_second, NonZeroU64::new(5));
-        request.bytes_per_second = Some(0);
-        assert_eq!(plan(&request).unwrap_err().code, ErrorCode::BadRequest);
-        request.bytes_per_second = None;
-        request.resume = false;
-        assert_eq!(plan(&request).unwrap().then, AfterSnapshot::Halt);
-        request.memory_snapshot_path = "./new-state".to_owned();
-        assert_eq!(plan(&request).unwrap_err().code, ErrorCode::BadRequest);
-        request.memory_snapshot_path = "no/such/directory".to_owned();
-        assert_eq!(plan(&request).unwrap_err().code, ErrorCode::NotFound);
-    }
-
-    #[test]
     fn a_fork_is_of_a_machine_or_of_two_files() {
         let bench = Bench::new();
         let plan = |json: &str| {
@@ -701,28 +628,13 @@ mod tests {
     }
 
     #[test]
-    fn a_server_with_a_store_has_memory_files_refer_to_it() {
+    fn a_server_with_a_store_follows_references_into_it() {
         let mut bench = Bench::new();
         let location = StoreLocation {
             directory: "/store".into(),
             key_file: None,
         };
         bench.config.store = Some(location.clone());
-        let request = api_types::SnapshotRequest {
-            cpu_snapshot_path: "new-state".to_owned(),
-            memory_snapshot_path: "new-memory".to_owned(),
-            rpc_port: 1,
-            resume: true,
-            clock: api_types::GuestClock::Follow,
-            copy: Some(api_types::MemoryCopy::StopAndCopy),
-            bytes_per_second: None,
-        };
-        let planned = snapshot(&bench.config, &bench.tree, &request).unwrap();
-        assert!(
-            matches!(&planned.to, Destination::Referenced { store, .. } if *store == location),
-            "{:?}",
-            planned.to
-        );
         let plan = bench
             .create(
                 r#"{"cpu_snapshot_path": "state", "memory_snapshot_path": "memory", "resume": true}"#,

@@ -3,7 +3,7 @@
 use api_types::{
     Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorBody,
     ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, Reset, SNAPSHOT_TAKEN,
-    SnapshotRequest, Vm,
+    SendRequest, Sent, SnapshotRequest, Vm,
 };
 use rocket::{
     Route, State, delete, get,
@@ -21,6 +21,7 @@ pub(crate) fn all() -> Vec<Route> {
     routes![
         create,
         snapshot,
+        send,
         fork,
         list,
         show,
@@ -106,6 +107,29 @@ async fn snapshot(
 ) -> Answer<&'static str> {
     machines.snapshot(meant(body)?).await?;
     Ok(Json(SNAPSHOT_TAKEN))
+}
+
+/// Saves a machine on another host, on which `fermata receive` listens; answers once it is complete and durable there.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    request_body = SendRequest,
+    responses(
+        (status = 200, description = "The snapshot is complete and durable there.", body = Sent),
+        (status = 400, description = "The request cannot be meant, or the peer does not take such a machine.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 409, description = "The machine is busy with a snapshot already, this one was cancelled or its guest would stand still for too long, or the peer has one of that name.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 500, description = "The peer cannot be reached, or was lost.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+        (status = 507, description = "The peer has no space left.", body = ErrorBody),
+    )
+)]
+#[post("/vms/<pid>/send", data = "<body>")]
+async fn send(machines: &State<Machines>, pid: &str, body: Body<'_, SendRequest>) -> Answer<Sent> {
+    let (pid, request) = (process_id(pid)?, meant(body)?);
+    machines.send(pid, request).await.map(Json)
 }
 
 /// The machines that live, also those that an earlier server or the command line started.

@@ -11,6 +11,7 @@ mod create;
 mod error;
 mod fork;
 mod reset;
+mod send;
 mod snapshot;
 mod vm;
 
@@ -20,6 +21,7 @@ pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, GuestC
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{ForkAnswer, ForkRequest};
 pub use reset::Reset;
+pub use send::{SendRequest, Sent};
 pub use snapshot::{MemoryCopy, SNAPSHOT_TAKEN, SnapshotRequest};
 pub use vm::{
     AttachedNet, DeleteAnswer, DiskSize, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState,

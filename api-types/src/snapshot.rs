@@ -31,6 +31,10 @@ pub struct SnapshotRequest {
     /// that goes on, saved by copy-on-write, or one saved by pre-copy; what its guest writes to before it is read takes the host's memory until the snapshot is complete.
     #[schema(minimum = 1)]
     pub bytes_per_second: Option<u64>,
+    /// The most milliseconds for which the guest may stand still for its memory to be read. If that would take longer, there is no
+    /// snapshot (409), and the guest goes on.
+    #[schema(minimum = 1)]
+    pub downtime_limit_ms: Option<u64>,
 }
 
 /// How memory is saved.

@@ -267,10 +267,8 @@ impl FermataMachine {
     /// When it is not taken.
     pub fn save(&mut self, to: Destination, then: AfterSnapshot) -> Result<Saved> {
         let request = SnapshotRequest {
-            to,
-            then,
             copy: Some(MemoryCopy::StopAndCopy),
-            bytes_per_second: None,
+            ..SnapshotRequest::new(to, then)
         };
         self.runtime.block_on(async {
             let client = self.connect().await?;
@@ -298,11 +296,10 @@ impl FermataMachine {
     ///
     /// When it is not saved.
     pub fn live(&mut self, to: Destination, copy: Option<MemoryCopy>) -> Result<SnapshotReport> {
+        let then = AfterSnapshot::Resume(GuestClock::StandStill);
         let request = SnapshotRequest {
-            to,
-            then: AfterSnapshot::Resume(GuestClock::StandStill),
             copy,
-            bytes_per_second: None,
+            ..SnapshotRequest::new(to, then)
         };
         self.runtime
             .block_on(async { Ok(self.connect().await?.snapshot(request).await?) })

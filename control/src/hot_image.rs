@@ -61,12 +61,10 @@ impl HotImage {
         // The control channel passes no descriptors. The machine's process, of the same user, finds it where this one has it.
         let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
         let client = Client::connect(record.port, &record.secret).await?;
-        let request = SnapshotRequest {
-            to: Destination::Image { path: path.into() },
-            then: AfterSnapshot::AsBefore(clock),
-            copy: None,
-            bytes_per_second: None,
-        };
+        let request = SnapshotRequest::new(
+            Destination::Image { path: path.into() },
+            AfterSnapshot::AsBefore(clock),
+        );
         let report = client.snapshot(request).await?;
         let pid = record.process.pid;
         let shape = Shape {

@@ -120,6 +120,23 @@ pub struct SnapshotRequest {
     /// The most bytes of the machine that are read in a second, if the guest goes on beside.
     #[serde(default)]
     pub bytes_per_second: Option<NonZeroU64>,
+    /// How long the guest may stand still for its memory to be read, in milliseconds; else there is no snapshot, and it goes on.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<NonZeroU64>,
+}
+
+impl SnapshotRequest {
+    /// One as fast as can be, memory by the way that suits.
+    #[must_use]
+    pub fn new(to: Destination, then: AfterSnapshot) -> Self {
+        Self {
+            to,
+            then,
+            copy: None,
+            bytes_per_second: None,
+            downtime_limit_ms: None,
+        }
+    }
 }
 
 /// Answer of [`Vmm::snapshot`].

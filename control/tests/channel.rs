@@ -161,12 +161,10 @@ async fn requests_are_answered_and_refusals_arrive() {
 async fn a_snapshot_has_hours() {
     let vmm = serve().await;
     let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
-    let request = SnapshotRequest {
-        to: Destination::files("/s", "/m"),
-        then: AfterSnapshot::Resume(GuestClock::StandStill),
-        copy: None,
-        bytes_per_second: None,
-    };
+    let request = SnapshotRequest::new(
+        Destination::files("/s", "/m"),
+        AfterSnapshot::Resume(GuestClock::StandStill),
+    );
     let given = client.snapshot(request).await.unwrap().total_us;
     assert!(given > 3_600_000_000, "{given} us");
 }

@@ -5,7 +5,7 @@ use std::{
     num::NonZeroU64,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -26,6 +26,10 @@ pub struct Saving {
     /// A [`Stage`].
     stage: AtomicU8,
     pace: Mutex<Option<Pace>>,
+    /// By when the guest, which stands still, has to go on.
+    due: Mutex<Option<Instant>>,
+    /// Whether that has passed.
+    late: AtomicBool,
 }
 
 /// Whether a snapshot can still be cancelled.
@@ -67,6 +71,8 @@ impl Saving {
     /// Begins another, which is wanted and may read so many bytes in a second.
     pub fn restart(&self, bytes_per_second: Option<NonZeroU64>) {
         *self.pace() = bytes_per_second.map(Pace::new);
+        self.stand_still(None);
+        self.late.store(false, Ordering::SeqCst);
         self.begin(0);
         self.stage.store(Stage::Wanted as u8, Ordering::SeqCst);
     }
@@ -74,6 +80,16 @@ impl Saving {
     /// Has the rest of it be as fast as can be.
     pub fn unlimit(&self) {
         *self.pace() = None;
+    }
+
+    /// The guest stands still, and has to go on by then, or it does not stand still any more.
+    pub fn stand_still(&self, until: Option<Instant>) {
+        *self.due.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    /// Whether it failed because the guest would have stood still for too long.
+    pub fn is_late(&self) -> bool {
+        self.late.load(Ordering::SeqCst)
     }
 
     /// Has it not be taken; says whether it is not.
@@ -115,20 +131,25 @@ impl Saving {
     ///
     /// # Errors
     ///
-    /// When it is not wanted any more.
+    /// When it is not wanted any more, or the guest would stand still for too long.
     pub(crate) fn pass(&self, bytes: u64) -> io::Result<()> {
         self.progress.advance(bytes);
-        match self.is_cancelled() {
-            true => Err(io::Error::other("the snapshot was cancelled")),
-            false => Ok(()),
+        if self.is_cancelled() {
+            return Err(io::Error::other("the snapshot was cancelled"));
         }
+        let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        if due.is_some_and(|due| Instant::now() > due) {
+            self.late.store(true, Ordering::SeqCst);
+            return Err(io::Error::other("the guest has stood still for too long"));
+        }
+        Ok(())
     }
 
     /// Tells that so many more bytes were read; returns when more may be.
     ///
     /// # Errors
     ///
-    /// When it is not wanted any more.
+    /// As of [`Saving::pass`].
     pub(crate) fn advance(&self, bytes: u64) -> io::Result<()> {
         let now = Instant::now();
         let due = self.pace().as_mut().map(|pace| pace.after(bytes, now));
@@ -185,6 +206,21 @@ mod tests {
         saving.restart(NonZeroU64::new(1));
         saving.unlimit();
         saving.advance(1 << 40).unwrap();
+    }
+
+    #[test]
+    fn what_takes_longer_than_the_guest_may_stand_still_ends_and_says_so() {
+        let saving = Saving::default();
+        let now = Instant::now();
+        saving.stand_still(Some(now + Duration::from_secs(600)));
+        saving.advance(1).unwrap();
+        saving.stand_still(Some(now));
+        saving.advance(1).unwrap_err();
+        assert!(saving.is_late() && !saving.is_cancelled());
+        saving.stand_still(None);
+        saving.advance(1).unwrap();
+        saving.restart(None);
+        assert!(!saving.is_late());
     }
 
     #[test]

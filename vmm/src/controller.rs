@@ -281,8 +281,11 @@ impl Controller {
         let counters = self.machine.counters();
         counters.machine.failed_snapshots.add(1);
         // Then that is why, whatever it looked like from within.
-        let cancelled = counters.saving.is_cancelled();
-        let error = if cancelled { Error::Cancelled } else { error };
+        let error = match (counters.saving.is_cancelled(), counters.saving.is_late()) {
+            (true, _) => Error::Cancelled,
+            (false, true) => Error::StandsTooLong,
+            (false, false) => error,
+        };
         tracing::warn!("the snapshot failed: {error}");
         let running = self.machine.is_running();
         if self.machine.is_lost() || (ran && !running) {

@@ -115,6 +115,10 @@ pub(crate) enum Error {
         "only a snapshot that the guest goes on beside can be slowed; leave the limit out, or let the machine go on and be saved by copy-on-write, or by pre-copy"
     )]
     NothingBeside,
+    #[error(
+        "the guest would stand still for longer than it may until its memory is read, so there is no snapshot and it goes on; allow more, take pre-copy, or wait until it writes less"
+    )]
+    StandsTooLong,
     #[error("the snapshot was cancelled; nothing of it is kept")]
     Cancelled,
     #[error(transparent)]
@@ -187,9 +191,11 @@ impl Error {
             Self::ImageOpen { .. } => FailureKind::Host,
             Self::NothingToGoBackTo | Self::NotUndone { .. } => FailureKind::WrongState,
             Self::ResetFailed(error) => error.kind(),
-            Self::DiskChanged { .. } | Self::GuestEnds | Self::NobodyWaits | Self::Cancelled => {
-                FailureKind::WrongState
-            }
+            Self::DiskChanged { .. }
+            | Self::GuestEnds
+            | Self::NobodyWaits
+            | Self::Cancelled
+            | Self::StandsTooLong => FailureKind::WrongState,
             Self::Lost(_) | Self::NothingComes { .. } => FailureKind::Host,
             Self::HugeOnDemand => FailureKind::BadRequest,
             Self::Console(_) | Self::Host(_) | Self::Memory(_) => FailureKind::Host,

@@ -1,7 +1,7 @@
 //! Snapshots that the guest goes on beside, at least until little of it is left to be saved: what is written to its memory is
 //! known.
 
-use std::sync::atomic::AtomicBool;
+use std::{sync::atomic::AtomicBool, time::Duration};
 
 use control::MemoryCopy;
 use memory::{AtCut, Elsewhere, Outcome, Tracker};
@@ -37,6 +37,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) saving: &'a Saving,
     /// Set once the guest has ended itself.
     pub(crate) ending: &'a AtomicBool,
+    /// How long the guest may stand still for its memory to be read.
+    pub(crate) downtime: Option<Duration>,
 }
 
 /// Does for a snapshot of `machine` what can be done while the guest runs. There is nothing if it stands still until it is saved.

@@ -2,7 +2,11 @@
 //!
 //! That is how live migration works (Clark et al., NSDI 2005), and how VNsnap (Kangarlou, Xu and Eugster, 2008) saves machines.
 
-use std::{io, sync::atomic::Ordering};
+use std::{
+    io,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use memory::{AtCut, Tracker};
 use snapshot::Draft;
@@ -23,8 +27,26 @@ pub(crate) struct Rounds {
     pub(crate) bytes: u64,
 }
 
+/// How fast memory is copied.
+#[derive(Clone, Copy)]
+struct Rate {
+    bytes: u64,
+    took: Duration,
+}
+
+impl Rate {
+    /// How long so many bytes take; as good as for ever, if nothing is known.
+    fn time_for(self, bytes: u64) -> Duration {
+        let ns = u128::from(bytes) * self.took.as_nanos() / u128::from(self.bytes.max(1));
+        Duration::from_nanos(ns.try_into().unwrap_or(u64::MAX))
+    }
+}
+
 /// Copies memory to `draft` in rounds, each of what was written to in the one before, until little is left or hardly less than
 /// before; if `building`, without what is in the base. What was copied is not to be read at the cut.
+///
+/// If the machine is not to go on, what is left keeps it standing still. If it may do so for a limited time only, there are rounds until what is left takes half of
+/// that; when that cannot be reached, this fails.
 pub(crate) fn copy(
     tracker: &Tracker,
     draft: &Draft,
@@ -32,27 +54,32 @@ pub(crate) fn copy(
     plan: &Plan<'_>,
 ) -> Result<Rounds, Error> {
     tracker.begin_copies().map_err(Error::Host)?;
+    let limit = plan.downtime.filter(|_| !plan.goes_on);
     let mut rounds = Rounds::default();
     let mut last = usize::MAX;
+    let mut rate: Option<Rate> = None;
     loop {
         let left = tracker.to_copy(building).map_err(Error::Host)?;
         rounds.count += 1;
         let shrinks = left.len() <= last - last / 4;
-        if left.len() <= FEW || !shrinks || rounds.count == MAX_ROUNDS {
+        let takes = rate.map(|rate| rate.time_for(left.len() as u64 * AtCut::UNIT_BYTES));
+        let fits = |limit: Duration| takes.is_some_and(|takes| takes <= limit / 2);
+        if left.len() <= FEW || limit.is_some_and(fits) {
             return Ok(rounds);
         }
-        let ends = || plan.ending.load(Ordering::SeqCst);
-        let read = |offset, content: &mut [u8]| match ends() {
-            // There will be nothing to save.
-            true => Err(io::ErrorKind::Interrupted.into()),
-            false => tracker.copy(offset, content),
-        };
-        let copied = draft.copy(&left, AtCut::UNIT_BYTES, read, plan.saving);
-        let copied = copied.map_err(|error| match ends() {
-            true => Error::GuestEnds,
-            false => error.into(),
-        })?;
-        rounds.bytes += copied * AtCut::UNIT_BYTES;
+        if !shrinks || rounds.count == MAX_ROUNDS {
+            return match limit.zip(takes) {
+                Some((limit, takes)) if takes > limit => Err(Error::StandsTooLong),
+                _ => Ok(rounds),
+            };
+        }
+        let begun = Instant::now();
+        let copied = round(tracker, draft, &left, plan)?;
+        rate = Some(Rate {
+            bytes: copied,
+            took: begun.elapsed(),
+        });
+        rounds.bytes += copied;
         last = left.len();
         tracing::debug!(
             round = rounds.count,
@@ -61,4 +88,20 @@ pub(crate) fn copy(
             "memory was copied"
         );
     }
+}
+
+/// Copies the granules at these offsets; returns how many bytes were.
+fn round(tracker: &Tracker, draft: &Draft, offsets: &[u64], plan: &Plan<'_>) -> Result<u64, Error> {
+    let ends = || plan.ending.load(Ordering::SeqCst);
+    let read = |offset, content: &mut [u8]| match ends() {
+        // There will be nothing to save.
+        true => Err(io::ErrorKind::Interrupted.into()),
+        false => tracker.copy(offset, content),
+    };
+    let copied = draft.copy(offsets, AtCut::UNIT_BYTES, read, plan.saving);
+    let copied = copied.map_err(|error| match ends() {
+        true => Error::GuestEnds,
+        false => error.into(),
+    })?;
+    Ok(copied * AtCut::UNIT_BYTES)
 }

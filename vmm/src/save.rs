@@ -1,6 +1,7 @@
 //! Taking a snapshot of a machine.
 
 use std::{
+    num::NonZeroU64,
     path::PathBuf,
     sync::{
         Arc,
@@ -101,6 +102,7 @@ impl<'a> Work<'a> {
     fn write(self, memory: &impl Content) -> Result<InWork<'a>, Error> {
         let Self { draft, state, rest } = self;
         let unpublished = draft.write(&state, memory, rest.saving)?;
+        rest.saving.stand_still(None);
         Ok(InWork { unpublished, rest })
     }
 }
@@ -160,6 +162,7 @@ pub(crate) fn take_snapshot(
         last: parent,
         saving: &counters.saving,
         ending,
+        downtime: request.downtime_limit_ms.map(milliseconds),
     };
     let prepared = live::prepare(machine, &plan, &mut draft)?;
     let limited = request.bytes_per_second.is_some();
@@ -168,7 +171,14 @@ pub(crate) fn take_snapshot(
     }
     wanted(&counters.saving)?;
 
+    let ran = machine.is_running();
     let mut held = machine.hold()?.with_clock(clock_of(request.then));
+    let since = held.since();
+    // Somebody else has decided how long it stands still if it did before.
+    let limit = plan.downtime.filter(|_| ran);
+    counters
+        .saving
+        .stand_still(limit.and_then(|limit| since.checked_add(limit)));
     // A guest that has switched itself off waits for its end, which is behind this in the queue.
     if ending.load(Ordering::SeqCst) {
         return Err(Error::GuestEnds);
@@ -252,6 +262,7 @@ fn copy_on_write(
     let since = held.since();
     let gone_on = held.let_go();
     let downtime = since.elapsed();
+    work.rest.saving.stand_still(None);
     let done = beside_guest(|| work.write(&at_cut)?.publish());
     let (done, at_cut) = known(done, at_cut)?;
     // Of a machine that cannot go on, the snapshot is all that is left.
@@ -330,6 +341,10 @@ fn wanted(saving: &Saving) -> Result<(), Error> {
         true => Err(Error::Cancelled),
         false => Ok(()),
     }
+}
+
+fn milliseconds(count: NonZeroU64) -> Duration {
+    Duration::from_millis(count.get())
 }
 
 fn new_id() -> Result<SnapshotId, Error> {

@@ -96,12 +96,7 @@ mod tests {
         oneshot::Receiver<Result<SnapshotReport, control::Failure>>,
     ) {
         let (reply, answer) = oneshot::channel();
-        let request = SnapshotRequest {
-            to: Destination::files("/s", "/m"),
-            then: AfterSnapshot::Halt,
-            copy: None,
-            bytes_per_second: None,
-        };
+        let request = SnapshotRequest::new(Destination::files("/s", "/m"), AfterSnapshot::Halt);
         (Waiting::new(1, request, reply, 0), answer)
     }
 

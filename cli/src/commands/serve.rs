@@ -3,11 +3,11 @@
 use std::{net::IpAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use api_server::{Defaults, ServerConfig};
+use api_server::{Defaults, Peers, ServerConfig};
 use control::DiskConfig;
 use rocket::fairing::AdHoc;
 
-use crate::{machine, output, program, store::StoreArgs};
+use crate::{machine, output, peer_key::PeerKeyArgs, program, store::StoreArgs};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -40,17 +40,30 @@ pub(crate) struct Args {
     /// so that the next fork of it does not read its files again.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pool: usize,
+    /// A host on which `fermata receive` listens, to which machines may be sent; more than one may be named.
+    #[arg(long = "peer", value_name = "HOST:PORT")]
+    peers: Vec<String>,
+    #[command(flatten)]
+    peer_key: PeerKeyArgs,
     // Memory files are then small references to it; without one they are complete in themselves.
     #[command(flatten)]
     store: StoreArgs,
 }
 
 pub(crate) async fn serve(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
+    let peers = match args.peers.is_empty() {
+        true => None,
+        false => Some(Peers {
+            key_file: args.peer_key.file()?,
+            addresses: args.peers,
+        }),
+    };
     let config = ServerConfig {
         address: args.address,
         port: args.port,
         run_dir,
         store: args.store.named()?,
+        peers,
         pool: args.pool,
         defaults: Defaults {
             vcpus: args.vcpus,

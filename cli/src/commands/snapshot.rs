@@ -43,6 +43,10 @@ pub(crate) struct Args {
     /// writes to before it is read takes the host's memory until the snapshot is complete.
     #[arg(long, value_name = "BYTES", value_parser = limit)]
     limit: Option<NonZeroU64>,
+    /// The most milliseconds for which the guest may stand still for its memory to be read; if that would take longer, there is no
+    /// snapshot, and it goes on. By pre-copy, memory is copied for as long as it takes to keep to that.
+    #[arg(long, value_name = "MS")]
+    max_downtime: Option<NonZeroU64>,
     /// Prints what was saved and how long it took as JSON.
     #[arg(long)]
     json: bool,
@@ -79,6 +83,7 @@ pub(crate) async fn snapshot(args: Args, run_dir: PathBuf) -> anyhow::Result<Exi
         },
         copy: args.copy.map(Way::chosen),
         bytes_per_second: args.limit,
+        downtime_limit_ms: args.max_downtime,
     };
     let report = control::saved(&record, request.then, save(&record, request)).await?;
     if args.json {

@@ -230,7 +230,7 @@ fn always() -> bool {
 }
 
 fn wanted(saving: &Saving) -> impl Fn() -> bool {
-    || !saving.is_cancelled()
+    || saving.pass(0).is_ok()
 }
 
 fn lock(line: &Mutex<Line>) -> MutexGuard<'_, Line> {

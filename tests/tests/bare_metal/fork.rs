@@ -248,12 +248,10 @@ fn what_is_no_sealed_memfd_is_no_image() {
         .unwrap();
     let refused = runtime.block_on(async {
         let client = control::Client::connect(record.port, &record.secret);
-        let request = control::SnapshotRequest {
-            to: control::Destination::Image { path: path.clone() },
-            then: control::AfterSnapshot::Halt,
-            copy: None,
-            bytes_per_second: None,
-        };
+        let request = control::SnapshotRequest::new(
+            control::Destination::Image { path: path.clone() },
+            control::AfterSnapshot::Halt,
+        );
         client.await.unwrap().snapshot(request).await.unwrap_err()
     });
     assert!(

@@ -340,3 +340,28 @@ fn memory_is_copied_before_the_guest_stands_still_also_of_one_that_ends() {
     let copy = restored(&cli, &server, &["still"]);
     assert!(!hear(&server, copy).disturbed);
 }
+
+#[test]
+fn a_guest_that_would_stand_still_for_too_long_is_not_saved_and_goes_on() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    let machine = boot(&server, &bare_metal::witness());
+    hear(&server, machine);
+    let pid = machine.pid.to_string();
+    let words = |more: &[&'static str]| {
+        let begin = ["snapshot", pid.as_str(), "state", "memory", "--halt"];
+        [&begin[..], more].concat()
+    };
+    // Nobody reads 64 MiB in a millisecond, nor catches up with who writes to them all the time.
+    for copy in ["stop-and-copy", "pre-copy"] {
+        let refused = cli.refused(&words(&["--max-downtime", "1", "--copy", copy]));
+        let refused = refused.unwrap();
+        assert!(refused.contains("longer than it may"), "{copy}: {refused}");
+        assert!(!server.tree().join("memory").exists());
+        assert!(!hear(&server, machine).disturbed, "{copy}");
+    }
+    let long = words(&["--max-downtime", "600000", "--copy", "pre-copy"]);
+    cli.run(&long).unwrap();
+    let restored = restored(&cli, &server, &["state", "memory"]);
+    assert!(!hear(&server, restored).disturbed);
+}

@@ -96,12 +96,10 @@ fn saved_on(server: &Server, switch: &Switch) {
         assert_eq!(shown["origin"]["nets"], json!([{"socket_path": socket}]));
         let client = Client::connect(spawned.port, &secret).await.unwrap();
         let path = |name: &str| server.tree().join(name);
-        let request = SnapshotRequest {
-            to: Destination::files(path("state"), path("memory")),
-            then: AfterSnapshot::Halt,
-            copy: None,
-            bytes_per_second: None,
-        };
+        let request = SnapshotRequest::new(
+            Destination::files(path("state"), path("memory")),
+            AfterSnapshot::Halt,
+        );
         client.snapshot(request).await.unwrap();
     });
 }

@@ -15,7 +15,7 @@ use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server, wait};
 use crate::{
     boot, cli, hear,
     live::{restored, rounds},
-    server,
+    server, server_with,
 };
 
 /// Another host, with a store and a directory of its own, that runs its machines in the same run directory.
@@ -258,4 +258,36 @@ fn what_cannot_be_sent_says_why_and_the_guest_goes_on() {
     assert!(refused.contains("cannot be reached"), "{refused}");
     assert!(!host.has("name"));
     assert!(!hear(&server, machine).disturbed);
+}
+
+#[test]
+fn a_server_sends_machines_to_the_peers_that_it_was_started_with() {
+    let Some(first) = server() else { return };
+    let host = Host::new(&first, &[]);
+    let key = host.path("key");
+    let arguments = ["--peer", &host.address, "--peer-key", &key];
+    let Some(server) = server_with(&arguments) else {
+        return;
+    };
+    let (machine, pid) = witness(&server);
+    let send = |more: serde_json::Value| {
+        let mut body = json!({"peer": host.address, "name": "monday", "resume": true});
+        let fields = more.as_object().unwrap().clone();
+        body.as_object_mut().unwrap().extend(fields);
+        server
+            .client
+            .post(&format!("/vms/{pid}/send"), &body)
+            .unwrap()
+    };
+    let elsewhere = send(json!({"peer": "127.0.0.1:1"}));
+    assert_eq!(elsewhere.status, 400, "{elsewhere:?}");
+    let sent = send(json!({"copy": "pre-copy"}));
+    assert_eq!(sent.status, 200, "{sent:?}");
+    assert_eq!(sent.body["name"], "monday");
+    assert!(host.has("monday"));
+    assert_eq!(send(json!({})).status, 409);
+    hear(&server, machine);
+    let moved = send(json!({"name": "moved", "resume": false}));
+    assert_eq!(moved.status, 200, "{moved:?}");
+    assert!(!hear(&first, restored(&host.cli, &first, &["moved"])).disturbed);
 }

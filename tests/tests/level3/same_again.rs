@@ -46,12 +46,10 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             .await
             .unwrap();
         let client = Client::connect(spawned.port, &secret).await.unwrap();
-        let request = SnapshotRequest {
-            to: Destination::files(path("state-again"), path("memory-again")),
-            then: AfterSnapshot::Halt,
-            copy: None,
-            bytes_per_second: None,
-        };
+        let request = SnapshotRequest::new(
+            Destination::files(path("state-again"), path("memory-again")),
+            AfterSnapshot::Halt,
+        );
         client.snapshot(request).await.unwrap();
     });
 

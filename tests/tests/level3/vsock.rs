@@ -107,12 +107,10 @@ fn streams_of_a_linux_guest_end_at_a_restore_and_new_ones_begin() {
     let mut cut = bounded(ours.accept().unwrap().0);
     cut.read_exact(&mut [0; 100_000]).unwrap();
     echoed_by_guest(&path("first"));
-    let request = SnapshotRequest {
-        to: Destination::files(path("state"), path("memory")),
-        then: AfterSnapshot::Halt,
-        copy: None,
-        bytes_per_second: None,
-    };
+    let request = SnapshotRequest::new(
+        Destination::files(path("state"), path("memory")),
+        AfterSnapshot::Halt,
+    );
     block_on(async {
         let client = Client::connect(port, &secret).await.unwrap();
         client.snapshot(request).await.unwrap();
