@@ -20,6 +20,7 @@ pub mod native;
 pub mod on_demand;
 pub mod pre_copy;
 pub mod qemu;
+mod receiver;
 pub mod report;
 pub mod resets;
 mod row;

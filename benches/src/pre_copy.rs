@@ -10,6 +10,7 @@ use crate::{
     Bench, Fermata, Row, System,
     fermata::{FermataMachine, in_store},
     instant::{Load, new_store, usual},
+    receiver::{Keeps, Receiver},
 };
 
 const MEM_MIB: u64 = 600;
@@ -33,6 +34,22 @@ impl Daemon {
     }
 }
 
+/// Whether the daemon is this machine's own process, or another one that it reaches over TCP.
+#[derive(Clone, Copy)]
+enum Reach {
+    Here,
+    OverTcp,
+}
+
+impl Reach {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Here => "",
+            Self::OverTcp => " over TCP",
+        }
+    }
+}
+
 /// What was measured of one snapshot.
 struct Measured {
     report: SnapshotReport,
@@ -48,11 +65,17 @@ struct Measured {
 pub fn table(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     println!(
-        "daemon     application  duration (s)  iterations  downtime (ms)  pages in last  size"
+        "daemon              application  duration (s)  iterations  downtime (ms)  pages in last  size"
     );
-    for daemon in [Daemon::Streaming, Daemon::Memory] {
+    for (daemon, reach) in [
+        (Daemon::Streaming, Reach::Here),
+        (Daemon::Memory, Reach::Here),
+        (Daemon::Streaming, Reach::OverTcp),
+        (Daemon::Memory, Reach::OverTcp),
+    ] {
+        let name = format!("{}{}", daemon.name(), reach.name());
         for load in [Load::Idle, Load::Busy] {
-            let measured = machines(fermata, daemon, load, runs, scratch)?;
+            let measured = machines(fermata, daemon, reach, load, runs, scratch)?;
             let figures = |figure: &dyn Fn(&Measured) -> f64| -> Vec<f64> {
                 measured.iter().map(figure).collect()
             };
@@ -61,8 +84,7 @@ pub fn table(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
             let totals = report(|report| report.total_us as f64 / 1000.0);
             let median = |figures: &[f64]| crate::row::percentile(figures, 0.5);
             println!(
-                "{:9}  {:11}  {:12.2}  {:10.0}  {:13.2}  {:13.0}  {:4.2}",
-                daemon.name(),
+                "{name:18}  {:11}  {:12.2}  {:10.0}  {:13.2}  {:13.0}  {:4.2}",
                 load.name(),
                 median(&totals) / 1000.0,
                 // The last is the one for which it stands still.
@@ -73,7 +95,7 @@ pub fn table(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
                 )),
                 median(&figures(&|each| each.size)),
             );
-            let setting = format!("{}, {}", daemon.name(), load.name());
+            let setting = format!("{name}, {}", load.name());
             let of = |bench, figures: &[f64]| Row::of(bench, System::Fermata, MEM_MIB, figures);
             let stop = of(Bench::PrecopyStop, &stops);
             let total = of(Bench::PrecopyTotal, &totals);
@@ -91,6 +113,7 @@ pub fn table(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>> {
 fn machines(
     fermata: &Fermata,
     daemon: Daemon,
+    reach: Reach,
     load: Load,
     runs: u32,
     scratch: &Path,
@@ -98,18 +121,32 @@ fn machines(
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
     let (mut machine, _, _wire) = usual(fermata, MEM_MIB, load.pace(), directory.path())?;
     (0..runs)
-        .map(|_| save(&mut machine, daemon, directory.path()))
+        .map(|_| save(&mut machine, daemon, reach, directory.path()))
         .collect()
 }
 
 /// Saves all of its memory.
-fn save(machine: &mut FermataMachine, daemon: Daemon, scratch: &Path) -> Result<Measured> {
+fn save(
+    machine: &mut FermataMachine,
+    daemon: Daemon,
+    reach: Reach,
+    scratch: &Path,
+) -> Result<Measured> {
     // What is in a store already would not be copied.
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
-    let memory = directory.path().join("memory");
-    let to = match daemon {
-        Daemon::Streaming => Destination::files(directory.path().join("state"), &memory),
-        Daemon::Memory => in_store(&new_store(directory.path())?, "snapshot"),
+    let path = directory.path();
+    let memory = path.join("snapshot.memory");
+    let receiver = match (daemon, reach) {
+        (_, Reach::Here) => None,
+        (Daemon::Streaming, Reach::OverTcp) => Some(Receiver::start(Keeps::InFiles(path), path)?),
+        (Daemon::Memory, Reach::OverTcp) => {
+            Some(Receiver::start(Keeps::InStore(&new_store(path)?), path)?)
+        }
+    };
+    let to = match (&receiver, daemon) {
+        (Some(receiver), _) => receiver.destination("snapshot"),
+        (None, Daemon::Streaming) => Destination::files(path.join("snapshot.state"), &memory),
+        (None, Daemon::Memory) => in_store(&new_store(path)?, "snapshot"),
     };
     let report = machine.live(to, Some(MemoryCopy::PreCopy))?;
     ensure!(
