@@ -20,7 +20,7 @@ pub use arrivals::Arrivals;
 pub use discard::Discarder;
 pub use host::{Error, HostPages, MachineMemory};
 pub use layout::{HOLE_END, HOLE_START, InvalidSize, Layout, MIN_MEMORY_BYTES, Region};
-pub use live::{Armed, AtCut, Elsewhere, Outcome, Part, PartKind, Tracker};
+pub use live::{Armed, AtCut, Elsewhere, GoOn, Outcome, Part, PartKind, Tracker};
 pub use original::{BroughtBack, Original};
 
 /// Bytes of a page, the unit in which memory is saved.

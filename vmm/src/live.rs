@@ -1,7 +1,11 @@
 //! Snapshots that the guest goes on beside, at least until little of it is left to be saved: what is written to its memory is
 //! known.
 
-use std::{sync::atomic::AtomicBool, time::Duration};
+use std::{
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use control::MemoryCopy;
 use memory::{AtCut, Elsewhere, Outcome, Tracker};
@@ -50,17 +54,18 @@ pub(crate) fn prepare(
     match plan.copy {
         Some(MemoryCopy::StopAndCopy) => Ok(None),
         Some(MemoryCopy::CopyOnWrite) if !plan.goes_on => Err(Error::NothingGoesOn),
-        Some(MemoryCopy::CopyOnWrite) => arm(machine).map(Some),
+        Some(MemoryCopy::CopyOnWrite) => arm(machine, plan).map(Some),
         Some(MemoryCopy::PreCopy) => pre_copy(machine, plan, draft).map(Some),
         None if !plan.goes_on => Ok(None),
-        None => Ok(arm(machine)
+        None => Ok(arm(machine, plan)
             .inspect_err(|error| tracing::info!("the guest stands still to be saved: {error}"))
             .ok()),
     }
 }
 
-fn arm(machine: &mut Machine) -> Result<Prepared, Error> {
-    let armed = live(machine)?.tracker.arm().map_err(Error::Host)?;
+fn arm(machine: &mut Machine, plan: &Plan<'_>) -> Result<Prepared, Error> {
+    let armed = live(machine)?.tracker.arm(&|| plan.go_on());
+    let armed = armed.map_err(Error::Host)?;
     Ok(Prepared {
         copy: MemoryCopy::CopyOnWrite,
         rounds: armed.rounds,
@@ -90,6 +95,22 @@ fn live(machine: &mut Machine) -> Result<&mut Live, Error> {
         },
     };
     Ok(machine.live.insert(live))
+}
+
+impl Plan<'_> {
+    /// Why there is nothing to save any more, if the guest is ending.
+    pub(crate) fn ended(&self) -> Option<Error> {
+        let ends = self.ending.load(Ordering::SeqCst);
+        ends.then_some(Error::GuestEnds)
+    }
+
+    /// Whether to go on with it; if not, who takes the snapshot looks why.
+    pub(crate) fn go_on(&self) -> io::Result<()> {
+        match self.ended().is_some() || self.saving.is_cancelled() {
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Live {

@@ -2,11 +2,7 @@
 //!
 //! That is how live migration works (Clark et al., NSDI 2005), and how VNsnap (Kangarlou, Xu and Eugster, 2008) saves machines.
 
-use std::{
-    io,
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use memory::{AtCut, Tracker};
 use snapshot::Draft;
@@ -59,7 +55,8 @@ pub(crate) fn copy(
     let mut last = usize::MAX;
     let mut rate: Option<Rate> = None;
     loop {
-        let left = tracker.to_copy(building).map_err(Error::Host)?;
+        let left = tracker.to_copy(building, &|| plan.go_on());
+        let left = left.map_err(|error| plan.ended().unwrap_or(Error::Host(error)))?;
         rounds.count += 1;
         let shrinks = left.len() <= last - last / 4;
         let takes = rate.map(|rate| rate.time_for(left.len() as u64 * AtCut::UNIT_BYTES));
@@ -92,16 +89,11 @@ pub(crate) fn copy(
 
 /// Copies the granules at these offsets; returns how many bytes were.
 fn round(tracker: &Tracker, draft: &Draft, offsets: &[u64], plan: &Plan<'_>) -> Result<u64, Error> {
-    let ends = || plan.ending.load(Ordering::SeqCst);
-    let read = |offset, content: &mut [u8]| match ends() {
-        // There will be nothing to save.
-        true => Err(io::ErrorKind::Interrupted.into()),
-        false => tracker.copy(offset, content),
+    let read = |offset, content: &mut [u8]| {
+        plan.go_on()?;
+        tracker.copy(offset, content)
     };
     let copied = draft.copy(offsets, AtCut::UNIT_BYTES, read, plan.saving);
-    let copied = copied.map_err(|error| match ends() {
-        true => Error::GuestEnds,
-        false => error.into(),
-    })?;
+    let copied = copied.map_err(|error| plan.ended().unwrap_or_else(|| error.into()))?;
     Ok(copied * AtCut::UNIT_BYTES)
 }

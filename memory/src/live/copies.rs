@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{Elsewhere, Flags, GRANULE_BYTES, Shared, Tracker};
+use super::{Elsewhere, Flags, GRANULE_BYTES, GoOn, Shared, Tracker};
 
 impl Tracker {
     /// Begins with copies: there are none.
@@ -28,8 +28,8 @@ impl Tracker {
     /// # Errors
     ///
     /// As of [`Tracker::arm`].
-    pub fn to_copy(&self, building: bool) -> io::Result<Vec<u64>> {
-        self.shared.arm_written()?;
+    pub fn to_copy(&self, building: bool, go_on: GoOn<'_>) -> io::Result<Vec<u64>> {
+        self.shared.arm_written(go_on)?;
         let granules = &self.shared.granules;
         let elsewhere = Elsewhere {
             base: building,

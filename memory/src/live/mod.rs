@@ -55,6 +55,9 @@ const MAX_ABSENT_BLOCKS: usize = 16_384;
 /// Before something is tried again that the kernel refused, while somebody waits for it.
 const RETRY_AFTER: Duration = Duration::from_millis(10);
 
+/// Says whether to go on with something long: it fails with why not.
+pub type GoOn<'a> = &'a dyn Fn() -> io::Result<()>;
+
 /// Knows what of a machine's memory is written to. Dropped, it no longer does, and everybody goes on.
 #[derive(Debug)]
 pub struct Tracker {
@@ -140,16 +143,16 @@ impl MachineMemory {
 
 impl Tracker {
     /// Goes through memory and protects what was written to, while the guest runs, until little is left or each round
-    /// leaves no less than the one before.
+    /// leaves no less than the one before; and until `go_on` says no, which is asked for each 2 MiB.
     ///
     /// # Errors
     ///
-    /// When the kernel refuses, or the last cut has not ended; the guest is none the worse.
-    pub fn arm(&self) -> io::Result<Armed> {
+    /// When the kernel refuses, the last cut has not ended, or `go_on` says so; the guest is none the worse.
+    pub fn arm(&self, go_on: GoOn<'_>) -> io::Result<Armed> {
         let mut left = usize::MAX;
         let mut rounds = 0;
         while left > FEW && rounds < MAX_ROUNDS {
-            self.shared.arm_written()?;
+            self.shared.arm_written(go_on)?;
             rounds += 1;
             let now = self.shared.granules.written();
             if now >= left {
@@ -351,8 +354,9 @@ impl Shared {
     }
 
     /// Protects what was written to.
-    fn arm_written(&self) -> io::Result<()> {
+    fn arm_written(&self, go_on: GoOn<'_>) -> io::Result<()> {
         for block in 0..self.granules.blocks() {
+            go_on()?;
             if self.granules.unprotected(block) == 0 {
                 continue;
             }

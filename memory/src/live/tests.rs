@@ -10,6 +10,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::{Discarder, Layout, MIN_MEMORY_BYTES, PAGE_BYTES};
 
+fn always() -> io::Result<()> {
+    Ok(())
+}
+
 const PAGE: u64 = PAGE_BYTES;
 const BYTES: u64 = MIN_MEMORY_BYTES + 3 * PAGE;
 
@@ -76,7 +80,13 @@ impl Machine {
         }
         let copies = self.copies.get_or_insert_default();
         let building = building && self.base.is_some();
-        for offset in self.tracker.to_copy(building).unwrap().iter().take(count) {
+        for offset in self
+            .tracker
+            .to_copy(building, &always)
+            .unwrap()
+            .iter()
+            .take(count)
+        {
             let bytes = GRANULE_BYTES.min(BYTES - offset) as usize;
             let mut content = vec![0; bytes];
             assert!(self.tracker.copy(*offset, &mut content).unwrap());
@@ -203,7 +213,7 @@ proptest! {
             match (step, &mut saving) {
                 (Step::Write(page, value), _) => machine.write(page, value),
                 (Step::Discard(pages), _) => machine.discard(pages),
-                (Step::Arm, None) => drop(machine.tracker.arm().unwrap()),
+                (Step::Arm, None) => drop(machine.tracker.arm(&always).unwrap()),
                 (Step::Copy { count, building }, None) => machine.copy(count, building),
                 (Step::Copy { .. }, Some(_)) => {
                     prop_assert!(machine.tracker.begin_copies().is_err());
@@ -218,7 +228,7 @@ proptest! {
                     machine.finish(saving.take().unwrap(), outcome);
                 }
                 // It does nothing if there is nothing to do.
-                (Step::Arm, Some(_)) => drop(machine.tracker.arm()),
+                (Step::Arm, Some(_)) => drop(machine.tracker.arm(&always)),
                 (Step::Read(_) | Step::Finish(_), None) => {}
             }
         }
@@ -235,7 +245,7 @@ fn what_a_guest_never_touched_costs_nothing_and_what_is_unchanged_is_in_the_base
     for page in 0..600 {
         machine.write(page, page + 1);
     }
-    let armed = machine.tracker.arm().unwrap();
+    let armed = machine.tracker.arm(&always).unwrap();
     assert_eq!((armed.rounds, armed.left_bytes), (1, 0));
     let cut = machine.cut(FROM_BASE);
     assert_eq!(cut.at_cut.protected_bytes(), 0);
@@ -297,7 +307,7 @@ fn who_was_told_of_a_write_to_a_block_that_is_gone_since_leaves_it_alone() {
     let mut machine = Machine::new();
     machine.write(0, 1);
     machine.discard(0..512);
-    machine.tracker.arm().unwrap();
+    machine.tracker.arm(&always).unwrap();
     let shared = &machine.tracker.shared;
     assert!(shared.is_absent(0));
     shared.write(3).unwrap();
@@ -334,7 +344,7 @@ fn copied(tracker: &Tracker) -> Vec<u8> {
     let mut image = vec![0; BYTES as usize];
     tracker.begin_copies().unwrap();
     for _ in 0..2 {
-        for offset in tracker.to_copy(false).unwrap() {
+        for offset in tracker.to_copy(false, &always).unwrap() {
             let end = (offset + GRANULE_BYTES).min(BYTES);
             let content = &mut image[offset as usize..end as usize];
             tracker.copy(offset, content).unwrap();
@@ -395,7 +405,7 @@ fn cuts_under_writers_are_of_one_instant() {
         while round < 60 || last.contains(&0) {
             round += 1;
             if round % 3 != 0 {
-                tracker.arm().unwrap();
+                tracker.arm(&always).unwrap();
             }
             // While they write.
             let copies = (round % 2 == 0).then(|| copied(&tracker));
@@ -437,7 +447,7 @@ fn what_is_written_to_is_copied_again_and_the_rest_is_not() {
         machine.write(page, page + 1);
     }
     machine.tracker.begin_copies().unwrap();
-    let to_copy = |machine: &Machine| machine.tracker.to_copy(false).unwrap();
+    let to_copy = |machine: &Machine| machine.tracker.to_copy(false, &always).unwrap();
     let copy = |machine: &Machine, offset: u64| {
         let mut content = vec![0; GRANULE_BYTES as usize];
         machine.tracker.copy(offset, &mut content).unwrap()
@@ -456,4 +466,18 @@ fn what_is_written_to_is_copied_again_and_the_rest_is_not() {
     // Whoever gave up is not taken from.
     machine.tracker.begin_copies().unwrap();
     assert_eq!(to_copy(&machine).len(), 32);
+}
+
+#[test]
+fn what_is_not_to_go_on_ends_and_can_be_begun_again() {
+    let machine = Machine::new();
+    let asked = std::cell::Cell::new(0);
+    let never = || {
+        asked.set(asked.get() + 1);
+        Err(io::ErrorKind::Interrupted.into())
+    };
+    machine.tracker.arm(&never).unwrap_err();
+    machine.tracker.to_copy(false, &never).unwrap_err();
+    assert_eq!(asked.get(), 2);
+    assert_eq!(machine.tracker.arm(&always).unwrap().left_bytes, 0);
 }

@@ -4,7 +4,7 @@
 //! be: a vCPU that waits for the page comes back when it is kicked (from Linux 6.2 on), a thread that touches memory for a device does not. So a hold
 //! may end half-way. Who waits has done nothing that could be wrong, and comes to rest when the page is there.
 
-use std::{ops::Range, time::Duration};
+use std::{ops::Range, thread, time::Duration};
 
 use control::LaunchSpec;
 use snapshot::{Lost, OnDemand, Snapshot};
@@ -47,7 +47,14 @@ pub(super) fn load(
     listeners: &Listeners,
 ) -> Result<(Frame, Option<OnDemand>), Error> {
     let bytes = saved.state.header.memory_bytes;
-    let prepared = prepared.filter(|frame| frame.is_for(vcpus, bytes) && !spec.hugepages);
+    let prepared = match prepared {
+        Some(frame) if frame.is_for(vcpus, bytes) && !spec.hugepages => Some(frame),
+        Some(frame) => {
+            put_away(frame);
+            None
+        }
+        None => None,
+    };
     if spec.on_demand {
         let (frame, arriving) = on_demand(saved, prepared, vcpus, spec, listeners)?;
         return Ok((frame, Some(arriving)));
@@ -59,6 +66,14 @@ pub(super) fn load(
     }
     let memory = saved.load_into(host_pages(spec))?;
     Ok((Frame::new(memory, vcpus)?, None))
+}
+
+/// Ends what is of no use here. The kernel takes some milliseconds for that, for which nobody need wait.
+fn put_away(frame: Frame) {
+    let ending = thread::Builder::new().name("put-away".to_owned());
+    if let Err(error) = ending.spawn(move || drop(frame)) {
+        tracing::warn!("a machine that was prepared ended in the way of another: {error}");
+    }
 }
 
 fn on_demand(
