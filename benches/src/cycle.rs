@@ -17,7 +17,7 @@ use crate::{Bench, Console, MEMORY_MIB, Samples, System};
 pub(crate) const SETTLED: &str = "fermata-guest: count 3 ";
 
 /// Half of the guest's nap between two lines.
-const HALF_A_NAP: Duration = Duration::from_millis(100);
+pub(crate) const HALF_A_NAP: Duration = Duration::from_millis(100);
 
 /// What boots Linux guests, takes snapshots of them, and restores those.
 pub trait Monitor {

@@ -352,11 +352,16 @@ impl FermataMachine {
 /// As `name` in the store in this directory.
 pub(crate) fn in_store(directory: &Path, name: &str) -> Destination {
     Destination::Stored {
-        store: StoreLocation {
-            directory: directory.to_owned(),
-            key_file: None,
-        },
+        store: at(directory),
         name: name.to_owned(),
+    }
+}
+
+/// The store in this directory.
+pub(crate) fn at(directory: &Path) -> StoreLocation {
+    StoreLocation {
+        directory: directory.to_owned(),
+        key_file: None,
     }
 }
 

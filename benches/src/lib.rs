@@ -16,6 +16,7 @@ mod full;
 pub mod images;
 pub mod instant;
 pub mod io;
+pub mod linux_instant;
 pub mod native;
 pub mod on_demand;
 pub mod pre_copy;

@@ -57,6 +57,64 @@ impl QemuMachine {
     }
 }
 
+/// How QEMU saves a machine whose guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Live {
+    /// It copies memory in rounds, and stops the guest for the last: its live migration, to a file.
+    PreCopy,
+    /// It stops the guest for the state alone, and copies memory behind it, by userfaultfd: its background snapshot.
+    Background,
+}
+
+impl QemuMachine {
+    /// Saves it, while its guest runs, by this way; it goes on.
+    ///
+    /// # Errors
+    ///
+    /// When it is not saved.
+    pub fn live(&mut self, files: &Files, way: Live) -> Result<Saved> {
+        let mut qmp = Qmp::connect(&self.monitor)?;
+        prepare(&mut qmp, way == Live::Background)?;
+        let begun = Instant::now();
+        let file = migrate(&mut qmp, &files.memory)?;
+        let stopped = qmp.wait_for(|event| Ok(time_of("STOP", event)))?;
+        if way == Live::PreCopy {
+            qmp.wait_for(completed)?;
+            go_on(&mut qmp)?;
+        }
+        let resumed = qmp.wait_for(|event| Ok(time_of("RESUME", event)))?;
+        if way == Live::Background {
+            qmp.wait_for(completed)?;
+        }
+        make_durable(&file, &files.memory)?;
+        Ok(Saved {
+            total: begun.elapsed(),
+            downtime: resumed.saturating_sub(stopped),
+        })
+    }
+}
+
+/// Has migrations tell what happens, and be as fast as can be.
+fn prepare(qmp: &mut Qmp, background: bool) -> Result<()> {
+    let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
+    let capabilities = json!({ "capabilities": [
+        capability("events", true),
+        capability("background-snapshot", background),
+    ] });
+    qmp.execute("migrate-set-capabilities", capabilities)?;
+    let parameters = json!({ "max-bandwidth": NO_LIMIT });
+    qmp.execute("migrate-set-parameters", parameters)?;
+    Ok(())
+}
+
+/// Begins a migration to a new file at `path`.
+fn migrate(qmp: &mut Qmp, path: &Path) -> Result<File> {
+    let file = File::create(path).with_context(|| format!("cannot make {}", path.display()))?;
+    qmp.pass(&file, SNAPSHOT)?;
+    qmp.execute("migrate", json!({ "uri": format!("fd:{SNAPSHOT}") }))?;
+    Ok(file)
+}
+
 impl Monitor for Qemu {
     type Machine = QemuMachine;
     const SYSTEM: System = System::Qemu;
@@ -116,18 +174,11 @@ fn arguments(guest: &LinuxGuest, console: &Path, monitor: &Path) -> Vec<OsString
 impl Machine for QemuMachine {
     fn snapshot(&mut self, files: &Files) -> Result<Saved> {
         let mut qmp = Qmp::connect(&self.monitor)?;
-        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-        qmp.execute("migrate-set-capabilities", events)?;
-        let parameters = json!({ "max-bandwidth": NO_LIMIT });
-        qmp.execute("migrate-set-parameters", parameters)?;
-
+        prepare(&mut qmp, false)?;
         let begun = Instant::now();
-        let file = File::create(&files.memory)
-            .with_context(|| format!("cannot make {}", files.memory.display()))?;
         qmp.execute("stop", json!({}))?;
         let stopped = qmp.wait_for(|event| Ok(time_of("STOP", event)))?;
-        qmp.pass(&file, SNAPSHOT)?;
-        qmp.execute("migrate", json!({ "uri": format!("fd:{SNAPSHOT}") }))?;
+        let file = migrate(&mut qmp, &files.memory)?;
         qmp.wait_for(completed)?;
         go_on(&mut qmp)?;
         let resumed = qmp.wait_for(|event| Ok(time_of("RESUME", event)))?;

@@ -1,0 +1,189 @@
+//! Linux guests that are saved while they run, and that run before their memory is loaded, on fermata and on QEMU.
+
+use std::{
+    path::{Path, PathBuf},
+    thread,
+    time::Instant,
+};
+
+use anyhow::{Result, ensure};
+use control::{MemoryCopy, Origin, Source};
+
+use crate::{
+    Bench, Console, Fermata, Figures, Files, LinuxGuest, Monitor, System,
+    cycle::{HALF_A_NAP, SETTLED},
+    fermata::{at, in_store},
+    instant::new_store,
+    qemu::{Live, Qemu},
+};
+
+/// The machine's memory, in MiB.
+pub const MEM_MIB: u64 = 512;
+/// What of it the guest fills with what is not like anything else, in MiB.
+const FILLED_MIB: u64 = 256;
+
+const NAME: &str = "one";
+const SETTING: &str = "Linux";
+
+/// What is measured, and where.
+pub struct Bed<'a> {
+    fermata: &'a Fermata,
+    qemu: &'a Qemu,
+    guest: LinuxGuest,
+    directory: &'a Path,
+}
+
+/// A guest that each of both has saved.
+pub struct Saved<'a> {
+    bed: &'a Bed<'a>,
+    store: PathBuf,
+    files: Files,
+}
+
+/// How a guest goes on.
+#[derive(Clone, Copy)]
+enum Way {
+    AllFirst,
+    OnDemand,
+    Qemu,
+}
+
+impl<'a> Bed<'a> {
+    /// With everything in `directory`, which is empty.
+    pub fn new(
+        fermata: &'a Fermata,
+        qemu: &'a Qemu,
+        guest: &LinuxGuest,
+        directory: &'a Path,
+    ) -> Self {
+        let guest = LinuxGuest {
+            mem_mib: MEM_MIB,
+            cmdline: format!("{} fermata.fill={FILLED_MIB}", guest.cmdline),
+            ..guest.clone()
+        };
+        Self {
+            fermata,
+            qemu,
+            guest,
+            directory,
+        }
+    }
+
+    /// Boots one guest and then the other, and saves each so many times while it runs, by each way that both have. What each is saved as first,
+    /// when none of its memory is known to be anywhere, is kept, and in no figure.
+    ///
+    /// # Errors
+    ///
+    /// When any of it fails.
+    pub fn save(&'a self, runs: u32, figures: &mut Figures) -> Result<Saved<'a>> {
+        Ok(Saved {
+            store: self.save_here(runs, figures)?,
+            files: self.save_there(runs, figures)?,
+            bed: self,
+        })
+    }
+
+    fn save_here(&self, runs: u32, figures: &mut Figures) -> Result<PathBuf> {
+        let store = new_store(self.directory)?;
+        let console = self.console("here")?;
+        let mut machine = self.fermata.boot(&self.guest, console.path())?;
+        settle(console)?;
+        machine.store(&store, NAME)?;
+        for run in 0..runs {
+            for (bench, copy) in [
+                (Bench::CowStop, MemoryCopy::CopyOnWrite),
+                (Bench::PrecopyStop, MemoryCopy::PreCopy),
+            ] {
+                let to = in_store(&store, &format!("{bench}-{run}"));
+                let report = machine.live(to, Some(copy))?;
+                ensure!(report.copy == copy, "the guest was saved by another way");
+                let ms = report.downtime_us as f64 / 1000.0;
+                figures.add(bench, System::Fermata, SETTING, ms);
+            }
+        }
+        Ok(store)
+    }
+
+    fn save_there(&self, runs: u32, figures: &mut Figures) -> Result<Files> {
+        let files = Files::in_directory(self.directory);
+        let again = tempfile::tempdir_in(self.directory)?;
+        let console = self.console("there")?;
+        let mut machine = self.qemu.boot(&self.guest, console.path())?;
+        settle(console)?;
+        machine.live(&files, Live::PreCopy)?;
+        for _ in 0..runs {
+            for (bench, live) in [
+                (Bench::CowStop, Live::Background),
+                (Bench::PrecopyStop, Live::PreCopy),
+            ] {
+                let saved = machine.live(&Files::in_directory(again.path()), live)?;
+                let ms = saved.downtime.as_secs_f64() * 1000.0;
+                figures.add(bench, System::Qemu, SETTING, ms);
+            }
+        }
+        Ok(files)
+    }
+
+    fn console(&self, name: &str) -> Result<Console> {
+        Console::create(self.directory.join(format!("{name}.console")))
+    }
+}
+
+/// Waits until the guest does what it does, and is in the middle of a nap: what is left of that is part of the time to its first output after
+/// a restore.
+fn settle(mut console: Console) -> Result<()> {
+    console.wait_for(SETTLED)?;
+    thread::sleep(HALF_A_NAP);
+    Ok(())
+}
+
+impl Saved<'_> {
+    /// Has the guests go on: ours with all of its memory loaded first, and with none; QEMU's with all. The order turns from run to run.
+    ///
+    /// # Errors
+    ///
+    /// When any of it fails.
+    pub fn restore(&self, run: u32, figures: &mut Figures) -> Result<()> {
+        let mut ways = [Way::AllFirst, Way::OnDemand, Way::Qemu];
+        ways.rotate_left(run as usize % 3);
+        for way in ways {
+            let ms = self.restore_by(way)?;
+            let (system, setting) = match way {
+                Way::AllFirst => (System::Fermata, "Linux, all first"),
+                Way::OnDemand => (System::Fermata, "Linux, on demand"),
+                Way::Qemu => (System::Qemu, SETTING),
+            };
+            figures.add(Bench::RestoreFirst, system, setting, ms);
+        }
+        Ok(())
+    }
+
+    /// Milliseconds until the guest says something.
+    fn restore_by(&self, way: Way) -> Result<f64> {
+        let bed = self.bed;
+        let console = bed.console("restored")?;
+        let source = Source::Stored {
+            store: at(&self.store),
+            name: NAME.to_owned(),
+        };
+        let begun = Instant::now();
+        let first = |mut console: Console| -> Result<f64> {
+            console.wait_for_output()?;
+            Ok(begun.elapsed().as_secs_f64() * 1000.0)
+        };
+        match way {
+            Way::AllFirst => {
+                let _machine = bed.fermata.start(Origin::Restore(source), console.path())?;
+                first(console)
+            }
+            Way::OnDemand => {
+                let _machine = bed.fermata.restore_on_demand(source, console.path())?;
+                first(console)
+            }
+            Way::Qemu => {
+                let _machine = bed.qemu.restore(&bed.guest, &self.files, console.path())?;
+                first(console)
+            }
+        }
+    }
+}
