@@ -21,8 +21,8 @@ use crate::{
     Errand, HotImage, LaunchSpec, Launched, Log, Registry, Shape, SpawnError, Spawned, errand,
 };
 
-/// The environment variable that says which messages a program of fermata's writes to standard error, in
-/// the syntax of `tracing_subscriber`'s `EnvFilter`.
+/// The environment variable that says which messages a program of fermata's writes to standard error: levels by where they
+/// come from, like `info,tarpc=warn`.
 pub const LOG_VARIABLE: &str = "FERMATA_LOG";
 
 /// The longest answer that is read.

@@ -23,6 +23,8 @@ impl Door {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
+            // There is room for 1024 otherwise, for a handful of connections.
+            .max_io_events_per_tick(16)
             .build()?;
         let listener = {
             let _entered = runtime.enter();

@@ -4,24 +4,28 @@
 //! a socket, and answers with one line on its standard output; see [`control::Errand`]. Its exit code says how the
 //! machine ended; see [`control::Exit`].
 
+mod log;
+
 use std::{
     io::{self, Write},
     process::ExitCode,
 };
 
-use control::Exit;
+use control::{Exit, LOG_VARIABLE};
+use rustix::stdio::stdin;
+
+use log::{Log, StandardError};
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FERMATA_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .init();
+    let asked = std::env::var(LOG_VARIABLE).ok();
+    let log = Log::new(asked.as_deref(), StandardError);
+    if tracing::subscriber::set_global_default(log).is_err() {
+        // Nobody else can have set one.
+        eprintln!("fermata-vmm: nothing will be said of what is done");
+    }
     let span = tracing::info_span!("vmm", pid = std::process::id());
     let _entered = span.enter();
-    let (errand, with) = match control::receive(io::stdin()) {
+    let (errand, with) = match control::receive(stdin()) {
         Ok(received) => received,
         Err(e) => {
             eprintln!(
@@ -30,7 +34,7 @@ fn main() -> ExitCode {
             return ExitCode::from(Exit::Usage.code());
         }
     };
-    let exit = vmm::run(errand, with, io::stdin(), |launched| {
+    let exit = vmm::run(errand, with, stdin(), |launched| {
         // A parent that has gone away does not care.
         if let Ok(mut line) = serde_json::to_vec(launched) {
             line.push(b'\n');
