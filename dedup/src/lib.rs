@@ -22,6 +22,7 @@
 
 #![forbid(unsafe_code)]
 
+mod annotation;
 pub mod backend;
 mod bytes;
 mod config;
@@ -48,6 +49,7 @@ mod store;
 mod threads;
 mod write;
 
+pub use annotation::MAX_ANNOTATION_BYTES;
 pub use config::{CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL};
 pub use diff::ImageDiff;
 pub use error::{Error, Result};
