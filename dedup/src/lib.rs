@@ -57,7 +57,7 @@ pub use fsck::{Problem, Report, repair_config};
 pub use gc::{Collected, GcOptions};
 pub use key::Key;
 pub use progress::Progress;
-pub use read::{Around, Decoded, ImageReader, PartReader, Zeros};
+pub use read::{Around, Decoded, ImageReader, PartReader, Piece, Zeros};
 pub use snapshot::{Facts, ImageFacts, SnapshotId};
 pub use stat::Stat;
 pub use store::{FILE_IMAGE, Listing, LogEntry, OpenOptions, SnapshotReader, Store, Unreadable};
