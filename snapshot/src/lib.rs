@@ -22,6 +22,7 @@ mod saving;
 mod stored;
 mod table;
 mod transfer;
+mod working_set;
 
 /// Whether checksums are taken on trust, so that a fuzzer comes to what is behind them.
 const FORGED: bool = cfg!(fuzzing);
@@ -32,8 +33,9 @@ pub use disk::StoredDisk;
 pub use error::Error;
 pub use files::Files;
 pub use image_file::Written;
-pub use on_demand::{Lost, OnDemand, OnLoss};
+pub use on_demand::{Lost, OnDemand, OnLoss, UseWorkingSet};
 pub use open::{Snapshot, Source, read_state};
 pub use save::{Destination, Draft, StorePlace, Unpublished, begin, write};
 pub use saving::Saving;
 pub use stored::{MEMORY_IMAGE, StoreAt};
+pub use working_set::{Malformed, WorkingSet};
