@@ -41,6 +41,8 @@ mod resize;
 mod round_trip;
 #[path = "bare_metal/store.rs"]
 mod store;
+#[path = "bare_metal/working_set.rs"]
+mod working_set;
 
 use serde_json::json;
 use system_tests::{
