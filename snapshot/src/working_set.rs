@@ -242,6 +242,12 @@ mod tests {
     }
 
     #[test]
+    fn a_run_is_no_longer_than_what_is_left() {
+        assert_eq!(parse(&[1, 2, 0, 1]), Ok(WorkingSet::new([0, 1])));
+        assert_eq!(parse(&[1, 1, 0, 1]), Err(Malformed("a run is too long")));
+    }
+
+    #[test]
     fn the_last_page_of_an_image_is_the_last() {
         let bytes = WorkingSet::new([3]).encode();
         assert!(WorkingSet::parse(&bytes, 4 * PAGE_BYTES).is_ok());

@@ -109,6 +109,17 @@ impl Place {
         }
     }
 
+    /// Half of each pack.
+    fn damage(&self) {
+        for pack in fs::read_dir(self.path().join("packs")).unwrap() {
+            let pack = pack.unwrap().path();
+            let mut bytes = fs::read(&pack).unwrap();
+            let middle = bytes.len() / 4..bytes.len() * 3 / 4;
+            bytes[middle].fill(0xee);
+            fs::write(pack, bytes).unwrap();
+        }
+    }
+
     /// Records [`TOUCHED`].
     fn record(&self) -> Option<()> {
         let restored = self.restore(UseWorkingSet::Record)?;
@@ -191,6 +202,7 @@ fn what_was_touched_in_the_first_second_comes_first_the_next_time() {
         second.wait_for_working_set();
         // Nothing else, and nobody waits for any of it.
         assert!(second.coming.progress().done() <= 5 * FRAME * PAGE_BYTES);
+        assert!(second.coming.working_set_bytes() >= 5 * PAGE_BYTES);
         second.touch(&TOUCHED);
         assert_eq!(second.coming.waited_for(), 0);
         second.touch(&[500]);
@@ -240,6 +252,22 @@ fn what_did_not_run_alone_for_long_enough_is_not_recorded() {
         });
         assert_eq!(place.kept(), None);
     }
+}
+
+#[test]
+fn nothing_is_recorded_once_somebody_waits_for_everything() {
+    let place = Place::new(None);
+    place.damage();
+    let Some(restored) = place.restore(UseWorkingSet::Bring) else {
+        return;
+    };
+    restored.coming.bring_the_rest(true).unwrap();
+    // Not all can come, but much has that nobody touched.
+    restored.coming.finish().unwrap_err();
+    restored.wait_for_working_set();
+    // As long as it would take to keep it.
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(place.kept(), None);
 }
 
 #[test]
@@ -295,13 +323,7 @@ fn nothing_is_left_of_one_whose_snapshot_is_removed_meanwhile() {
 fn one_that_cannot_be_had_is_not_waited_for_before_it_is_touched() {
     let place = Place::new(None);
     let Some(()) = place.record() else { return };
-    for pack in fs::read_dir(place.path().join("packs")).unwrap() {
-        let pack = pack.unwrap().path();
-        let mut bytes = fs::read(&pack).unwrap();
-        let middle = bytes.len() / 4..bytes.len() * 3 / 4;
-        bytes[middle].fill(0xee);
-        fs::write(pack, bytes).unwrap();
-    }
+    place.damage();
     let restored = place.restore(UseWorkingSet::Bring).unwrap();
     restored.wait_for_working_set();
     assert!(restored.lost.try_recv().is_err());

@@ -138,6 +138,11 @@ impl OnDemand {
         self.state.working_set_pages.load(Ordering::Relaxed)
     }
 
+    /// Bytes that came first, with it, and that nobody had to wait for.
+    pub fn working_set_bytes(&self) -> u64 {
+        self.state.working_set_bytes.load(Ordering::Relaxed)
+    }
+
     /// Whether the working set has come, as far as it can; so it has if there is none, and it is not recorded.
     pub fn has_working_set_come(&self) -> bool {
         self.bringing
@@ -201,10 +206,12 @@ impl Bringing {
                     if !self.arrivals.is_missing(&piece.range) {
                         continue;
                     }
-                    match reader.read_piece(piece)? {
+                    let new = match reader.read_piece(piece)? {
                         Some(bytes) => self.put(piece.range.start, bytes)?,
-                        None => drop(self.arrivals.put_zeros(&piece.range)?),
-                    }
+                        None => self.arrivals.put_zeros(&piece.range)?,
+                    };
+                    let bytes = &self.state.working_set_bytes;
+                    bytes.fetch_add(new, Ordering::Relaxed);
                 }
                 Ok::<_, Cause>(())
             })?;

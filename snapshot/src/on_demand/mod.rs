@@ -70,6 +70,7 @@ struct State {
     progress: Progress,
     waited_for: AtomicU64,
     working_set_pages: AtomicU64,
+    working_set_bytes: AtomicU64,
     recorded_pages: AtomicU64,
     lost: Mutex<Option<Lost>>,
 }
@@ -360,15 +361,16 @@ impl Bringing {
                 let window = start.max(range.start)..(start + ZEROS_AT_ONCE).min(range.end);
                 self.arrivals.put_zeros(&window)?;
             }
-            Around::Data(data) => self.put(data.offset, data.bytes())?,
+            Around::Data(data) => drop(self.put(data.offset, data.bytes())?),
         }
         Ok(())
     }
 
-    fn put(&self, offset: u64, content: &[u8]) -> Result<(), Cause> {
+    /// Returns how many bytes were not there yet.
+    fn put(&self, offset: u64, content: &[u8]) -> Result<u64, Cause> {
         let new = self.arrivals.put(offset, content)?;
         self.state.progress.advance(new);
-        Ok(())
+        Ok(new)
     }
 
     /// Reads parts that nobody has read, with `patience`.
@@ -433,7 +435,9 @@ impl Bringing {
             None => reader.insert(self.image.part_reader()?),
         };
         let wanted = |range: &Range<u64>| self.arrivals.is_missing(range);
-        reader.read(part, wanted, |offset, bytes| self.put(offset, bytes))
+        reader.read(part, wanted, |offset, bytes| {
+            self.put(offset, bytes).map(drop)
+        })
     }
 
     /// Takes note that a part was read, or was not; after the last one, memory is like any other.
