@@ -155,6 +155,7 @@ impl Machines {
             registry: self.registry.dir().to_owned(),
             hugepages: false,
             on_demand: false,
+            working_set: control::UseWorkingSet::default(),
             paused: false,
             clock: control::GuestClock::default(),
             confinement: Some(self.confinement()),

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use control::{
     AfterSnapshot, Client, CpuModel, Destination, GuestClock, HotImage, LaunchSpec, Log,
     MachineConfig, MemoryCopy, Origin, Pool, Registry, ResetReport, Secret, Shape, SnapshotReport,
-    SnapshotRequest, Source, Spawned, StoreLocation,
+    SnapshotRequest, Source, Spawned, StoreLocation, UseWorkingSet,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -21,7 +21,7 @@ use crate::{Files, LinuxGuest, Machine, Monitor, Saved, System, VCPUS};
 const START_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long to wait between two looks at a figure.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The VMM program and what its processes share.
 #[derive(Debug)]
@@ -83,14 +83,20 @@ impl Fermata {
     /// # Errors
     ///
     /// As of [`Fermata::start`].
-    pub fn restore_on_demand(&self, source: Source, console: &Path) -> Result<FermataMachine> {
+    pub fn restore_on_demand(
+        &self,
+        source: Source,
+        console: &Path,
+        working_set: UseWorkingSet,
+    ) -> Result<FermataMachine> {
         self.launch(LaunchSpec {
             on_demand: true,
+            working_set,
             ..self.spec(Origin::Restore(source), console)?
         })
     }
 
-    /// The same, in a process of `pool`, if there is one prepared.
+    /// The same, in a process of `pool`, if there is one prepared; without a working set.
     ///
     /// # Errors
     ///
@@ -103,6 +109,7 @@ impl Fermata {
     ) -> Result<FermataMachine> {
         let spec = LaunchSpec {
             on_demand: true,
+            working_set: UseWorkingSet::Ignore,
             ..self.spec(Origin::Restore(source), console)?
         };
         let starting = pool.spawn(&spec, START_DEADLINE);
@@ -182,6 +189,7 @@ impl Fermata {
             registry: self.registry.clone(),
             hugepages: false,
             on_demand: false,
+            working_set: control::UseWorkingSet::default(),
             paused: false,
             clock: GuestClock::StandStill,
             confinement: None,

@@ -26,6 +26,7 @@ pub mod report;
 pub mod resets;
 mod row;
 pub mod store;
+mod toucher;
 
 pub use console::Console;
 pub use cycle::{Files, LinuxGuest, Machine, Monitor, Saved, measure};

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use control::{MemoryCopy, Origin, Source};
+use control::{MemoryCopy, Origin, Source, UseWorkingSet};
 
 use crate::{
     Bench, Console, Fermata, Figures, Files, LinuxGuest, Monitor, System,
@@ -47,6 +47,7 @@ pub struct Saved<'a> {
 enum Way {
     AllFirst,
     OnDemand,
+    WithWorkingSet,
     Qemu,
 }
 
@@ -148,10 +149,11 @@ impl Saved<'_> {
     pub fn warm(&self) -> Result<()> {
         self.restore(0, &mut Figures::default())?;
         let mut console = self.bed.console("recorded")?;
-        let machine = self
-            .bed
-            .fermata
-            .restore_on_demand(self.source(), console.path())?;
+        let machine = self.bed.fermata.restore_on_demand(
+            self.source(),
+            console.path(),
+            UseWorkingSet::Record,
+        )?;
         console.wait_for_output()?;
         thread::sleep(RECORDED);
         drop(machine);
@@ -165,19 +167,21 @@ impl Saved<'_> {
         }
     }
 
-    /// Has the guests go on: ours with all of its memory loaded first, and with none; QEMU's with all. The order turns from run to run.
+    /// Has the guests go on: ours with all of its memory loaded first, with none, and with what it touched first the last time on its way;
+    /// QEMU's with all. The order turns from run to run.
     ///
     /// # Errors
     ///
     /// When any of it fails.
     pub fn restore(&self, run: u32, figures: &mut Figures) -> Result<()> {
-        let mut ways = [Way::AllFirst, Way::OnDemand, Way::Qemu];
-        ways.rotate_left(run as usize % 3);
+        let mut ways = [Way::AllFirst, Way::OnDemand, Way::WithWorkingSet, Way::Qemu];
+        ways.rotate_left(run as usize % 4);
         for way in ways {
             let ms = self.restore_by(way)?;
             let (system, setting) = match way {
                 Way::AllFirst => (System::Fermata, "Linux, all first"),
                 Way::OnDemand => (System::Fermata, "Linux, on demand"),
+                Way::WithWorkingSet => (System::Fermata, "Linux, on demand, working set"),
                 Way::Qemu => (System::Qemu, SETTING),
             };
             figures.add(Bench::RestoreFirst, system, setting, ms);
@@ -200,8 +204,14 @@ impl Saved<'_> {
                 let _machine = bed.fermata.start(Origin::Restore(source), console.path())?;
                 first(console)
             }
-            Way::OnDemand => {
-                let _machine = bed.fermata.restore_on_demand(source, console.path())?;
+            Way::OnDemand | Way::WithWorkingSet => {
+                let working_set = match way {
+                    Way::WithWorkingSet => UseWorkingSet::Bring,
+                    _ => UseWorkingSet::Ignore,
+                };
+                let path = console.path();
+                let restored = bed.fermata.restore_on_demand(source, path, working_set);
+                let _machine = restored?;
                 first(console)
             }
             Way::Qemu => {

@@ -22,6 +22,8 @@ pub enum Bench {
     RestoreFirst,
     /// From the start of the VMM's process until all of the restored guest's memory is there.
     RestoreAll,
+    /// From the start of the VMM's process until the restored guest has touched all pages that it needs.
+    RestoreTouched,
     /// What the guest's clock goes forward while it is held, in microseconds.
     ClockStep,
     /// What the images take in a store, in MiB.
@@ -192,6 +194,7 @@ impl Bench {
             | Self::CowStopP99
             | Self::RestoreFirst
             | Self::RestoreAll
+            | Self::RestoreTouched
             | Self::Fork
             | Self::ForkP99
             | Self::Fork100
@@ -232,6 +235,7 @@ impl fmt::Display for Bench {
             Self::Restore => "restore",
             Self::RestoreFirst => "restore-first",
             Self::RestoreAll => "restore-all",
+            Self::RestoreTouched => "restore-touched",
             Self::ClockStep => "clock-step",
             Self::Size => "size",
             Self::Save => "save",

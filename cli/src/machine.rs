@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
     Client, Console, DiskConfig, DiskFormat, GuestClock, LaunchSpec, NetChange, Origin, Parent,
-    Record, Registry, Secret, Source, VsockChange,
+    Record, Registry, Secret, Source, UseWorkingSet, VsockChange,
 };
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
@@ -93,6 +93,8 @@ pub(crate) struct Changes {
     pub(crate) hugepages: bool,
     /// Whether its memory comes when it is touched.
     pub(crate) on_demand: bool,
+    /// What is done with its working set, then.
+    pub(crate) working_set: UseWorkingSet,
     /// Where disks are made that are not here.
     pub(crate) disk_directory: Option<PathBuf>,
 }
@@ -111,6 +113,7 @@ pub(crate) fn launch_spec(
         registry: registry.dir().to_owned(),
         hugepages: changes.hugepages,
         on_demand: changes.on_demand,
+        working_set: changes.working_set,
         paused: false,
         clock: changes.clock,
         confinement: None,

@@ -27,6 +27,9 @@ pub struct LaunchSpec {
     /// Whether a restored machine runs at once, and its memory comes from the store when it is touched.
     #[serde(default)]
     pub on_demand: bool,
+    /// What is done with the working set that is kept beside the snapshot of such a machine.
+    #[serde(default)]
+    pub working_set: UseWorkingSet,
     /// Whether it stays held until a client lets it go.
     #[serde(default)]
     pub paused: bool,
@@ -47,6 +50,19 @@ pub struct LaunchSpec {
     /// from anybody and does not say where files are made.
     #[serde(default)]
     pub disk_directory: Option<PathBuf>,
+}
+
+/// What is done with the working set that is kept beside a snapshot in a store: the pages that its machine touches first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UseWorkingSet {
+    /// It is brought before the rest of memory. If there is none, it is recorded.
+    #[default]
+    Bring,
+    /// It is recorded, in place of what is kept.
+    Record,
+    /// It is neither used nor recorded.
+    Ignore,
 }
 
 /// What a restored machine may have: its state file may come from anybody.

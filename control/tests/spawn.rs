@@ -33,6 +33,7 @@ impl Bench {
             registry: dir.path().join("run"),
             hugepages: false,
             on_demand: false,
+            working_set: control::UseWorkingSet::default(),
             paused: false,
             clock: GuestClock::StandStill,
             confinement: None,

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use crate::annotation;
 use crate::backend::{Area, Backend, Entry, Lock, Publish};
 use crate::error::{Error, Result};
 use crate::frame::{Decoder, Encoder};
@@ -25,6 +26,8 @@ pub struct GcOptions {
 pub struct Collected {
     /// Drafts and leases of dead processes that were removed.
     pub leftovers: u64,
+    /// Annotations of no snapshot that were removed.
+    pub annotations_removed: u64,
     /// Packs that were looked at.
     pub packs: u64,
     /// Packs removed.
@@ -80,6 +83,7 @@ impl Store {
         collected.packs = packs.len() as u64;
         let mut marks = Marks::default();
         marks.add_all(shared)?;
+        collected.annotations_removed = annotation::remove_orphans(shared)?;
         let candidates: Vec<(FileId, u64)> = packs
             .iter()
             .filter_map(|entry| candidate(shared, &marks, entry))

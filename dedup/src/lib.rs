@@ -22,6 +22,7 @@
 
 #![forbid(unsafe_code)]
 
+mod annotation;
 pub mod backend;
 mod bytes;
 mod config;
@@ -48,6 +49,7 @@ mod store;
 mod threads;
 mod write;
 
+pub use annotation::MAX_ANNOTATION_BYTES;
 pub use config::{CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL};
 pub use diff::ImageDiff;
 pub use error::{Error, Result};
@@ -56,7 +58,7 @@ pub use gc::{Collected, GcOptions};
 pub use key::Key;
 pub use name::check_name;
 pub use progress::Progress;
-pub use read::{Around, Decoded, ImageReader, PartReader, Zeros};
+pub use read::{Around, Decoded, ImageReader, PartReader, Piece, Zeros};
 pub use snapshot::{Facts, ImageFacts, SnapshotId};
 pub use stat::Stat;
 pub use store::{FILE_IMAGE, Listing, LogEntry, OpenOptions, SnapshotReader, Store, Unreadable};

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::annotation;
 use crate::backend::{Area, Backend, Publish};
 use crate::bytes::Cursor;
 use crate::error::{Error, Malformed, Result};
@@ -182,11 +183,14 @@ pub(crate) fn remove(shared: &Shared, name: &str) -> Result<()> {
     if !remove_file(backend, Area::Snapshots, &snapshot.name)? {
         return Err(Error::NoSnapshot(name.to_owned()));
     }
-    sync(backend, Area::Snapshots)
+    sync(backend, Area::Snapshots)?;
+    // The snapshot is gone, whatever becomes of these: the next collection removes what is left of them.
+    let _ = annotation::remove_of(backend, snapshot.id);
+    Ok(())
 }
 
 /// Removes a file; whether it was there.
-fn remove_file(backend: &dyn Backend, area: Area, name: &str) -> Result<bool> {
+pub(crate) fn remove_file(backend: &dyn Backend, area: Area, name: &str) -> Result<bool> {
     match backend.remove(area, name) {
         Ok(()) => Ok(true),
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(false),

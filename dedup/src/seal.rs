@@ -216,6 +216,18 @@ impl SnapshotKeys {
         self.open(&block_context(image, block), stored)
     }
 
+    /// Seals an annotation, also one without bytes: nothing else vouches for its length.
+    pub(crate) fn seal_annotation(&self, name: &str, content: &[u8]) -> Result<Vec<u8>> {
+        self.sealer.seal(&annotation_context(name), content)
+    }
+
+    pub(crate) fn open_annotation(&self, name: &str, stored: &[u8]) -> Result<Vec<u8>, Malformed> {
+        let mut plain = Vec::new();
+        self.sealer
+            .open(&annotation_context(name), stored, &mut plain)?;
+        Ok(plain)
+    }
+
     /// What has no bytes, as a block of zeros, has none when it is sealed: the directory and the facts tell its length
     /// and are vouched for.
     fn seal(&self, context: &[u8], plain: &[u8]) -> Result<Vec<u8>> {
@@ -244,6 +256,10 @@ impl SnapshotKeys {
 }
 
 const MANIFEST: &[u8] = b"manifest";
+
+fn annotation_context(name: &str) -> Vec<u8> {
+    [b"annotation", name.as_bytes()].concat()
+}
 
 fn block_context(image: u32, block: u64) -> [u8; 17] {
     let mut context = *b"block............";

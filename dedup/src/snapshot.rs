@@ -363,6 +363,15 @@ impl Snapshot {
         self.file.size()
     }
 
+    /// What seals what is its own; `None` in a store that is not encrypted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Key`] when it takes a key that is not at hand.
+    pub(crate) fn keys(&self) -> Result<Option<&SnapshotKeys>> {
+        Ok(self.keys.get()?.map(|keys| &**keys))
+    }
+
     /// The opaque bytes that the snapshot was saved with.
     pub(crate) fn manifest(&self) -> Result<Vec<u8>> {
         let keys = self.keys.get()?;

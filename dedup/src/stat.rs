@@ -27,6 +27,10 @@ pub struct Stat {
     pub pack_bytes: u64,
     /// Bytes of the snapshots' files.
     pub snapshot_bytes: u64,
+    /// Annotations of snapshots.
+    pub annotations: u64,
+    /// Bytes of the annotations' files.
+    pub annotation_bytes: u64,
     /// Segments of the index.
     pub index_segments: u64,
     /// Bytes of the index.
@@ -36,7 +40,7 @@ pub struct Stat {
 impl Stat {
     /// Bytes of everything that is stored.
     pub fn stored_bytes(&self) -> u64 {
-        self.pack_bytes + self.snapshot_bytes + self.index_bytes
+        self.pack_bytes + self.snapshot_bytes + self.annotation_bytes + self.index_bytes
     }
 }
 
@@ -73,6 +77,7 @@ impl Store {
             stat.zero_bytes += zero_chunks * stat.chunk_size;
         }
         (stat.packs, stat.pack_bytes) = self.count(Area::Packs)?;
+        (stat.annotations, stat.annotation_bytes) = self.count(Area::Annotations)?;
         (stat.index_segments, stat.index_bytes) = self.count(Area::Index)?;
         Ok(stat)
     }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::annotation;
 use crate::backend::{Area, Backend, LocalDir, Publish};
 use crate::config::{Config, CreateOptions};
 use crate::error::{Error, Result};
@@ -406,6 +407,7 @@ impl Store {
 }
 
 /// A snapshot that was looked up. Whatever becomes of its names, this stays the one.
+#[derive(Clone)]
 pub struct SnapshotReader {
     shared: Arc<Shared>,
     snapshot: Snapshot,
@@ -446,6 +448,26 @@ impl SnapshotReader {
             .images
             .iter()
             .map(|image| image.name.as_str())
+    }
+
+    /// What was kept beside it under this name, if anything.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Name`]; [`Error::Key`]; [`Error::Damaged`]; [`Error::NewerStore`]. The snapshot is whole nevertheless.
+    pub fn annotation(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        annotation::read(&self.shared, &self.snapshot, name)
+    }
+
+    /// Keeps `content`, of at most [`MAX_ANNOTATION_BYTES`](crate::MAX_ANNOTATION_BYTES), beside it under a name of at most 64
+    /// characters, in place of what was there. It is there, whole and durably, when this returns, and goes with the snapshot.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Name`]; [`Error::Parameter`] for too much; [`Error::Key`]; [`Error::NoSnapshot`] when the snapshot was
+    /// removed meanwhile; the store cannot be written.
+    pub fn annotate(&self, name: &str, content: &[u8]) -> Result<()> {
+        annotation::write(&self.shared, &self.snapshot, name, content)
     }
 
     /// Opens one of its images for reading.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dedup::backend::{Area, Backend, Files, Memory};
 use dedup::{Error, Report, Store, repair_config};
-use support::{create, fill_page, image, load, options, save};
+use support::{annotate, create, fill_page, image, load, options, save};
 
 /// A store with every kind of file, and the images in it.
 fn some_store() -> (Files, Vec<(String, Vec<u8>)>) {
@@ -28,6 +28,7 @@ fn some_store() -> (Files, Vec<(String, Vec<u8>)>) {
         images.push((name.to_owned(), image));
     }
     store.tag("a", "gold").unwrap();
+    annotate(&store, "a", "note", b"learned later").unwrap();
     (backend.files(), images)
 }
 

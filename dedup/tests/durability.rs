@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use dedup::backend::{Area, Backend, Draft, Entry, Files, Lease, Lock, Memory, Publish, ReadAt};
 use dedup::{GcOptions, OpenOptions, Store};
-use support::{Random, create_options, image, load, save, touch};
+use support::{Random, annotate, annotation, create_options, image, load, save, touch};
 
 /// What a backend was asked to do, and what the library had promised by then.
 #[derive(Clone, Debug)]
@@ -29,6 +29,8 @@ enum Promise {
     Saved(String),
     Removing(String),
     Removed(String),
+    Annotating(Vec<u8>),
+    Annotated,
 }
 
 /// Does what memory does, and writes it down.
@@ -176,6 +178,9 @@ fn options() -> OpenOptions {
     }
 }
 
+/// The snapshot that is annotated and stays.
+const ANNOTATED: &str = "child";
+
 /// The image of each snapshot.
 type Images = BTreeMap<String, Vec<u8>>;
 
@@ -199,9 +204,21 @@ fn record() -> (Vec<Op>, Images) {
     let mut child = base.clone();
     child[..40 * 4096].fill(0);
     touch(&mut child, 3, 2);
+    let annotate = |content: &[u8]| {
+        recorder.promise(Promise::Annotating(content.to_vec()));
+        annotate(&store, ANNOTATED, "note", content).unwrap();
+        recorder.promise(Promise::Annotated);
+    };
     save("base", &base);
     save("child", &child);
+    annotate(b"first");
+    annotate(b"second, and longer");
     save("other", &image(30, 3));
+    store
+        .snapshot("other")
+        .unwrap()
+        .annotate("note", b"of one that goes")
+        .unwrap();
     store.tag("base", "gold").unwrap();
     remove("base");
     remove("other");
@@ -255,12 +272,36 @@ fn check(files: Files, ops: &[Op], images: &Images) {
     for problem in store.fsck().unwrap().problems {
         assert!(problem.snapshots.is_empty(), "{problem:?}");
     }
+    check_annotation(&store, ops, listed.contains(ANNOTATED));
     // Life goes on.
     store.gc(&GcOptions::default()).unwrap();
+    let annotations = store.stat().unwrap().annotations;
+    let others = annotations - u64::from(annotated(&store, ANNOTATED));
+    assert_eq!(others, u64::from(annotated(&store, "other")), "an orphan");
     save(&store, "after", &images["base"]).unwrap();
     store.gc(&GcOptions::default()).unwrap();
     all_load();
     assert!(load(&store, "after").unwrap() == images["base"]);
+}
+
+fn annotated(store: &Store, snapshot: &str) -> bool {
+    annotation(store, snapshot, "note").is_ok_and(|found| found.is_some())
+}
+
+/// The annotation is the last that was promised, or the one that was being written, and whole.
+fn check_annotation(store: &Store, ops: &[Op], is_there: bool) {
+    let mut allowed = vec![None];
+    for op in ops {
+        match op {
+            Op::Promise(Promise::Annotating(content)) => allowed.push(Some(content.clone())),
+            Op::Promise(Promise::Annotated) => drop(allowed.drain(..allowed.len() - 1)),
+            _ => {}
+        }
+    }
+    if is_there {
+        let found = annotation(store, ANNOTATED, "note").unwrap();
+        assert!(allowed.contains(&found), "{found:?} and not {allowed:?}");
+    }
 }
 
 #[test]
@@ -294,7 +335,21 @@ fn whatever_a_power_cut_leaves_keeps_every_promise() {
     }
 }
 
-/// The test above can fail: without the syncs, promises break.
+/// The test above can fail: without their syncs, annotations are lost.
+#[test]
+fn annotations_that_are_not_synced_are_found_out() {
+    let (ops, images) = record();
+    let end = ops
+        .iter()
+        .rposition(|op| matches!(op, Op::Promise(Promise::Annotated)));
+    let mut careless = ops[..=end.unwrap()].to_vec();
+    careless.retain(|op| !matches!(op, Op::SyncArea(Area::Annotations)));
+    let lost = after_crash(&careless, Tail::Kept, &mut |_| true);
+    let broken = std::panic::catch_unwind(|| check(lost, &careless, &images));
+    assert!(broken.is_err());
+}
+
+/// And without the others, more is.
 #[test]
 fn a_store_that_does_not_sync_is_found_out() {
     let (ops, images) = record();

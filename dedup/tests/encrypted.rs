@@ -12,6 +12,8 @@ mod support;
 mod forged;
 
 // Their `support::key` gives a key here.
+#[path = "annotations.rs"]
+mod annotations;
 #[path = "concurrent.rs"]
 mod concurrent;
 #[path = "damage.rs"]
@@ -135,6 +137,11 @@ fn nothing_of_the_content_is_in_any_file() {
     touch(&mut child, 3, 2);
     save_with_manifest(&store, "b", &child, manifest);
     store.tag("a", "gold").unwrap();
+    store
+        .snapshot("b")
+        .unwrap()
+        .annotate("note", manifest)
+        .unwrap();
     assert_eq!(leaks(&backend.files()), Vec::<String>::new());
     // Also what a collection writes anew.
     child[..60 * 4096].fill(0);

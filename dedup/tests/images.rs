@@ -466,3 +466,44 @@ fn parts_of_zeros_are_known_and_what_is_not_wanted_is_not_read() {
         Err(Error::OutOfRange { .. })
     ));
 }
+
+#[test]
+fn pieces_are_what_the_image_has_there_each_once_and_in_the_order_asked_for() {
+    let store = create(Memory::new());
+    let image = image(3001, 7);
+    save(&store, "a", &image).unwrap();
+    let reader = store.image("a", "memory").unwrap();
+    let mut random = support::Random::new(5);
+    let offsets: Vec<u64> = (0..400).map(|_| random.below(image.len()) as u64).collect();
+    let pieces = reader.pieces(&offsets).unwrap();
+    assert!(pieces.len() < offsets.len());
+    let piece_of = |offset: &u64| {
+        let mut found = (0..)
+            .zip(&pieces)
+            .filter(|(_, piece)| piece.range.contains(offset));
+        let (number, _) = found.next().unwrap();
+        assert!(found.next().is_none(), "{offset} is in two");
+        number
+    };
+    let mut met: Vec<usize> = Vec::new();
+    for number in offsets.iter().map(piece_of) {
+        if !met.contains(&number) {
+            met.push(number);
+        }
+    }
+    assert!(met.iter().copied().eq(0..pieces.len()));
+    // As they are asked for, and as they are stored.
+    let mut stored = pieces.clone();
+    stored.sort_unstable();
+    for pieces in [pieces, stored] {
+        let mut part_reader = reader.part_reader().unwrap();
+        for piece in pieces {
+            let expected = &image[piece.range.start as usize..piece.range.end as usize];
+            let read = part_reader.read_piece(&piece).unwrap();
+            assert!(read.unwrap_or(&vec![0; expected.len()]) == expected);
+        }
+    }
+    let beyond = reader.pieces(&[0, image.len() as u64]);
+    assert!(matches!(beyond, Err(Error::OutOfRange { .. })));
+    assert_eq!(reader.pieces(&[]).unwrap(), []);
+}

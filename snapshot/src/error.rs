@@ -77,6 +77,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// What is kept of a snapshot's working set cannot be believed.
+    #[error("snapshot {name}: {malformed}")]
+    WorkingSet {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        malformed: crate::Malformed,
+    },
     /// A memory file refers to a store, and none was named.
     #[error(
         "{path} refers to memory in a store, and no store was named: name it by --store, to the server or to the command"

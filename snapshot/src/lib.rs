@@ -24,6 +24,7 @@ mod sent;
 mod stored;
 mod table;
 mod transfer;
+mod working_set;
 
 /// Whether checksums are taken on trust, so that a fuzzer comes to what is behind them.
 const FORGED: bool = cfg!(fuzzing);
@@ -34,9 +35,10 @@ pub use disk::StoredDisk;
 pub use error::Error;
 pub use files::Files;
 pub use image_file::Written;
-pub use on_demand::{Lost, OnDemand, OnLoss};
+pub use on_demand::{Lost, OnDemand, OnLoss, UseWorkingSet};
 pub use open::{Snapshot, Source, read_state};
 pub use save::{Destination, Draft, Published, StorePlace, Unpublished, begin, write};
 pub use saving::Saving;
 pub use sent::{Keep, PeerAt, PeerError, Place, Received, Why, receive};
 pub use stored::{MEMORY_IMAGE, StoreAt};
+pub use working_set::{Malformed, WorkingSet};

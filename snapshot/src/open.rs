@@ -13,7 +13,7 @@ use memory::{HostPages, MachineMemory};
 use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES, SnapshotId};
 
 use crate::{
-    Error, OnDemand, OnLoss, Saving, StoredDisk,
+    Error, OnDemand, OnLoss, Saving, StoredDisk, UseWorkingSet,
     durable::hidden_name,
     files::Files,
     hot::{self, Hot},
@@ -194,7 +194,8 @@ impl Snapshot {
 
     /// The memory of a store, none of which is there yet: it comes when it is touched, each page verified, and what nobody
     /// touches by the way ([`OnDemand::bring_the_rest`]). `on_loss` is told when somebody waits for a page that cannot be had. It comes
-    /// into `memory`, which must be as of [`MachineMemory::arriving`] and of its size, if that is there, and else into new.
+    /// into `memory`, which must be as of [`MachineMemory::arriving`] and of its size, if that is there, and else into new. What is
+    /// known of its working set begins to come at once.
     ///
     /// # Errors
     ///
@@ -202,6 +203,7 @@ impl Snapshot {
     pub fn load_on_demand(
         &self,
         memory: Option<MachineMemory>,
+        working_set: UseWorkingSet,
         on_loss: OnLoss,
     ) -> Result<(MachineMemory, OnDemand), Error> {
         match &self.memory {
@@ -209,7 +211,7 @@ impl Snapshot {
                 what: image.path().display().to_string(),
                 reason: "it is a file, which is mapped anyway",
             }),
-            Memory::Stored(stored) => stored.load_on_demand(memory, on_loss),
+            Memory::Stored(stored) => stored.load_on_demand(memory, working_set, on_loss),
             Memory::Hot(_) => Err(Error::NotOnDemand {
                 what: hot::NAME.to_owned(),
                 reason: "it is in memory, which is mapped anyway",

@@ -8,8 +8,10 @@ use rustix::fs::MemfdFlags;
 use saved_state::Container;
 
 use crate::{
-    Content, Error, OnDemand, OnLoss, Saving, StorePlace, StoredDisk, Written, content,
+    Content, Error, OnDemand, OnLoss, Saving, StorePlace, StoredDisk, UseWorkingSet, Written,
+    content,
     image_file::ImageFile,
+    on_demand::{First, ToCome},
 };
 
 /// The name of the image that is a machine's memory.
@@ -162,10 +164,11 @@ impl Stored {
         })
     }
 
-    /// `memory`, which must be of its size, into which this comes.
+    /// `memory`, which must be of its size, into which this comes; its working set first, if one is kept and `working_set` says so.
     pub(crate) fn load_on_demand(
         &self,
         memory: Option<MachineMemory>,
+        working_set: UseWorkingSet,
         on_loss: OnLoss,
     ) -> Result<(MachineMemory, OnDemand), Error> {
         let image = Arc::clone(&self.memory);
@@ -187,8 +190,12 @@ impl Stored {
             .filter(|image| image.name == MEMORY_IMAGE)
             .map(|image| image.zero_chunks);
         let zero_bytes = zeros.sum::<u64>().saturating_mul(image.chunk_bytes());
-        let data_bytes = image.size().saturating_sub(zero_bytes);
-        let coming = OnDemand::begin(&self.name, image, data_bytes, layout, arrivals, on_loss)?;
+        let to_come = ToCome {
+            data_bytes: image.size().saturating_sub(zero_bytes),
+            image,
+            first: First::of(&self.snapshot, working_set),
+        };
+        let coming = OnDemand::begin(&self.name, to_come, layout, arrivals, on_loss)?;
         Ok((memory, coming))
     }
 

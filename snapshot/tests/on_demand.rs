@@ -13,7 +13,8 @@ use std::{
 use dedup::{CreateOptions, OpenOptions, Store};
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory, PAGE_BYTES};
 use snapshot::{
-    Destination, Error, Files, Lost, OnDemand, Saving, Snapshot, Source, StorePlace, write,
+    Destination, Error, Files, Lost, OnDemand, Saving, Snapshot, Source, StorePlace, UseWorkingSet,
+    write,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -66,9 +67,12 @@ impl Place {
         let on_loss = move |lost: &Lost| {
             let _ = losses.send(lost.clone());
         };
-        match self.open(name).load_on_demand(None, Box::new(on_loss)) {
+        match self
+            .open(name)
+            .load_on_demand(None, UseWorkingSet::Ignore, Box::new(on_loss))
+        {
             Ok((memory, coming)) => {
-                coming.bring_the_rest().unwrap();
+                coming.bring_the_rest(true).unwrap();
                 Some((memory, coming, told))
             }
             Err(Error::GuestMemory(memory::Error::Userfault(e))) => {
@@ -275,7 +279,9 @@ fn a_store_that_is_gone_is_a_loss_and_one_that_is_back_is_none() {
     let on_loss = move |lost: &Lost| {
         let _ = losses.send(lost.clone());
     };
-    let Ok((memory, coming)) = snapshot.load_on_demand(None, Box::new(on_loss)) else {
+    let Ok((memory, coming)) =
+        snapshot.load_on_demand(None, UseWorkingSet::Ignore, Box::new(on_loss))
+    else {
         eprintln!("there is no userfaultfd here, so nothing was tested");
         return;
     };
@@ -299,7 +305,7 @@ fn what_cannot_come_on_demand_says_so() {
     place.save("a", &full());
     let refused = place
         .open("a")
-        .load_on_demand(None, Box::new(|_| ()))
+        .load_on_demand(None, UseWorkingSet::Ignore, Box::new(|_| ()))
         .unwrap_err();
     assert!(
         refused.to_string().contains("smaller than a page"),
@@ -315,6 +321,8 @@ fn what_cannot_come_on_demand_says_so() {
     let unpublished = write(to, &container(1), &full(), &Saving::default()).unwrap();
     unpublished.publish().unwrap();
     let opened = Snapshot::open(Source::Files { files, store: None }).unwrap();
-    let refused = opened.load_on_demand(None, Box::new(|_| ())).unwrap_err();
+    let refused = opened
+        .load_on_demand(None, UseWorkingSet::Ignore, Box::new(|_| ()))
+        .unwrap_err();
     assert!(refused.to_string().contains("mapped anyway"), "{refused}");
 }

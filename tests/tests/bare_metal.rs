@@ -43,6 +43,8 @@ mod round_trip;
 mod sent;
 #[path = "bare_metal/store.rs"]
 mod store;
+#[path = "bare_metal/working_set.rs"]
+mod working_set;
 
 use serde_json::json;
 use system_tests::{

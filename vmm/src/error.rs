@@ -270,6 +270,7 @@ fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
         Snapshot::State { .. }
         | Snapshot::Memory { .. }
         | Snapshot::StoredState { .. }
+        | Snapshot::WorkingSet { .. }
         | Snapshot::NotAMachine { .. } => FailureKind::NotASnapshot,
         Snapshot::NeedsStore { .. } | Snapshot::NotSealed | Snapshot::NotOnDemand { .. } => {
             FailureKind::BadRequest

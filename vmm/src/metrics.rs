@@ -58,13 +58,17 @@ pub(crate) fn saving_metrics(saving: &Progress) -> [Metric; 2] {
     })
 }
 
-/// How much of a machine's memory has come that comes on demand, and how often somebody waited for some.
-pub(crate) fn arriving_metrics(arriving: &OnDemand) -> [Metric; 3] {
+/// How much of a machine's memory has come that comes on demand, how often somebody waited for some, and what is known of what it
+/// touches first.
+pub(crate) fn arriving_metrics(arriving: &OnDemand) -> [Metric; 6] {
     let progress = arriving.progress();
     [
         ("fermata_arrived_bytes", progress.done()),
         ("fermata_arriving_total_bytes", progress.total()),
         ("fermata_waits_for_memory_total", arriving.waited_for()),
+        ("fermata_working_set_pages", arriving.working_set_pages()),
+        ("fermata_working_set_bytes", arriving.working_set_bytes()),
+        ("fermata_recorded_pages", arriving.recorded_pages()),
     ]
     .map(|(name, value)| Metric {
         name: name.to_owned(),

@@ -21,6 +21,9 @@ const SCRATCH: &str = "/dev/shm";
 /// Memory of the machine that is restored from a store, in MiB.
 const RESTORED_MIB: u64 = 4096;
 
+/// Pages that the guest touches whose working set is recorded: 64 MiB.
+const TOUCHED_PAGES: u64 = 16_384;
+
 /// Memory of the machines that are reset, in MiB.
 const RESET_MIB: [u64; 2] = [256, 2048];
 
@@ -59,16 +62,19 @@ enum Part {
     Resets,
     /// Restores on demand.
     Restores,
+    /// Restores on demand of a guest whose working set is known.
+    Touching,
 }
 
 impl Part {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Stops,
         Self::Share,
         Self::PreCopy,
         Self::Forks,
         Self::Resets,
         Self::Restores,
+        Self::Touching,
     ];
 
     fn measure(self, fermata: &Fermata, arguments: &Arguments, scratch: &Path) -> Result<Vec<Row>> {
@@ -79,6 +85,7 @@ impl Part {
             Self::Forks => forks::measure(fermata, arguments.runs, scratch),
             Self::Resets => resets(fermata, arguments.runs, scratch),
             Self::Restores => restores(fermata, arguments.runs),
+            Self::Touching => touching(fermata, arguments.runs),
         }
     }
 }
@@ -92,6 +99,7 @@ impl fmt::Display for Part {
             Self::Forks => "forks",
             Self::Resets => "resets",
             Self::Restores => "restores",
+            Self::Touching => "touching",
         })
     }
 }
@@ -143,6 +151,19 @@ fn restores(fermata: &Fermata, runs: u32) -> Result<Vec<Row>> {
     let mut figures = Figures::default();
     for run in 0..runs {
         machine.measure(fermata, run, scratch.path(), &mut figures)?;
+    }
+    Ok(figures.rows(RESTORED_MIB))
+}
+
+/// Of one machine from a store whose guest touches pages all over its memory.
+fn touching(fermata: &Fermata, runs: u32) -> Result<Vec<Row>> {
+    let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
+    let path = scratch.path();
+    let machine = SavedMachine::touching(fermata, RESTORED_MIB, TOUCHED_PAGES, path)?;
+    machine.record(fermata, path)?;
+    let mut figures = Figures::default();
+    for run in 0..runs {
+        machine.measure_touching(fermata, run, path, &mut figures)?;
     }
     Ok(figures.rows(RESTORED_MIB))
 }

@@ -4,7 +4,9 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::bail;
 use api_types::CreateAnswer;
-use control::{Console, Log, NetChange, Origin, Registry, Source, VsockChange, spawn};
+use control::{
+    Console, Log, NetChange, Origin, Registry, Source, UseWorkingSet, VsockChange, spawn,
+};
 
 use crate::{
     foreground,
@@ -38,6 +40,16 @@ pub(crate) struct Args {
     /// store has to stay until all is there.
     #[arg(long, conflicts_with = "hugepages")]
     on_demand: bool,
+    /// What is done with the pages that the machine touches in its first second, which are kept beside the snapshot: `bring` has
+    /// them come first, and recorded if they are not known; `record` has them recorded anew; `ignore` does neither.
+    #[arg(
+        long,
+        value_name = "HOW",
+        value_enum,
+        default_value_t,
+        requires = "on_demand"
+    )]
+    working_set: WorkingSet,
     /// Where disks that branch are made, as the snapshot in the store has them, that are not where they were.
     #[arg(long, value_name = "DIRECTORY", value_parser = machine::absolute())]
     disks: Option<PathBuf>,
@@ -49,6 +61,24 @@ pub(crate) struct Args {
     json: bool,
 }
 
+#[derive(Clone, Copy, Default, clap::ValueEnum)]
+enum WorkingSet {
+    #[default]
+    Bring,
+    Record,
+    Ignore,
+}
+
+impl From<WorkingSet> for UseWorkingSet {
+    fn from(how: WorkingSet) -> Self {
+        match how {
+            WorkingSet::Bring => Self::Bring,
+            WorkingSet::Record => Self::Record,
+            WorkingSet::Ignore => Self::Ignore,
+        }
+    }
+}
+
 pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCode> {
     let registry = Registry::open(run_dir)?;
     let origin = Origin::Restore(source(&args.from, &args.store)?);
@@ -58,6 +88,7 @@ pub(crate) async fn restore(args: Args, run_dir: PathBuf) -> anyhow::Result<Exit
         vsock: args.vsock.unwrap_or_default(),
         hugepages: args.hugepages,
         on_demand: args.on_demand,
+        working_set: args.working_set.into(),
         disk_directory: args.disks,
     };
     if args.foreground {

@@ -44,6 +44,10 @@ fn some_store(key: Option<Key>) -> Files {
         writer.commit().expect("memory does not fail");
     }
     store.tag("a", "tag").expect("memory does not fail");
+    let snapshot = store.snapshot("a").expect("it is there");
+    snapshot
+        .annotate("note", b"learned later")
+        .expect("memory does not fail");
     let mut files = backend.files();
     let list = [
         b"DEDUPCON".as_slice(),
@@ -135,6 +139,10 @@ pub fn run(area: Area, input: &[u8]) {
     let _ = store.show("tag");
     let _ = store.manifest("a");
     let _ = store.diff("a", "b");
+    if let Ok(snapshot) = store.snapshot("a") {
+        let _ = snapshot.annotation("note");
+        let _ = snapshot.annotate("note", b"again");
+    }
     for name in ["a", "b"] {
         // An image may say that it is large, and be so, being all zeros.
         let image = store

@@ -93,6 +93,11 @@ fn parent_of(dir: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
+/// Whether an area is not there that need not be.
+fn is_missing(error: &io::Error, area: Area) -> bool {
+    error.kind() == io::ErrorKind::NotFound && area.may_be_missing()
+}
+
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
@@ -133,7 +138,11 @@ fn remove_if_there(path: &Path) -> io::Result<bool> {
 impl Backend for LocalDir {
     fn list(&self, area: Area) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
-        for entry in fs::read_dir(self.dir(area))? {
+        let directory = match fs::read_dir(self.dir(area)) {
+            Err(missing) if is_missing(&missing, area) => return Ok(entries),
+            other => other?,
+        };
+        for entry in directory {
             let entry = entry?;
             // A file may go between the listing and the look at it.
             let metadata = match entry.metadata() {
@@ -170,7 +179,10 @@ impl Backend for LocalDir {
     }
 
     fn sync(&self, area: Area) -> io::Result<()> {
-        sync_dir(&self.dir(area))
+        match sync_dir(&self.dir(area)) {
+            Err(missing) if is_missing(&missing, area) => Ok(()),
+            other => other,
+        }
     }
 
     fn lease(&self) -> io::Result<Box<dyn Lease>> {
@@ -251,7 +263,11 @@ impl Draft for LocalDraft {
     }
 
     fn publish(self: Box<Self>, area: Area, name: &str, how: Publish) -> io::Result<()> {
-        let target = self.root.join(area.dir()).join(name);
+        let directory = self.root.join(area.dir());
+        let target = directory.join(name);
+        if area.may_be_missing() {
+            make_dir(&directory)?;
+        }
         match how {
             Publish::Replace => fs::rename(&self.path, target),
             // Unlike `rename`, `link` fails when the name is taken. Dropping the draft removes its first name.

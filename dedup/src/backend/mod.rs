@@ -27,6 +27,8 @@ pub enum Area {
     Snapshots,
     /// Further names of snapshots.
     Tags,
+    /// What was learned of snapshots after they were saved.
+    Annotations,
     /// Segments of the index.
     Index,
     /// Packs that a running collection may change.
@@ -37,11 +39,12 @@ pub enum Area {
 
 impl Area {
     /// Every area.
-    pub const ALL: [Area; 7] = [
+    pub const ALL: [Area; 8] = [
         Area::Root,
         Area::Packs,
         Area::Snapshots,
         Area::Tags,
+        Area::Annotations,
         Area::Index,
         Area::Condemned,
         Area::Damaged,
@@ -54,10 +57,16 @@ impl Area {
             Area::Packs => "packs",
             Area::Snapshots => "snapshots",
             Area::Tags => "tags",
+            Area::Annotations => "annotations",
             Area::Index => "index",
             Area::Condemned => "condemned",
             Area::Damaged => "damaged",
         }
+    }
+
+    /// Whether a store may lack it, being older: that is as good as an empty one.
+    pub(crate) fn may_be_missing(self) -> bool {
+        self == Area::Annotations
     }
 
     /// The path of a file in messages and reports.

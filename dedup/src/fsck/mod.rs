@@ -6,6 +6,7 @@ mod snapshots;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::annotation;
 use crate::backend::{Area, Backend, Lock};
 use crate::error::{Error, Malformed, Result};
 use crate::index::Segment;
@@ -62,7 +63,7 @@ struct Check<'a> {
     /// Problems with files that are no packs.
     problems: BTreeSet<Problem>,
     snapshots: u64,
-    /// Snapshots that cannot be read, but are not damaged: of a newer release, or on a failing disk.
+    /// Snapshots and annotations that cannot be read, but are not damaged: of a newer release, or on a failing disk.
     unreadable: BTreeSet<String>,
 }
 
@@ -128,6 +129,7 @@ impl<'a> Check<'a> {
             check.snapshot(&entry.name);
         }
         check.tags()?;
+        check.annotations()?;
         check.index()?;
         check.condemned()?;
         Ok(check)
@@ -187,6 +189,35 @@ impl<'a> Check<'a> {
                     self.problem(Area::Tags, &entry.name, "it names no snapshot", Vec::new())
                 }
                 Err(error) => self.problem(Area::Tags, &entry.name, error.to_string(), Vec::new()),
+            }
+        }
+        Ok(())
+    }
+
+    fn annotations(&mut self) -> Result<()> {
+        let files = self
+            .shared
+            .backend
+            .list(Area::Annotations)
+            .map_err(Error::io("list the annotations"))?;
+        if files.is_empty() {
+            return Ok(());
+        }
+        let opened = refs::open_all(self.shared)?;
+        // One that cannot be read has a problem of its own.
+        let snapshots: Vec<_> = opened.into_iter().flat_map(|(_, opened)| opened).collect();
+        for entry in files {
+            let checked = annotation::check_file(self.shared, &entry.name, &snapshots);
+            if let Err(error) = checked {
+                if !matches!(error, Error::Damaged { .. }) {
+                    self.unreadable.insert(Area::Annotations.path(&entry.name));
+                }
+                self.problem(
+                    Area::Annotations,
+                    &entry.name,
+                    error.to_string(),
+                    Vec::new(),
+                );
             }
         }
         Ok(())

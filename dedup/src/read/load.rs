@@ -193,6 +193,8 @@ pub(super) struct Loader<'r> {
     image: &'r ImageReader,
     frame: FrameReader,
     plain: Vec<u8>,
+    /// Which frame that is, and how many bytes.
+    decoded: Option<(u32, u32, usize)>,
     pack: Option<(u32, Arc<Pack>)>,
 }
 
@@ -203,6 +205,7 @@ impl<'r> Loader<'r> {
             image,
             frame: FrameReader::new()?,
             plain: vec![0; (config.frame_chunks() * config.chunk_size) as usize],
+            decoded: None,
             pack: None,
         })
     }
@@ -246,8 +249,17 @@ impl<'r> Loader<'r> {
         &self.plain
     }
 
+    /// As [`Loader::decode`], unless it is the frame that was decoded last.
+    pub(super) fn decode_once(&mut self, number: u32, frame: u32) -> Result<usize> {
+        match self.decoded {
+            Some((pack, last, len)) if (pack, last) == (number, frame) => Ok(len),
+            _ => self.decode(number, frame),
+        }
+    }
+
     /// Decodes a frame; gives the number of bytes.
     pub(super) fn decode(&mut self, number: u32, frame: u32) -> Result<usize> {
+        self.decoded = None;
         let shared = &self.image.shared;
         let pack = match &self.pack {
             Some((current, pack)) if *current == number => pack.clone(),
@@ -258,11 +270,13 @@ impl<'r> Loader<'r> {
                 pack
             }
         };
-        pack.read_frame(
+        let len = pack.read_frame(
             frame,
             &mut self.frame.decoder,
             &mut self.frame.stored,
             &mut self.plain,
-        )
+        )?;
+        self.decoded = Some((number, frame, len));
+        Ok(len)
     }
 }

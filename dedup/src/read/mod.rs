@@ -3,6 +3,7 @@
 mod frames;
 mod load;
 mod parts;
+mod pieces;
 
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use quick_cache::sync::Cache;
 pub(crate) use frames::Frames;
 pub use load::Zeros;
 pub use parts::{Around, Decoded, PartReader};
+pub use pieces::Piece;
 
 use crate::error::{Error, Result};
 use crate::name::FileId;

@@ -66,43 +66,20 @@ impl ImageReader {
     ///
     /// As [`ImageReader::read_at`].
     pub fn around(&self, offset: u64) -> Result<Around> {
-        if offset >= self.size() {
-            return Err(Error::OutOfRange {
-                offset,
-                len: 1,
-                size: self.size(),
-            });
-        }
-        let config = &self.shared.config;
-        let chunk = (offset / self.chunk_bytes()) as usize;
-        let (block, here) = (chunk / BLOCK_CHUNKS, chunk % BLOCK_CHUNKS);
-        let places = self.places(block)?;
-        let Some((pack, slot)) = places[here].get(config.pack_slots()) else {
-            let run = extend(&places, here, |a, b| a.is_zero() && b.is_zero());
-            return Ok(Around::Zeros(self.bytes_of(block, &run)));
+        let piece = self.piece_at(offset)?;
+        let Some(within) = piece.within else {
+            return Ok(Around::Zeros(piece.range));
         };
-        let frame_of = |place: Place| {
-            place
-                .get(config.pack_slots())
-                .map(|(_, s)| s / config.frame_chunks())
-        };
-        let run = extend(&places, here, |place, next| {
-            next.follows(place) && frame_of(place) == frame_of(next)
-        });
-        let id = self.recipe.directory.packs[pack as usize];
-        let frame = slot / config.frame_chunks();
-        let first = (slot % config.frame_chunks()) as usize - (here - run.start);
-        let frame = self.shared.frames.get(&self.shared, id, frame)?;
-        let at = self.bytes_of(block, &run);
-        let from = first * config.chunk_size as usize;
-        let to = from + run.len() * config.chunk_size as usize;
-        if to > frame.len() {
+        let id = self.recipe.directory.packs[within.pack as usize];
+        let frame = self.shared.frames.get(&self.shared, id, within.frame)?;
+        let bytes = piece.bytes_in_frame(within.from);
+        if bytes.end > frame.len() {
             return Err(not_there(id));
         }
         Ok(Around::Data(Decoded {
-            offset: at.start,
+            offset: piece.range.start,
             frame,
-            within: from..from + (at.end - at.start) as usize,
+            within: bytes,
         }))
     }
 
@@ -122,7 +99,7 @@ impl ImageReader {
         self.shared.frames.clear();
     }
 
-    fn bytes_of(&self, block: usize, chunks: &Range<usize>) -> Range<u64> {
+    pub(super) fn bytes_of(&self, block: usize, chunks: &Range<usize>) -> Range<u64> {
         let first = block as u64 * BLOCK_CHUNKS as u64;
         let at = |chunk: usize| ((first + chunk as u64) * self.chunk_bytes()).min(self.size());
         at(chunks.start)..at(chunks.end)
@@ -130,7 +107,11 @@ impl ImageReader {
 }
 
 /// The largest run of places around `here` in which each belongs `together` with the next; `here` does.
-fn extend(places: &[Place], here: usize, together: impl Fn(Place, Place) -> bool) -> Range<usize> {
+pub(super) fn extend(
+    places: &[Place],
+    here: usize,
+    together: impl Fn(Place, Place) -> bool,
+) -> Range<usize> {
     let mut run = here..here + 1;
     while run.start > 0 && together(places[run.start - 1], places[run.start]) {
         run.start -= 1;
@@ -141,9 +122,9 @@ fn extend(places: &[Place], here: usize, together: impl Fn(Place, Place) -> bool
     run
 }
 
-/// Reads parts of an image, and keeps nothing of them.
+/// Reads parts or pieces of an image, and keeps nothing of them but what it decoded last.
 pub struct PartReader<'r> {
-    loader: Loader<'r>,
+    pub(super) loader: Loader<'r>,
 }
 
 impl PartReader<'_> {

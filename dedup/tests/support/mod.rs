@@ -103,3 +103,11 @@ pub fn load(store: &Store, name: &str) -> Result<Vec<u8>> {
     image.load_into(&mut memory, Zeros::AlreadyThere)?;
     Ok(memory)
 }
+
+pub fn annotate(store: &Store, snapshot: &str, name: &str, content: &[u8]) -> Result<()> {
+    store.snapshot(snapshot)?.annotate(name, content)
+}
+
+pub fn annotation(store: &Store, snapshot: &str, name: &str) -> Result<Option<Vec<u8>>> {
+    store.snapshot(snapshot)?.annotation(name)
+}

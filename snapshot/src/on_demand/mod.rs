@@ -1,10 +1,11 @@
 //! Memory that comes from a store while its machine runs.
 //!
-//! Some threads bring the pages that somebody waits for; others, at a low priority, read everything else. Both verify
+//! What a machine touched first the last time comes first (`first`). Some threads bring the pages that somebody waits for; others, at a low priority, read everything else. Both verify
 //! what they read as any load does. None of them touches guest memory, and the locks that they take are not held by
 //! anybody who does: else a page could wait for itself. What they share with others is the store's own caches, which
 //! belong to this store, opened for this restore; a plan; and the mark that a page is settled (`memory`).
 
+mod first;
 mod lost;
 mod plan;
 
@@ -23,6 +24,8 @@ use std::{
 use dedup::{Around, ImageReader, PartReader};
 use memory::{Arrivals, Layout, PAGE_BYTES};
 
+pub(crate) use first::First;
+pub use first::UseWorkingSet;
 pub use lost::Lost;
 
 use crate::{Error, Progress};
@@ -46,6 +49,14 @@ const REST: Duration = Duration::from_millis(1);
 /// Told when somebody waits for a page that cannot be had.
 pub type OnLoss = Box<dyn Fn(&Lost) + Send + Sync>;
 
+/// What is to come.
+pub(crate) struct ToCome {
+    pub(crate) image: Arc<ImageReader>,
+    /// Bytes of it that are not zero.
+    pub(crate) data_bytes: u64,
+    pub(crate) first: First,
+}
+
 /// The coming of a machine's memory.
 pub struct OnDemand {
     /// There until everything has come.
@@ -58,6 +69,9 @@ pub struct OnDemand {
 struct State {
     progress: Progress,
     waited_for: AtomicU64,
+    working_set_pages: AtomicU64,
+    working_set_bytes: AtomicU64,
+    recorded_pages: AtomicU64,
     lost: Mutex<Option<Lost>>,
 }
 
@@ -75,6 +89,7 @@ struct Bringing {
     /// Of `work`.
     changed: Condvar,
     state: Arc<State>,
+    first: First,
     on_loss: OnLoss,
     begun: Instant,
 }
@@ -83,6 +98,10 @@ struct Work {
     plan: Plan,
     /// Pages that somebody waits for and that could not be had.
     owed: BTreeSet<u64>,
+    /// What nobody waits for may come, too.
+    first_is_done: bool,
+    /// Somebody waits until everything has come.
+    is_hurried: bool,
     /// Somebody has seen that everything is read.
     all_read: bool,
     complete: bool,
@@ -90,22 +109,32 @@ struct Work {
 }
 
 impl OnDemand {
-    /// Begins to bring what somebody waits for of `image`, of which `data_bytes` are not zero.
+    /// Begins to bring what somebody waits for, and the working set, if one is kept.
     pub(crate) fn begin(
         name: &str,
-        image: Arc<ImageReader>,
-        data_bytes: u64,
+        to_come: ToCome,
         layout: Layout,
         arrivals: Arrivals,
         on_loss: OnLoss,
     ) -> Result<Self, Error> {
+        let ToCome {
+            image,
+            data_bytes,
+            first,
+        } = to_come;
         let state = Arc::new(State::default());
+        if let First::Bring(set) = &first {
+            let pages = set.pages().len() as u64;
+            state.working_set_pages.store(pages, Ordering::Relaxed);
+        }
         state.progress.begin(data_bytes);
         let bringing = Arc::new(Bringing {
             name: name.to_owned(),
             work: Mutex::new(Work {
                 plan: Plan::new(image.parts()),
                 owed: BTreeSet::new(),
+                first_is_done: matches!(first, First::Nothing),
+                is_hurried: false,
                 all_read: false,
                 complete: false,
                 stopped: false,
@@ -116,6 +145,7 @@ impl OnDemand {
             arrivals,
             changed: Condvar::new(),
             state: Arc::clone(&state),
+            first,
             on_loss,
             begun: Instant::now(),
         });
@@ -129,19 +159,26 @@ impl OnDemand {
         if bringing.work().plan.is_done() {
             // It is all zero.
             bringing.complete();
+        } else if let First::Bring(_) = bringing.first {
+            start("working-set", &bringing, Bringing::bring_working_set)?;
         }
         Ok(on_demand)
     }
 
-    /// Begins to bring what nobody waits for, too; once. Who wants to run soon does so first.
+    /// Begins to bring what nobody waits for, too; once. Who wants to run soon does so first. If the working set is to be
+    /// recorded, its time begins now, if the machine `runs`; it is not if the machine does not.
     ///
     /// # Errors
     ///
     /// [`Error::Thread`] when there is no thread for it.
-    pub fn bring_the_rest(&self) -> Result<(), Error> {
+    pub fn bring_the_rest(&self, runs: bool) -> Result<(), Error> {
         let Some(bringing) = self.bringing.upgrade() else {
             return Ok(());
         };
+        if let First::Record(_) = bringing.first {
+            bringing.work().is_hurried |= !runs;
+            start("recorder", &bringing, Bringing::record)?;
+        }
         for _ in 0..cores() {
             start("loader", &bringing, |bringing| {
                 // It is this thread's alone. A host that refuses has everything come sooner.
@@ -162,6 +199,8 @@ impl OnDemand {
             return Ok(());
         };
         bringing.retry()?;
+        bringing.work().is_hurried = true;
+        bringing.changed.notify_all();
         thread::scope(|scope| {
             for _ in 1..cores() {
                 let read = || bringing.read_parts(Patience::WhileThereAreParts);
@@ -251,6 +290,13 @@ impl Drop for OnDemand {
     }
 }
 
+impl Work {
+    /// Whether nothing is to be brought any more.
+    fn is_ended(&self) -> bool {
+        self.stopped || self.complete
+    }
+}
+
 impl State {
     fn lost(&self) -> MutexGuard<'_, Option<Lost>> {
         // It is put in and taken out whole.
@@ -281,11 +327,16 @@ impl Bringing {
 
     fn serve_page(&self, page: u64) {
         let is_owed = self.work().owed.contains(&page);
-        if is_owed && self.arrivals.is_missing(&(page..page + PAGE_BYTES)) {
+        let is_missing = self.arrivals.is_missing(&(page..page + PAGE_BYTES));
+        if is_owed && is_missing {
             thread::sleep(REST);
             return;
         }
         self.state.waited_for.fetch_add(1, Ordering::Relaxed);
+        if is_missing {
+            // Before it comes: who waits for it goes on to the next then, which another thread brings.
+            self.note_touch(page);
+        }
         self.reading(|| match self.bring(page) {
             Ok(()) => self.work().plan.touched(page / self.image.part_bytes()),
             Err(cause) => self.lose(page, &cause),
@@ -310,15 +361,16 @@ impl Bringing {
                 let window = start.max(range.start)..(start + ZEROS_AT_ONCE).min(range.end);
                 self.arrivals.put_zeros(&window)?;
             }
-            Around::Data(data) => self.put(data.offset, data.bytes())?,
+            Around::Data(data) => drop(self.put(data.offset, data.bytes())?),
         }
         Ok(())
     }
 
-    fn put(&self, offset: u64, content: &[u8]) -> Result<(), Cause> {
+    /// Returns how many bytes were not there yet.
+    fn put(&self, offset: u64, content: &[u8]) -> Result<u64, Cause> {
         let new = self.arrivals.put(offset, content)?;
         self.state.progress.advance(new);
-        Ok(())
+        Ok(new)
     }
 
     /// Reads parts that nobody has read, with `patience`.
@@ -342,10 +394,11 @@ impl Bringing {
     fn take_part(&self, patience: Patience) -> Option<u64> {
         let mut work = self.work();
         loop {
-            if work.stopped || work.complete {
+            if work.is_ended() {
                 return None;
             }
-            match work.plan.take() {
+            let may_take = patience == Patience::WhileThereAreParts || work.first_is_done;
+            match may_take.then(|| work.plan.take()).flatten() {
                 None if patience == Patience::UntilComplete => work = self.wait(work),
                 taken => return taken,
             }
@@ -382,7 +435,9 @@ impl Bringing {
             None => reader.insert(self.image.part_reader()?),
         };
         let wanted = |range: &Range<u64>| self.arrivals.is_missing(range);
-        reader.read(part, wanted, |offset, bytes| self.put(offset, bytes))
+        reader.read(part, wanted, |offset, bytes| {
+            self.put(offset, bytes).map(drop)
+        })
     }
 
     /// Takes note that a part was read, or was not; after the last one, memory is like any other.

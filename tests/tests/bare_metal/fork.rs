@@ -181,6 +181,7 @@ fn answer(server: &Server, image: Option<&OwnedFd>) -> Launched {
         registry: server.run_directory(),
         hugepages: false,
         on_demand: false,
+        working_set: control::UseWorkingSet::default(),
         paused: false,
         clock: GuestClock::StandStill,
         confinement: None,

@@ -73,6 +73,7 @@ fn saved_on(server: &Server, switch: &Switch) {
         registry: server.run_directory(),
         hugepages: false,
         on_demand: false,
+        working_set: control::UseWorkingSet::default(),
         paused: false,
         clock: GuestClock::StandStill,
         confinement: None,

@@ -18,18 +18,23 @@ use system_tests::{
 use crate::{fork::prepared, gauge, server, server_with, store::Beside};
 
 /// A machine that is restored by name, or is about to be saved so.
-struct Restored {
-    pid: String,
+pub(crate) struct Restored {
+    pub(crate) pid: String,
     console: Console,
 }
 
 impl Restored {
     fn on_demand(beside: &Beside, name: &str) -> Self {
-        let machine = beside.json(&["restore", name, "--on-demand", "--json"]);
+        Self::on_demand_with(beside, name, &[])
+    }
+
+    pub(crate) fn on_demand_with(beside: &Beside, name: &str, how: &[&str]) -> Self {
+        let words = [&["restore", name, "--on-demand", "--json"], how].concat();
+        let machine = beside.json(&words);
         Self::of(beside, machine["pid"].to_string())
     }
 
-    fn of(beside: &Beside, pid: String) -> Self {
+    pub(crate) fn of(beside: &Beside, pid: String) -> Self {
         let console = shown(beside, &pid)["console"].as_str().unwrap().to_owned();
         Self {
             pid,
@@ -39,7 +44,7 @@ impl Restored {
 
     /// Waits until its guest has looked at all of its memory `times` times, and returns what it says then.
     #[track_caller]
-    fn looks(&self, times: usize) -> u64 {
+    pub(crate) fn looks(&self, times: usize) -> u64 {
         let mut said = Vec::new();
         let looked = || {
             let text = self.console.text();
@@ -65,7 +70,7 @@ fn shown(beside: &Beside, pid: &str) -> Value {
 }
 
 /// Boots the keeper, and waits until it has looked at its memory once.
-fn keeping(server: &Server, beside: &Beside) -> Restored {
+pub(crate) fn keeping(server: &Server, beside: &Beside) -> Restored {
     fs::write(server.tree().join("kernel"), bare_metal::keeper()).unwrap();
     let more = json!({"vcpus": 1, "memory_mib": 128});
     let machine = server.client.boot(&server.path("kernel"), &more).unwrap();
@@ -75,7 +80,7 @@ fn keeping(server: &Server, beside: &Beside) -> Restored {
 }
 
 /// Whether memory of the machine is still to come.
-fn is_missing(server: &Server, pid: &str) -> bool {
+pub(crate) fn is_missing(server: &Server, pid: &str) -> bool {
     let gauge = |name| gauge(server, pid, name);
     gauge("fermata_arrived_bytes") < gauge("fermata_arriving_total_bytes")
 }

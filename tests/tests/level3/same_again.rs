@@ -34,6 +34,7 @@ fn a_machine_that_has_not_run_is_saved_as_it_was() {
             registry: server.run_directory(),
             hugepages: false,
             on_demand: false,
+            working_set: control::UseWorkingSet::default(),
             paused: true,
             clock: GuestClock::StandStill,
             confinement: None,

@@ -79,6 +79,7 @@ fn boot(server: &Server, path: &Path) -> (u16, Secret, console::Console) {
         registry: server.run_directory(),
         hugepages: false,
         on_demand: false,
+        working_set: control::UseWorkingSet::default(),
         paused: false,
         clock: GuestClock::StandStill,
         confinement: None,

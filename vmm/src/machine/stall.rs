@@ -6,7 +6,7 @@
 
 use std::{ops::Range, thread, time::Duration};
 
-use control::LaunchSpec;
+use control::{LaunchSpec, UseWorkingSet};
 use snapshot::{Lost, OnDemand, Snapshot};
 
 use super::{Bounds, CLOCK_LEAD, Listeners, Machine, host_pages};
@@ -86,21 +86,27 @@ fn on_demand(
     if spec.hugepages {
         return Err(Error::HugeOnDemand);
     }
+    let working_set = match spec.working_set {
+        UseWorkingSet::Bring => snapshot::UseWorkingSet::Bring,
+        UseWorkingSet::Record => snapshot::UseWorkingSet::Record,
+        UseWorkingSet::Ignore => snapshot::UseWorkingSet::Ignore,
+    };
     let lost = listeners.lost.clone();
     let on_loss = Box::new(move |page: &Lost| lost(page));
     let Some(Frame { memory, vm, vcpus }) = prepared else {
-        let (memory, arriving) = saved.load_on_demand(None, on_loss)?;
+        let (memory, arriving) = saved.load_on_demand(None, working_set, on_loss)?;
         return Ok((Frame::new(memory, vcpus)?, arriving));
     };
-    let (memory, arriving) = saved.load_on_demand(Some(memory), on_loss)?;
+    let (memory, arriving) = saved.load_on_demand(Some(memory), working_set, on_loss)?;
     Ok((Frame { memory, vm, vcpus }, arriving))
 }
 
 impl Machine {
-    /// Has the rest of its memory come, too, which takes CPUs that it had to itself to start.
+    /// Has the rest of its memory come, too, which takes CPUs that it had to itself to start. What it touches from now on may be
+    /// recorded first.
     pub(crate) fn bring_the_rest(&self) -> Result<(), Error> {
         if let Some(arriving) = &self.counters.arriving {
-            arriving.bring_the_rest()?;
+            arriving.bring_the_rest(self.is_running())?;
         }
         Ok(())
     }

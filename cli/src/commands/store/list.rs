@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use dedup::{ImageDiff, Listing, LogEntry, Store, Unreadable};
 use saved_state::Header;
 use serde::Serialize;
+use snapshot::WorkingSet;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::order::DAMAGED;
@@ -65,6 +66,9 @@ struct Told {
     /// Missing when the snapshot is not that of a machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     machine: Option<Machine>,
+    /// Pages that the machine touches first, if they are known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    working_set_pages: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -124,7 +128,10 @@ fn lineage(from: LogEntry, all: &[LogEntry]) -> Vec<LogEntry> {
 }
 
 fn tell(store: &Store, entry: LogEntry) -> dedup::Result<Told> {
-    let state = store.manifest(&entry.id.to_string())?;
+    let snapshot = store.snapshot(&entry.id.to_string())?;
+    let state = snapshot.manifest()?;
+    // One that cannot be read is as none, and `fsck` tells of it.
+    let working_set = WorkingSet::of(&snapshot).ok().flatten();
     let machine = Header::read(&state).ok().map(|header| Machine {
         snapshot: header.id.to_string(),
         release: header.release,
@@ -132,11 +139,19 @@ fn tell(store: &Store, entry: LogEntry) -> dedup::Result<Told> {
         memory_bytes: header.memory_bytes,
         cpu: header.host_cpu.brand,
     });
-    Ok(Told { entry, machine })
+    Ok(Told {
+        entry,
+        machine,
+        working_set_pages: working_set.map(|set| set.pages().len()),
+    })
 }
 
 fn text(told: &Told, chunk: u64) -> String {
-    let Told { entry, machine } = told;
+    let Told {
+        entry,
+        machine,
+        working_set_pages,
+    } = told;
     let facts = &entry.facts;
     let mut text = format!("snapshot {}", entry.name);
     if !entry.tags.is_empty() {
@@ -154,6 +169,11 @@ fn text(told: &Told, chunk: u64) -> String {
             output::bytes(machine.memory_bytes),
             machine.release,
             machine.cpu
+        );
+    }
+    if let Some(pages) = working_set_pages {
+        text += &format!(
+            "\n  first    {pages} pages, touched in the first second of a restore on demand"
         );
     }
     for image in &facts.images {
