@@ -18,9 +18,9 @@ use crate::{
 };
 
 /// The machine's memory, in MiB.
-pub const MEM_MIB: u64 = 512;
+pub const MEM_MIB: u64 = 1024;
 /// What of it the guest fills with what is not like anything else, in MiB.
-const FILLED_MIB: u64 = 256;
+const FILLED_MIB: u64 = 768;
 
 const NAME: &str = "one";
 /// After so long at the latest a restored machine has its working set recorded, also on a slow host.
@@ -72,8 +72,8 @@ impl<'a> Bed<'a> {
         }
     }
 
-    /// Boots one guest and then the other, and saves each so many times while it runs, by each way that both have. What each is saved as first,
-    /// when none of its memory is known to be anywhere, is kept, and in no figure.
+    /// Boots one guest and then the other, and saves each so many times while it runs, by each way that both have. The first time, when none of
+    /// its memory is known to be anywhere, is in no figure.
     ///
     /// # Errors
     ///
@@ -109,17 +109,17 @@ impl<'a> Bed<'a> {
 
     fn save_there(&self, runs: u32, figures: &mut Figures) -> Result<Files> {
         let files = Files::in_directory(self.directory);
-        let again = tempfile::tempdir_in(self.directory)?;
         let console = self.console("there")?;
         let mut machine = self.qemu.boot(&self.guest, console.path())?;
         settle(console)?;
+        // Over and over into one file: there is no room for two.
         machine.live(&files, Live::PreCopy)?;
         for _ in 0..runs {
             for (bench, live) in [
                 (Bench::CowStop, Live::Background),
                 (Bench::PrecopyStop, Live::PreCopy),
             ] {
-                let saved = machine.live(&Files::in_directory(again.path()), live)?;
+                let saved = machine.live(&files, live)?;
                 let ms = saved.downtime.as_secs_f64() * 1000.0;
                 figures.add(bench, System::Qemu, SETTING, ms);
             }
