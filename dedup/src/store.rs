@@ -459,6 +459,12 @@ impl SnapshotReader {
         annotation::read(&self.shared, &self.snapshot, name)
     }
 
+    /// Whether anything can be kept beside it at all: the store can be written to.
+    #[must_use]
+    pub fn can_be_annotated(&self) -> bool {
+        self.shared.backend.draft().is_ok()
+    }
+
     /// Keeps `content`, of at most [`MAX_ANNOTATION_BYTES`](crate::MAX_ANNOTATION_BYTES), beside it under a name of at most 64
     /// characters, in place of what was there. It is there, whole and durably, when this returns, and goes with the snapshot.
     ///

@@ -3,6 +3,8 @@
 use std::{
     io::{self, ErrorKind, Read, Write},
     net::{TcpStream, ToSocketAddrs},
+    sync::mpsc::{RecvTimeoutError, sync_channel},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -26,6 +28,8 @@ const MAX_SEALED: usize = 65535;
 const TAG_BYTES: usize = 16;
 const MAX_OPEN: usize = MAX_SEALED - TAG_BYTES;
 const LENGTH_BYTES: usize = 2;
+/// No message of the handshake is longer.
+const MAX_GREETING: usize = 256;
 
 /// Who has not greeted by then is nobody.
 const GREETING_TIME: Duration = Duration::from_secs(10);
@@ -36,7 +40,7 @@ const KEEPALIVE: (Duration, u32) = (Duration::from_secs(15), 4);
 
 /// One end of a stream. Dropped, it hangs up.
 ///
-/// Who waits in it says by a function whether to go on waiting, which is asked some times a second.
+/// Who waits in it says by a function whether to go on, which is asked before each piece that is sent or received, and some times a second.
 pub struct Stream {
     tcp: TcpStream,
     noise: TransportState,
@@ -73,8 +77,29 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// Nobody is there, or it is somebody else.
-    pub fn connect(address: &str, key: &[u8; KEY_BYTES]) -> Result<Self, Error> {
+    /// Nobody is there, or it is somebody else, or `wanted` says that it is not waited for any more.
+    pub fn connect(
+        address: &str,
+        key: &[u8; KEY_BYTES],
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<Self, Error> {
+        // Neither who resolves names nor who connects can be interrupted: they end by themselves, with nobody waiting.
+        let (done, connected) = sync_channel(1);
+        let (address, key) = (address.to_owned(), *key);
+        let connecting = thread::Builder::new().name("connect".to_owned());
+        let started = connecting.spawn(move || drop(done.send(Self::connect_to(&address, &key))));
+        started.map_err(Error::Io)?;
+        loop {
+            match connected.recv_timeout(LOOK) {
+                Ok(connected) => return connected,
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::Closed),
+                Err(RecvTimeoutError::Timeout) if wanted() => {}
+                Err(RecvTimeoutError::Timeout) => return Err(Error::Unwanted),
+            }
+        }
+    }
+
+    fn connect_to(address: &str, key: &[u8; KEY_BYTES]) -> Result<Self, Error> {
         let addresses = address.to_socket_addrs().map_err(Error::Unreachable)?;
         let mut failed = io::Error::new(ErrorKind::NotFound, "the name has no address");
         for address in addresses {
@@ -171,6 +196,7 @@ impl Stream {
         let mut wait = Wait::new(self.patience, wanted);
         let mut written = 0;
         while written < bytes {
+            wait.look()?;
             match self.tcp.write(&self.sealed[written..bytes]) {
                 Ok(0) => return Err(Error::Closed),
                 Ok(some) => {
@@ -224,6 +250,7 @@ impl Stream {
     fn read(&mut self, bytes: usize, wanted: &dyn Fn() -> bool) -> Result<(), Error> {
         let mut wait = Wait::new(self.patience, wanted);
         while self.coming.len() < bytes {
+            wait.look()?;
             let have = self.coming.len();
             self.coming.resize(bytes, 0);
             let read = self.tcp.read(&mut self.coming[have..]);
@@ -293,7 +320,30 @@ impl Greeting<'_> {
                 false => self.hear(&mut state)?,
             }
         }
-        state.into_transport_mode().map_err(internal)
+        let mut noise = state.into_transport_mode().map_err(internal)?;
+        match end {
+            End::Connects => self.prove(&mut noise)?,
+            End::Listens => self.see_proof(&mut noise)?,
+        }
+        Ok(noise)
+    }
+
+    /// Sends an empty record. What somebody has recorded of another connection opens a handshake as well, but he cannot seal one.
+    fn prove(&mut self, noise: &mut TransportState) -> Result<(), Error> {
+        let mut record = [0; LENGTH_BYTES + TAG_BYTES];
+        let sealed = noise.write_message(&[], &mut record[LENGTH_BYTES..]);
+        let bytes = sealed.map_err(internal)?;
+        record[..LENGTH_BYTES].copy_from_slice(&(bytes as u16).to_be_bytes());
+        self.write(&record)
+    }
+
+    fn see_proof(&mut self, noise: &mut TransportState) -> Result<(), Error> {
+        let record = self.message()?;
+        let mut content = [0; MAX_GREETING];
+        match noise.read_message(&record, &mut content) {
+            Ok(0) => Ok(()),
+            Ok(_) | Err(_) => Err(Error::Key),
+        }
     }
 
     fn say(&mut self, state: &mut HandshakeState) -> Result<(), Error> {
@@ -306,6 +356,14 @@ impl Greeting<'_> {
     }
 
     fn hear(&mut self, state: &mut HandshakeState) -> Result<(), Error> {
+        let message = self.message()?;
+        let mut payload = [0; MAX_GREETING];
+        let heard = state.read_message(&message, &mut payload);
+        heard.map(drop).map_err(|_| Error::Key)
+    }
+
+    /// The next message, behind its length.
+    fn message(&mut self) -> Result<Vec<u8>, Error> {
         let mut length = [0; LENGTH_BYTES];
         // Who has another key hangs up when it is shown this one.
         let or_key = |error| match error {
@@ -313,11 +371,13 @@ impl Greeting<'_> {
             error => error,
         };
         self.read(&mut length).map_err(or_key)?;
-        let mut message = vec![0; u16::from_be_bytes(length).into()];
+        let bytes = usize::from(u16::from_be_bytes(length));
+        if bytes > MAX_GREETING {
+            return Err(Error::Key);
+        }
+        let mut message = vec![0; bytes];
         self.read(&mut message).map_err(or_key)?;
-        let mut payload = vec![0; message.len()];
-        let heard = state.read_message(&message, &mut payload);
-        heard.map(drop).map_err(|_| Error::Key)
+        Ok(message)
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -413,13 +473,18 @@ impl<'a> Wait<'a> {
         self.since = Instant::now();
     }
 
+    /// Whether to go on at all.
+    fn look(&self) -> Result<(), Error> {
+        match (self.wanted)() {
+            true => Ok(()),
+            false => Err(Error::Unwanted),
+        }
+    }
+
     /// Whether to go on after a read or a write that failed like this.
     fn after(&self, error: io::Error) -> Result<(), Error> {
         if !is_early(&error) {
             return Err(error.into());
-        }
-        if !(self.wanted)() {
-            return Err(Error::Unwanted);
         }
         match self.patience {
             Some(patience) if self.since.elapsed() >= patience => {

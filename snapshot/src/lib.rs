@@ -39,6 +39,6 @@ pub use on_demand::{Lost, OnDemand, OnLoss, UseWorkingSet};
 pub use open::{Snapshot, Source, read_state};
 pub use save::{Destination, Draft, Published, StorePlace, Unpublished, begin, write};
 pub use saving::Saving;
-pub use sent::{Keep, PeerAt, PeerError, Place, Received, Why, receive};
+pub use sent::{Caller, Keep, PeerAt, PeerError, Place, Received, Why};
 pub use stored::{MEMORY_IMAGE, StoreAt};
 pub use working_set::{Malformed, WorkingSet};

@@ -53,6 +53,8 @@ pub enum Destination<'a> {
         name: &'a str,
         /// Bytes of the machine's memory.
         memory_bytes: u64,
+        /// Who looks whether it is still wanted while the peer is waited for.
+        saving: &'a Saving,
     },
 }
 
@@ -178,7 +180,11 @@ pub fn begin(to: Destination<'_>, id: SnapshotId) -> Result<Draft, Error> {
             at,
             name,
             memory_bytes,
-        } => Place::Peer(Box::new(Sender::begin(at, name, id, memory_bytes)?)),
+            saving,
+        } => {
+            let sender = Sender::begin(at, name, id, memory_bytes, saving)?;
+            Place::Peer(Box::new(sender))
+        }
     };
     Ok(Draft {
         id,
@@ -395,6 +401,18 @@ impl Unpublished {
                 sender.write_disk(number, content, saving)
             }
             Place::Peer(_) => Ok(()),
+        }
+    }
+
+    /// Does what takes long and can still be cancelled, after which [`Unpublished::publish`] takes a moment: a peer puts together what it was sent.
+    ///
+    /// # Errors
+    ///
+    /// An [`Error`] that names the peer, or that the snapshot is not wanted any more; there is none then.
+    pub fn finish(&self, saving: &Saving) -> Result<(), Error> {
+        match &self.place {
+            Place::Peer(sender) => sender.finish(saving),
+            Place::Files(_) | Place::Stored(_) | Place::Referenced { .. } | Place::Hot(_) => Ok(()),
         }
     }
 

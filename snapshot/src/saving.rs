@@ -87,6 +87,14 @@ impl Saving {
         *self.due.lock().unwrap_or_else(PoisonError::into_inner) = until;
     }
 
+    /// Whether the guest still may stand still, if it does.
+    pub fn is_in_time(&self) -> bool {
+        let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_late = due.is_some_and(|due| Instant::now() > due);
+        self.late.fetch_or(is_late, Ordering::SeqCst);
+        !is_late
+    }
+
     /// Whether it failed because the guest would have stood still for too long.
     pub fn is_late(&self) -> bool {
         self.late.load(Ordering::SeqCst)
@@ -137,12 +145,10 @@ impl Saving {
         if self.is_cancelled() {
             return Err(io::Error::other("the snapshot was cancelled"));
         }
-        let due = *self.due.lock().unwrap_or_else(PoisonError::into_inner);
-        if due.is_some_and(|due| Instant::now() > due) {
-            self.late.store(true, Ordering::SeqCst);
-            return Err(io::Error::other("the guest has stood still for too long"));
+        match self.is_in_time() {
+            true => Ok(()),
+            false => Err(io::Error::other("the guest has stood still for too long")),
         }
-        Ok(())
     }
 
     /// Tells that so many more bytes were read; returns when more may be.

@@ -2,15 +2,22 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that cannot go on should stop
 
-use std::{fs, io, net::TcpListener, os::unix::fs::OpenOptionsExt, path::PathBuf, thread};
+use std::{
+    fs, io,
+    net::TcpListener,
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
 
 use dedup::{CreateOptions, Key, OpenOptions, Store};
 use memory::{MIN_MEMORY_BYTES, MachineMemory};
 use peer::Stream;
 use saved_state::SnapshotId;
 use snapshot::{
-    Content, Destination, Error, Files, Keep, PeerAt, PeerError, Piece, Place, Published, Received,
-    Saving, Snapshot, Source, Why, begin, receive,
+    Caller, Content, Destination, Draft, Error, Files, Keep, PeerAt, PeerError, Piece, Place,
+    Published, Received, Saving, Snapshot, Source, Unpublished, Why, begin,
 };
 
 #[path = "support/mod.rs"]
@@ -68,9 +75,10 @@ impl Host {
         let keep = Keep {
             place,
             memory_bytes: self.memory_bytes,
+            disk_bytes: 1 << 30,
         };
         let (tcp, _) = self.listener.accept().unwrap();
-        receive(tcp, &self.key(), &keep)
+        Caller::greet(tcp, &self.key())?.receive(&keep)
     }
 
     /// What both say of what `send` sends here.
@@ -120,19 +128,25 @@ impl Host {
     }
 }
 
-fn to<'a>(at: PeerAt<'a>, name: &'a str) -> Destination<'a> {
-    Destination::Peer {
+/// Begins to send a snapshot there.
+fn begin_to(at: PeerAt<'_>, name: &str) -> Result<Draft, Error> {
+    let to = Destination::Peer {
         at,
         name,
         memory_bytes: MIN_MEMORY_BYTES,
-    }
+        saving: &Saving::default(),
+    };
+    begin(to, SnapshotId([7; 16]))
+}
+
+fn publish(written: Unpublished) -> Result<Published, Error> {
+    written.finish(&Saving::default())?;
+    written.publish()
 }
 
 fn send(at: PeerAt<'_>, name: &str, memory: &MachineMemory) -> Result<Published, Error> {
-    let draft = begin(to(at, name), SnapshotId([7; 16]))?;
-    draft
-        .write(&container(7), memory, &Saving::default())?
-        .publish()
+    let draft = begin_to(at, name)?;
+    publish(draft.write(&container(7), memory, &Saving::default())?)
 }
 
 fn why(sent: Result<Published, Error>) -> Why {
@@ -195,7 +209,7 @@ fn what_was_copied_last_counts() {
     for kept in [Kept::Stored, Kept::InFiles] {
         let host = Host::new();
         let (sent, received) = host.between(kept, |at| {
-            let mut draft = begin(to(at, "copied"), SnapshotId([7; 16]))?;
+            let mut draft = begin_to(at, "copied")?;
             draft.begin_copies(MIN_MEMORY_BYTES)?;
             assert!(draft.has_copies());
             let saving = Saving::default();
@@ -211,7 +225,7 @@ fn what_was_copied_last_counts() {
             }
             let written = draft.write(&container(7), &AtCut, &saving)?;
             assert_eq!(written.written.data_bytes, 2 * 4096);
-            written.publish()
+            publish(written)
         });
         sent.unwrap();
         received.unwrap();
@@ -249,13 +263,13 @@ fn disks_are_kept_where_there_is_a_place_for_them() {
         }
         let disk = Disk(content.clone());
         let (sent, received) = host.between(kept, |at| {
-            let draft = begin(to(at, "disks"), SnapshotId([7; 16]))?;
+            let draft = begin_to(at, "disks")?;
             let saving = Saving::default();
             let mut written = draft.write(&container(7), &memory_with(&[(0, 1)]), &saving)?;
             assert_eq!(written.keeps_disks(), matches!(kept, Kept::Stored));
             written.write_disk(0, &disk, &saving)?;
             written.write_disk(3, &disk, &saving)?;
-            written.publish()
+            publish(written)
         });
         sent.unwrap();
         received.unwrap();
@@ -280,9 +294,12 @@ fn what_is_not_kept_is_refused_before_anything_is_sent() {
     for kept in [Kept::Stored, Kept::InFiles] {
         let mut host = Host::new();
         let memory = memory_with(&[(0, 1)]);
-        let (sent, received) = host.between(kept, |at| send(at, "../name", &memory));
-        assert_eq!(why(sent), Why::BadRequest);
-        received.unwrap_err();
+        let at = PeerAt {
+            address: &host.address(),
+            key_file: &host.path("key"),
+        };
+        let refused = send(at, "../name", &memory).unwrap_err().to_string();
+        assert!(refused.contains("is not a name"), "{refused}");
         assert!(host.is_empty());
 
         host.between(kept, |at| send(at, "name", &memory))
@@ -304,7 +321,7 @@ fn a_sender_that_gives_up_leaves_nothing() {
     for kept in [Kept::Stored, Kept::InFiles] {
         let host = Host::new();
         let (_, received) = host.between(kept, |at| {
-            let draft = begin(to(at, "name"), SnapshotId([7; 16])).unwrap();
+            let draft = begin_to(at, "name").unwrap();
             let memory = memory_with(&[(0, 1)]);
             drop(
                 draft
@@ -337,7 +354,7 @@ fn a_snapshot_that_is_cancelled_does_not_wait_for_a_peer_that_takes_nothing() {
             address: &address,
             key_file: &key_file,
         };
-        let mut draft = begin(to(at, "name"), SnapshotId([7; 16])).unwrap();
+        let mut draft = begin_to(at, "name").unwrap();
         let _stuck = stuck.join().unwrap();
         draft.begin_copies(MIN_MEMORY_BYTES).unwrap();
         let offsets: Vec<u64> = (0..MIN_MEMORY_BYTES / UNIT)
@@ -348,13 +365,15 @@ fn a_snapshot_that_is_cancelled_does_not_wait_for_a_peer_that_takes_nothing() {
             Ok(true)
         };
         let canceller = scope.spawn(|| {
-            thread::sleep(std::time::Duration::from_millis(300));
+            thread::sleep(Duration::from_millis(300));
             saving.cancel()
         });
-        // More than any socket holds.
+        // More than any socket holds. A peer that does not move is given up after a minute.
+        let begun = Instant::now();
         let sent = draft.copy(&offsets, UNIT, copy, &saving);
         assert!(canceller.join().unwrap());
         sent.unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(30));
     });
 }
 
@@ -379,7 +398,7 @@ fn a_key_that_is_not_the_peers_is_said_so() {
             address: &address,
             key_file: &other,
         };
-        let refused = begin(to(at, "name"), SnapshotId([7; 16])).unwrap_err();
+        let refused = begin_to(at, "name").unwrap_err();
         let refused = refused.to_string();
         assert!(
             refused.contains("another key") && refused.contains(&address),
@@ -439,6 +458,21 @@ fn what_comes_out_of_turn_or_does_not_fit_leaves_nothing() {
         ("another machine's state", vec![begin(), other(), end()]),
         ("what a receiver says", vec![begin(), message(7, &[])]),
         (
+            "a name that leads out",
+            vec![message(
+                1,
+                &[&[7; 16], &MIN_MEMORY_BYTES.to_le_bytes(), b"../name"],
+            )],
+        ),
+        (
+            "disks of more than is received",
+            vec![begin(), state(), disk(0, 1 << 30), disk(1, 512)],
+        ),
+        (
+            "to be kept before it is made",
+            vec![begin(), state(), message(11, &[])],
+        ),
+        (
             "a message without end",
             vec![begin(), [&[4][..], &[0xff; 4]].concat()],
         ),
@@ -447,7 +481,7 @@ fn what_comes_out_of_turn_or_does_not_fit_leaves_nothing() {
         let host = Host::new();
         let ((), received) = host.between(Kept::Stored, |at| {
             let key = Key::read_file(at.key_file).unwrap();
-            let mut stream = Stream::connect(at.address, key.bytes()).unwrap();
+            let mut stream = Stream::connect(at.address, key.bytes(), &|| true).unwrap();
             stream.send(&said.concat(), &|| true).unwrap();
             stream.flush(&|| true).unwrap();
             // It is told why, behind `Ready` if it had begun.
@@ -478,10 +512,103 @@ fn what_comes_out_of_turn_or_does_not_fit_leaves_nothing() {
     ];
     let ((), received) = host.between(Kept::Stored, |at| {
         let key = Key::read_file(at.key_file).unwrap();
-        let mut stream = Stream::connect(at.address, key.bytes()).unwrap();
+        let mut stream = Stream::connect(at.address, key.bytes(), &|| true).unwrap();
         stream.send(&said.concat(), &|| true).unwrap();
         stream.flush(&|| true).unwrap();
-        stream.receive(&mut [0; 6 + 5 + 24 + 4], &|| true).unwrap();
+        stream.receive(&mut [0; 6 + 5], &|| true).unwrap();
+        stream.send(&message(11, &[]), &|| true).unwrap();
+        stream.flush(&|| true).unwrap();
+        stream.receive(&mut [0; 5 + 24 + 4], &|| true).unwrap();
     });
     assert_eq!(received.unwrap().name, "name");
+}
+
+#[test]
+fn a_name_that_is_being_received_is_nobody_elses() {
+    let host = Host::new();
+    let (address, key_file) = (host.address(), host.path("key"));
+    let at = PeerAt {
+        address: &address,
+        key_file: &key_file,
+    };
+    let memory = memory_with(&[(0, 1)]);
+    thread::scope(|scope| {
+        let receive = || scope.spawn(|| host.receive(Kept::InFiles));
+        let first = receive();
+        let draft = begin_to(at, "name").unwrap();
+        let second = receive();
+        assert_eq!(why(send(at, "name", &memory)), Why::NameTaken);
+        second.join().unwrap().unwrap_err();
+        let written = draft.write(&container(7), &memory, &Saving::default());
+        publish(written.unwrap()).unwrap();
+        first.join().unwrap().unwrap();
+        // Nor is it afterwards, and a name is free again whose sender has gone.
+        let third = receive();
+        assert_eq!(why(send(at, "name", &memory)), Why::NameTaken);
+        third.join().unwrap().unwrap_err();
+        let fourth = receive();
+        drop(begin_to(at, "other").unwrap());
+        fourth.join().unwrap().unwrap_err();
+        let fifth = receive();
+        send(at, "other", &memory).unwrap();
+        fifth.join().unwrap().unwrap();
+    });
+    assert!(host.open(Kept::InFiles, "name").is_ok());
+}
+
+#[test]
+fn what_was_made_is_kept_only_when_the_sender_says_so() {
+    for kept in [Kept::Stored, Kept::InFiles] {
+        let host = Host::new();
+        let (_, received) = host.between(kept, |at| {
+            let draft = begin_to(at, "name").unwrap();
+            let memory = memory_with(&[(0, 1)]);
+            let written = draft.write(&container(7), &memory, &Saving::default());
+            let written = written.unwrap();
+            written.finish(&Saving::default()).unwrap();
+            // As when it is cancelled now.
+            drop(written);
+        });
+        received.unwrap_err();
+        assert!(host.open(kept, "name").is_err(), "{kept:?}");
+    }
+}
+
+#[test]
+fn who_waits_for_a_peer_that_only_says_that_it_works_can_cancel() {
+    let host = Host::new();
+    let (address, key_file) = (host.address(), host.path("key"));
+    let saving = Saving::default();
+    thread::scope(|scope| {
+        let says = scope.spawn(|| {
+            let (tcp, _) = host.listener.accept().unwrap();
+            let mut stream = Stream::accept(tcp, host.key().bytes()).unwrap();
+            stream.send(&message(2, &[&[1]]), &|| true).unwrap();
+            // It works, as it says, until nobody is there any more.
+            loop {
+                let said = stream.send(&message(7, &[]), &|| true);
+                if said.and_then(|()| stream.flush(&|| true)).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let at = PeerAt {
+            address: &address,
+            key_file: &key_file,
+        };
+        let begun = Instant::now();
+        scope.spawn(|| {
+            thread::sleep(Duration::from_millis(500));
+            saving.cancel()
+        });
+        let sent = begin_to(at, "name").and_then(|draft| {
+            // `Working` before all is said is nonsense, so it may fail here, too.
+            let written = draft.write(&container(7), &memory_with(&[]), &saving)?;
+            written.finish(&saving)
+        });
+        sent.unwrap_err();
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        says.join().unwrap();
+    });
 }

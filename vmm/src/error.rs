@@ -292,7 +292,7 @@ fn peer_kind(error: &snapshot::PeerError) -> FailureKind {
             Why::NoSpace => FailureKind::NoSpace,
             Why::Other => FailureKind::Host,
         },
-        PeerError::Stream(_) | PeerError::Nonsense => FailureKind::Host,
+        PeerError::Stream(_) | PeerError::Undecided | PeerError::Nonsense => FailureKind::Host,
     }
 }
 

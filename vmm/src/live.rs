@@ -43,6 +43,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) ending: &'a AtomicBool,
     /// How long the guest may stand still for its memory to be read.
     pub(crate) downtime: Option<Duration>,
+    /// Whether it may read only so much in a second.
+    pub(crate) is_slowed: bool,
 }
 
 /// Does for a snapshot of `machine` what can be done while the guest runs. There is nothing if it stands still until it is saved.
@@ -65,7 +67,7 @@ pub(crate) fn prepare(
 
 fn arm(machine: &mut Machine, plan: &Plan<'_>) -> Result<Prepared, Error> {
     let armed = live(machine)?.tracker.arm(&|| plan.go_on());
-    let armed = armed.map_err(Error::Host)?;
+    let armed = armed.map_err(|error| plan.ended().unwrap_or(Error::Host(error)))?;
     Ok(Prepared {
         copy: MemoryCopy::CopyOnWrite,
         rounds: armed.rounds,

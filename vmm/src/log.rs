@@ -45,7 +45,7 @@ pub(crate) struct Log<W> {
 /// A span that is not closed.
 struct Span {
     metadata: &'static Metadata<'static>,
-    /// What is said of the spans around it: `vmm{pid=7}: `.
+    /// What is said of the spans around it, as it was when this began: `vmm{pid=7}: `.
     around: String,
     fields: String,
     handles: usize,

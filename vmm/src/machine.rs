@@ -453,6 +453,9 @@ impl Machine {
     /// Has everything stand still. When it fails, it says who does not, and all that come before do.
     fn stand_still(&mut self, bounds: Bounds) -> Result<(), (Stalled, Error)> {
         let since = Instant::now();
+        if let Some(arriving) = &self.counters.arriving {
+            arriving.stands_still();
+        }
         let stopped = self.vcpus.hold(bounds.vcpus);
         let stopped = stopped.map_err(|error| (Stalled::InVcpu, error.into()))?;
         // Else all vCPUs stood still before, and their clocks with them.

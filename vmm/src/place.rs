@@ -4,32 +4,21 @@ use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use control::{Destination, Source, StoreLocation};
 use rustix::fs::fcntl_get_seals;
-use snapshot::{Files, PeerAt, Snapshot, Store, StoreAt, StorePlace};
+use snapshot::{Files, PeerAt, Saving, Snapshot, Store, StoreAt, StorePlace};
 
 use crate::error::Error;
 
 /// Where a snapshot goes, with its store opened.
 pub(crate) enum OpenDestination<'a> {
     Files(Files<'a>),
-    Stored {
-        store: Store,
-        name: &'a str,
-    },
-    Referenced {
-        store: Store,
-        files: Files<'a>,
-    },
+    Stored { store: Store, name: &'a str },
+    Referenced { store: Store, files: Files<'a> },
     Hot(File),
-    Peer {
-        at: PeerAt<'a>,
-        name: &'a str,
-        memory_bytes: u64,
-    },
+    Peer { at: PeerAt<'a>, name: &'a str },
 }
 
 impl<'a> OpenDestination<'a> {
-    /// Opens it for a machine with so many bytes of memory.
-    pub(crate) fn new(to: &'a Destination, memory_bytes: u64) -> Result<Self, Error> {
+    pub(crate) fn new(to: &'a Destination) -> Result<Self, Error> {
         Ok(match to {
             Destination::Files { state, memory } => Self::Files(Files { state, memory }),
             Destination::Stored { store, name } => Self::Stored {
@@ -52,13 +41,18 @@ impl<'a> OpenDestination<'a> {
             } => Self::Peer {
                 at: PeerAt { address, key_file },
                 name,
-                memory_bytes,
             },
         })
     }
 
-    /// As `snapshot` takes it, with what the machine was last in the store.
-    pub(crate) fn with_parent<'s>(&'s self, parent: Option<&'s str>) -> snapshot::Destination<'s> {
+    /// As `snapshot` takes it for a machine with so many bytes of memory, with what it was last in the store. While it has to be waited for, it is looked
+    /// whether the snapshot is still wanted.
+    pub(crate) fn of_machine<'s>(
+        &'s self,
+        parent: Option<&'s str>,
+        memory_bytes: u64,
+        saving: &'s Saving,
+    ) -> snapshot::Destination<'s> {
         match self {
             Self::Files(files) => snapshot::Destination::Files(*files),
             Self::Stored { store, name } => snapshot::Destination::Stored {
@@ -70,14 +64,11 @@ impl<'a> OpenDestination<'a> {
                 files: *files,
             },
             Self::Hot(file) => snapshot::Destination::Hot(file),
-            Self::Peer {
-                at,
-                name,
-                memory_bytes,
-            } => snapshot::Destination::Peer {
+            Self::Peer { at, name } => snapshot::Destination::Peer {
                 at: *at,
                 name,
-                memory_bytes: *memory_bytes,
+                memory_bytes,
+                saving,
             },
         }
     }

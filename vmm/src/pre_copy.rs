@@ -72,10 +72,13 @@ pub(crate) fn copy(
         }
         let begun = Instant::now();
         let copied = round(tracker, draft, &left, plan)?;
-        rate = Some(Rate {
-            bytes: copied,
-            took: begun.elapsed(),
-        });
+        // What was slowed on purpose, or was nothing, says nothing of how fast the last of it goes.
+        if copied > 0 && !plan.is_slowed {
+            rate = Some(Rate {
+                bytes: copied,
+                took: begun.elapsed(),
+            });
+        }
         rounds.bytes += copied;
         last = left.len();
         tracing::debug!(

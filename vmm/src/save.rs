@@ -119,6 +119,7 @@ impl InWork<'_> {
         disks::sync(&rest.images)?;
         let disks = rest.cuts.finish()?;
         let layers = stored_disks::save(&mut unpublished, disks, rest.last, rest.saving)?;
+        unpublished.finish(rest.saving)?;
         if !rest.saving.complete() {
             return Err(Error::Cancelled);
         }
@@ -144,12 +145,15 @@ pub(crate) fn take_snapshot(
     let parent = last.as_ref().map(|last| last.id.as_str());
     // What can be done before the machine is held, and what can fail, costs the guest nothing.
     let memory_bytes = machine.memory().layout().bytes();
-    let destination = place::OpenDestination::new(&request.to, memory_bytes)?;
+    let destination = place::OpenDestination::new(&request.to)?;
     let id = new_id()?;
     if let place::OpenDestination::Hot(_) = destination {
         disks::apart(machine.disks().iter().map(|disk| disk.config.clone()))?;
     }
-    let mut draft = snapshot::begin(destination.with_parent(parent), id)?;
+    let mut draft = snapshot::begin(
+        destination.of_machine(parent, memory_bytes, &counters.saving),
+        id,
+    )?;
     let next_heads = disks::prepare(machine.disks())?;
     let goes_on = match request.then {
         AfterSnapshot::Resume(_) => true,
@@ -163,9 +167,10 @@ pub(crate) fn take_snapshot(
         saving: &counters.saving,
         ending,
         downtime: request.downtime_limit_ms.map(milliseconds),
+        is_slowed: request.bytes_per_second.is_some(),
     };
     let prepared = live::prepare(machine, &plan, &mut draft)?;
-    let limited = request.bytes_per_second.is_some();
+    let limited = plan.is_slowed;
     if limited && prepared.is_none() {
         return Err(Error::NothingBeside);
     }
@@ -259,6 +264,10 @@ fn copy_on_write(
         }
         cut => cut?,
     };
+    if !work.rest.saving.is_in_time() {
+        at_cut.finish(Outcome::SameBase);
+        return Err(Error::StandsTooLong);
+    }
     let since = held.since();
     let gone_on = held.let_go();
     let downtime = since.elapsed();

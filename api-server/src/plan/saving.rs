@@ -24,13 +24,14 @@ pub(crate) fn snapshot(
             memory,
         },
     };
-    Ok(SnapshotRequest {
-        to,
-        then: then(request.resume, request.clock),
-        copy: request.copy.map(copy),
-        bytes_per_second: not_none("bytes_per_second", request.bytes_per_second)?,
-        downtime_limit_ms: not_none("downtime_limit_ms", request.downtime_limit_ms)?,
-    })
+    let mut planned = SnapshotRequest::new(to, then(request.resume, request.clock));
+    planned.copy = request.copy.map(copy);
+    limits(
+        &mut planned,
+        request.bytes_per_second,
+        request.downtime_limit_ms,
+    )?;
+    Ok(planned)
 }
 
 /// Of a snapshot that is sent to one of the operator's peers.
@@ -49,17 +50,29 @@ pub(crate) fn send(
             ),
         )
     })?;
-    Ok(SnapshotRequest {
-        to: Destination::Peer {
-            address: request.peer.clone(),
-            key_file: peers.key_file.clone(),
-            name: request.name.clone(),
-        },
-        then: then(request.resume, request.clock),
-        copy: request.copy.map(copy),
-        bytes_per_second: not_none("bytes_per_second", request.bytes_per_second)?,
-        downtime_limit_ms: not_none("downtime_limit_ms", request.downtime_limit_ms)?,
-    })
+    let to = Destination::Peer {
+        address: request.peer.clone(),
+        key_file: peers.key_file.clone(),
+        name: request.name.clone(),
+    };
+    let mut planned = SnapshotRequest::new(to, then(request.resume, request.clock));
+    planned.copy = request.copy.map(copy);
+    limits(
+        &mut planned,
+        request.bytes_per_second,
+        request.downtime_limit_ms,
+    )?;
+    Ok(planned)
+}
+
+fn limits(
+    planned: &mut SnapshotRequest,
+    bytes_per_second: Option<u64>,
+    downtime_limit_ms: Option<u64>,
+) -> Result<(), ApiError> {
+    planned.bytes_per_second = not_none("bytes_per_second", bytes_per_second)?;
+    planned.downtime_limit_ms = not_none("downtime_limit_ms", downtime_limit_ms)?;
+    Ok(())
 }
 
 fn then(resume: bool, clock: api_types::GuestClock) -> AfterSnapshot {

@@ -2,7 +2,7 @@
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     sync::{
         Arc,
@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, bail};
 use control::StoreLocation;
 use dedup::Key;
-use snapshot::{Keep, Place, Received};
+use snapshot::{Caller, Keep, Place, Received};
 
 use crate::{
     machine, output,
@@ -25,6 +25,8 @@ use crate::{
 
 /// More are not received at once.
 const MAX_SENDERS: usize = 64;
+/// More are not greeted at once: each has ten seconds.
+const MAX_CALLERS: usize = 256;
 /// After the host had no descriptor or no memory for a sender, the next is waited for so long.
 const SHORTAGE: Duration = Duration::from_millis(200);
 
@@ -44,6 +46,9 @@ pub(crate) struct Args {
     /// The most memory in MiB that a machine may have whose snapshot is received.
     #[arg(long, value_name = "MIB", default_value_t = 1 << 20)]
     max_memory: u64,
+    /// The most GiB that the disks of a machine may have together whose snapshot is received.
+    #[arg(long, value_name = "GIB", default_value_t = 4096)]
+    max_disks: u64,
 }
 
 /// What snapshots are received with.
@@ -51,7 +56,11 @@ struct Host {
     key: Key,
     place: Kept,
     memory_bytes: u64,
-    senders: AtomicUsize,
+    disk_bytes: u64,
+    /// Who has connected and has not shown yet that it has the key.
+    callers: Arc<AtomicUsize>,
+    /// Who has.
+    senders: Arc<AtomicUsize>,
 }
 
 /// Where snapshots are kept.
@@ -80,7 +89,9 @@ pub(crate) fn receive(args: &Args) -> anyhow::Result<ExitCode> {
         key: read_or_make(&args.key.file()?)?,
         place,
         memory_bytes: args.max_memory.saturating_mul(1 << 20),
-        senders: AtomicUsize::new(0),
+        disk_bytes: args.max_disks.saturating_mul(1 << 30),
+        callers: Arc::default(),
+        senders: Arc::default(),
     });
     let listener = TcpListener::bind(args.listen);
     let listener = listener.with_context(|| format!("cannot listen on {}", args.listen))?;
@@ -99,15 +110,15 @@ pub(crate) fn receive(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 impl Host {
-    /// Receives from `sender` in a thread of its own, unless there are too many.
-    fn serve(self: &Arc<Self>, sender: TcpStream, from: SocketAddr) {
-        let place = Taken::new(self);
-        if self.senders.load(Ordering::Relaxed) > MAX_SENDERS {
-            eprintln!("fermata: {from} was not heard: {MAX_SENDERS} snapshots come already");
+    /// Greets who has connected, and receives from it, in a thread of its own.
+    fn serve(self: &Arc<Self>, caller: TcpStream, from: SocketAddr) {
+        let Some(place) = Taken::new(&self.callers, MAX_CALLERS) else {
+            eprintln!("fermata: {from} was not heard: {MAX_CALLERS} others are being greeted");
             return;
-        }
+        };
+        let host = Arc::clone(self);
         let receiving = move || {
-            let said = match place.0.receive(sender) {
+            let said = match host.receive(caller, place) {
                 Ok(received) => output::print(&said(&received, from)),
                 Err(error) => Err(error),
             };
@@ -121,41 +132,56 @@ impl Host {
         }
     }
 
-    fn receive(&self, sender: TcpStream) -> anyhow::Result<Received> {
+    /// `greeting` is the caller's place among those that have not shown yet that they have the key.
+    fn receive(&self, caller: TcpStream, greeting: Taken) -> anyhow::Result<Received> {
+        let caller = Caller::greet(caller, &self.key)?;
+        drop(greeting);
+        let Some(_place) = Taken::new(&self.senders, MAX_SENDERS) else {
+            let reason = format!("{MAX_SENDERS} snapshots are being received already; try again");
+            caller.refuse(&reason);
+            bail!(reason);
+        };
         let keep = |place| Keep {
             place,
             memory_bytes: self.memory_bytes,
+            disk_bytes: self.disk_bytes,
         };
-        let received = match &self.place {
+        let location = match &self.place {
             Kept::Directory(directory) => {
-                snapshot::receive(sender, &self.key, &keep(Place::Directory(directory)))
+                return Ok(caller.receive(&keep(Place::Directory(directory)))?);
             }
-            Kept::Store(location) => {
-                let (store, spool): (_, &Path) = (at(location).open()?, &location.directory);
-                let place = Place::Store {
-                    store: &store,
-                    spool,
-                };
-                snapshot::receive(sender, &self.key, &keep(place))
+            Kept::Store(location) => location,
+        };
+        let store = match at(location).open() {
+            Ok(store) => store,
+            Err(error) => {
+                caller.refuse(&error.to_string());
+                return Err(error.into());
             }
         };
-        Ok(received?)
+        let place = Place::Store {
+            store: &store,
+            spool: &location.directory,
+        };
+        Ok(caller.receive(&keep(place))?)
     }
 }
 
-/// A sender's place among those that are heard at once.
-struct Taken(Arc<Host>);
+/// A place among those that are heard at once.
+struct Taken(Arc<AtomicUsize>);
 
 impl Taken {
-    fn new(host: &Arc<Host>) -> Self {
-        host.senders.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(host))
+    /// One of so many, if there is one.
+    fn new(taken: &Arc<AtomicUsize>, of: usize) -> Option<Self> {
+        let place = Self(Arc::clone(taken));
+        let before = taken.fetch_add(1, Ordering::Relaxed);
+        (before < of).then_some(place)
     }
 }
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        self.0.senders.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -68,7 +68,7 @@ fn nobody_there_is_said_so() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     drop(listener);
-    let refused = Stream::connect(&address, &KEY);
+    let refused = Stream::connect(&address, &KEY, &always);
     assert!(matches!(refused, Err(Error::Unreachable(_))));
 }
 
@@ -165,6 +165,73 @@ fn what_is_said_last_is_heard_by_who_is_sending() {
     assert_eq!(&heard, b"no");
     drop(there);
     closing.join().unwrap();
+}
+
+#[test]
+fn what_was_recorded_of_another_connection_opens_none() {
+    // What who connects says first, as somebody on the way has seen it.
+    let (there, here) = tcp();
+    let listening = thread::spawn(move || Stream::accept(here, &KEY));
+    let prologue = [greeting::ours(), greeting::ours()].concat();
+    let mut state = handshake(&KEY, &prologue, End::Connects).unwrap();
+    let mut first = [0; 64];
+    let bytes = state.write_message(&[], &mut first).unwrap();
+    let recorded = [
+        &greeting::ours()[..],
+        &(bytes as u16).to_be_bytes(),
+        &first[..bytes],
+    ]
+    .concat();
+    let replay = |mut there: TcpStream| {
+        there.write_all(&recorded).unwrap();
+        // An answer comes, of which who has only that can make nothing, and whatever he says next is no proof.
+        there
+            .read_exact(&mut [0; GREETING_BYTES + LENGTH_BYTES + 48])
+            .unwrap();
+        there.write_all(&[&[0, 16][..], &[0; 16]].concat()).unwrap();
+        there
+    };
+    let _there = replay(there);
+    let refused = listening.join().unwrap();
+    assert!(matches!(refused, Err(Error::Key)), "{refused:?}");
+}
+
+#[test]
+fn who_is_not_wanted_any_more_ends_also_while_something_moves() {
+    let (mut there, mut here) = pair();
+    // It takes what comes, a little at a time.
+    let taking = thread::spawn(move || {
+        let mut raw = here.tcp.try_clone().unwrap();
+        let mut taken = vec![0; 16 << 10];
+        loop {
+            match raw.read(&mut taken) {
+                Ok(0) => break,
+                Err(error) if !is_early(&error) => break,
+                _ => thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        here.set_patience(LOOK);
+    });
+    let asked = std::cell::Cell::new(0);
+    let wanted = || {
+        asked.set(asked.get() + 1);
+        asked.get() < 100
+    };
+    let sent = there.send(&vec![1; 256 << 20], &wanted);
+    assert!(matches!(sent, Err(Error::Unwanted)), "{sent:?}");
+    drop(there);
+    taking.join().unwrap();
+}
+
+#[test]
+fn who_connects_does_not_wait_for_who_is_not_wanted() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let begun = Instant::now();
+    // It is there, and never greets.
+    let refused = Stream::connect(&address, &KEY, &|| false);
+    assert!(matches!(refused, Err(Error::Unwanted)), "{refused:?}");
+    assert!(begun.elapsed() < GREETING_TIME / 2);
 }
 
 proptest! {

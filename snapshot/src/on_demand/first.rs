@@ -63,7 +63,11 @@ pub(crate) enum First {
 impl First {
     /// What there is to do first of `snapshot`. What is kept is advice: that it cannot be read is no reason not to go on.
     pub(crate) fn of(snapshot: &SnapshotReader, wanted: UseWorkingSet) -> Self {
-        let record = || Self::Record(Box::new(Recorder::new(snapshot.clone())));
+        let record = || match snapshot.can_be_annotated() {
+            true => Self::Record(Box::new(Recorder::new(snapshot.clone()))),
+            // Else everything would be kept waiting for nothing.
+            false => Self::Nothing,
+        };
         match wanted {
             UseWorkingSet::Ignore => Self::Nothing,
             UseWorkingSet::Record => record(),
@@ -148,6 +152,14 @@ impl OnDemand {
         self.bringing
             .upgrade()
             .is_none_or(|bringing| bringing.work().first_is_done)
+    }
+
+    /// The machine stands still, so that nothing can be said of a second of its running: no working set is recorded, if one is.
+    pub fn stands_still(&self) {
+        if let Some(bringing) = self.bringing.upgrade() {
+            bringing.work().is_hurried = true;
+            bringing.changed.notify_all();
+        }
     }
 
     /// Pages of the working set that is recorded, so far, or was; 0 if it is not.

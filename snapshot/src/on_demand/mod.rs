@@ -100,7 +100,7 @@ struct Work {
     owed: BTreeSet<u64>,
     /// What nobody waits for may come, too.
     first_is_done: bool,
-    /// Somebody waits until everything has come.
+    /// The rest is not to wait any more: somebody waits until everything has come, or the machine stands still.
     is_hurried: bool,
     /// Somebody has seen that everything is read.
     all_read: bool,

@@ -1,6 +1,9 @@
 //! The sender's end: who speaks, and hears only why that is in vain, until all is said.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use peer::Stream;
 
@@ -8,6 +11,9 @@ use super::message::{Message, Why};
 
 /// A receiver is at work all the time and says so; one that has not moved for so long is of no use.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Who has hung up has said why before, or does not say it any more.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Why a snapshot is not with the peer.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +29,11 @@ pub enum PeerError {
         /// Why, in a sentence.
         text: String,
     },
+    /// It was told to keep what it has made, and does not say that it has.
+    #[error(
+        "does not say whether it has kept the snapshot, which is whole there if it is there; look there"
+    )]
+    Undecided,
     /// It says what makes no sense.
     #[error("said what makes no sense here; use one release on both hosts")]
     Nonsense,
@@ -80,7 +91,9 @@ impl Line {
         if !matches!(error, PeerError::Stream(peer::Error::Closed)) {
             return error;
         }
-        match Message::receive(&mut self.stream, &mut self.heard, &|| true) {
+        let until = Instant::now() + LAST_WORDS;
+        let wanted = || Instant::now() < until;
+        match Message::receive(&mut self.stream, &mut self.heard, &wanted) {
             Ok(Message::Failed { why, text }) => refused(why, text),
             _ => error,
         }

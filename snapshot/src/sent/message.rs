@@ -27,6 +27,8 @@ mod kind {
     pub(super) const WORKING: u8 = 7;
     pub(super) const SAVED: u8 = 8;
     pub(super) const FAILED: u8 = 9;
+    pub(super) const MADE: u8 = 10;
+    pub(super) const KEEP: u8 = 11;
 }
 
 /// Why a peer does not keep a snapshot.
@@ -66,6 +68,8 @@ pub(crate) enum Message<'a> {
     },
     End,
     Working,
+    Made,
+    Keep,
     Saved {
         new_bytes: u64,
         /// In a store.
@@ -148,6 +152,8 @@ impl<'a> Message<'a> {
             }
             Self::End => (kind::END, Vec::new(), &[]),
             Self::Working => (kind::WORKING, Vec::new(), &[]),
+            Self::Made => (kind::MADE, Vec::new(), &[]),
+            Self::Keep => (kind::KEEP, Vec::new(), &[]),
             Self::Saved {
                 new_bytes,
                 id,
@@ -215,6 +221,8 @@ impl<'a> Message<'a> {
             },
             kind::END => Self::End,
             kind::WORKING => Self::Working,
+            kind::MADE => Self::Made,
+            kind::KEEP => Self::Keep,
             kind::SAVED => Self::Saved {
                 new_bytes: u64::from_le_bytes(take(&mut rest)?),
                 id: Some(take(&mut rest)?).filter(|id| *id != [0; 16]),
@@ -268,12 +276,11 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     Some(*taken)
 }
 
-/// The rest, if it is a text of at most so many bytes.
+/// The rest, if it is a text of at most so many bytes, in one line: it is shown to people.
 fn text<'a>(bytes: &mut &'a [u8], at_most: usize) -> Option<&'a str> {
-    let text = std::mem::take(bytes);
-    (text.len() <= at_most)
-        .then(|| std::str::from_utf8(text).ok())
-        .flatten()
+    let text = std::str::from_utf8(std::mem::take(bytes)).ok()?;
+    let fits = text.len() <= at_most && !text.contains(char::is_control);
+    fits.then_some(text)
 }
 
 #[cfg(test)]
@@ -287,7 +294,8 @@ mod tests {
     fn pair() -> (Stream, Stream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let connecting = std::thread::spawn(move || Stream::connect(&address, &[1; 32]).unwrap());
+        let connecting =
+            std::thread::spawn(move || Stream::connect(&address, &[1; 32], &|| true).unwrap());
         let accepted: TcpStream = listener.accept().unwrap().0;
         let here = Stream::accept(accepted, &[1; 32]).unwrap();
         (connecting.join().unwrap(), here)
@@ -311,6 +319,8 @@ mod tests {
             },
             Message::End,
             Message::Working,
+            Message::Made,
+            Message::Keep,
             Message::Saved {
                 new_bytes: 7,
                 id: Some([9; 16]),
@@ -348,7 +358,9 @@ mod tests {
     fn what_is_no_message_is_refused() {
         for (kind, content) in [
             (0, &[][..]),
-            (10, &[]),
+            (12, &[]),
+            (kind::MADE, &[0]),
+            (kind::KEEP, &[0]),
             (kind::BEGIN, &[0; 23]),
             (kind::READY, &[2]),
             (kind::READY, &[]),
@@ -360,6 +372,7 @@ mod tests {
             (kind::FAILED, &[]),
             (kind::FAILED, &[5]),
             (kind::FAILED, &[1, 0xff]),
+            (kind::FAILED, b"\x01forged\nline"),
         ] {
             assert_eq!(Message::parse(kind, content), None, "{kind} {content:?}");
         }

@@ -4,6 +4,7 @@ mod line;
 mod message;
 mod receiver;
 mod reception;
+mod reserved;
 mod sender;
 mod spool;
 
@@ -16,7 +17,7 @@ use crate::Error;
 
 pub use line::PeerError;
 pub use message::Why;
-pub use receiver::{Keep, Place, Received, receive};
+pub use receiver::{Caller, Keep, Place, Received};
 pub(crate) use sender::Sender;
 
 /// Another fermata, which keeps snapshots for who has its key.
@@ -30,17 +31,13 @@ pub struct PeerAt<'a> {
 
 impl PeerAt<'_> {
     /// Connects to it.
-    pub(crate) fn connect(&self) -> Result<Stream, Error> {
-        let key = read_key(self.key_file)?;
-        let connected = Stream::connect(self.address, key.bytes());
+    fn connect(&self, wanted: &dyn Fn() -> bool) -> Result<Stream, Error> {
+        let key = Key::read_file(self.key_file);
+        let key = key.map_err(Error::store(self.key_file.display().to_string()))?;
+        let connected = Stream::connect(self.address, key.bytes(), wanted);
         connected.map_err(|error| Error::Peer {
             address: self.address.to_owned(),
             cause: error.into(),
         })
     }
-}
-
-/// Reads a key file, in either of the forms that a store's has.
-pub(crate) fn read_key(file: &Path) -> Result<Key, Error> {
-    Key::read_file(file).map_err(Error::store(file.display().to_string()))
 }

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::mpsc::{RecvTimeoutError, sync_channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use dedup::{Key, Store};
@@ -16,12 +16,15 @@ use saved_state::SnapshotId;
 use super::{
     line::PeerError,
     message::{Message, Why},
-    reception::{Reception, Refusal},
+    reception::{Reception, Refusal, Spools},
+    reserved::Reserved,
 };
-use crate::{Destination, Error, Files, Published, StorePlace, begin};
+use crate::{Destination, Error, Files, Saving, StorePlace, begin};
 
 /// How often the sender is told that its snapshot is worked on.
 const WORKING: Duration = Duration::from_secs(2);
+/// How long a sender may say nothing: it may be slow on purpose, but not that slow.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// How long a sender that is still speaking is heard after it was told that this is in vain.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -32,6 +35,8 @@ pub struct Keep<'a> {
     pub place: Place<'a>,
     /// The most memory that a machine may have, in bytes.
     pub memory_bytes: u64,
+    /// The most that all its disks may have together, in bytes.
+    pub disk_bytes: u64,
 }
 
 /// Where snapshots that come are kept.
@@ -59,29 +64,55 @@ pub struct Received {
     pub new_bytes: u64,
 }
 
-/// Receives one snapshot from who has connected, and must have `key`. It is complete and durable when this returns, and the sender was told so; else there is nothing of it.
-///
-/// # Errors
-///
-/// The sender is lost, makes no sense, or sends what is not kept; or this host cannot keep it. The sender was told, if it could be.
-pub fn receive(tcp: TcpStream, key: &Key, keep: &Keep<'_>) -> Result<Received, Error> {
-    let greeted = Stream::accept(tcp, key.bytes());
-    let mut stream = greeted.map_err(|error| Error::Sender(error.into()))?;
-    let received = converse(&mut stream, keep);
-    if let Err(refusal) = &received {
-        let failed = Message::Failed {
-            why: why(refusal),
-            text: &refusal.to_string(),
+/// Somebody who has connected, and has the key.
+#[derive(Debug)]
+pub struct Caller(Stream);
+
+impl Caller {
+    /// Greets who has connected.
+    ///
+    /// # Errors
+    ///
+    /// It has not the key, is no fermata, or says nothing in ten seconds.
+    pub fn greet(tcp: TcpStream, key: &Key) -> Result<Self, Error> {
+        let greeted = Stream::accept(tcp, key.bytes());
+        let mut stream = greeted.map_err(|error| Error::Sender(error.into()))?;
+        stream.set_patience(PATIENCE);
+        Ok(Self(stream))
+    }
+
+    /// Receives one snapshot. It is complete and durable when this returns, and the sender was told so; else there is nothing of it.
+    ///
+    /// # Errors
+    ///
+    /// The sender is lost, makes no sense, or sends what is not kept; or this host cannot keep it. The sender was told, if it could be.
+    pub fn receive(mut self, keep: &Keep<'_>) -> Result<Received, Error> {
+        let refusal = match converse(&mut self.0, keep) {
+            Ok(received) => return Ok(received),
+            Err(refusal) => refusal,
         };
+        self.tell(why(&refusal), &refusal.to_string());
+        Err(match refusal {
+            Refusal::Here(error) => error,
+            Refusal::Peer(cause) => Error::Sender(cause),
+            Refusal::State(reason) => Error::Refused(reason),
+        })
+    }
+
+    /// Tells it that nothing is received, and why.
+    pub fn refuse(self, reason: &str) {
+        self.tell(Why::Other, reason);
+    }
+
+    fn tell(self, why: Why, reason: &str) {
+        let Self(mut stream) = self;
+        let text = reason.replace(char::is_control, " ");
+        let failed = Message::Failed { why, text: &text };
+        let until = Instant::now() + FAREWELL;
         // If it does not hear that, it notices by itself.
-        let _ = failed.send(&mut stream, &always);
+        let _ = failed.send(&mut stream, &|| Instant::now() < until);
         stream.close(FAREWELL);
     }
-    received.map_err(|refusal| match refusal {
-        Refusal::Here(error) => error,
-        Refusal::Peer(cause) => Error::Sender(cause),
-        Refusal::State(reason) => Error::Refused(reason),
-    })
 }
 
 fn converse(stream: &mut Stream, keep: &Keep<'_>) -> Result<Received, Refusal> {
@@ -97,41 +128,56 @@ fn converse(stream: &mut Stream, keep: &Keep<'_>) -> Result<Received, Refusal> {
     let name = name.to_owned();
     let span = tracing::info_span!("received", name, %id);
     let _entered = span.enter();
+    let _reserved = reserve(keep, &name)?;
     let mut reception = begin_reception(keep, id, memory_bytes, &name)?;
     let ready = Message::Ready {
         keeps_disks: matches!(keep.place, Place::Store { .. }),
     };
-    ready.send(stream, &always)?;
-    stream.flush(&always).map_err(PeerError::from)?;
+    say(stream, ready)?;
     tracing::info!(memory_bytes, "a snapshot comes");
     while reception.take(&Message::receive(stream, &mut buffer, &always)?)? {}
-    let published = finish(stream, reception)?;
-    let received = match published {
-        Published::InStore(saved) => Received {
-            name,
-            id: Some(*saved.id.as_bytes()),
-            new_bytes: saved.pack_bytes + saved.snapshot_bytes,
-        },
-        _ => Received {
-            name,
-            id: None,
-            new_bytes: 0,
-        },
+    let made = at_work(stream, |saving| reception.make(saving))?;
+    say(stream, Message::Made)?;
+    let Message::Keep = Message::receive(stream, &mut buffer, &always)? else {
+        return Err(PeerError::Nonsense.into());
+    };
+    let published = at_work(stream, |_| Ok(made.publish()?))?;
+    let (id, new_bytes) = match published.in_store() {
+        Some(saved) => {
+            let new_bytes = saved.pack_bytes + saved.snapshot_bytes;
+            (Some(*saved.id.as_bytes()), new_bytes)
+        }
+        None => (None, 0),
     };
     let saved = Message::Saved {
-        new_bytes: received.new_bytes,
-        id: received.id,
-        name: &received.name,
+        new_bytes,
+        id,
+        name: &name,
     };
     // It is kept, whether the sender hears that or not.
-    let told = saved
-        .send(stream, &always)
-        .and_then(|()| Ok(stream.flush(&always)?));
-    if let Err(error) = told {
+    if let Err(error) = say(stream, saved) {
         tracing::warn!("the sender was not told that its snapshot is kept: {error}");
     }
-    tracing::info!(new_bytes = received.new_bytes, "a snapshot was kept");
-    Ok(received)
+    tracing::info!(new_bytes, "a snapshot was kept");
+    Ok(Received {
+        name,
+        id,
+        new_bytes,
+    })
+}
+
+fn say(stream: &mut Stream, message: Message<'_>) -> Result<(), PeerError> {
+    message.send(stream, &always)?;
+    Ok(stream.flush(&always)?)
+}
+
+/// Has nobody else receive this name into a directory meanwhile: a store sees to that itself, when the snapshot is published.
+fn reserve(keep: &Keep<'_>, name: &str) -> Result<Option<Reserved>, Error> {
+    dedup::check_name(name).map_err(Error::store(name))?;
+    match keep.place {
+        Place::Store { .. } => Ok(None),
+        Place::Directory(directory) => Reserved::new(directory, name).map(Some),
+    }
 }
 
 fn begin_reception<'a>(
@@ -155,6 +201,10 @@ fn begin_reception<'a>(
                 store,
                 parent: None,
             };
+            let spool = Spools {
+                directory: spool,
+                bytes: keep.disk_bytes,
+            };
             (begin(Destination::Stored { place, name }, id)?, Some(spool))
         }
         Place::Directory(directory) => {
@@ -171,7 +221,6 @@ fn begin_reception<'a>(
 
 /// Where the files of a snapshot of this name are, of which there is none yet.
 fn files(directory: &Path, name: &str) -> Result<(PathBuf, PathBuf), Error> {
-    dedup::check_name(name).map_err(Error::store(name))?;
     let file = |what: &str| directory.join(format!("{name}.{what}"));
     let (state, memory) = (file("state"), file("memory"));
     // Who replaces one removes it first.
@@ -182,26 +231,28 @@ fn files(directory: &Path, name: &str) -> Result<(PathBuf, PathBuf), Error> {
     Ok((state, memory))
 }
 
-/// Makes the snapshot, while the sender is told that this is being done.
-fn finish(stream: &mut Stream, reception: Reception<'_>) -> Result<Published, Refusal> {
+/// Does `work` while the sender is told that this is being done; if it is not there to be told, the work is not wanted any more.
+fn at_work<T: Send>(
+    stream: &mut Stream,
+    work: impl FnOnce(&Saving) -> Result<T, Refusal> + Send,
+) -> Result<T, Refusal> {
+    let saving = Saving::default();
     let (done, is_done) = sync_channel::<()>(0);
     thread::scope(|scope| {
-        let making = thread::Builder::new().spawn_scoped(scope, move || {
+        let saving = &saving;
+        let working = thread::Builder::new().spawn_scoped(scope, move || {
             let _done = done;
-            reception.finish()
+            work(saving)
         });
-        let making = making.map_err(Error::Thread)?;
-        let mut heard = true;
+        let working = working.map_err(Error::Thread)?;
         while is_done.recv_timeout(WORKING) == Err(RecvTimeoutError::Timeout) {
-            // It is made, whether the sender hears that or not.
-            let working = Message::Working.send(stream, &always);
-            heard = heard && working.is_ok() && stream.flush(&always).is_ok();
+            if !saving.is_cancelled() && say(stream, Message::Working).is_err() {
+                saving.cancel();
+            }
         }
-        if !heard {
-            tracing::warn!("the sender is lost");
-        }
-        making.join().unwrap_or_else(|_| {
-            Err(Error::Refused("who made it panicked; please report this".to_owned()).into())
+        working.join().unwrap_or_else(|_| {
+            let reason = "who made it panicked; please report this".to_owned();
+            Err(Error::Refused(reason).into())
         })
     })
 }

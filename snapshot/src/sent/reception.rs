@@ -10,11 +10,19 @@ use super::{
     spool::Spool,
 };
 use crate::{
-    Content, Draft, Error, Piece, Published, Saving, granules::bytes_of, table::GRANULE_BYTES,
+    Content, Draft, Error, Piece, Saving, Unpublished, granules::bytes_of, table::GRANULE_BYTES,
 };
 
 /// The most disks that a snapshot can have: more than a machine can.
-const MAX_DISKS: u32 = 1024;
+const MAX_DISKS: u32 = 64;
+
+/// Where disks are until all has come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Spools<'a> {
+    pub(crate) directory: &'a Path,
+    /// How many bytes all of them may have together.
+    pub(crate) bytes: u64,
+}
 
 /// What has come of a snapshot. Dropped, it leaves nothing.
 #[derive(Debug)]
@@ -24,8 +32,8 @@ pub(crate) struct Reception<'a> {
     draft: Draft,
     state: Vec<u8>,
     disks: BTreeMap<u32, Spool>,
-    /// Where disks are until all has come, if they are kept.
-    spool: Option<&'a Path>,
+    /// If disks are kept.
+    spools: Option<Spools<'a>>,
     granule: Vec<u8>,
 }
 
@@ -46,7 +54,7 @@ impl<'a> Reception<'a> {
         id: SnapshotId,
         memory_bytes: u64,
         mut draft: Draft,
-        spool: Option<&'a Path>,
+        spools: Option<Spools<'a>>,
     ) -> Result<Self, Error> {
         draft.begin_copies(memory_bytes)?;
         Ok(Self {
@@ -55,7 +63,7 @@ impl<'a> Reception<'a> {
             draft,
             state: Vec::new(),
             disks: BTreeMap::new(),
-            spool,
+            spools,
             granule: vec![0; GRANULE_BYTES as usize],
         })
     }
@@ -97,10 +105,18 @@ impl<'a> Reception<'a> {
 
     fn begin_disk(&mut self, number: u32, bytes: u64) -> Result<(), Refusal> {
         let next = self.disks.keys().last().is_none_or(|last| number > *last);
-        let spool = self.spool.filter(|_| next && number < MAX_DISKS);
-        let spool = spool.ok_or(PeerError::Nonsense)?;
-        let disk = Spool::begin(spool, bytes)?.ok_or(PeerError::Nonsense)?;
-        self.disks.insert(number, disk);
+        let spools = self.spools.as_mut();
+        let spools = spools.filter(|_| next && number < MAX_DISKS);
+        let spools = spools.ok_or(PeerError::Nonsense)?;
+        let left = spools.bytes.checked_sub(bytes);
+        spools.bytes = left.ok_or_else(|| {
+            let reason =
+                "the machine's disks have more bytes than are received here; raise --max-disks";
+            Error::Refused(reason.to_owned())
+        })?;
+        let name = format!("{}.disk{number}", self.id);
+        let disk = Spool::begin(&spools.directory.join(name), bytes)?;
+        self.disks.insert(number, disk.ok_or(PeerError::Nonsense)?);
         Ok(())
     }
 
@@ -114,20 +130,19 @@ impl<'a> Reception<'a> {
         }
     }
 
-    /// Makes the snapshot of it, which is complete and durable when this returns.
-    pub(crate) fn finish(self) -> Result<Published, Refusal> {
+    /// Makes the snapshot of it, of which nothing is to be seen yet.
+    pub(crate) fn make(self, saving: &Saving) -> Result<Unpublished, Refusal> {
         let state = Container::from_bytes(&self.state)
             .map_err(|error| Refusal::State(format!("cannot be believed: {error}")))?;
         if state.header.id != self.id || state.header.memory_bytes != self.memory_bytes {
             return Err(Refusal::State("is that of another machine".to_owned()));
         }
-        let saving = Saving::default();
         let memory = Memory(self.draft.copied());
-        let mut unpublished = self.draft.write(&state, &memory, &saving)?;
+        let mut unpublished = self.draft.write(&state, &memory, saving)?;
         for (number, disk) in &self.disks {
-            unpublished.write_disk(*number as usize, disk, &saving)?;
+            unpublished.write_disk(*number as usize, disk, saving)?;
         }
-        Ok(unpublished.publish()?)
+        Ok(unpublished)
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use memory::PAGE_BYTES;
@@ -23,10 +24,14 @@ use crate::{
     table::GRANULE_BYTES,
 };
 
+/// What is made is kept in a moment, unless a disk hangs.
+const KEPT_WITHIN: Duration = Duration::from_secs(300);
+
 /// A peer that was told of a snapshot, of which it has the machine's memory as it was sent last.
 #[derive(Debug)]
 pub(crate) struct Sender {
     address: String,
+    name: String,
     line: Mutex<Line>,
     memory: Sent,
     keeps_disks: bool,
@@ -105,16 +110,19 @@ impl Sender {
         name: &str,
         id: SnapshotId,
         memory_bytes: u64,
+        saving: &Saving,
     ) -> Result<Self, Error> {
-        let mut line = Line::new(to.connect()?);
+        dedup::check_name(name).map_err(Error::store(name))?;
+        let wanted = wanted(saving);
+        let mut line = Line::new(to.connect(&wanted)?);
         let begin = Message::Begin {
             id,
             memory_bytes,
             name,
         };
         let begun = line
-            .say(begin, &always)
-            .and_then(|()| match line.hear(&always)? {
+            .say(begin, &wanted)
+            .and_then(|()| match line.hear(&wanted)? {
                 Message::Ready { keeps_disks } => Ok(keeps_disks),
                 _ => Err(PeerError::Nonsense),
             });
@@ -124,6 +132,7 @@ impl Sender {
         })?;
         Ok(Self {
             address: to.address.to_owned(),
+            name: name.to_owned(),
             line: Mutex::new(line),
             memory: Sent::nothing(memory_bytes),
             keeps_disks,
@@ -185,19 +194,40 @@ impl Sender {
         granules::save(&image, content, saving).map_err(failed())
     }
 
-    /// Waits until the peer has it for good.
-    pub(crate) fn publish(self) -> Result<Received, Error> {
+    /// Says that all is said, and waits until the peer has made the snapshot of it, which it does not keep yet.
+    pub(crate) fn finish(&self, saving: &Saving) -> Result<(), Error> {
+        let wanted = wanted(saving);
         let mut line = lock(&self.line);
-        let ended = line.say(Message::End, &always);
+        let ended = line.say(Message::End, &wanted);
         ended.map_err(|cause| self.error(cause))?;
         loop {
-            match line.hear(&always).map_err(|cause| self.error(cause))? {
+            match line.hear(&wanted).map_err(|cause| self.error(cause))? {
+                Message::Working => {}
+                Message::Made => return Ok(()),
+                _ => return Err(self.error(PeerError::Nonsense)),
+            }
+        }
+    }
+
+    /// Has the peer keep it, and waits until it is durable there.
+    pub(crate) fn publish(self) -> Result<Received, Error> {
+        let until = Instant::now() + KEPT_WITHIN;
+        let in_time = || Instant::now() < until;
+        let mut line = lock(&self.line);
+        let said = line.say(Message::Keep, &in_time);
+        said.map_err(|cause| self.error(cause))?;
+        loop {
+            let heard = line.hear(&in_time).map_err(|cause| match cause {
+                PeerError::Stream(peer::Error::Unwanted) => PeerError::Undecided,
+                cause => cause,
+            });
+            match heard.map_err(|cause| self.error(cause))? {
                 Message::Working => {}
                 Message::Saved {
                     new_bytes,
                     id,
                     name,
-                } => {
+                } if name == self.name => {
                     return Ok(Received {
                         name: name.to_owned(),
                         id,
@@ -223,10 +253,6 @@ impl Sender {
             Err(error) => Error::Read(error),
         }
     }
-}
-
-fn always() -> bool {
-    true
 }
 
 fn wanted(saving: &Saving) -> impl Fn() -> bool {

@@ -18,15 +18,15 @@ pub(crate) struct Spool {
 }
 
 impl Spool {
-    /// Begins one of so many bytes, which are zeros, in `directory`; `None` if no disk has so many.
-    pub(crate) fn begin(directory: &Path, bytes: u64) -> Result<Option<Self>, Error> {
+    /// Begins one of so many bytes, which are zeros, in a file that has this name at most where there are no nameless ones; `None` if no
+    /// disk has so many.
+    pub(crate) fn begin(place: &Path, bytes: u64) -> Result<Option<Self>, Error> {
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) || bytes > i64::MAX as u64 {
             return Ok(None);
         }
-        let place = directory.join("disk");
-        let file = Pending::create(&place)?;
+        let file = Pending::create(place)?;
         let sized = file.file().set_len(bytes);
-        sized.map_err(Error::io("write", &place))?;
+        sized.map_err(Error::io("write", place))?;
         Ok(Some(Self { file, bytes }))
     }
 

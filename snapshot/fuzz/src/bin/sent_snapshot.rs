@@ -10,7 +10,7 @@ use std::{
 use fuzz_harness::{Heap, bounded, write_seeds};
 use libfuzzer_sys::fuzz_target;
 use saved_state::{Container, CpuIdentity, Header, SnapshotId};
-use snapshot::{Keep, Key, Place, receive};
+use snapshot::{Caller, Keep, Key, Place};
 use tempfile::TempDir;
 
 #[global_allocator]
@@ -58,6 +58,7 @@ fn whole() -> Vec<u8> {
         message(3, &[&5u32.to_le_bytes(), &0u16.to_le_bytes()]),
         message(4, &[&state.to_bytes()]),
         message(6, &[]),
+        message(11, &[]),
     ]
     .concat()
 }
@@ -83,8 +84,9 @@ fuzz_target!(init: seeds(), |said: &[u8]| {
         let keep = Keep {
             place: Place::Directory(PLACE.path()),
             memory_bytes: MEMORY_BYTES,
+            disk_bytes: 1 << 30,
         };
-        let _ = receive(here, &Key::from(KEY), &keep);
+        let _ = Caller::greet(here, &Key::from(KEY)).and_then(|caller| caller.receive(&keep));
     });
     let _ = sending.join();
     for file in std::fs::read_dir(PLACE.path()).expect("it is there").flatten() {
