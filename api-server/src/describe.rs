@@ -2,7 +2,9 @@
 
 use std::{path::Path, time::Duration};
 
-use api_types::{AttachedNet, Balloon, BalloonStatistics, Disk, Reset, Vm, VmOrigin, VmState};
+use api_types::{
+    AttachedNet, Balloon, BalloonStatistics, Disk, DiskLimits, Reset, Vm, VmOrigin, VmState,
+};
 use control::{
     BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
     Registry, ResetReport, Source, Status,
@@ -74,6 +76,7 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
                         control::DiskFormat::Branch => api_types::DiskFormat::Branch,
                     },
                     serial: disk.serial.clone(),
+                    limits: disk_limits(disk.limits),
                 })
                 .collect(),
             nets: machine.nets.iter().map(net).collect(),
@@ -82,6 +85,25 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
         Origin::Fork(Parent::Machine { pid }) => VmOrigin::Fork { of: *pid },
         // It is one of those that go on from there.
         Origin::Fork(Parent::Saved(source)) => saved(source),
+    }
+}
+
+fn disk_limits(limits: control::DiskLimits) -> DiskLimits {
+    let control::DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    } = limits;
+    DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
     }
 }
 

@@ -143,6 +143,8 @@ fn keep_apart(tree: &Tree, store: &StoreLocation) -> Result<(), SetupError> {
 
 #[cfg(test)]
 mod tests {
+    use control::DiskLimits;
+
     use super::*;
 
     #[test]
@@ -158,6 +160,7 @@ mod tests {
                 read_only: false,
                 format,
                 serial: None,
+                limits: DiskLimits::default(),
             };
             within(&tree, &disk).is_ok()
         };

@@ -7,9 +7,9 @@ use std::{
 
 use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
-    AfterSnapshot, BalloonConfig, CpuModel, Destination, DiskConfig, DiskFormat, GuestClock,
-    MacAddress, MachineConfig, MemoryCopy, NetAttachment, NetChange, NetConfig, NotAMac, Origin,
-    RateLimit, SnapshotRequest, Source, VsockChange, of_their_own,
+    AfterSnapshot, BalloonConfig, CpuModel, Destination, DiskConfig, DiskFormat, DiskLimits,
+    GuestClock, MacAddress, MachineConfig, MemoryCopy, NetAttachment, NetChange, NetConfig,
+    NotAMac, Origin, RateLimit, SnapshotRequest, Source, VsockChange, of_their_own,
 };
 
 use crate::{
@@ -216,6 +216,7 @@ fn boot(
                         api_types::DiskFormat::Branch => DiskFormat::Branch,
                     },
                     serial: disk.serial.clone(),
+                    limits: disk_limits(disk.limits),
                 })
             })
             .collect::<Result<_, PathError>>()?,
@@ -242,6 +243,25 @@ fn boot(
         vsock: None,
         balloon: request.balloon.map(balloon),
     })
+}
+
+fn disk_limits(limits: api_types::DiskLimits) -> DiskLimits {
+    let api_types::DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    } = limits;
+    DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    }
 }
 
 fn balloon(options: api_types::BalloonOptions) -> BalloonConfig {
@@ -438,7 +458,7 @@ mod tests {
             .create(
                 r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
                     "initrd_path": "initrd", "cmdline": "quiet", "balloon": {"deflate_on_oom": true}, "disks": [
-                    {"path": "disk"}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
+                    {"path": "disk", "write_bytes_per_second": 9}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
             )
             .unwrap();
         let expected = MachineConfig {
@@ -454,12 +474,17 @@ mod tests {
                     read_only: false,
                     format: DiskFormat::Raw,
                     serial: None,
+                    limits: DiskLimits {
+                        write_bytes_per_second: NonZeroU64::new(9),
+                        ..DiskLimits::default()
+                    },
                 },
                 DiskConfig {
                     path: bench.path("disk"),
                     read_only: false,
                     format: DiskFormat::Branch,
                     serial: Some("s".to_owned()),
+                    limits: DiskLimits::default(),
                 },
             ],
             nets: Vec::new(),

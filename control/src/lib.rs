@@ -35,8 +35,8 @@ pub use files::allow_many_files;
 pub use hot_image::{HotImage, ImageError};
 pub use launch::{
     Confinement, Console, CpuModel, CpuTemplate, CpuidChange, CpuidRegister, DiskConfig,
-    DiskFormat, LaunchSpec, Launched, MachineConfig, MsrChange, Origin, Parent, Shape, VsockChange,
-    VsockConfig,
+    DiskFormat, DiskLimits, LaunchSpec, Launched, MachineConfig, MsrChange, Origin, Parent, Shape,
+    VsockChange, VsockConfig,
 };
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use own::{NotTheirOwn, of_their_own};

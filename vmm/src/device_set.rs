@@ -24,7 +24,7 @@ use saved_state::{Container, Kind};
 use crate::{
     balloons,
     boot::MmioDevice,
-    disks::AttachedDisk,
+    disks::{self, AttachedDisk},
     error::Error,
     generation::Generation,
     interrupt::Irqfd,
@@ -306,7 +306,8 @@ fn block(disk: &AttachedDisk) -> Result<Block, Error> {
         Some(branch) => Block::branching(Arc::clone(branch), &id),
         None => Block::open(&config.path, config.read_only, &id),
     };
-    Ok(block.map_err(devices::Error::Disk)?)
+    let block = block.map_err(devices::Error::Disk)?;
+    Ok(block.limited(disks::limits(config.limits)))
 }
 
 /// A disk's identity in the guest unless it is given one: the name of its image, as far as there is room.
