@@ -21,13 +21,13 @@ pub struct SavedBlock {
     pub(super) transport: SavedTransport,
     /// The limit on all requests together.
     #[version(start = 2)]
-    pub(super) total_limit: SavedRateLimit,
+    pub total_limit: SavedRateLimit,
     /// The limit on reads.
     #[version(start = 2)]
-    pub(super) read_limit: SavedRateLimit,
-    /// The limit on all others.
+    pub read_limit: SavedRateLimit,
+    /// The limit on writes, and on all that is no read.
     #[version(start = 2)]
-    pub(super) write_limit: SavedRateLimit,
+    pub write_limit: SavedRateLimit,
     /// The heads of the requests that wait for a limit, in the order in which they came.
     #[version(start = 2)]
     pub(super) waiting: Vec<u16>,
