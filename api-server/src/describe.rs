@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use api_types::{
-    AttachedNet, Balloon, BalloonStatistics, Disk, Reset, Sent, Vm, VmOrigin, VmState,
+    AttachedNet, Balloon, BalloonStatistics, Disk, DiskLimits, Reset, Sent, Vm, VmOrigin, VmState,
 };
 use control::{
     BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
@@ -76,6 +76,7 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
                         control::DiskFormat::Branch => api_types::DiskFormat::Branch,
                     },
                     serial: disk.serial.clone(),
+                    limits: disk_limits(disk.limits),
                 })
                 .collect(),
             nets: machine.nets.iter().map(net).collect(),
@@ -84,6 +85,25 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
         Origin::Fork(Parent::Machine { pid }) => VmOrigin::Fork { of: *pid },
         // It is one of those that go on from there.
         Origin::Fork(Parent::Saved(source)) => saved(source),
+    }
+}
+
+fn disk_limits(limits: control::DiskLimits) -> DiskLimits {
+    let control::DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    } = limits;
+    DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
     }
 }
 

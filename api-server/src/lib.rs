@@ -141,6 +141,8 @@ fn keep_apart(tree: &Tree, path: &Path) -> Result<(), SetupError> {
 
 #[cfg(test)]
 mod tests {
+    use control::DiskLimits;
+
     use super::*;
 
     #[test]
@@ -156,6 +158,7 @@ mod tests {
                 read_only: false,
                 format,
                 serial: None,
+                limits: DiskLimits::default(),
             };
             within(&tree, &disk).is_ok()
         };

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
-    BalloonConfig, CpuModel, DiskConfig, DiskFormat, GuestClock, MacAddress, MachineConfig,
-    NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source, VsockChange,
-    of_their_own,
+    BalloonConfig, CpuModel, DiskConfig, DiskFormat, DiskLimits, GuestClock, MacAddress,
+    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source,
+    VsockChange, of_their_own,
 };
 
 use crate::{
@@ -217,6 +217,7 @@ fn boot(
                         api_types::DiskFormat::Branch => DiskFormat::Branch,
                     },
                     serial: disk.serial.clone(),
+                    limits: disk_limits(disk.limits),
                 })
             })
             .collect::<Result<_, PathError>>()?,
@@ -243,6 +244,25 @@ fn boot(
         vsock: None,
         balloon: request.balloon.map(balloon),
     })
+}
+
+fn disk_limits(limits: api_types::DiskLimits) -> DiskLimits {
+    let api_types::DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    } = limits;
+    DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    }
 }
 
 fn balloon(options: api_types::BalloonOptions) -> BalloonConfig {
@@ -328,7 +348,7 @@ fn within(field: &str, value: u64, least: u64, most: u64) -> Result<(), ApiError
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, num::NonZeroU64};
 
     use control::StoreLocation;
 
@@ -398,7 +418,7 @@ mod tests {
             .create(
                 r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
                     "initrd_path": "initrd", "cmdline": "quiet", "balloon": {"deflate_on_oom": true}, "disks": [
-                    {"path": "disk"}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
+                    {"path": "disk", "write_bytes_per_second": 9}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
             )
             .unwrap();
         let expected = MachineConfig {
@@ -414,12 +434,17 @@ mod tests {
                     read_only: false,
                     format: DiskFormat::Raw,
                     serial: None,
+                    limits: DiskLimits {
+                        write_bytes_per_second: NonZeroU64::new(9),
+                        ..DiskLimits::default()
+                    },
                 },
                 DiskConfig {
                     path: bench.path("disk"),
                     read_only: false,
                     format: DiskFormat::Branch,
                     serial: Some("s".to_owned()),
+                    limits: DiskLimits::default(),
                 },
             ],
             nets: Vec::new(),

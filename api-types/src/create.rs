@@ -1,6 +1,6 @@
 //! `POST /create`.
 
-use std::fmt;
+use std::{fmt, num::NonZeroU64};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -88,6 +88,39 @@ pub struct Disk {
     /// What the guest sees as the disk's serial number, of at most 20 bytes; by default the file's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// The most that it may do.
+    #[serde(flatten)]
+    pub limits: DiskLimits,
+}
+
+/// The most that a disk may do in a second: numbers above 0, and no limit if nothing is said. Bytes are those of reads and
+/// writes; whatever is asked of the disk is an operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskLimits {
+    /// Bytes that are read and written.
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Operations of all kinds.
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operations_per_second: Option<NonZeroU64>,
+    /// Bytes that are read.
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_bytes_per_second: Option<NonZeroU64>,
+    /// Reads.
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_operations_per_second: Option<NonZeroU64>,
+    /// Bytes that are written.
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_bytes_per_second: Option<NonZeroU64>,
+    /// Writes, flushes, discards and zeroes.
+    #[schema(value_type = Option<u64>, minimum = 1)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_operations_per_second: Option<NonZeroU64>,
 }
 
 /// What a disk's file is.

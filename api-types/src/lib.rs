@@ -17,7 +17,9 @@ mod vm;
 
 pub use balloon::{Balloon, BalloonChange, BalloonOptions, BalloonStatistics};
 pub use clock::GuestClock;
-pub use create::{CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, GuestConfig, Net};
+pub use create::{
+    CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net,
+};
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{ForkAnswer, ForkRequest};
 pub use reset::Reset;

@@ -3,7 +3,9 @@
 use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use anyhow::{Context, Result};
-use control::{DiskConfig, DiskFormat, MachineConfig, NetAttachment, NetConfig, RateLimit};
+use control::{
+    DiskConfig, DiskFormat, DiskLimits, MachineConfig, NetAttachment, NetConfig, RateLimit,
+};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
@@ -30,6 +32,7 @@ pub(crate) fn attached(config: MachineConfig, scratch: &Path) -> Result<(Machine
         read_only: false,
         format: DiskFormat::Raw,
         serial: None,
+        limits: DiskLimits::default(),
     };
     let net = NetConfig {
         attachment: NetAttachment::Socket(socket),

@@ -2,11 +2,11 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
-    Client, Console, DiskConfig, DiskFormat, GuestClock, LaunchSpec, NetChange, Origin, Parent,
-    Record, Registry, Secret, Source, UseWorkingSet, VsockChange,
+    Client, Console, GuestClock, LaunchSpec, NetChange, Origin, Parent, Record, Registry, Secret,
+    Source, UseWorkingSet, VsockChange,
 };
 
 /// How long a VMM may take until its machine runs: a kernel boots in seconds, but a restore reads all memory.
@@ -128,34 +128,6 @@ pub(crate) fn absolute() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(std::path::absolute)
 }
 
-/// Parses a disk: a path, with `path=` before it or not, and behind it any of `,ro`, `,format=branch`, `,format=raw`,
-/// `,serial=TEXT`. A path may have commas.
-pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
-    let mut rest = text;
-    let mut disk = DiskConfig {
-        path: PathBuf::new(),
-        read_only: false,
-        format: DiskFormat::Raw,
-        serial: None,
-    };
-    while let Some((before, option)) = rest.rsplit_once(',') {
-        match option.split_once('=') {
-            None if option == "ro" => disk.read_only = true,
-            Some(("format", "branch")) => disk.format = DiskFormat::Branch,
-            Some(("format", "raw")) => disk.format = DiskFormat::Raw,
-            Some(("format", other)) => {
-                bail!("{other:?} is no format of a disk; it is raw or branch")
-            }
-            Some(("serial", serial)) => disk.serial = Some(serial.to_owned()),
-            _ => break,
-        }
-        rest = before;
-    }
-    let path = rest.strip_prefix("path=").unwrap_or(rest);
-    disk.path = std::path::absolute(path).context("a disk needs a path")?;
-    Ok(disk)
-}
-
 /// Where a machine came from, in short.
 pub(crate) fn origin(origin: &Origin) -> String {
     let name = |source: &Source| match source {
@@ -167,41 +139,5 @@ pub(crate) fn origin(origin: &Origin) -> String {
         Origin::Restore(source) => format!("restored from {}", name(source)),
         Origin::Fork(Parent::Machine { pid }) => format!("forked from {pid}"),
         Origin::Fork(Parent::Saved(source)) => format!("forked from {}", name(source)),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test may")]
-
-    use super::*;
-
-    #[test]
-    fn a_disk_is_a_path_and_what_is_said_of_it() {
-        let plain = disk("/a,b").unwrap();
-        assert_eq!(
-            (plain.path.to_str(), plain.read_only),
-            (Some("/a,b"), false)
-        );
-        assert_eq!((plain.format, plain.serial), (DiskFormat::Raw, None));
-        let read_only = disk("/a,ro").unwrap();
-        assert_eq!(
-            (read_only.path.to_str(), read_only.read_only),
-            (Some("/a"), true)
-        );
-        for text in [
-            "path=/a,format=branch,serial=s 1,ro",
-            "/a,ro,serial=s 1,format=branch",
-        ] {
-            let all = disk(text).unwrap();
-            assert_eq!((all.path.to_str(), all.read_only), (Some("/a"), true));
-            assert_eq!(
-                (all.format, all.serial.as_deref()),
-                (DiskFormat::Branch, Some("s 1"))
-            );
-        }
-        let error = disk("/a,format=qcow2").unwrap_err().to_string();
-        assert!(error.contains("raw or branch"), "{error}");
-        assert!(disk(",ro").is_err());
     }
 }

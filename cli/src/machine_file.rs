@@ -5,11 +5,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use control::{DiskConfig, DiskFormat, NetConfig};
+use control::{DiskConfig, NetConfig};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::{balloon::Balloon, cpu::Cpu, net::Net, text_file, vsock::Vsock};
+use crate::{balloon::Balloon, cpu::Cpu, disk::Disk, net::Net, text_file, vsock::Vsock};
 
 /// A machine. Paths are relative to the file's directory; what is left out is as the flags have it.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -43,33 +43,6 @@ pub(crate) struct MachineFile {
     pub(crate) vsock: Option<Vsock>,
     /// Memory that the guest gives back.
     pub(crate) balloon: Option<Balloon>,
-}
-
-/// A disk.
-#[derive(Debug, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Disk {
-    /// The image, or the topmost layer of a disk that branches.
-    path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    read_only: bool,
-    /// What the file is. It is never guessed, as a guest can write anything into a raw image.
-    #[serde(default)]
-    format: Format,
-    /// What the guest sees as the disk's serial number, of at most 20 bytes; by default the file's name.
-    serial: Option<String>,
-}
-
-/// What a disk's file is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-enum Format {
-    /// The disk's bytes and nothing else.
-    #[default]
-    Raw,
-    /// A layer of a disk that branches, as `fermata disk create` makes one.
-    Branch,
 }
 
 impl MachineFile {
@@ -106,18 +79,7 @@ impl MachineFile {
 
     /// The disks as a VMM is told of them.
     pub(crate) fn disks(self) -> Vec<DiskConfig> {
-        let disks = self.disks.into_iter();
-        disks
-            .map(|disk| DiskConfig {
-                path: disk.path,
-                read_only: disk.read_only,
-                format: match disk.format {
-                    Format::Raw => DiskFormat::Raw,
-                    Format::Branch => DiskFormat::Branch,
-                },
-                serial: disk.serial,
-            })
-            .collect()
+        self.disks.into_iter().map(DiskConfig::from).collect()
     }
 }
 
@@ -126,6 +88,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may")]
 
     use std::{env, fs};
+
+    use control::DiskFormat;
 
     use super::*;
     use crate::text_file::{from_json, from_toml};

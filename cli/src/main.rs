@@ -5,6 +5,7 @@
 mod balloon;
 mod commands;
 mod cpu;
+mod disk;
 mod doctor;
 mod foreground;
 mod machine;
@@ -27,8 +28,8 @@ use control::{LOG_VARIABLE, Registry, allow_many_files};
 use tracing_subscriber::EnvFilter;
 
 use commands::{
-    balloon as balloon_commands, cancel, disk, fork, inspect, pause, ps, receive, reset, restore,
-    run, serve, snapshot, stop, store as store_commands,
+    balloon as balloon_commands, cancel, disk as disk_commands, fork, inspect, pause, ps, receive,
+    reset, restore, run, serve, snapshot, stop, store as store_commands,
 };
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
@@ -70,7 +71,7 @@ enum Command {
     /// Looks into a store of snapshots, and keeps it in order.
     Store(store_commands::Args),
     /// Makes and looks into disks that branch.
-    Disk(disk::Args),
+    Disk(disk_commands::Args),
     /// Shows a machine's balloon and what its guest tells of its memory, and has it give memory back.
     Balloon(balloon_commands::Args),
     /// Ends a machine without asking its guest.
@@ -114,7 +115,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Reset(args) => wait(reset::reset(&args, run_dir)),
         Command::Fork(args) => wait(fork::fork(args, run_dir)),
         Command::Store(args) => store_commands::run(&args),
-        Command::Disk(args) => wait(disk::run(&args, run_dir)),
+        Command::Disk(args) => wait(disk_commands::run(&args, run_dir)),
         Command::Balloon(args) => wait(balloon_commands::balloon(&args, run_dir)),
         Command::Stop(args) => wait(stop::stop(&args, run_dir)),
         Command::Inspect(args) => inspect::inspect(&args),

@@ -1,7 +1,7 @@
 //! What a VMM process is told of its machine, a [`LaunchSpec`], and what it answers: one line of JSON on its standard output, a
 //! [`Launched`].
 
-use std::path::PathBuf;
+use std::{num::NonZeroU64, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -264,6 +264,27 @@ pub struct DiskConfig {
     /// What the guest sees as its serial number, of at most 20 bytes; by default the file's name.
     #[serde(default)]
     pub serial: Option<String>,
+    /// The most that it may do.
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// The most that a disk may do in a second. Bytes are those of reads and writes; whatever is asked of the disk is an operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DiskLimits {
+    /// Bytes that are read and written.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Operations of all kinds.
+    pub operations_per_second: Option<NonZeroU64>,
+    /// Bytes that are read.
+    pub read_bytes_per_second: Option<NonZeroU64>,
+    /// Reads.
+    pub read_operations_per_second: Option<NonZeroU64>,
+    /// Bytes that are written.
+    pub write_bytes_per_second: Option<NonZeroU64>,
+    /// Writes, flushes, discards and zeroes.
+    pub write_operations_per_second: Option<NonZeroU64>,
 }
 
 /// What a disk's file is.

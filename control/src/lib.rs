@@ -35,7 +35,7 @@ pub use files::allow_many_files;
 pub use hot_image::{HotImage, ImageError};
 pub use launch::{
     Confinement, Console, CpuModel, CpuTemplate, CpuidChange, CpuidRegister, DiskConfig,
-    DiskFormat, LaunchSpec, Launched, MachineConfig, MsrChange, Origin, Parent, Shape,
+    DiskFormat, DiskLimits, LaunchSpec, Launched, MachineConfig, MsrChange, Origin, Parent, Shape,
     UseWorkingSet, VsockChange, VsockConfig,
 };
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};

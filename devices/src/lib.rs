@@ -28,6 +28,6 @@ pub use device::{Device, Error, GuestRequest, InterruptLine, OnGuestRequest};
 pub use event_loop::{EventLoop, EventLoopError, Quiesced, THREAD_NAME};
 pub use i8042::I8042;
 pub use metrics::{Counter, Metrics};
-pub use rate_limit::RateLimit;
+pub use rate_limit::{RateLimit, SavedRateLimit, StoppedClock};
 pub use rtc::Rtc;
 pub use serial::{Serial, SerialInput};

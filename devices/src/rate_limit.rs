@@ -9,6 +9,7 @@ use std::{
     io,
     num::NonZeroU64,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,10 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
+use versionize::{VersionMap, Versionize, VersionizeResult};
+use versionize_derive::Versionize;
+
+use crate::sync::lock;
 
 /// How much may be done at once after a time in which nothing was.
 const BURST: Duration = Duration::from_millis(100);
@@ -29,40 +34,101 @@ pub struct RateLimit {
     pub operations_per_second: Option<NonZeroU64>,
 }
 
+/// A [`RateLimit`] as it is saved; 0 is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Versionize)]
+pub struct SavedRateLimit {
+    bytes_per_second: u64,
+    operations_per_second: u64,
+}
+
+impl From<RateLimit> for SavedRateLimit {
+    fn from(limit: RateLimit) -> Self {
+        let RateLimit {
+            bytes_per_second,
+            operations_per_second,
+        } = limit;
+        let or_zero = |rate: Option<NonZeroU64>| rate.map_or(0, NonZeroU64::get);
+        Self {
+            bytes_per_second: or_zero(bytes_per_second),
+            operations_per_second: or_zero(operations_per_second),
+        }
+    }
+}
+
+impl From<SavedRateLimit> for RateLimit {
+    fn from(saved: SavedRateLimit) -> Self {
+        let SavedRateLimit {
+            bytes_per_second,
+            operations_per_second,
+        } = saved;
+        Self {
+            bytes_per_second: NonZeroU64::new(bytes_per_second),
+            operations_per_second: NonZeroU64::new(operations_per_second),
+        }
+    }
+}
+
 /// Holds one direction of a device to its [`RateLimit`].
 pub(crate) struct Limiter {
-    bytes: Option<Pace>,
-    operations: Option<Pace>,
-    timer: OwnedFd,
+    rates: Rates,
+    timer: Timer,
 }
 
 impl Limiter {
     /// `None` if nothing is limited.
     pub(crate) fn new(limit: RateLimit) -> io::Result<Option<Self>> {
-        let RateLimit {
-            bytes_per_second,
-            operations_per_second,
-        } = limit;
         if limit == RateLimit::default() {
             return Ok(None);
         }
-        let pace = |rate| Pace { rate, paid: None };
         Ok(Some(Self {
-            bytes: bytes_per_second.map(pace),
-            operations: operations_per_second.map(pace),
-            timer: timerfd_create(
-                TimerfdClockId::Monotonic,
-                TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
-            )?,
+            rates: Rates::new(limit),
+            timer: Timer::new()?,
         }))
     }
 
     /// Whether one more may be done at `now`. If not, [`Limiter::timer`] becomes readable when it may.
     pub(crate) fn admits(&mut self, now: Instant) -> bool {
-        let paces = self.bytes.iter().chain(&self.operations);
-        let wait = paces.map(|pace| pace.wait(now)).max().unwrap_or_default();
+        let wait = self.rates.wait(now);
         // A timer that cannot be set is no reason to stand still for ever.
-        wait.is_zero() || set(&self.timer, wait).is_err()
+        wait.is_zero() || self.timer.set(wait).is_err()
+    }
+
+    /// Counts one that was done at `now` and had `bytes`.
+    pub(crate) fn charge(&mut self, now: Instant, bytes: u64) {
+        self.rates.charge(now, bytes);
+    }
+
+    /// What becomes readable when there may be more.
+    pub(crate) fn timer(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+}
+
+/// What of a [`RateLimit`] is used up.
+#[derive(Debug)]
+pub(crate) struct Rates {
+    bytes: Option<Pace>,
+    operations: Option<Pace>,
+}
+
+impl Rates {
+    /// Nothing is used up.
+    pub(crate) fn new(limit: RateLimit) -> Self {
+        let RateLimit {
+            bytes_per_second,
+            operations_per_second,
+        } = limit;
+        let pace = |rate| Pace { rate, paid: None };
+        Self {
+            bytes: bytes_per_second.map(pace),
+            operations: operations_per_second.map(pace),
+        }
+    }
+
+    /// How long to wait at `now` for the next; zero if not at all.
+    pub(crate) fn wait(&self, now: Instant) -> Duration {
+        let paces = self.bytes.iter().chain(&self.operations);
+        paces.map(|pace| pace.wait(now)).max().unwrap_or_default()
     }
 
     /// Counts one that was done at `now` and had `bytes`.
@@ -73,24 +139,64 @@ impl Limiter {
             }
         }
     }
+}
 
-    /// What becomes readable when there may be more.
-    pub(crate) fn timer(&self) -> BorrowedFd<'_> {
-        self.timer.as_fd()
+/// Tells when a wait is over.
+#[derive(Debug)]
+pub(crate) struct Timer(OwnedFd);
+
+impl Timer {
+    pub(crate) fn new() -> io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        Ok(Self(timerfd_create(TimerfdClockId::Monotonic, flags)?))
+    }
+
+    /// Has it become readable once, after `wait`, and not when it was to before.
+    pub(crate) fn set(&self, wait: Duration) -> io::Result<()> {
+        let once = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec {
+                tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
+                tv_nsec: wait.subsec_nanos().into(),
+            },
+        };
+        timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &once)?;
+        Ok(())
     }
 }
 
-/// Has `timer` become readable once, after `wait`.
-fn set(timer: &OwnedFd, wait: Duration) -> io::Result<()> {
-    let once = Itimerspec {
-        it_interval: Timespec::default(),
-        it_value: Timespec {
-            tv_sec: wait.as_secs().try_into().unwrap_or(i64::MAX),
-            tv_nsec: wait.subsec_nanos().into(),
-        },
-    };
-    timerfd_settime(timer, TimerfdTimerFlags::empty(), &once)?;
-    Ok(())
+impl AsFd for Timer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A clock that goes on only when it is told to. For tests and fuzzers.
+#[derive(Clone, Debug)]
+pub struct StoppedClock(Arc<Mutex<Instant>>);
+
+impl StoppedClock {
+    /// One that shows the time at which it is made.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now())))
+    }
+
+    /// Has it go on, as far as it can.
+    pub fn pass(&self, time: Duration) {
+        let mut now = lock(&self.0);
+        *now = now.checked_add(time).unwrap_or(*now);
+    }
+
+    pub(crate) fn now(&self) -> Instant {
+        *lock(&self.0)
+    }
+}
+
+impl Default for StoppedClock {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// One rate.
@@ -194,7 +300,7 @@ mod tests {
             let mut limiter = limiter(rate, 0);
             let (mut done, mut last) = (0, 0);
             for size in sizes {
-                let wait = limiter.bytes.as_ref().unwrap().wait(now);
+                let wait = limiter.rates.bytes.as_ref().unwrap().wait(now);
                 now += wait;
                 prop_assert!(limiter.admits(now));
                 limiter.charge(now, size);

@@ -15,6 +15,8 @@ mod branching;
 mod command_line;
 #[path = "bare_metal/crash.rs"]
 mod crash;
+#[path = "bare_metal/disk_limits.rs"]
+mod disk_limits;
 #[path = "bare_metal/ends.rs"]
 mod ends;
 #[path = "bare_metal/fork.rs"]

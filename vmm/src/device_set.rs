@@ -24,7 +24,7 @@ use saved_state::{Container, Kind};
 use crate::{
     balloons,
     boot::MmioDevice,
-    disks::AttachedDisk,
+    disks::{self, AttachedDisk},
     error::Error,
     generation::Generation,
     interrupt::Irqfd,
@@ -306,7 +306,8 @@ fn block(disk: &AttachedDisk) -> Result<Block, Error> {
         Some(branch) => Block::branching(Arc::clone(branch), &id),
         None => Block::open(&config.path, config.read_only, &id),
     };
-    Ok(block.map_err(devices::Error::Disk)?)
+    let block = block.map_err(devices::Error::Disk)?;
+    Ok(block.limited(disks::limits(config.limits)))
 }
 
 /// A disk's identity in the guest unless it is given one: the name of its image, as far as there is room.
@@ -319,4 +320,66 @@ fn disk_id(path: &Path) -> String {
 fn lock<T: ?Sized>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     // A device whose code panicked keeps answering as well as it can; the guest decides.
     device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may")]
+
+    use std::{io, num::NonZeroU64};
+
+    use control::{DiskConfig, DiskFormat, DiskLimits};
+    use devices::{RateLimit, virtio::block::SavedBlock};
+    use memory::Layout;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct NoLine;
+
+    impl InterruptLine for NoLine {
+        fn trigger(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_disk_has_the_limits_that_were_asked_for_and_they_are_saved() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, [0; 512]).unwrap();
+        let number = NonZeroU64::new;
+        let disk = AttachedDisk {
+            config: DiskConfig {
+                path,
+                read_only: false,
+                format: DiskFormat::Raw,
+                serial: None,
+                limits: DiskLimits {
+                    bytes_per_second: number(1),
+                    operations_per_second: number(2),
+                    read_bytes_per_second: number(3),
+                    read_operations_per_second: number(4),
+                    write_bytes_per_second: number(5),
+                    write_operations_per_second: number(6),
+                },
+            },
+            branch: None,
+            began_on: None,
+        };
+        let memory = MachineMemory::zeroed(Layout::new(64 << 20).unwrap()).unwrap();
+        let guest = memory.guest().clone();
+        let block = Box::new(block(&disk).unwrap());
+        let device = MmioTransport::new(block, guest, Arc::new(NoLine)).unwrap();
+        let saved: SavedBlock = device.save(0).unwrap().decode().unwrap();
+        let limits = [saved.total_limit, saved.read_limit, saved.write_limit];
+        let limit = |bytes, operations| RateLimit {
+            bytes_per_second: number(bytes),
+            operations_per_second: number(operations),
+        };
+        assert_eq!(
+            limits.map(RateLimit::from),
+            [limit(1, 2), limit(3, 4), limit(5, 6)]
+        );
+    }
 }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use branch_disk::{Cut, Disk, Frozen, LayerId, LayerRef, Mode, Next};
-use control::{Confinement, DiskConfig, DiskFormat};
-use devices::virtio::block::SharedDisk;
+use control::{Confinement, DiskConfig, DiskFormat, DiskLimits};
+use devices::{RateLimit, virtio::block::SharedDisk};
 use saved_state::{Container, SavedState};
 use snapshot::Snapshot;
 
@@ -116,6 +116,27 @@ pub(crate) fn reattach(
             })
         })
         .collect()
+}
+
+/// A disk's limits as its device knows them.
+pub(crate) fn limits(limits: DiskLimits) -> devices::virtio::block::DiskLimits {
+    let DiskLimits {
+        bytes_per_second,
+        operations_per_second,
+        read_bytes_per_second,
+        read_operations_per_second,
+        write_bytes_per_second,
+        write_operations_per_second,
+    } = limits;
+    let limit = |bytes_per_second, operations_per_second| RateLimit {
+        bytes_per_second,
+        operations_per_second,
+    };
+    devices::virtio::block::DiskLimits {
+        total: limit(bytes_per_second, operations_per_second),
+        reads: limit(read_bytes_per_second, read_operations_per_second),
+        writes: limit(write_bytes_per_second, write_operations_per_second),
+    }
 }
 
 /// The disks of a saved machine.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use branch_disk::{LayerId, LayerRef};
-use control::{DiskConfig, DiskFormat};
+use control::{DiskConfig, DiskFormat, DiskLimits};
 use saved_state::{Kind, SavedState};
 use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
@@ -113,8 +113,9 @@ impl DiskState {
                 BRANCH => DiskFormat::Branch,
                 _ => return None,
             },
-            // The device's own section has it.
+            // The device's own section has them.
             serial: None,
+            limits: DiskLimits::default(),
         })
     }
 
@@ -234,6 +235,7 @@ mod tests {
             read_only: false,
             format: DiskFormat::Branch,
             serial: None,
+            limits: DiskLimits::default(),
         };
         let layer = LayerRef {
             path: "/d.layer".into(),

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use control::{AfterSnapshot, CpuModel, DiskConfig, MachineConfig, Origin};
+use control::{AfterSnapshot, CpuModel, DiskConfig, DiskLimits, MachineConfig, Origin};
 use cpio::newc::{self, ModeFileType};
 use testbed::environment;
 
@@ -74,6 +74,7 @@ impl Bench {
                     read_only: false,
                     format: control::DiskFormat::Raw,
                     serial: None,
+                    limits: DiskLimits::default(),
                 })
                 .collect(),
             nets: Vec::new(),

@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use control::{
-    CpuModel, DiskConfig, DiskFormat, MachineConfig, NetAttachment, NetConfig, Origin, RateLimit,
+    CpuModel, DiskConfig, DiskFormat, DiskLimits, MachineConfig, NetAttachment, NetConfig, Origin,
+    RateLimit,
 };
 use system_tests::tap::Tap;
 use testbed::environment;
@@ -141,6 +142,7 @@ fn fermata(
         read_only: false,
         format,
         serial: Some(serial.to_owned()),
+        limits: DiskLimits::default(),
     };
     let config = MachineConfig {
         cpu: CpuModel::Host,

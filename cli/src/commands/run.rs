@@ -9,7 +9,7 @@ use control::{BalloonConfig, DiskConfig, MachineConfig, NetConfig, Origin, Regis
 use crate::{
     balloon,
     cpu::Cpu,
-    foreground,
+    disk, foreground,
     machine::{self, Changes},
     machine_file::MachineFile,
     net, vsock,
@@ -48,8 +48,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LEVEL or FILE")]
     cpu: Option<Cpu>,
     /// A disk. Options behind the path: `ro` if the guest may only read it, `format=branch` if it branches (raw otherwise,
-    /// whatever is in it), `serial=TEXT` for the serial number that the guest sees.
-    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
+    /// whatever is in it), `serial=TEXT` for the serial number that the guest sees, and limits: `bytes_per_second` and
+    /// `operations_per_second`, for all requests together, and with `read_` or `write_` before it, for those alone.
+    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = disk::disk)]
     disks: Vec<DiskConfig>,
     /// A network device: `tap=NAME` or `socket=PATH`, and if need be `mac=ADDRESS`, and limits by
     /// `receive_bytes_per_second`, `receive_packets_per_second`, `send_bytes_per_second` and
@@ -134,13 +135,22 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("m.toml");
         let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n\
+                    read_bytes_per_second = 7\n\
                     [[nets]]\ntap = \"t\"\n[[nets]]\nsocket = \"s\"\n\
                     [vsock]\ncid = 3\npath = \"/v\"\n[balloon]\ntarget_mib = 9\n";
         std::fs::write(&path, text).unwrap();
         let config = path.to_str().unwrap();
         let by_file = machine(&["--config", config]).unwrap();
         let socket = format!("socket={}", directory.path().join("s").display());
-        let flags = ["/k", "--memory", "512", "--vcpus", "4", "--disk", "/d"];
+        let flags = [
+            "/k",
+            "--memory",
+            "512",
+            "--vcpus",
+            "4",
+            "--disk",
+            "/d,read_bytes_per_second=7",
+        ];
         let nets = [
             "--net",
             "tap=t",

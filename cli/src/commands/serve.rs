@@ -7,7 +7,7 @@ use api_server::{Defaults, Peers, ServerConfig};
 use control::DiskConfig;
 use rocket::fairing::AdHoc;
 
-use crate::{machine, output, peer_key::PeerKeyArgs, program, store::StoreArgs};
+use crate::{disk, machine, output, peer_key::PeerKeyArgs, program, store::StoreArgs};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -33,7 +33,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = Defaults::default().cmdline)]
     cmdline: String,
     /// A disk for requests that do not say, as `fermata run` takes it.
-    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = machine::disk)]
+    #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = disk::disk)]
     disks: Vec<DiskConfig>,
     /// How many VMM processes are prepared for forks and for restores on demand, so that these need not wait for their start. They are for
     /// machines of the size that was asked for last, and take some hundred KiB each. With any, the memory of the saved machine that was forked last is kept, too,

@@ -1,12 +1,12 @@
 //! The block device on a raw image, which grows while the driver is at work.
 
-use std::{fs, path::PathBuf};
+use std::{fs, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use devices::{
-    BusDevice,
+    BusDevice, RateLimit, StoppedClock,
     virtio::{
         MmioTransport, VirtioDevice,
-        block::{Block, DiskError, DiskSize, SECTOR_BYTES},
+        block::{Block, DiskError, DiskLimits, DiskSize, SECTOR_BYTES},
     },
 };
 use fuzz_harness::Input;
@@ -33,7 +33,52 @@ pub struct Raw {
     path: PathBuf,
     read_only: bool,
     keep_reads: bool,
+    throttled: Throttled,
     size: Option<DiskSize>,
+}
+
+/// A disk's limits, and what tells them the time.
+pub(crate) struct Throttled {
+    limits: DiskLimits,
+    clock: StoppedClock,
+}
+
+impl Throttled {
+    /// None, or on writes, on all requests, or on both, so that what a program asks for has to wait. Who forges what was saved may
+    /// set any.
+    pub(crate) fn new(how: u8) -> Self {
+        let limit = |on: bool, bytes, operations| RateLimit {
+            bytes_per_second: NonZeroU64::new(bytes).filter(|_| on),
+            operations_per_second: NonZeroU64::new(operations).filter(|_| on),
+        };
+        let limits = DiskLimits {
+            total: limit(how & 8 != 0, 20_000, 20),
+            reads: RateLimit::default(),
+            writes: limit(how & 4 != 0, 5_000, 10),
+        };
+        Self {
+            limits,
+            clock: StoppedClock::new(),
+        }
+    }
+
+    pub(crate) fn limit(&self, block: Block) -> Block {
+        let mut block = block.limited(self.limits);
+        block.stop_clock(&self.clock);
+        block
+    }
+
+    /// Lets time pass.
+    pub(crate) fn outside(&self, transport: &MmioTransport, input: &mut Input<'_>) {
+        self.clock
+            .pass(Duration::from_millis(10 * u64::from(input.byte())));
+        transport.serve(0);
+    }
+
+    /// Lets so much time pass that everything is paid for.
+    fn pass_all(&self) {
+        self.clock.pass(Duration::from_secs(1 << 50));
+    }
 }
 
 impl Subject for Raw {
@@ -45,6 +90,7 @@ impl Subject for Raw {
             path,
             read_only: how & 1 != 0,
             keep_reads: how & 2 != 0,
+            throttled: Throttled::new(how),
             size: None,
         }
     }
@@ -53,6 +99,7 @@ impl Subject for Raw {
         // It has the image open.
         self.size = None;
         let block = Block::open(&self.path, self.read_only, "disk").expect("nobody else has it");
+        let block = self.throttled.limit(block);
         if self.keep_reads {
             block.keep_reads();
         }
@@ -65,6 +112,9 @@ impl Subject for Raw {
     }
 
     fn outside(&mut self, transport: &MmioTransport, input: &mut Input<'_>) {
+        if input.flag() {
+            return self.throttled.outside(transport, input);
+        }
         let sectors = sectors(&self.size);
         match grow(&self.size, transport, input) {
             Err(DiskError::ReadOnly { .. }) => assert!(self.read_only),
@@ -74,7 +124,7 @@ impl Subject for Raw {
     }
 
     fn prove(&mut self, bench: &mut Bench) {
-        prove(bench, self.read_only, sectors(&self.size));
+        prove(bench, self.read_only, sectors(&self.size), &self.throttled);
     }
 
     fn finish(self) {
@@ -167,7 +217,7 @@ fn sector(sectors: u64, input: &mut Input<'_>) -> u64 {
 }
 
 /// What is written is read, by each of several requests of one round too, and the driver knows how large the disk is.
-pub(crate) fn prove(bench: &mut Bench, read_only: bool, sectors: u64) {
+pub(crate) fn prove(bench: &mut Bench, read_only: bool, sectors: u64, throttled: &Throttled) {
     let header = |request: u32, sector: u64| {
         let mut bytes = u64::from(request).to_le_bytes().to_vec();
         bytes.extend(sector.to_le_bytes());
@@ -180,6 +230,7 @@ pub(crate) fn prove(bench: &mut Bench, read_only: bool, sectors: u64) {
         Part::Out(pattern.clone()),
         Part::In(1),
     ];
+    throttled.pass_all();
     let (len, status) = bench.request(0, &parts);
     let expected = if read_only {
         vec![VIRTIO_BLK_S_IOERR as u8]
@@ -188,6 +239,7 @@ pub(crate) fn prove(bench: &mut Bench, read_only: bool, sectors: u64) {
     };
     assert_eq!((len, status), (1, vec![expected]));
     let parts = [header(VIRTIO_BLK_T_IN, 5), Part::In(1024), Part::In(1)];
+    throttled.pass_all();
     let (len, room) = bench.request(0, &parts);
     let expected = if read_only { vec![FILL; 1024] } else { pattern };
     assert_eq!((len, room), (1025, vec![expected.clone(), ok.clone()]));
@@ -195,7 +247,10 @@ pub(crate) fn prove(bench: &mut Bench, read_only: bool, sectors: u64) {
         let parts = [header(VIRTIO_BLK_T_IN, sector), Part::In(512), Part::In(1)];
         (bench.guest.offer(0, &parts), &expected[at..at + 512])
     });
+    throttled.pass_all();
     bench.notify(0);
+    throttled.pass_all();
+    bench.device().serve(0);
     for (offered, expected) in of_one_round {
         let outcome = bench.guest.outcome(&offered);
         assert_eq!(outcome, Some((513, vec![expected.to_vec(), ok.clone()])));
@@ -206,5 +261,6 @@ pub(crate) fn prove(bench: &mut Bench, read_only: bool, sectors: u64) {
         .read(VIRTIO_MMIO_CONFIG.into(), &mut capacity);
     assert_eq!(u64::from_le_bytes(capacity), sectors);
     let parts = [header(VIRTIO_BLK_T_FLUSH, 0), Part::In(1)];
+    throttled.pass_all();
     assert_eq!(bench.request(0, &parts), (1, vec![ok]));
 }

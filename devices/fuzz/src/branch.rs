@@ -13,7 +13,11 @@ use devices::virtio::{
 };
 use fuzz_harness::Input;
 
-use crate::{Bench, Part, Subject, block, scratch::Scratch};
+use crate::{
+    Bench, Part, Subject,
+    block::{self, Throttled},
+    scratch::Scratch,
+};
 
 /// A program may cut a disk so often; each makes a file.
 const MOST_CUTS: u32 = 6;
@@ -28,6 +32,7 @@ pub struct Branching {
     path: PathBuf,
     cuts: u32,
     keep_reads: bool,
+    throttled: Throttled,
     size: Option<DiskSize>,
 }
 
@@ -44,17 +49,20 @@ impl Subject for Branching {
         disk.write(1024, &mut &[1; 3072][..])
             .expect("there is room");
         cut(&mut disk);
+        let how = input.byte();
         Self {
             disk: Arc::new(Mutex::new(disk)),
             path,
             cuts: 0,
-            keep_reads: input.byte() & 2 != 0,
+            keep_reads: how & 2 != 0,
+            throttled: Throttled::new(how),
             size: None,
         }
     }
 
     fn device(&mut self) -> Box<dyn VirtioDevice> {
         let block = Block::branching(Arc::clone(&self.disk), "disk").expect("it is in order");
+        let block = self.throttled.limit(block);
         if self.keep_reads {
             block.keep_reads();
         }
@@ -68,6 +76,9 @@ impl Subject for Branching {
 
     /// It is cut, as for a snapshot; or grows.
     fn outside(&mut self, transport: &MmioTransport, input: &mut Input<'_>) {
+        if input.flag() {
+            return self.throttled.outside(transport, input);
+        }
         if self.cuts >= MOST_CUTS {
             return;
         }
@@ -80,7 +91,8 @@ impl Subject for Branching {
     }
 
     fn prove(&mut self, bench: &mut Bench) {
-        block::prove(bench, false, block::sectors(&self.size));
+        let sectors = block::sectors(&self.size);
+        block::prove(bench, false, sectors, &self.throttled);
     }
 
     fn finish(self) {

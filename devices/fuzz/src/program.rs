@@ -150,7 +150,7 @@ pub fn attack<S: Subject>(input: &[u8]) {
 pub fn seeds() -> Vec<Vec<u8>> {
     let between: [&[u8]; 4] = [&[], &[17], &[15, 0, 0, 1, 0], &[18, 0, 40, 0, 230]];
     // What is behind the device, for those who have a choice, and the queue.
-    let first = [(0, 0), (0, 1), (0, 2), (2, 0), (6, 3)].into_iter();
+    let first = [(0, 0), (0, 1), (0, 2), (2, 0), (6, 3), (12, 0)].into_iter();
     let programs = first.flat_map(|(behind, queue)| {
         between.into_iter().map(move |between| {
             let mut program = vec![behind, 4, 0];

@@ -4,7 +4,7 @@
 //! runs of bytes here and never descriptors.
 
 use memory::GuestMemory;
-use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestMemory as _, Permissions, VolatileSlice};
 
 use super::DriverError;
@@ -21,7 +21,7 @@ pub(crate) struct Buffers<'m> {
 impl<'m> Buffers<'m> {
     /// Walks `chain`, which may have at most `most` descriptors.
     pub(crate) fn of(
-        chain: DescriptorChain<&'m GuestMemory>,
+        chain: impl Iterator<Item = Descriptor>,
         memory: &'m GuestMemory,
         most: usize,
     ) -> Result<Self, DriverError> {

@@ -10,6 +10,7 @@
 pub mod balloon;
 pub mod block;
 mod buffers;
+mod chain;
 #[cfg(test)]
 pub(crate) mod driver;
 pub mod entropy;
@@ -36,7 +37,7 @@ pub(crate) use worker::Worker;
 /// A virtio device without its transport.
 ///
 /// Requests are served synchronously on the event loop: between two calls nothing is in flight,
-/// which is what makes saving a device as simple as reading its fields.
+/// which is what makes saving a device as simple as reading its fields. A request that has to wait is begun with later.
 pub trait VirtioDevice: Send {
     /// The kind of the section that the device and its transport save together.
     fn kind(&self) -> Kind;

@@ -16,7 +16,7 @@ const ROUND_TIME: Duration = Duration::from_millis(10);
 pub(crate) enum Outcome {
     /// It is done with, and so many bytes were written to it.
     Used(u32),
-    /// It is the device's until the round ends.
+    /// It is the device's until [`Handler::finish`] gives it back, in this round or a later one.
     Kept,
     /// It stays available, and so do those after it. The device looks at the queue again by itself.
     Later,
@@ -24,10 +24,16 @@ pub(crate) enum Outcome {
 
 /// What serves the chains of a round.
 pub(crate) trait Handler<'m> {
-    /// Serves one.
+    /// Serves the next of `queue` that was [`Outcome::Kept`] over the end of an earlier round, if one is to be served before those
+    /// that are available: its head, and what has become of it.
+    fn handle_kept(&mut self, _queue: &Queue) -> Option<Result<(u16, Outcome), DriverError>> {
+        None
+    }
+
+    /// Serves one that is available.
     fn handle(&mut self, chain: DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError>;
 
-    /// The round ends: finishes those that were [`Outcome::Kept`], and returns the head of each and the bytes written.
+    /// The round ends: finishes those that were [`Outcome::Kept`] until then, and returns the head of each and the bytes written.
     fn finish(&mut self) -> Vec<(u16, u32)>;
 }
 
@@ -105,28 +111,44 @@ fn serve_chains<'m>(
     let start = Instant::now();
     queue.disable_notification(memory)?;
     for _ in 0..ROUND_CHAINS {
-        let chain = queue.iter(memory)?.next();
-        if let Some(chain) = chain {
-            let head = chain.head_index();
-            match handler.handle(chain)? {
-                Outcome::Used(written) => {
-                    queue.add_used(memory, head, written)?;
-                    *used += 1;
-                }
-                Outcome::Kept => {}
-                Outcome::Later => {
-                    queue.go_to_previous_position();
-                    return Ok(false);
-                }
+        let Some((head, outcome)) = serve_next(queue, memory, handler)? else {
+            if queue.enable_notification(memory)? {
+                continue;
             }
-            if start.elapsed() > ROUND_TIME {
-                return Ok(true);
-            }
-        } else if !queue.enable_notification(memory)? {
             return Ok(false);
+        };
+        match outcome {
+            Outcome::Used(written) => {
+                queue.add_used(memory, head, written)?;
+                *used += 1;
+            }
+            Outcome::Kept => {}
+            Outcome::Later => {
+                queue.go_to_previous_position();
+                return Ok(false);
+            }
+        }
+        if start.elapsed() > ROUND_TIME {
+            return Ok(true);
         }
     }
     Ok(true)
+}
+
+/// Serves one chain, if there is one: its head, and what has become of it.
+fn serve_next<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+    handler: &mut impl Handler<'m>,
+) -> Result<Option<(u16, Outcome)>, DriverError> {
+    if let Some(kept) = handler.handle_kept(queue) {
+        return kept.map(Some);
+    }
+    let Some(chain) = queue.iter(memory)?.next() else {
+        return Ok(None);
+    };
+    let head = chain.head_index();
+    Ok(Some((head, handler.handle(chain)?)))
 }
 
 #[cfg(test)]

@@ -8,12 +8,16 @@ mod overlap;
 mod overlap_tests;
 mod range;
 mod ring;
+mod round;
 mod size;
 #[cfg(test)]
 mod size_tests;
 mod state;
 #[cfg(test)]
 mod tests;
+mod throttle;
+#[cfg(test)]
+mod throttle_tests;
 mod vectored;
 
 use std::{io, path::Path, sync::Arc};
@@ -31,20 +35,22 @@ use virtio_bindings::{
     },
     virtio_ids::VIRTIO_ID_BLOCK,
 };
-use virtio_queue::{DescriptorChain, Queue};
+use virtio_queue::Queue;
 
 use super::{
-    DriverError, Progress, SavedTransport, VirtioDevice,
-    buffers::{Buffers, Run},
-    serve::{Handler, Outcome, serve_round},
+    DriverError, EventSource, Progress, SavedTransport, VirtioDevice, buffers::Run,
+    serve::serve_round,
 };
-use crate::{Counter, Error, Metrics};
+use crate::{Counter, Error, Metrics, StoppedClock};
 use disk::{Disk, Peek};
 pub use disk::{DiskError, SharedDisk};
-use overlap::{Kept, Overlap};
+use overlap::Overlap;
 use range::Range;
+use round::Round;
 pub use size::DiskSize;
 pub use state::SavedBlock;
+pub use throttle::DiskLimits;
+use throttle::Throttle;
 
 /// The unit of the request header and of the capacity, whatever the disk's own blocks are.
 pub const SECTOR_BYTES: u64 = 512;
@@ -81,6 +87,7 @@ const DISCARD_ALIGNMENT: u32 = 8;
 pub struct Block {
     disk: Arc<Disk>,
     overlap: Overlap,
+    throttle: Throttle,
     id: String,
     /// What the driver has accepted.
     accepted: u64,
@@ -113,10 +120,24 @@ impl Block {
         Ok(Self {
             disk: Arc::new(disk),
             overlap: Overlap::Untried,
+            throttle: Throttle::new().map_err(DiskError::Timer)?,
             id: id.to_owned(),
             accepted: 0,
             metrics: Arc::default(),
         })
+    }
+
+    /// The same with limits.
+    #[must_use]
+    pub fn limited(mut self, limits: DiskLimits) -> Self {
+        self.throttle.set_limits(limits);
+        self
+    }
+
+    /// Has its limits take the time from `clock`. For tests and fuzzers, which then look at the queue themselves when time has
+    /// passed.
+    pub fn stop_clock(&mut self, clock: &StoppedClock) {
+        self.throttle.stop_clock(clock);
     }
 
     /// The size of the disk, by which it can grow while the device is in use.
@@ -280,12 +301,25 @@ impl VirtioDevice for Block {
         config
     }
 
+    fn sources(&self) -> Vec<EventSource<'_>> {
+        vec![EventSource {
+            descriptor: self.throttle.timer(),
+            readable: Some(0),
+            writable: None,
+        }]
+    }
+
     fn activate(&mut self, features: u64) {
         self.accepted = features;
     }
 
     fn reset(&mut self) {
         self.accepted = 0;
+        self.throttle.set_waiting(&[]);
+    }
+
+    fn forget_queue(&mut self, _index: usize) {
+        self.throttle.set_waiting(&[]);
     }
 
     fn process_queue(
@@ -294,12 +328,7 @@ impl VirtioDevice for Block {
         queue: &mut Queue,
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
-        let mut round = Round {
-            block: self,
-            memory,
-            kept: Vec::new(),
-            kept_bytes: 0,
-        };
+        let mut round = Round::begin(self, memory);
         serve_round(queue, memory, &mut round)
     }
 
@@ -312,22 +341,32 @@ impl VirtioDevice for Block {
             disk,
             // Nothing is under way between two rounds.
             overlap: _,
+            throttle,
             id,
             // The transport has it.
             accepted: _,
             metrics: _,
         } = self;
+        let DiskLimits {
+            total,
+            reads,
+            writes,
+        } = throttle.limits();
         let saved = SavedBlock {
             path: disk.path().to_owned(),
             capacity_sectors: disk.sectors(),
             read_only: disk.read_only(),
             id: id.clone(),
             transport,
+            total_limit: total.into(),
+            read_limit: reads.into(),
+            write_limit: writes.into(),
+            waiting: throttle.waiting(),
         };
         Section::encode(instance, &saved)
     }
 
-    /// The image may have another path than when it was saved.
+    /// The image may have another path than when it was saved. Limits are what they were, and nothing of them is used up.
     fn restore(&mut self, section: &Section) -> Result<SavedTransport, Error> {
         let SavedBlock {
             path: _,
@@ -335,6 +374,10 @@ impl VirtioDevice for Block {
             read_only,
             id,
             transport,
+            total_limit,
+            read_limit,
+            write_limit,
+            waiting,
         } = section.decode()?;
         let path = self.disk.path().to_owned();
         if capacity_sectors != self.disk.sectors() {
@@ -350,76 +393,24 @@ impl VirtioDevice for Block {
         }
         fits(&id)?;
         self.id = id;
+        // Each that waits was taken off the ring and not given back.
+        if waiting.len() > transport.in_use(0).into() {
+            return Err(Error::Impossible {
+                kind: SavedBlock::KIND,
+                reason: "more requests wait than were made".to_owned(),
+            });
+        }
+        self.throttle.set_limits(DiskLimits {
+            total: total_limit.into(),
+            reads: read_limit.into(),
+            writes: write_limit.into(),
+        });
+        self.throttle.set_waiting(&waiting);
         Ok(transport)
     }
 
     fn metrics(&self) -> Arc<dyn Metrics> {
         Arc::clone(&self.metrics) as _
-    }
-}
-
-/// A round over the queue.
-struct Round<'b, 'm> {
-    block: &'b mut Block,
-    memory: &'m GuestMemory,
-    kept: Vec<Kept<'m>>,
-    kept_bytes: u64,
-}
-
-impl<'m> Handler<'m> for Round<'_, 'm> {
-    fn handle(&mut self, chain: DescriptorChain<&'m GuestMemory>) -> Result<Outcome, DriverError> {
-        let head = chain.head_index();
-        let Buffers {
-            readable: mut output,
-            writable: mut input,
-        } = Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())?;
-        let status = input
-            .take_last()
-            .ok_or(DriverError::Incomplete("status byte"))?;
-        let header = Header::take(&mut output).ok_or(DriverError::Incomplete("header"))?;
-        let outcome = if self.may_keep(&header, &input) {
-            match self.block.disk.read_without_waiting(header.sector, &input) {
-                Ok(pieces) if pieces.is_empty() => Ok(Some(self.block.has_read(&input))),
-                Ok(pieces) => {
-                    self.kept_bytes += input.len();
-                    self.kept.push(Kept {
-                        head,
-                        status,
-                        header,
-                        data: input,
-                        pieces,
-                    });
-                    return Ok(Outcome::Kept);
-                }
-                Err(error) => Err(error),
-            }
-        } else {
-            self.block.execute(&header, &output, &input)
-        };
-        Ok(Outcome::Used(self.block.answer(&header, outcome, &status)))
-    }
-
-    fn finish(&mut self) -> Vec<(u16, u32)> {
-        let Self { block, kept, .. } = self;
-        let outcomes = block.overlap.read(&block.disk, kept);
-        if kept.len() > 1 {
-            block.metrics.overlapped_reads.add(kept.len() as u64);
-        }
-        let both = kept.iter().zip(outcomes);
-        both.map(|(kept, outcome)| {
-            let outcome = outcome.map(|()| Some(block.has_read(&kept.data)));
-            let written = block.answer(&kept.header, outcome, &kept.status);
-            (kept.head, written)
-        })
-        .collect()
-    }
-}
-
-impl Round<'_, '_> {
-    /// Whether it is a read that may wait for the end of the round.
-    fn may_keep(&self, header: &Header, input: &Run<'_>) -> bool {
-        header.request == VIRTIO_BLK_T_IN
-            && self.block.overlap.has_room(self.kept_bytes + input.len())
     }
 }
 
@@ -457,6 +448,10 @@ struct BlockMetrics {
     flushes: Counter,
     read_bytes: Counter,
     written_bytes: Counter,
+    /// How often a limit stopped the guest from reading.
+    read_throttled: Counter,
+    /// How often a limit stopped the guest from writing, flushing or discarding.
+    write_throttled: Counter,
     discards: Counter,
     discarded_bytes: Counter,
     write_zeroes: Counter,
@@ -478,6 +473,8 @@ impl Metrics for BlockMetrics {
             ("zeroed_bytes", self.zeroed_bytes.get()),
             ("read_bytes", self.read_bytes.get()),
             ("written_bytes", self.written_bytes.get()),
+            ("read_throttled", self.read_throttled.get()),
+            ("write_throttled", self.write_throttled.get()),
             ("errors", self.errors.get()),
             ("unsupported", self.unsupported.get()),
         ]

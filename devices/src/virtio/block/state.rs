@@ -4,7 +4,7 @@ use saved_state::{Kind, SavedState};
 use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
 
-use crate::virtio::SavedTransport;
+use crate::{SavedRateLimit, virtio::SavedTransport};
 
 /// A disk and its transport. The disk's fields are public: who restores a machine needs them to
 /// open the image.
@@ -19,8 +19,27 @@ pub struct SavedBlock {
     /// The identity that the guest sees, as for [`super::Block::open`].
     pub id: String,
     pub(super) transport: SavedTransport,
+    /// The limit on all requests together.
+    #[version(start = 2)]
+    pub total_limit: SavedRateLimit,
+    /// The limit on reads.
+    #[version(start = 2)]
+    pub read_limit: SavedRateLimit,
+    /// The limit on writes, and on all that is no read.
+    #[version(start = 2)]
+    pub write_limit: SavedRateLimit,
+    /// The heads of the requests that wait for a limit, in the order in which they came.
+    #[version(start = 2)]
+    pub(super) waiting: Vec<u16>,
 }
 
 impl SavedState for SavedBlock {
     const KIND: Kind = Kind(*b"VBLK");
+    const VERSION: u16 = 2;
+
+    fn version_map() -> VersionMap {
+        let mut map = VersionMap::new();
+        map.new_version().set_type_version(Self::type_id(), 2);
+        map
+    }
 }

@@ -32,7 +32,7 @@ use header::{HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES, OFFLOADS};
 use metrics::NetMetrics;
 use receive::Incoming;
 use socket::Socket;
-pub use state::{Attachment, SavedNet, SavedRateLimit};
+pub use state::{Attachment, SavedNet};
 use tap::Tap;
 
 const QUEUE_ENTRIES: u16 = 256;

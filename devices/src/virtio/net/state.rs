@@ -1,12 +1,10 @@
 //! What a network device saves.
 
-use std::num::NonZeroU64;
-
 use saved_state::{Kind, SavedState};
 use versionize::{VersionMap, Versionize, VersionizeError, VersionizeResult};
 use versionize_derive::Versionize;
 
-use crate::{RateLimit, virtio::SavedTransport};
+use crate::{SavedRateLimit, virtio::SavedTransport};
 
 /// A network device and its transport. The device's own fields are public: who restores a machine needs
 /// them to make the device.
@@ -40,38 +38,4 @@ pub enum Attachment {
     Socket(String),
     /// A socket that was handed over when the machine was made.
     Descriptor,
-}
-
-/// A [`RateLimit`]; 0 is no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Versionize)]
-pub struct SavedRateLimit {
-    bytes_per_second: u64,
-    operations_per_second: u64,
-}
-
-impl From<RateLimit> for SavedRateLimit {
-    fn from(limit: RateLimit) -> Self {
-        let RateLimit {
-            bytes_per_second,
-            operations_per_second,
-        } = limit;
-        let or_zero = |rate: Option<NonZeroU64>| rate.map_or(0, NonZeroU64::get);
-        Self {
-            bytes_per_second: or_zero(bytes_per_second),
-            operations_per_second: or_zero(operations_per_second),
-        }
-    }
-}
-
-impl From<SavedRateLimit> for RateLimit {
-    fn from(saved: SavedRateLimit) -> Self {
-        let SavedRateLimit {
-            bytes_per_second,
-            operations_per_second,
-        } = saved;
-        Self {
-            bytes_per_second: NonZeroU64::new(bytes_per_second),
-            operations_per_second: NonZeroU64::new(operations_per_second),
-        }
-    }
 }

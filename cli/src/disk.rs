@@ -1,0 +1,192 @@
+//! Disks, as flags and files give them: with the same keys.
+
+use std::{num::NonZeroU64, path::PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+use control::{DiskConfig, DiskFormat, DiskLimits};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+/// A disk.
+#[derive(Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Disk {
+    /// The image, or the topmost layer of a disk that branches.
+    pub(crate) path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default)]
+    read_only: bool,
+    /// What the file is. It is never guessed, as a guest can write anything into a raw image.
+    #[serde(default)]
+    format: Format,
+    /// What the guest sees as the disk's serial number, of at most 20 bytes; by default the file's name.
+    serial: Option<String>,
+    /// The most bytes that are read and written in a second.
+    bytes_per_second: Option<NonZeroU64>,
+    /// The most operations of all kinds in a second.
+    operations_per_second: Option<NonZeroU64>,
+    /// The most bytes that are read in a second.
+    read_bytes_per_second: Option<NonZeroU64>,
+    /// The most reads in a second.
+    read_operations_per_second: Option<NonZeroU64>,
+    /// The most bytes that are written in a second.
+    write_bytes_per_second: Option<NonZeroU64>,
+    /// The most writes, flushes, discards and zeroes in a second.
+    write_operations_per_second: Option<NonZeroU64>,
+}
+
+/// What a disk's file is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Format {
+    /// The disk's bytes and nothing else.
+    #[default]
+    Raw,
+    /// A layer of a disk that branches, as `fermata disk create` makes one.
+    Branch,
+}
+
+impl From<Disk> for DiskConfig {
+    fn from(disk: Disk) -> Self {
+        let Disk {
+            path,
+            read_only,
+            format,
+            serial,
+            bytes_per_second,
+            operations_per_second,
+            read_bytes_per_second,
+            read_operations_per_second,
+            write_bytes_per_second,
+            write_operations_per_second,
+        } = disk;
+        Self {
+            path,
+            read_only,
+            format: match format {
+                Format::Raw => DiskFormat::Raw,
+                Format::Branch => DiskFormat::Branch,
+            },
+            serial,
+            limits: DiskLimits {
+                bytes_per_second,
+                operations_per_second,
+                read_bytes_per_second,
+                read_operations_per_second,
+                write_bytes_per_second,
+                write_operations_per_second,
+            },
+        }
+    }
+}
+
+/// Parses a disk: a path, with `path=` before it or not, and behind it any of `,ro`, `,format=branch`, `,format=raw`,
+/// `,serial=TEXT`, and limits like `,read_bytes_per_second=NUMBER`. A path may have commas.
+pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
+    let mut rest = text;
+    let mut disk = DiskConfig {
+        path: PathBuf::new(),
+        read_only: false,
+        format: DiskFormat::Raw,
+        serial: None,
+        limits: DiskLimits::default(),
+    };
+    while let Some((before, option)) = rest.rsplit_once(',') {
+        match option.split_once('=') {
+            None if option == "ro" => disk.read_only = true,
+            Some(("format", "branch")) => disk.format = DiskFormat::Branch,
+            Some(("format", "raw")) => disk.format = DiskFormat::Raw,
+            Some(("format", other)) => {
+                bail!("{other:?} is no format of a disk; it is raw or branch")
+            }
+            Some(("serial", serial)) => disk.serial = Some(serial.to_owned()),
+            Some((key, value)) => match limit(&mut disk.limits, key) {
+                Some(limit) => {
+                    let wrong = |_| anyhow!("{key} is {value:?}; give a number above 0");
+                    *limit = Some(value.parse().map_err(wrong)?);
+                }
+                None => break,
+            },
+            None => break,
+        }
+        rest = before;
+    }
+    let path = rest.strip_prefix("path=").unwrap_or(rest);
+    disk.path = std::path::absolute(path).context("a disk needs a path")?;
+    Ok(disk)
+}
+
+/// The limit of this name.
+fn limit<'l>(limits: &'l mut DiskLimits, key: &str) -> Option<&'l mut Option<NonZeroU64>> {
+    Some(match key {
+        "bytes_per_second" => &mut limits.bytes_per_second,
+        "operations_per_second" => &mut limits.operations_per_second,
+        "read_bytes_per_second" => &mut limits.read_bytes_per_second,
+        "read_operations_per_second" => &mut limits.read_operations_per_second,
+        "write_bytes_per_second" => &mut limits.write_bytes_per_second,
+        "write_operations_per_second" => &mut limits.write_operations_per_second,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may")]
+
+    use super::*;
+
+    #[test]
+    fn flags_have_the_keys_of_the_file() {
+        let flag = "path=/a,read_only=true,format=branch,serial=s,bytes_per_second=1,\
+                    operations_per_second=2,read_bytes_per_second=3,read_operations_per_second=4,\
+                    write_bytes_per_second=5,write_operations_per_second=6";
+        let file = flag.replace(',', "\n").replace("branch", "\"branch\"");
+        let file = file.replace("=/a", "=\"/a\"").replace("=s", "=\"s\"");
+        let by_file: Disk = toml::from_str(&file).unwrap();
+        let by_flag = disk(&flag.replace("read_only=true", "ro")).unwrap();
+        assert_eq!(DiskConfig::from(by_file), by_flag);
+        let number = NonZeroU64::new;
+        let expected = DiskLimits {
+            bytes_per_second: number(1),
+            operations_per_second: number(2),
+            read_bytes_per_second: number(3),
+            read_operations_per_second: number(4),
+            write_bytes_per_second: number(5),
+            write_operations_per_second: number(6),
+        };
+        assert_eq!(by_flag.limits, expected);
+    }
+
+    #[test]
+    fn a_disk_is_a_path_and_what_is_said_of_it() {
+        let plain = disk("/a,b").unwrap();
+        assert_eq!(
+            (plain.path.to_str(), plain.read_only),
+            (Some("/a,b"), false)
+        );
+        assert_eq!((plain.format, plain.serial), (DiskFormat::Raw, None));
+        let read_only = disk("/a,ro").unwrap();
+        assert_eq!(
+            (read_only.path.to_str(), read_only.read_only),
+            (Some("/a"), true)
+        );
+        for text in [
+            "path=/a,format=branch,serial=s 1,ro",
+            "/a,ro,serial=s 1,format=branch",
+        ] {
+            let all = disk(text).unwrap();
+            assert_eq!((all.path.to_str(), all.read_only), (Some("/a"), true));
+            assert_eq!(
+                (all.format, all.serial.as_deref()),
+                (DiskFormat::Branch, Some("s 1"))
+            );
+        }
+        let error = disk("/a,format=qcow2").unwrap_err().to_string();
+        assert!(error.contains("raw or branch"), "{error}");
+        assert!(disk(",ro").is_err());
+        for rate in ["0", "x", "-1", ""] {
+            let error = disk(&format!("/a,bytes_per_second={rate}")).unwrap_err();
+            assert!(error.to_string().contains("above 0"), "{error}");
+        }
+    }
+}
