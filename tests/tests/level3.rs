@@ -16,6 +16,8 @@ mod clocks;
 mod cpu;
 #[path = "level3/debian.rs"]
 mod debian;
+#[path = "level3/disk_limits.rs"]
+mod disk_limits;
 #[path = "level3/elsewhere.rs"]
 mod elsewhere;
 #[path = "level3/ends.rs"]
