@@ -574,41 +574,76 @@ fn what_was_made_is_kept_only_when_the_sender_says_so() {
     }
 }
 
+/// Says a message, at once.
+fn say(stream: &mut Stream, kind: u8, content: &[&[u8]]) -> Result<(), peer::Error> {
+    stream.send(&message(kind, content), &|| true)?;
+    stream.flush(&|| true)
+}
+
+/// A peer that hears all of an empty machine's snapshot, and has said nothing but that it is ready.
+fn heard_all(host: &Host) -> Stream {
+    let (tcp, _) = host.listener.accept().unwrap();
+    let mut stream = Stream::accept(tcp, host.key().bytes()).unwrap();
+    let begin = message(1, &[&[7; 16], &[0; 8], b"name"]).len();
+    stream.receive(&mut vec![0; begin], &|| true).unwrap();
+    say(&mut stream, 2, &[&[0]]).unwrap();
+    let rest = message(4, &[&container(7).to_bytes()]).len() + message(6, &[]).len();
+    stream.receive(&mut vec![0; rest], &|| true).unwrap();
+    stream
+}
+
+/// Sends it an empty machine.
+fn send_empty(host: &Host, saving: &Saving) -> Result<Published, Error> {
+    let (address, key_file) = (host.address(), host.path("key"));
+    let at = PeerAt {
+        address: &address,
+        key_file: &key_file,
+    };
+    let draft = begin_to(at, "name")?;
+    let written = draft.write(&container(7), &memory_with(&[]), saving)?;
+    written.finish(saving)?;
+    written.publish()
+}
+
 #[test]
 fn who_waits_for_a_peer_that_only_says_that_it_works_can_cancel() {
     let host = Host::new();
-    let (address, key_file) = (host.address(), host.path("key"));
     let saving = Saving::default();
     thread::scope(|scope| {
-        let says = scope.spawn(|| {
-            let (tcp, _) = host.listener.accept().unwrap();
-            let mut stream = Stream::accept(tcp, host.key().bytes()).unwrap();
-            stream.send(&message(2, &[&[1]]), &|| true).unwrap();
+        let works = scope.spawn(|| {
+            let mut stream = heard_all(&host);
             // It works, as it says, until nobody is there any more.
-            loop {
-                let said = stream.send(&message(7, &[]), &|| true);
-                if said.and_then(|()| stream.flush(&|| true)).is_err() {
-                    return;
-                }
+            while say(&mut stream, 7, &[]).is_ok() {
                 thread::sleep(Duration::from_millis(20));
             }
         });
-        let at = PeerAt {
-            address: &address,
-            key_file: &key_file,
-        };
         let begun = Instant::now();
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(500));
             saving.cancel()
         });
-        let sent = begin_to(at, "name").and_then(|draft| {
-            // `Working` before all is said is nonsense, so it may fail here, too.
-            let written = draft.write(&container(7), &memory_with(&[]), &saving)?;
-            written.finish(&saving)
-        });
-        sent.unwrap_err();
+        send_empty(&host, &saving).unwrap_err();
+        // Not before, for another reason.
+        assert!(saving.is_cancelled());
         assert!(begun.elapsed() < Duration::from_secs(30));
-        says.join().unwrap();
+        works.join().unwrap();
+    });
+}
+
+#[test]
+fn a_peer_that_is_lost_when_it_was_to_keep_a_snapshot_may_have_it() {
+    let host = Host::new();
+    thread::scope(|scope| {
+        let lost = scope.spawn(|| {
+            let mut stream = heard_all(&host);
+            say(&mut stream, 10, &[]).unwrap();
+            let mut keep = [0; 5];
+            stream.receive(&mut keep, &|| true).unwrap();
+            assert_eq!(keep[0], 11);
+        });
+        let failed = send_empty(&host, &Saving::default()).unwrap_err();
+        lost.join().unwrap();
+        let said = failed.to_string();
+        assert!(said.contains("whole there if it is there"), "{said}");
     });
 }

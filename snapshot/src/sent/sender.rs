@@ -213,15 +213,15 @@ impl Sender {
     pub(crate) fn publish(self) -> Result<Received, Error> {
         let until = Instant::now() + KEPT_WITHIN;
         let in_time = || Instant::now() < until;
+        // From here on, only what the peer says tells whether it has kept it.
+        let failed = |cause| match cause {
+            PeerError::Stream(_) => self.error(PeerError::Undecided),
+            cause => self.error(cause),
+        };
         let mut line = lock(&self.line);
-        let said = line.say(Message::Keep, &in_time);
-        said.map_err(|cause| self.error(cause))?;
+        line.say(Message::Keep, &in_time).map_err(failed)?;
         loop {
-            let heard = line.hear(&in_time).map_err(|cause| match cause {
-                PeerError::Stream(peer::Error::Unwanted) => PeerError::Undecided,
-                cause => cause,
-            });
-            match heard.map_err(|cause| self.error(cause))? {
+            match line.hear(&in_time).map_err(failed)? {
                 Message::Working => {}
                 Message::Saved {
                     new_bytes,
