@@ -43,6 +43,8 @@ struct State {
     /// A driver is at work.
     driver: bool,
     statistics: Option<(Instant, Statistics)>,
+    /// The driver has told statistics, and can be asked for others.
+    tells: bool,
     /// How often the guest has told its statistics.
     tellings: u64,
 }
@@ -109,10 +111,10 @@ impl BalloonControl {
     }
 
     /// As [`BalloonControl::status`], with statistics that the guest is asked for now: waits at most `patience` for them. A
-    /// guest that stands still, or has no driver, tells nothing.
+    /// guest that stands still tells nothing; for one that has never told any, nobody waits.
     pub fn ask(&self, patience: Duration) -> BalloonStatus {
         let state = self.state();
-        if !state.driver {
+        if !state.tells {
             return status(&state);
         }
         let before = state.tellings;
@@ -128,6 +130,11 @@ impl BalloonControl {
         self.state().driver = driver;
     }
 
+    /// Whether the driver can be asked for statistics.
+    pub(super) fn set_tells(&self, tells: bool) {
+        self.state().tells = tells;
+    }
+
     pub(super) fn set_actual(&self, pages: u32) {
         self.state().actual_pages = pages;
     }
@@ -135,6 +142,7 @@ impl BalloonControl {
     pub(super) fn set_statistics(&self, statistics: Statistics) {
         let mut state = self.state();
         state.statistics = Some((Instant::now(), statistics));
+        state.tells = true;
         state.tellings += 1;
         drop(state);
         self.told.notify_all();
@@ -163,6 +171,7 @@ fn status(state: &State) -> BalloonStatus {
         interval_s,
         driver,
         statistics,
+        tells: _,
         tellings: _,
     } = state;
     BalloonStatus {

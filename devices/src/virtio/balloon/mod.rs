@@ -294,11 +294,13 @@ impl VirtioDevice for Balloon {
         self.shown[1] = 0;
         self.control.set_actual(0);
         self.control.set_driver(false);
+        self.control.set_tells(false);
     }
 
     fn forget_queue(&mut self, index: usize) {
         if index == STATISTICS {
             self.statistics_buffer = None;
+            self.control.set_tells(false);
         }
     }
 
@@ -395,6 +397,7 @@ impl VirtioDevice for Balloon {
         self.control.set_target(target_pages);
         self.control.set_actual(actual_pages);
         self.control.set_statistics_interval(statistics_interval_s);
+        self.control.set_tells(self.statistics_buffer.is_some());
         self.statistics_due = true;
         Ok(transport)
     }

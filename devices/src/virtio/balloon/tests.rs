@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use virtio_bindings::{
@@ -368,8 +368,20 @@ fn who_asks_a_guest_that_says_nothing_is_told_what_is_known() {
     let status = balloons.control.ask(PATIENCE);
     assert_eq!((status.driver, status.statistics), (false, None));
     let (balloons, _driver) = host.started();
-    let status = balloons.control.ask(Duration::from_millis(1));
+    let begun = Instant::now();
+    let status = balloons.control.ask(PATIENCE);
+    assert!(
+        begun.elapsed() < PATIENCE,
+        "who has never told was waited for"
+    );
     assert_eq!((status.driver, status.statistics), (true, None));
+    let (mut balloons, driver) = host.started();
+    let mut statistics = driver.of_queue(STATISTICS as u32);
+    statistics.offer(&[Part::Out(&entries(&[(4, 500)]))]);
+    statistics.notify(&mut balloons.device);
+    let status = balloons.control.ask(Duration::from_millis(1));
+    let (_, known) = status.statistics.unwrap();
+    assert_eq!(known, [("free_bytes", 500)]);
 }
 
 #[test]
