@@ -3,7 +3,8 @@
 use std::{arch::global_asm, slice};
 
 // The first vCPU starts all others by an INIT and a SIPI, and then does what `guest_balloon` does, with 4096 pages from 16 MiB on.
-// Each other one, n of its local APIC, does what `guest_witness` does, with the 1024 pages from 64 MiB + n * 4 MiB on; it leaves
+// Besides, it writes to the 512 pages from 8 MiB on, looks whether they stay what they are, and reports them as free, over and over.
+// Each other one, n of its local APIC, does what `guest_witness` does, with the 4096 pages from (1 + n) * 16 MiB on; it leaves
 // the number of its round and whether a page ever had another content in the 16 bytes at 0x320000 + n * 64. The first prints
 // generation, the least of their rounds, and whether anything was ever wrong, as three numbers of eight hexadecimal digits.
 global_asm!(
@@ -30,7 +31,7 @@ global_asm!(
     "mov edi, 0xfee00300",
     "mov dword ptr [rdi], 0xc4500",
     "mov dword ptr [rdi], 0xc4608",
-    // The balloon is the machine's second virtio device; its queue has 16 entries, of which one is used.
+    // The balloon is the machine's second virtio device; each queue has 16 entries, of which one is used.
     "mov edi, 0x1000000",
     "mov ecx, 4096",
     "200:",
@@ -43,7 +44,7 @@ global_asm!(
     "mov dword ptr [r12 + 0x70], 1",
     "mov dword ptr [r12 + 0x70], 3",
     "mov dword ptr [r12 + 0x24], 0",
-    "mov dword ptr [r12 + 0x20], 0",
+    "mov dword ptr [r12 + 0x20], 0x22",
     "mov dword ptr [r12 + 0x24], 1",
     "mov dword ptr [r12 + 0x20], 1",
     "mov dword ptr [r12 + 0x70], 11",
@@ -53,13 +54,58 @@ global_asm!(
     "mov dword ptr [r12 + 0x90], 0x301000",
     "mov dword ptr [r12 + 0xa0], 0x302000",
     "mov dword ptr [r12 + 0x44], 1",
+    "mov dword ptr [r12 + 0x30], 3",
+    "mov dword ptr [r12 + 0x38], 16",
+    "mov dword ptr [r12 + 0x80], 0x303000",
+    "mov dword ptr [r12 + 0x90], 0x304000",
+    "mov dword ptr [r12 + 0xa0], 0x305000",
+    "mov dword ptr [r12 + 0x44], 1",
     "mov dword ptr [r12 + 0x70], 15",
     "mov qword ptr [0x300000], 0x310000",
     "mov qword ptr [0x300008], 2048",
+    // 2 MiB that the device may write to.
+    "mov qword ptr [0x303000], 0x800000",
+    "mov dword ptr [0x303008], 0x200000",
+    "mov word ptr [0x30300c], 2",
     "xor ebx, ebx",
+    "xor ebp, ebp",
     "xor r13d, r13d",
     "xor r15d, r15d",
     "201:",
+    // What was reported is empty, or what it was.
+    "lea rsi, [rbp + 1]",
+    "mov edi, 0x800000",
+    "mov ecx, 512",
+    "250:",
+    "mov rax, [rdi]",
+    "test rax, rax",
+    "jz 251f",
+    "cmp rax, rbp",
+    "je 251f",
+    "mov r15d, 1",
+    "251:",
+    "mov [rdi], rsi",
+    "add rdi, 4096",
+    "dec ecx",
+    "jnz 250b",
+    // What is in use again is not given away.
+    "mov edi, 0x800000",
+    "mov ecx, 512",
+    "252:",
+    "cmp [rdi], rsi",
+    "je 253f",
+    "mov r15d, 1",
+    "253:",
+    "add rdi, 4096",
+    "dec ecx",
+    "jnz 252b",
+    "mov rbp, rsi",
+    "mov [0x304002], bp",
+    "mov dword ptr [r12 + 0x50], 3",
+    "254:",
+    "mov ax, [0x305002]",
+    "cmp ax, bp",
+    "jne 254b",
     // What all have done and seen: one that has not begun yet, or is not there, counts as if it had done very much.
     "mov r10d, -1",
     "mov r14, r15",
@@ -183,8 +229,8 @@ global_asm!(
     "mov esi, [rsi]",
     "shr esi, 24",
     "mov r9, rsi",
-    "shl r9, 22",
-    "add r9, 0x4000000",
+    "shl r9, 24",
+    "add r9, 0x1000000",
     "shl rsi, 6",
     "add rsi, 0x320000",
     "xor r14d, r14d",
@@ -197,7 +243,7 @@ global_asm!(
     "shl rax, 32",
     "or r13, rax",
     "mov rdi, r9",
-    "mov ecx, 1024",
+    "mov ecx, 4096",
     "242:",
     "cmp [rdi], r14",
     "je 243f",
@@ -220,9 +266,10 @@ unsafe extern "C" {
     static guest_crew_end: u8;
 }
 
-/// Writes to 4 MiB of memory with each vCPU but the first, of which there are at most eight, looks whether anybody else has, and gives up
-/// to 16 MiB to its balloon with the first, in steps of 2 MiB, as the host wants. Prints what [`Testimony`](super::Testimony) reads, with
-/// the rounds of who has done the fewest. It takes 128 MiB.
+/// Writes to 16 MiB of memory with each vCPU but the first, of which there are at most eight, looks whether anybody else has, and gives up
+/// to 16 MiB to its balloon with the first, in steps of 2 MiB, as the host wants, and 2 MiB more that it reports as free and uses again. Prints
+/// what [`Testimony`](super::Testimony) reads, with the rounds of who has done the fewest. It takes 16 MiB for each vCPU and 16 more, and
+/// writes to all of them but the first 8.
 pub fn crew() -> Vec<u8> {
     let (start, end) = (&raw const guest_crew, &raw const guest_crew_end);
     // SAFETY: both labels are in one block of assembly above, in this order.

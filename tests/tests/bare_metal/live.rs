@@ -106,7 +106,8 @@ fn all_vcpus_write_while_memory_is_given_back_and_nothing_is_torn_lost_or_leaked
     let cli = cli(&server);
     cli.run(&["store", "init"]).unwrap();
     fs::write(server.tree().join("kernel"), bare_metal::crew()).unwrap();
-    let more = json!({"vcpus": 3, "memory_mib": 128, "balloon": {"deflate_on_oom": true}});
+    let balloon = json!({"deflate_on_oom": true, "free_page_reporting": true});
+    let more = json!({"vcpus": 3, "memory_mib": 64, "balloon": balloon});
     let crew = server.client.boot(&server.path("kernel"), &more).unwrap();
     hear(&server, crew);
     let pid = crew.pid.to_string();
@@ -122,6 +123,18 @@ fn all_vcpus_write_while_memory_is_given_back_and_nothing_is_torn_lost_or_leaked
         done_with(&cli, copy, round);
     }
     assert!(!hear(&server, crew).disturbed);
+    let counted = |what| {
+        gauge(
+            &server,
+            crew.pid,
+            &format!("fermata_device_{what}_bytes_total"),
+        )
+    };
+    let (reported, discarded) = (counted("reported"), counted("discarded"));
+    assert!(
+        reported > 0 && discarded > reported / 2,
+        "{discarded} of {reported}"
+    );
     assert_clean(&cli);
 }
 
