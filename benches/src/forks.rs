@@ -3,25 +3,30 @@
 use std::{
     fs,
     path::Path,
+    thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
-use control::{Origin, allow_many_files};
+use anyhow::{Context, Result, anyhow};
+use control::{HotImage, Origin, allow_many_files};
 use system_tests::bare_metal;
 
-use crate::{Bench, Fermata, Machine, Row, System, native::config, row::percentile};
+use crate::{
+    Bench, Console, Fermata, Machine, Row, System,
+    filler::Filler,
+    native::{config, to_cpl_3},
+    row::percentile,
+};
 
-/// How much memory the guest has, of which it writes to next to nothing, in MiB.
+/// How much memory the guest has, in MiB.
 const MEMORY_MIB: u64 = 256;
 /// How many are forked one after another.
 const SINGLE: u32 = 100;
-/// How many are forked at once.
-const MANY: u32 = 100;
+/// So often a guest says that it is there: some 20,000 times a second.
+const CYCLES_A_TICK: u64 = 1 << 17;
 
-/// Forks a guest that does nothing, one at a time, and many at once as often as `runs` says; each in new processes and in prepared
-/// ones, with all files in an empty directory under `scratch`. A fork's time is from the request, with the image made, until who
-/// asked is told that its guest runs.
+/// Forks one at a time a guest that has filled its memory and says that it is there, and many at once, as often as `runs` says, a guest that does nothing;
+/// each in new processes and in prepared ones, with all files in an empty directory under `scratch`. A fork's time is from the request, with the image made.
 ///
 /// # Errors
 ///
@@ -30,45 +35,106 @@ pub fn measure(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>>
     allow_many_files();
     let directory = tempfile::tempdir_in(scratch).context("cannot make a scratch directory")?;
     let scratch = directory.path();
-    let kernel = scratch.join("kernel");
-    fs::write(&kernel, bare_metal::halted()).context("cannot write the guest")?;
-    let origin = Origin::Boot(config(MEMORY_MIB, &kernel));
-    let parent = fermata.start(origin, &scratch.join("console"))?;
-    let (image, _) = fermata.image(&parent)?;
-    let mut rows = Vec::new();
-    let mut add = |bench, setting, figures: &[f64]| {
-        let row = Row::of(bench, System::Fermata, MEMORY_MIB, figures);
-        rows.extend(row.map(|row| row.at(setting)));
-    };
-    for (prepared, setting) in [(false, "new process"), (true, "prepared process")] {
-        let pool = fermata.pool(usize::from(prepared))?;
-        let mut times = Vec::new();
-        for _ in 0..SINGLE {
-            fermata.fill(&pool, image.shape());
-            let begun = Instant::now();
-            let forks = fermata.fork(&pool, &image, 1, scratch)?;
-            times.push(ms(begun.elapsed()));
-            drop(forks);
-        }
-        add(Bench::Fork, setting, &times);
-        add(Bench::ForkP99, setting, &[percentile(&times, 0.99)]);
-    }
-    for (prepared, setting) in [(0, "new processes"), (MANY, "prepared processes")] {
-        let pool = fermata.pool(prepared as usize)?;
-        let (mut times, mut private) = (Vec::new(), Vec::new());
-        for _ in 0..runs {
-            fermata.fill(&pool, image.shape());
-            let begun = Instant::now();
-            let forks = fermata.fork(&pool, &image, MANY, scratch)?;
-            times.push(ms(begun.elapsed()));
-            for fork in &forks {
-                private.push(private_kib(fork.pid())?);
-            }
-        }
-        add(Bench::Fork100, setting, &times);
-        add(Bench::ForkPrivate, setting, &private);
+    let mut rows = one_at_a_time(fermata, scratch)?;
+    let image = image(fermata, &bare_metal::halted(), scratch, false)?;
+    for (count, prepared, runs) in [(100, false, runs), (100, true, runs), (500, true, 1)] {
+        rows.extend(at_once(fermata, &image, count, prepared, runs, scratch)?);
     }
     Ok(rows)
+}
+
+/// A hot image of the guest `kernel`, once it has printed something if it `speaks`.
+fn image(fermata: &Fermata, kernel: &[u8], scratch: &Path, speaks: bool) -> Result<HotImage> {
+    let path = scratch.join("kernel");
+    fs::write(&path, kernel).context("cannot write the guest")?;
+    let mut console = Console::create(scratch.join("console"))?;
+    let parent = fermata.start(Origin::Boot(config(MEMORY_MIB, &path)), console.path())?;
+    if speaks {
+        console.wait_for_output()?;
+    }
+    Ok(fermata.image(&parent)?.0)
+}
+
+fn one_at_a_time(fermata: &Fermata, scratch: &Path) -> Result<Vec<Row>> {
+    let filler = Filler {
+        memory_bytes: MEMORY_MIB << 20,
+        pages_a_tick: 0,
+        cycles_a_tick: CYCLES_A_TICK,
+        user: to_cpl_3()?,
+    };
+    let image = image(fermata, &filler.kernel(), scratch, true)?;
+    let mut rows = Vec::new();
+    for (prepared, setting) in [(0, "new process"), (1, "prepared process")] {
+        let pool = fermata.pool(prepared)?;
+        let (mut said, mut told) = (Vec::new(), Vec::new());
+        for _ in 0..SINGLE {
+            fermata.fill(&pool, image.shape());
+            let mut console = Console::create(scratch.join("fork0.console"))?;
+            let listener =
+                thread::spawn(move || console.wait_for_output().map(|()| Instant::now()));
+            let begun = Instant::now();
+            let forks = fermata.fork(&pool, &image, 1, scratch)?;
+            told.push(ms(begun.elapsed()));
+            let heard = listener
+                .join()
+                .map_err(|_| anyhow!("the listener panicked"))??;
+            said.push(ms(heard - begun));
+            drop(forks);
+        }
+        for (bench, bench_p99, times) in [
+            (Bench::Fork, Bench::ForkP99, &said),
+            (Bench::ForkTold, Bench::ForkToldP99, &told),
+        ] {
+            rows.extend(row(bench, setting, times));
+            rows.extend(row(bench_p99, setting, &[percentile(times, 0.99)]));
+        }
+    }
+    Ok(rows)
+}
+
+fn at_once(
+    fermata: &Fermata,
+    image: &HotImage,
+    count: u32,
+    prepared: bool,
+    runs: u32,
+    scratch: &Path,
+) -> Result<Vec<Row>> {
+    let pool = fermata.pool(if prepared { count as usize } else { 0 })?;
+    let (mut times, mut private) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        fermata.fill(&pool, image.shape());
+        let begun = Instant::now();
+        let forks = fermata.fork(&pool, image, count, scratch)?;
+        times.push(ms(begun.elapsed()));
+        for fork in &forks {
+            private.push(private_kib(fork.pid())?);
+        }
+    }
+    let processes = if prepared {
+        "prepared processes"
+    } else {
+        "new processes"
+    };
+    let bench = if count == 500 {
+        Bench::Fork500
+    } else {
+        Bench::Fork100
+    };
+    let rows = [
+        row(bench, processes, &times),
+        row(
+            Bench::ForkPrivate,
+            &format!("{count} {processes}"),
+            &private,
+        ),
+    ];
+    Ok(rows.into_iter().flatten().collect())
+}
+
+fn row(bench: Bench, setting: &str, figures: &[f64]) -> Option<Row> {
+    let row = Row::of(bench, System::Fermata, MEMORY_MIB, figures);
+    row.map(|row| row.at(setting))
 }
 
 fn ms(time: Duration) -> f64 {

@@ -6,8 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use control::{MemoryCopy, Origin, Source, UseWorkingSet};
+use dedup::{OpenOptions, Store};
 
 use crate::{
     Bench, Console, Fermata, Figures, Files, LinuxGuest, Monitor, System,
@@ -26,6 +27,10 @@ const NAME: &str = "one";
 /// After so long at the latest a restored machine has its working set recorded, also on a slow host.
 const RECORDED: Duration = Duration::from_secs(10);
 const SETTING: &str = "Linux";
+/// The image of a snapshot in a store that is its memory.
+const MEMORY_IMAGE: &str = "memory";
+/// How long a guest works before it is saved again.
+const WORKED: Duration = Duration::from_secs(2);
 
 /// What is measured, and where.
 pub struct Bed<'a> {
@@ -61,7 +66,6 @@ impl<'a> Bed<'a> {
     ) -> Self {
         let guest = LinuxGuest {
             mem_mib: MEM_MIB,
-            cmdline: format!("{} fermata.fill={FILLED_MIB}", guest.cmdline),
             ..guest.clone()
         };
         Self {
@@ -70,6 +74,19 @@ impl<'a> Bed<'a> {
             guest,
             directory,
         }
+    }
+
+    /// A guest that is told more on its command line.
+    fn guest(&self, word: &str) -> LinuxGuest {
+        LinuxGuest {
+            cmdline: format!("{} {word}", self.guest.cmdline),
+            ..self.guest.clone()
+        }
+    }
+
+    /// One that has filled its memory.
+    fn full(&self) -> LinuxGuest {
+        self.guest(&format!("fermata.fill={FILLED_MIB}"))
     }
 
     /// Boots one guest and then the other, and saves each so many times while it runs, by each way that both have. The first time, when none of
@@ -89,7 +106,7 @@ impl<'a> Bed<'a> {
     fn save_here(&self, runs: u32, figures: &mut Figures) -> Result<PathBuf> {
         let store = new_store(self.directory)?;
         let console = self.console("here")?;
-        let mut machine = self.fermata.boot(&self.guest, console.path())?;
+        let mut machine = self.fermata.boot(&self.full(), console.path())?;
         settle(console)?;
         machine.store(&store, NAME)?;
         for run in 0..runs {
@@ -107,10 +124,48 @@ impl<'a> Bed<'a> {
         Ok(store)
     }
 
+    /// Boots ours so that it sorts and packs text, and saves it so many times while it runs: what each snapshot takes, beside what has changed since the one
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// When any of it fails.
+    pub fn save_at_work(&self, runs: u32, figures: &mut Figures) -> Result<()> {
+        let directory = self.directory.join("at-work");
+        std::fs::create_dir(&directory).context("cannot make a directory for a store")?;
+        let path = new_store(&directory)?;
+        let guest = self.guest("fermata.role=work");
+        let console = self.console("at-work")?;
+        let mut machine = self.fermata.boot(&guest, console.path())?;
+        settle(console)?;
+        let mut before = "first".to_owned();
+        machine.store(&path, &before)?;
+        for run in 0..runs {
+            thread::sleep(WORKED);
+            let name = format!("snapshot-{run}");
+            let report = machine.store(&path, &name)?;
+            let new = report.stored.context("it is in no store")?.new_bytes;
+            let store = Store::open_dir(&path, OpenOptions::default())?;
+            let images = store.diff(&before, &name)?;
+            let memory = images.iter().find(|image| image.name == MEMORY_IMAGE);
+            let changed = memory.context("it has no memory")?.changed_bytes();
+            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            for (bench, figure) in [
+                (Bench::CowSaved, mib(new)),
+                (Bench::CowChanged, mib(changed)),
+                (Bench::CowSavedShare, 100.0 * new as f64 / changed as f64),
+            ] {
+                figures.add(bench, System::Fermata, "Linux, at work", figure);
+            }
+            before = name;
+        }
+        Ok(())
+    }
+
     fn save_there(&self, runs: u32, figures: &mut Figures) -> Result<Files> {
         let files = Files::in_directory(self.directory);
         let console = self.console("there")?;
-        let mut machine = self.qemu.boot(&self.guest, console.path())?;
+        let mut machine = self.qemu.boot(&self.full(), console.path())?;
         settle(console)?;
         // Over and over into one file: there is no room for two.
         machine.live(&files, Live::PreCopy)?;
@@ -215,7 +270,7 @@ impl Saved<'_> {
                 first(console)
             }
             Way::Qemu => {
-                let _machine = bed.qemu.restore(&bed.guest, &self.files, console.path())?;
+                let _machine = bed.qemu.restore(&bed.full(), &self.files, console.path())?;
                 first(console)
             }
         }

@@ -78,19 +78,29 @@ pub enum Bench {
     CowTotal,
     /// What such a snapshot saves of a guest's memory, in MiB.
     CowSaved,
+    /// What of the guest's memory is other than in the snapshot before, in pages, in MiB.
+    CowChanged,
+    /// How much the first is of the second, in percent.
+    CowSavedShare,
     /// How fast a guest writes beside one snapshot after the other, of how fast it does without, in percent.
     CowShare,
     /// How long the guest stands still for a snapshot whose memory was copied before.
     PrecopyStop,
     /// From the request for such a snapshot until it is durable.
     PrecopyTotal,
-    /// From the request for one fork until who asked is told that its guest runs.
+    /// From the request for one fork to the first byte that its guest prints, a few dozen instructions after its first.
     Fork,
     /// The 99th percentile of that.
     ForkP99,
-    /// From the request for a hundred until all run.
+    /// From the request for one fork until who asked is told that its guest runs.
+    ForkTold,
+    /// The 99th percentile of that.
+    ForkToldP99,
+    /// From the request for a hundred until who asked is told that all run.
     Fork100,
-    /// Memory that each of a hundred has of its own, in KiB.
+    /// The same of five hundred.
+    Fork500,
+    /// Memory that each of them has of its own, in KiB.
     ForkPrivate,
     /// How often in a second a machine is reset and its guest has written to pages again.
     ResetRate,
@@ -197,13 +207,21 @@ impl Bench {
             | Self::RestoreTouched
             | Self::Fork
             | Self::ForkP99
+            | Self::ForkTold
+            | Self::ForkToldP99
+            | Self::Fork500
             | Self::Fork100
             | Self::CowTotal
             | Self::PrecopyStop
             | Self::PrecopyTotal => "ms",
-            Self::CowShare => "%",
+            Self::CowShare | Self::CowSavedShare => "%",
             Self::ForkPrivate => "KiB",
-            Self::Size | Self::FourSize | Self::CourseSize | Self::Pss | Self::CowSaved => "MiB",
+            Self::Size
+            | Self::FourSize
+            | Self::CourseSize
+            | Self::Pss
+            | Self::CowSaved
+            | Self::CowChanged => "MiB",
             Self::LoadOne | Self::FourSave | Self::CourseSave => "s",
             Self::ReadAt | Self::ReadAtP99 | Self::ClockStep | Self::Reset | Self::ResetP99 => "µs",
             Self::ResetRate => "1/s",
@@ -263,11 +281,16 @@ impl fmt::Display for Bench {
             Self::CowStopP99 => "cow-stop-p99",
             Self::CowTotal => "cow-total",
             Self::CowSaved => "cow-saved",
+            Self::CowChanged => "cow-changed",
+            Self::CowSavedShare => "cow-saved-share",
             Self::CowShare => "cow-share",
             Self::PrecopyStop => "precopy-stop",
             Self::PrecopyTotal => "precopy-total",
             Self::Fork => "fork",
             Self::ForkP99 => "fork-p99",
+            Self::ForkTold => "fork-told",
+            Self::ForkToldP99 => "fork-told-p99",
+            Self::Fork500 => "fork-500",
             Self::Fork100 => "fork-100",
             Self::ForkPrivate => "fork-private",
             Self::ResetRate => "reset-rate",

@@ -80,6 +80,8 @@ impl Started {
         let errands = UnixStream::from_std(ours).map_err(failed)?;
         let mut child = command
             .current_dir("/")
+            // An arena for each of its few threads would be pages of its own and no gain.
+            .env("MALLOC_ARENA_MAX", "1")
             .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::piped())

@@ -131,6 +131,15 @@ impl Vcpu {
         )
     }
 
+    /// Shows it `cpuid`, as what it is restored from probably does: then that has not to be set, which takes KVM as long as all else of a vCPU.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn expect(&mut self, cpuid: &GuestCpuid) -> Result<(), Error> {
+        self.set_cpuid(cpuid.of_vcpu(self.id))
+    }
+
     /// Puts it at the entry of a 64-bit kernel (Documentation/arch/x86/boot.rst, "64-bit Boot
     /// Protocol"). Only the first vCPU boots; the others wait for its start-up interrupt.
     ///

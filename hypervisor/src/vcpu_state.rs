@@ -118,7 +118,10 @@ impl Vcpu {
     /// When the state is not one of this architecture, or KVM refuses it.
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
         // What the vCPU has decides what can be set, so CPUID is first.
-        self.set_cpuid(state.cpuid_entries()?)?;
+        let cpuid = state.cpuid_entries()?;
+        if cpuid != self.cpuid {
+            self.set_cpuid(cpuid)?;
+        }
         self.restore_tsc_rate(&state.clock)?;
         self.set_state(state, &state.msrs)
     }

@@ -29,7 +29,12 @@ impl Frame {
     /// For a machine of this size that is forked later.
     pub(crate) fn prepare(shape: Shape) -> Result<Self, Error> {
         let layout = layout_of(shape.memory_mib.saturating_mul(1 << 20))?;
-        Self::new(MachineMemory::zeroed(layout)?, shape.vcpus)
+        let mut frame = Self::new(MachineMemory::zeroed(layout)?, shape.vcpus)?;
+        let cpuid = frame.vm.cpuid();
+        for vcpu in &mut frame.vcpus {
+            vcpu.expect(cpuid)?;
+        }
+        Ok(frame)
     }
 
     /// Whether it is for a machine with so many vCPUs and bytes of memory.

@@ -55,6 +55,8 @@ const BOUNDS: Bounds = Bounds {
 /// What the vCPUs have to get ready in, once the instant is appointed at which guest time goes on: a few wake-ups of a
 /// thread. Whoever is late has the guest see that time pass.
 const CLOCK_LEAD: Duration = Duration::from_micros(200);
+/// The same for each vCPU of a machine that was just made, whose threads have just begun.
+const FIRST_LEAD: Duration = Duration::from_micros(50);
 
 /// As what a saved machine goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -494,7 +496,11 @@ impl Machine {
     /// Lets it run; one that runs goes on. Its clocks go on from where they stood, or from where they would be by now.
     /// When this fails, the machine is in no known state, unless it is for lack of a page: then it stands still as before.
     pub(crate) fn run(&mut self, clock: GuestClock) -> Result<(), Error> {
-        self.run_after(CLOCK_LEAD, clock)
+        let lead = match self.restored {
+            true => CLOCK_LEAD.min(FIRST_LEAD * self.vcpu_count),
+            false => CLOCK_LEAD,
+        };
+        self.run_after(lead, clock)
     }
 
     /// As [`Machine::run`]; `lead` is for the vCPUs to get ready in.

@@ -29,6 +29,7 @@ fn main() -> Result<()> {
     std::fs::create_dir(&directory)?;
     let bed = linux_instant::Bed::new(&fermata, &qemu, &guest, &directory);
     let mut figures = Figures::default();
+    bed.save_at_work(arguments.runs, &mut figures)?;
     let saved = bed.save(arguments.runs, &mut figures)?;
     saved.warm()?;
     for run in 0..arguments.runs {
