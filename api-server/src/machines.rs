@@ -103,6 +103,7 @@ impl Machines {
         let spec = LaunchSpec {
             hugepages: plan.hugepages,
             on_demand: plan.on_demand,
+            working_set: plan.working_set,
             clock: plan.clock,
             net_changes: plan.net_changes,
             disk_directory: plan.disk_directory,

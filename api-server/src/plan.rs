@@ -8,7 +8,7 @@ use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
     BalloonConfig, CpuModel, DiskConfig, DiskFormat, DiskLimits, GuestClock, MacAddress,
     MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source,
-    VsockChange, of_their_own,
+    UseWorkingSet, VsockChange, of_their_own,
 };
 
 use crate::{
@@ -31,6 +31,8 @@ pub(crate) struct Plan {
     pub(crate) hugepages: bool,
     /// Whether a restored machine's memory comes when it is touched.
     pub(crate) on_demand: bool,
+    /// What is then done with the pages that it touches first.
+    pub(crate) working_set: UseWorkingSet,
     /// What the network devices of a restored machine are attached to.
     pub(crate) net_changes: Vec<NetChange>,
     /// Where disks of a restored machine are made that are not here: beside its memory file.
@@ -68,6 +70,7 @@ pub(crate) fn create(
         clock: guest_clock(request.clock),
         hugepages: request.hugepages,
         on_demand: request.resume && request.on_demand,
+        working_set: use_working_set(request.working_set),
         net_changes,
         notes: notes(request),
     })
@@ -288,6 +291,9 @@ fn notes(request: &CreateRequest) -> Vec<String> {
     if request.on_demand && !request.resume {
         notes.push("on_demand is not used: a booted machine has no memory to load".to_owned());
     }
+    if request.working_set.is_some() && !(request.on_demand && request.resume) {
+        notes.push("working_set is not used: memory does not come on demand".to_owned());
+    }
     let shape = [
         ("vcpus", request.vcpus.is_some()),
         ("memory_mib", request.memory_mib.is_some()),
@@ -305,6 +311,14 @@ fn notes(request: &CreateRequest) -> Vec<String> {
         }
     }
     notes
+}
+
+fn use_working_set(asked: Option<api_types::WorkingSet>) -> UseWorkingSet {
+    match asked {
+        None | Some(api_types::WorkingSet::Bring) => UseWorkingSet::Bring,
+        Some(api_types::WorkingSet::Record) => UseWorkingSet::Record,
+        Some(api_types::WorkingSet::Ignore) => UseWorkingSet::Ignore,
+    }
 }
 
 fn cpu_model(model: api_types::CpuModel) -> CpuModel {
@@ -507,6 +521,28 @@ mod tests {
         let plan_of_boot = plan(r#""kernel_path": "kernel", "resume": false"#);
         assert!(!plan_of_boot.on_demand);
         assert!(plan_of_boot.notes[0].starts_with("on_demand is not used"));
+    }
+
+    #[test]
+    fn a_working_set_is_of_memory_that_comes_on_demand() {
+        let bench = Bench::new();
+        let plan = |rest: &str| {
+            let files = r#""cpu_snapshot_path": "state", "memory_snapshot_path": "memory""#;
+            let json = format!(r#"{{{files}, "resume": true, {rest}}}"#);
+            bench.create(&json).unwrap()
+        };
+        let usual = plan(r#""on_demand": true"#);
+        assert_eq!(usual.working_set, UseWorkingSet::Bring);
+        for (word, use_it) in [
+            ("bring", UseWorkingSet::Bring),
+            ("record", UseWorkingSet::Record),
+            ("ignore", UseWorkingSet::Ignore),
+        ] {
+            let asked = plan(&format!(r#""on_demand": true, "working_set": "{word}""#));
+            assert_eq!((asked.working_set, asked.notes.len()), (use_it, 0));
+        }
+        let loaded_first = plan(r#""working_set": "record""#);
+        assert!(loaded_first.notes[0].starts_with("working_set is not used"));
     }
 
     #[test]

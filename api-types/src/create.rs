@@ -42,6 +42,8 @@ pub struct CreateRequest {
     /// file must be a reference to the store.
     #[serde(default)]
     pub on_demand: bool,
+    /// What is done with the pages that such a machine touches in its first second: `bring` if nothing is said.
+    pub working_set: Option<WorkingSet>,
     /// What its CPUs are: `host` if nothing is said. A machine of a level can be restored on any host of that level.
     pub cpu: Option<CpuModel>,
     /// The initial RAM disk to boot with; an empty string for none. The server has a default.
@@ -58,6 +60,18 @@ pub struct CreateRequest {
     /// What the clocks of a restored machine have done since it was saved.
     #[serde(default)]
     pub clock: GuestClock,
+}
+
+/// What is done with a snapshot's working set, the pages that its machine touches in its first second, which is kept beside it in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum WorkingSet {
+    /// It comes before the rest of memory, and is recorded if it is not known.
+    Bring,
+    /// It is recorded anew.
+    Record,
+    /// Neither.
+    Ignore,
 }
 
 /// What a machine's CPUs are.

@@ -19,6 +19,7 @@ pub use balloon::{Balloon, BalloonChange, BalloonOptions, BalloonStatistics};
 pub use clock::GuestClock;
 pub use create::{
     CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net,
+    WorkingSet,
 };
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{ForkAnswer, ForkRequest};
