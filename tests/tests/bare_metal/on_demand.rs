@@ -272,8 +272,9 @@ fn a_server_restores_on_demand_what_its_store_has() {
     let store = directory.path().join("store").display().to_string();
     beside.run(&["store", "init", "--store", &store]);
     let server = server_with(&["--store", &store, "--pool", "1"]).unwrap();
-    let restore = |server: &Server| {
+    let restore = |server: &Server, working_set: Option<&str>| {
         let body = json!({
+            "working_set": working_set,
             "cpu_snapshot_path": server.path("state"),
             "memory_snapshot_path": server.path("memory"),
             "resume": true,
@@ -286,7 +287,7 @@ fn a_server_restores_on_demand_what_its_store_has() {
         let (state, memory) = (server.path("state"), server.path("memory"));
         let client = &server.client;
         client.snapshot(machine, &state, &memory, false).unwrap();
-        let answer = restore(server);
+        let answer = restore(server, None);
         if can {
             assert_eq!(answer.status, 200, "{answer:?}");
             let goes_on = |answer: &Answer| {
@@ -303,9 +304,18 @@ fn a_server_restores_on_demand_what_its_store_has() {
             // The next ones begin in processes that were prepared for machines like this.
             wait::until("a prepared process to become the machine", || {
                 let waiting = prepared(server);
-                waiting.contains(&goes_on(&restore(server))).then_some(())
+                let restored = goes_on(&restore(server, Some("ignore")));
+                waiting.contains(&restored).then_some(())
             })
             .unwrap();
+            let recorded = |working_set: &str| {
+                let restored = goes_on(&restore(server, Some(working_set))).to_string();
+                let come = || (!is_missing(server, &restored)).then_some(());
+                wait::until("all to come", come).unwrap();
+                gauge(server, &restored, "fermata_recorded_pages")
+            };
+            assert_eq!(recorded("ignore"), 0);
+            assert!(recorded("record") > 0);
         } else {
             assert_eq!(answer.status, 400, "{answer:?}");
             let said = answer.body.to_string();
