@@ -21,7 +21,8 @@ use rustix::{
 
 use crate::{
     Error, MachineMemory, PAGE_BYTES,
-    host::{Host, ask_for_huge_pages, ask_for_small_pages},
+    host::Host,
+    map::{HUGE_PAGE_BYTES, ask_for_huge_pages, ask_for_small_pages},
     settled::Settled,
     userfault::{Userfault, Watch},
 };
@@ -233,7 +234,7 @@ impl Drop for Arrivals {
 
 /// `data`, in so few ranges that they can be watched.
 fn watched(data: &[Range<u64>], end: u64) -> Vec<Range<u64>> {
-    let mut unit = crate::host::HUGE_PAGE_BYTES as u64;
+    let mut unit = HUGE_PAGE_BYTES as u64;
     loop {
         let ranges = crate::host::round_out(data, unit, end);
         if ranges.len() <= MAX_RANGES {

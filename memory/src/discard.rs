@@ -14,7 +14,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{
     GuestMemory, HostPages, Layout, PAGE_BYTES,
-    host::{Host, forget, renew},
+    host::Host,
+    map::{forget, renew},
 };
 
 /// Takes pages of a machine's memory that its guest has no use for.

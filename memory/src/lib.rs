@@ -10,6 +10,7 @@ mod discard;
 mod host;
 mod layout;
 mod live;
+mod map;
 mod original;
 mod own_pages;
 mod populated;

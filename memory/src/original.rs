@@ -12,7 +12,8 @@ use std::{fmt, io, io::Write, ops::Range, process};
 use crate::{
     Error, MachineMemory, PAGE_BYTES,
     backed::Backed,
-    host::{Host, Image, ask_for_small_pages, forget, map_image, map_to_read, unmap},
+    host::{Host, Image},
+    map::{ask_for_small_pages, forget, map_image, map_to_read, unmap},
     own_pages::OwnPages,
 };
 

@@ -7,10 +7,7 @@
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
-use crate::{
-    MachineMemory, PAGE_BYTES, Region,
-    host::{HUGE_PAGE_BYTES, Host},
-};
+use crate::{MachineMemory, PAGE_BYTES, Region, host::Host, map::HUGE_PAGE_BYTES};
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
