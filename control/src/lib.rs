@@ -11,6 +11,7 @@ mod errand;
 mod exit;
 mod files;
 mod hot_image;
+mod hung_up;
 mod launch;
 mod net;
 mod own;
