@@ -238,6 +238,12 @@ impl BoundVcpu {
         }
     }
 
+    /// Has the next [`BoundVcpu::run`] finish what the last exit began, and come back without having been in the guest, as if the vCPU had
+    /// been kicked. Unlike a kick it takes no signal, and may miss one: both are then one.
+    pub fn come_back(&self) {
+        self.bound.disarm();
+    }
+
     /// Tells the guest's watchdogs that it was held (`KVM_KVMCLOCK_CTRL`), before it runs again. A
     /// guest without kvmclock has no way to be told, which is no error. One that goes on from when it was saved, and for which no time has
     /// passed by `start`, has nothing to be told.
