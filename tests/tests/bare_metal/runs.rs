@@ -114,6 +114,13 @@ fn runs_are_numbered_and_each_finds_memory_as_it_was() {
     cli.run(&["resume", &pid]).unwrap();
     cli.run(&["pause", &pid]).unwrap();
     assert_eq!(runs(&server, machine, &json!({"runs": 1}))["result"], 0);
+    // Saved where it is held, which it has not run from, it is what it was as well.
+    cli.run(&["snapshot", &pid, "state", "memory", "--halt"])
+        .unwrap();
+    let (saved, memory) = (server.path("state"), server.path("memory"));
+    let restored = server.client.restore(&saved, &memory).unwrap();
+    let report = runs(&server, restored, &json!({"runs": 20}));
+    assert_eq!(report["ended"], "all-done", "{report}");
 }
 
 #[test]
