@@ -297,9 +297,10 @@ impl Controller {
 
     /// Tells of runs that have ended with a machine that is held.
     fn runs_over(&mut self, runs: Runs, ended: RunsEnd) {
+        // Before it is told: who asked may ask next what the machine does.
+        self.apply(lifecycle::Event::Stalled);
         self.runs = Some(runs);
         self.end_runs(ended);
-        self.apply(lifecycle::Event::Stalled);
     }
 
     /// Ends runs that are under way, if any are, and leaves the machine as it is.

@@ -258,6 +258,34 @@ fn runs_that_nobody_waits_for_end() {
 }
 
 #[test]
+fn a_guest_whose_runs_end_just_as_it_is_done_goes_on() {
+    let Some(server) = server() else { return };
+    let parent = boot(&server, &bare_metal::shouter());
+    let console = server.console(parent).unwrap();
+    console.first("a line", |line| Some(line.len())).unwrap();
+    let machine = fork(&server, parent);
+    // The first of that name, which is of ports.
+    let exits = || gauge(&server, machine.pid, "fermata_vcpu_exits_total");
+    let resets = || gauge(&server, machine.pid, "fermata_resets_total");
+    for _ in 0..20 {
+        let client = server.client.clone();
+        let path = format!("/vms/{}/runs", machine.pid);
+        let request = json!({"runs": 1_000_000});
+        let before = resets();
+        let waiting = thread::spawn(move || client.post(&path, &request).unwrap());
+        let some = || (resets() > before + 10).then_some(());
+        wait::until("some runs", some).unwrap();
+        // It runs already: this ends its runs, and nothing else.
+        let resume = format!("/vms/{}/resume", machine.pid);
+        assert_eq!(server.client.post(&resume, &json!({})).unwrap().status, 200);
+        assert_eq!(ended(waiting), "interrupted");
+        let before = exits();
+        let on = || (exits() > before + 100).then_some(());
+        wait::until("the guest", on).unwrap();
+    }
+}
+
+#[test]
 fn a_guest_that_says_so_all_the_time_on_all_vcpus_is_run_as_any() {
     let Some(server) = server() else { return };
     fs::write(server.tree().join("kernel"), bare_metal::shouter()).unwrap();
