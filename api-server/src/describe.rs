@@ -3,11 +3,12 @@
 use std::{path::Path, time::Duration};
 
 use api_types::{
-    AttachedNet, Balloon, BalloonStatistics, Disk, DiskLimits, Reset, Sent, Vm, VmOrigin, VmState,
+    AttachedNet, Balloon, BalloonStatistics, Disk, DiskLimits, Reset, Runs, RunsEnd, Sent, Vm,
+    VmOrigin, VmState,
 };
 use control::{
     BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
-    Registry, ResetReport, SentReport, SnapshotReport, Source, Status,
+    Registry, ResetReport, RunsReport, SentReport, SnapshotReport, Source, Status,
 };
 use tokio::time::timeout;
 use tracing::debug;
@@ -128,6 +129,34 @@ pub fn reset_of(report: ResetReport) -> Reset {
     } = report;
     Reset {
         dirty_pages,
+        total_us,
+    }
+}
+
+/// Runs as clients see them.
+pub fn runs_of(report: RunsReport) -> Runs {
+    let RunsReport {
+        done,
+        ended,
+        last,
+        result,
+        dirty_pages,
+        reset_us,
+        total_us,
+    } = report;
+    Runs {
+        done,
+        ended: match ended {
+            control::RunsEnd::AllDone => RunsEnd::AllDone,
+            control::RunsEnd::Result => RunsEnd::Result,
+            control::RunsEnd::Limit => RunsEnd::Limit,
+            control::RunsEnd::Interrupted => RunsEnd::Interrupted,
+            control::RunsEnd::Ended => RunsEnd::Ended,
+        },
+        last: last.get(),
+        result,
+        dirty_pages,
+        reset_us,
         total_us,
     }
 }

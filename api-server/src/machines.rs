@@ -7,7 +7,7 @@ use std::{
 
 use api_types::{
     Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorCode,
-    GuestClock, Health, Metric, Reset, Sent, Vm, VmState,
+    GuestClock, Health, Metric, Reset, Runs, RunsRequest, Sent, Vm, VmState,
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
@@ -20,7 +20,9 @@ use tracing::{Span, info, instrument, warn};
 use crate::{
     ServerConfig, SetupError,
     children::{Children, why},
-    describe::{balloon_of, console, describe, origin, reset_of, sent_of, status_of, text},
+    describe::{
+        balloon_of, console, describe, origin, reset_of, runs_of, sent_of, status_of, text,
+    },
     error::ApiError,
     forks::Forks,
     plan,
@@ -327,6 +329,15 @@ impl Machines {
         let clock = plan::guest_clock(clock);
         let report = connect(&record).await?.reset(clock).await?;
         Ok(reset_of(report))
+    }
+
+    /// Has a machine run from where it was made, over and over.
+    #[instrument(skip(self))]
+    pub(crate) async fn runs(&self, pid: u32, request: RunsRequest) -> Result<Runs, ApiError> {
+        let request = plan::runs(request)?;
+        let record = self.record(pid)?;
+        let report = connect(&record).await?.runs(request).await?;
+        Ok(runs_of(report))
     }
 
     /// Makes a disk of a machine larger.

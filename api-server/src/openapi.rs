@@ -24,6 +24,7 @@ use crate::routes;
         routes::pause,
         routes::resume,
         routes::reset,
+        routes::runs,
         routes::cancel_snapshot,
         routes::resize_disk,
         routes::end,

@@ -2,13 +2,16 @@
 
 mod saving;
 
-use std::path::{Path, PathBuf};
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    path::{Path, PathBuf},
+};
 
 use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
 use control::{
     BalloonConfig, CpuModel, DiskConfig, DiskFormat, DiskLimits, GuestClock, MacAddress,
-    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source,
-    UseWorkingSet, VsockChange, of_their_own,
+    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, RunsRequest,
+    Source, UseWorkingSet, VsockChange, of_their_own,
 };
 
 use crate::{
@@ -334,6 +337,27 @@ pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
         api_types::GuestClock::StandStill => GuestClock::StandStill,
         api_types::GuestClock::Follow => GuestClock::Follow,
     }
+}
+
+pub(crate) fn runs(request: api_types::RunsRequest) -> Result<RunsRequest, ApiError> {
+    let none = |field| {
+        let message = format!("{field} cannot be 0; leave it out, or say at least 1");
+        ApiError::new(ErrorCode::BadRequest, message)
+    };
+    let api_types::RunsRequest {
+        runs,
+        first,
+        run_limit_ms,
+        clock,
+    } = request;
+    let limit =
+        run_limit_ms.map(|limit| NonZeroU64::new(limit).ok_or_else(|| none("run_limit_ms")));
+    Ok(RunsRequest {
+        runs: NonZeroU32::new(runs).ok_or_else(|| none("runs"))?,
+        first: NonZeroU32::new(first.unwrap_or(1)).ok_or_else(|| none("first"))?,
+        run_limit_ms: limit.transpose()?,
+        clock: guest_clock(clock),
+    })
 }
 
 fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {

@@ -2,8 +2,8 @@
 
 use api_types::{
     Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorBody,
-    ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, Reset, SNAPSHOT_TAKEN,
-    SendRequest, Sent, SnapshotRequest, Vm,
+    ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, Reset, Runs, RunsRequest,
+    SNAPSHOT_TAKEN, SendRequest, Sent, SnapshotRequest, Vm,
 };
 use rocket::{
     Route, State, delete, get,
@@ -31,6 +31,7 @@ pub(crate) fn all() -> Vec<Route> {
         pause,
         resume,
         reset,
+        runs,
         cancel_snapshot,
         resize_disk,
         end,
@@ -288,6 +289,31 @@ async fn resume(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> A
 async fn reset(machines: &State<Machines>, pid: &str, clock: Option<&str>) -> Answer<Reset> {
     let clock = guest_clock(clock)?;
     machines.reset(process_id(pid)?, clock).await.map(Json)
+}
+
+/// Has a machine run from where it was forked, or restored from two files, over and over: it is reset each time that its guest says by the
+/// run port (`docs/run-port.md`) that it is done with result zero. Answers when all runs are done, one had another result or took
+/// too long, or another request about the machine ended them.
+#[utoipa::path(
+    tag = "machines",
+    params(("pid" = u32, Path, description = "The VMM's process id.")),
+    request_body = RunsRequest,
+    responses(
+        (status = 200, description = "The runs have ended.", body = Runs),
+        (status = 400, description = "The request cannot be meant.", body = ErrorBody),
+        (status = 404, description = "There is no such machine.", body = ErrorBody),
+        (status = 409, description = "The machine is being saved, has ended, or has nothing that it could go back to, as of a reset.", body = ErrorBody),
+        (status = 413, description = "The request is too long.", body = ErrorBody),
+        (status = 500, description = "The machine cannot be reset; if it could not go on either, it has ended.", body = ErrorBody),
+        (status = 502, description = "The VMM died.", body = ErrorBody),
+        (status = 504, description = "The VMM did not answer in time.", body = ErrorBody),
+        (status = 507, description = "The file system is full, and the machine has ended.", body = ErrorBody),
+    )
+)]
+#[post("/vms/<pid>/runs", data = "<body>")]
+async fn runs(machines: &State<Machines>, pid: &str, body: Body<'_, RunsRequest>) -> Answer<Runs> {
+    let request = meant(body)?;
+    machines.runs(process_id(pid)?, request).await.map(Json)
 }
 
 /// Cancels the snapshot that is being taken of a machine: the request for it fails, and nothing of it is kept. The machine runs, or

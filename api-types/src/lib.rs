@@ -11,6 +11,7 @@ mod create;
 mod error;
 mod fork;
 mod reset;
+mod runs;
 mod send;
 mod snapshot;
 mod vm;
@@ -24,6 +25,7 @@ pub use create::{
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{ForkAnswer, ForkRequest};
 pub use reset::Reset;
+pub use runs::{Runs, RunsEnd, RunsRequest};
 pub use send::{SendRequest, Sent};
 pub use snapshot::{MemoryCopy, SNAPSHOT_TAKEN, SnapshotRequest};
 pub use vm::{

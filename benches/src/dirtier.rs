@@ -1,4 +1,4 @@
-//! A guest of a few instructions that writes to some pages each time it finds itself to be another machine than it was.
+//! A guest of a few instructions that writes to some pages each time it finds itself to be another machine than it was, and says so.
 //!
 //! Like [`Filler`](crate::filler::Filler) it goes to CPL 3 where only that runs natively, and has memory that is full.
 
@@ -24,8 +24,8 @@ pub(crate) struct Dirtier {
     pub(crate) user: bool,
 }
 
-// It prints a dot when memory is full, and waits for its machine's generation to be another one. Then it writes to the pages, prints
-// a dot, and does nothing more.
+// It prints a dot when memory is full, and waits for its machine's generation to be another one. Then it writes to the pages and says that
+// its run is done. If nobody has it run, it prints a dot and does nothing more.
 global_asm!(
     ".section .rodata",
     ".globl benches_dirtier, benches_dirtier_end",
@@ -47,6 +47,11 @@ global_asm!(
     "add rdi, [rip + 4b]",
     "dec rcx",
     "jnz 23b",
+    "mov dx, 0xce4",
+    "xor eax, eax",
+    "out dx, eax",
+    "mov al, 0x2e",
+    "mov dx, 0x3f8",
     "out dx, al",
     "24:",
     "pause",

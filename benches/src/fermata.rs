@@ -1,6 +1,7 @@
 //! fermata, driven through the control channel.
 
 use std::{
+    num::NonZeroU32,
     path::{Path, PathBuf},
     rc::Rc,
     time::{Duration, Instant},
@@ -9,8 +10,8 @@ use std::{
 use anyhow::{Context, Result};
 use control::{
     AfterSnapshot, Client, CpuModel, Destination, GuestClock, HotImage, LaunchSpec, Log,
-    MachineConfig, MemoryCopy, Origin, Pool, Registry, ResetReport, Secret, Shape, SnapshotReport,
-    SnapshotRequest, Source, Spawned, StoreLocation, UseWorkingSet,
+    MachineConfig, MemoryCopy, Origin, Pool, Registry, ResetReport, RunsReport, RunsRequest,
+    Secret, Shape, SnapshotReport, SnapshotRequest, Source, Spawned, StoreLocation, UseWorkingSet,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -328,6 +329,34 @@ impl FermataMachine {
             let reset = client.reset(GuestClock::StandStill);
             Ok(self.runtime.block_on(reset)?)
         })
+    }
+
+    /// Lets the guest go on.
+    ///
+    /// # Errors
+    ///
+    /// When it does not.
+    pub fn resume(&self) -> Result<()> {
+        self.runtime.block_on(async {
+            let client = self.connect().await?;
+            Ok(client.resume(GuestClock::StandStill).await?)
+        })
+    }
+
+    /// Has the machine run from where it was forked, so many times.
+    ///
+    /// # Errors
+    ///
+    /// When it does not answer.
+    pub fn runs(&self, runs: NonZeroU32) -> Result<RunsReport> {
+        let request = RunsRequest {
+            runs,
+            first: NonZeroU32::MIN,
+            run_limit_ms: None,
+            clock: GuestClock::StandStill,
+        };
+        self.runtime
+            .block_on(async { Ok(self.connect().await?.runs(request).await?) })
     }
 
     /// Waits until all of its memory has come.

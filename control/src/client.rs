@@ -10,8 +10,8 @@ use tarpc::{client::RpcError, context::Context};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    BalloonChange, BalloonStatus, Failure, GuestClock, Metric, ResetReport, Secret, SnapshotReport,
-    SnapshotRequest, Status, VmmClient,
+    BalloonChange, BalloonStatus, Failure, GuestClock, Metric, ResetReport, RunsReport,
+    RunsRequest, Secret, SnapshotReport, SnapshotRequest, Status, VmmClient,
     wire::{self, HANDSHAKE_DEADLINE},
 };
 
@@ -23,8 +23,8 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a snapshot may take: hundreds of GiB on a slow disk.
 const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(6 * 3600);
 
-/// How long one may take that is slowed on purpose: who asked for it knows how long that is.
-const SLOWED_DEADLINE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How long what is asked for may take where who asks knows how long that is: a snapshot that is slowed on purpose, or runs of a guest.
+const KNOWN_DEADLINE: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// Why there is no answer, or not the one that was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +123,15 @@ impl Client {
         Ok(answer(ANSWER_DEADLINE, |context| self.0.reset(context, clock)).await??)
     }
 
+    /// Has the machine run from where it was forked or restored, so many times; returns when that has ended, one way or another.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Client::status`], and [`ClientError::Refused`].
+    pub async fn runs(&self, request: RunsRequest) -> Result<RunsReport, ClientError> {
+        Ok(answer(KNOWN_DEADLINE, |context| self.0.runs(context, request)).await??)
+    }
+
     /// Saves the machine; returns when both files are durable, which may take long.
     ///
     /// # Errors
@@ -131,7 +140,7 @@ impl Client {
     pub async fn snapshot(&self, request: SnapshotRequest) -> Result<SnapshotReport, ClientError> {
         let deadline = match request.bytes_per_second {
             None => SNAPSHOT_DEADLINE,
-            Some(_) => SLOWED_DEADLINE,
+            Some(_) => KNOWN_DEADLINE,
         };
         Ok(answer(deadline, |context| self.0.snapshot(context, request)).await??)
     }

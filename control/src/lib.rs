@@ -11,6 +11,7 @@ mod errand;
 mod exit;
 mod files;
 mod hot_image;
+mod hung_up;
 mod launch;
 mod net;
 mod own;
@@ -49,8 +50,8 @@ pub use secret::Secret;
 pub use server::serve;
 pub use service::{
     AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, MemoryCopy, Metric, ResetReport,
-    SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SentReport, SnapshotReport, SnapshotRequest, Status,
-    StoredReport, Vmm, VmmClient,
+    RunsEnd, RunsReport, RunsRequest, SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SentReport,
+    SnapshotReport, SnapshotRequest, Status, StoredReport, Vmm, VmmClient,
 };
 pub use spawn::{Log, SpawnError, Spawned, fork, spawn};
 pub use started::LOG_VARIABLE;

@@ -10,7 +10,7 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
-use crate::{Secret, Vmm, wire};
+use crate::{Secret, Vmm, hung_up::UntilHungUp, wire};
 
 /// How many connections a VMM serves at once; more wait in the listen queue.
 const MAX_CONNECTIONS: usize = 32;
@@ -74,9 +74,14 @@ async fn converse<S: Vmm + Clone>(secret: &Secret, service: S, mut stream: TcpSt
         debug!(%error, "a control connection was refused");
         return;
     }
-    BaseChannel::with_defaults(wire::transport(stream))
+    let (transport, hung_up) = UntilHungUp::new(wire::transport(stream));
+    let served = BaseChannel::with_defaults(transport)
         .max_concurrent_requests(MAX_REQUESTS_PER_CONNECTION)
         .execute(service.serve())
-        .for_each_concurrent(None, |request| request)
-        .await;
+        .for_each_concurrent(None, |request| request);
+    // The channel alone would go on until what was asked for is answered, to nobody.
+    tokio::select! {
+        () = served => {}
+        _ = hung_up => {}
+    }
 }

@@ -1,6 +1,6 @@
 //! The one service that a VMM offers.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,10 @@ pub trait Vmm {
     /// Has the machine be what it was when it was forked or restored: it undoes what it has done since. If it ran it goes on from there,
     /// else it stays held.
     async fn reset(clock: GuestClock) -> Result<ResetReport, Failure>;
+    /// Has the machine be what it was, run, and be reset again each time that its guest says by the run port that it is done with result
+    /// zero, so many times. Answers when that has ended, one way or another; any other request that has to do with what the machine does
+    /// ends it. The machine is held then, unless that request says otherwise.
+    async fn runs(request: RunsRequest) -> Result<RunsReport, Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
     /// Has the snapshot that is being taken not be taken, which who asked for it is told. The machine runs, or stays held if it was and
@@ -176,6 +180,55 @@ pub struct ResetReport {
     /// Pages of guest memory, of 4 KiB, that had another content than in the snapshot, or had been given back.
     pub dirty_pages: u64,
     /// From when the VMM turned to it until the machine was reset, and ran if it was to, in microseconds.
+    pub total_us: u64,
+}
+
+/// Argument of [`Vmm::runs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunsRequest {
+    /// How many there are to be.
+    pub runs: NonZeroU32,
+    /// The first one's number, by which the guest knows it. They are counted up from there, and none may have one of more than 32 bits.
+    pub first: NonZeroU32,
+    /// How long one may take, in milliseconds of the host's time; without, as long as it likes.
+    #[serde(default)]
+    pub run_limit_ms: Option<NonZeroU64>,
+    /// What the machine's clocks have done since it was saved, at the beginning of each.
+    pub clock: GuestClock,
+}
+
+/// How runs have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunsEnd {
+    /// All of them were done with result zero. The machine is reset, and held.
+    AllDone,
+    /// One had another result. The machine is held where the guest said so.
+    Result,
+    /// One took longer than it might. The machine is held where it was.
+    Limit,
+    /// Another request ended them, or nobody waited for them any more, and then the machine is held.
+    Interrupted,
+    /// The guest switched itself off or reset itself, or had a triple fault, and the machine ends.
+    Ended,
+}
+
+/// Answer of [`Vmm::runs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunsReport {
+    /// How many were done with result zero.
+    pub done: u32,
+    /// How they ended.
+    pub ended: RunsEnd,
+    /// The number of the last one that began.
+    pub last: NonZeroU32,
+    /// What its guest said that came of it, if it did.
+    pub result: Option<u32>,
+    /// Pages of guest memory, of 4 KiB, that were undone after the runs that were done with result zero.
+    pub dirty_pages: u64,
+    /// How long that took, all in all, in microseconds.
+    pub reset_us: u64,
+    /// From when the VMM turned to the request until they ended, in microseconds.
     pub total_us: u64,
 }
 

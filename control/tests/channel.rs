@@ -11,7 +11,7 @@ use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 use control::{
     AfterSnapshot, BalloonChange, BalloonStatus, Client, ClientError, Console, Destination,
     Failure, FailureKind, GuestClock, MachineState, Metric, Origin, ProcessId, Record, ResetReport,
-    Secret, SnapshotReport, SnapshotRequest, Source, Status, Stopped, Vmm,
+    RunsReport, RunsRequest, Secret, SnapshotReport, SnapshotRequest, Source, Status, Stopped, Vmm,
 };
 use tarpc::context::Context;
 use tokio::{
@@ -29,6 +29,15 @@ const BOUND: Duration = Duration::from_secs(60);
 struct Service {
     entered: Arc<Notify>,
     shutdown: Arc<Notify>,
+    dropped: Arc<Notify>,
+}
+
+struct OnDrop(Arc<Notify>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
 }
 
 impl Vmm for Service {
@@ -51,8 +60,9 @@ impl Vmm for Service {
         })
     }
 
-    /// Never answers.
+    /// Never answers, and tells when it is dropped.
     async fn resume(self, _: Context, _: GuestClock) -> Result<(), Failure> {
+        let _dropped = OnDrop(Arc::clone(&self.dropped));
         self.entered.notify_one();
         std::future::pending().await
     }
@@ -61,6 +71,19 @@ impl Vmm for Service {
         Ok(ResetReport {
             dirty_pages: 64,
             total_us: 130,
+        })
+    }
+
+    /// As if the first had not been done.
+    async fn runs(self, _: Context, request: RunsRequest) -> Result<RunsReport, Failure> {
+        Ok(RunsReport {
+            done: 0,
+            ended: control::RunsEnd::Limit,
+            last: request.first,
+            result: None,
+            dirty_pages: 0,
+            reset_us: 0,
+            total_us: 0,
         })
     }
 
@@ -268,4 +291,30 @@ async fn a_vmm_that_does_not_stop_when_asked_is_killed() {
     child.wait().await.unwrap();
     let again = control::stop(&record, BOUND).await.unwrap();
     assert_eq!(again, Stopped::OnRequest);
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_any_more_is_dropped() {
+    let vmm = serve().await;
+    // With a runtime of its own, so that it can say nothing when it ends.
+    let (port, secret) = (vmm.port, vmm.secret.clone());
+    let (entered, dropped) = (vmm.service.entered.clone(), vmm.service.dropped.clone());
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let client = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let client = Client::connect(port, &secret).await.unwrap();
+            tokio::select! {
+                _ = client.resume(GuestClock::StandStill) => panic!("it was answered"),
+                _ = stopped => {}
+            }
+        });
+    });
+    timeout(BOUND, entered.notified()).await.unwrap();
+    stop.send(()).unwrap();
+    timeout(BOUND, dropped.notified()).await.unwrap();
+    client.join().unwrap();
 }

@@ -250,14 +250,20 @@ pub(crate) fn hostile_guest_can_be_saved<S: Subject>() {
 #[test]
 fn devices_without_state_never_panic() {
     let requests = Requests::default();
-    proptest!(|(reset_accesses in accesses(5), power_accesses in accesses(2))| {
+    proptest!(|(reset_accesses in accesses(5), power_accesses in accesses(2), run_accesses in accesses(4))| {
         let mut reset = crate::I8042::new(requests.callback());
         let mut power = crate::AcpiPm::new(requests.callback());
+        let run = Arc::new(crate::Run::default());
+        run.begin(std::num::NonZeroU32::MIN);
+        let mut port = crate::RunPort::new(run);
         for access in reset_accesses {
             perform(&mut reset, access);
         }
         for access in power_accesses {
             perform(&mut power, access);
+        }
+        for access in run_accesses {
+            perform(&mut port, access);
         }
     });
 }

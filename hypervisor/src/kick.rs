@@ -66,6 +66,11 @@ impl Bound {
         }
     }
 
+    /// Has the next `KVM_RUN` return at once, as a kick does.
+    pub(crate) fn disarm(&self) {
+        store(RUN.get(), 1);
+    }
+
     /// Arms `KVM_RUN` again, after a kick, and tells when that came: the guest has not run since. Whatever the kick announced
     /// must be looked at after this: a kick that comes in between is then not lost but answered once too often.
     pub(crate) fn rearm(&self) -> HostTsc {

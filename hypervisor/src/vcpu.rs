@@ -84,6 +84,8 @@ pub struct Vcpu {
     pub(crate) clock: ClockOf,
     /// When its clock last went on, or will, if it was ever stopped.
     pub(crate) started: Option<HostTsc>,
+    /// Its registers and pending events are those in the shared page, and KVM's when it is next entered.
+    pub(crate) at_entry: bool,
 }
 
 /// A virtual processor and the thread that runs it.
@@ -94,6 +96,10 @@ pub struct BoundVcpu {
     vcpu: Vcpu,
     /// When the kick came that it was brought back by, if it was by one.
     kicked: Option<HostTsc>,
+    /// It has executed an instruction and then none, so that it neither halts nor waits to be started.
+    runnable: bool,
+    /// It is not to be in the guest when it is next run.
+    comes_back: bool,
 }
 
 impl Vcpu {
@@ -198,6 +204,8 @@ impl Vcpu {
             bound: Bound::new(self.fd.get_kvm_run()),
             vcpu: self,
             kicked: None,
+            runnable: false,
+            comes_back: false,
         }
     }
 }
@@ -215,6 +223,14 @@ impl BoundVcpu {
     /// [`Error::Run`] when the vCPU cannot go on.
     pub fn run(&mut self, io: &impl IoHandler) -> Result<Ran, Error> {
         self.kicked = None;
+        self.runnable &= std::mem::take(&mut self.comes_back);
+        self.vcpu.at_entry = false;
+        let ran = self.enter(io)?;
+        self.runnable |= matches!(ran, Ran::Port | Ran::Mmio);
+        Ok(ran)
+    }
+
+    fn enter(&mut self, io: &impl IoHandler) -> Result<Ran, Error> {
         match self.vcpu.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.fill(0xff);
@@ -245,6 +261,13 @@ impl BoundVcpu {
             }
             Err(e) => Err(self.cannot_run(e.to_string())),
         }
+    }
+
+    /// Has the next [`BoundVcpu::run`] finish what the last exit began, and come back without having been in the guest, as if the vCPU had
+    /// been kicked. Unlike a kick it takes no signal, and may miss one: both are then one.
+    pub fn come_back(&mut self) {
+        self.comes_back = true;
+        self.bound.disarm();
     }
 
     /// Tells the guest's watchdogs that it was held (`KVM_KVMCLOCK_CTRL`), before it runs again. A
@@ -288,7 +311,7 @@ impl BoundVcpu {
     ///
     /// When KVM refuses; the vCPU is in no known state then.
     pub fn reset(&mut self, state: &VcpuState) -> Result<(), Error> {
-        self.vcpu.reset(state)
+        self.vcpu.reset(state, self.runnable)
     }
 
     fn cannot_run(&self, reason: String) -> Error {

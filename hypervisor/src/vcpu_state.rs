@@ -2,8 +2,10 @@
 
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, Xsave, kvm_cpuid_entry2,
-    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sync_regs, kvm_vcpu_events,
+    kvm_xcrs, kvm_xsave,
 };
+use kvm_ioctls::SyncReg;
 use saved_state::{Kind, SavedState};
 use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
@@ -68,6 +70,19 @@ impl VcpuState {
     }
 }
 
+/// When the last of a state becomes KVM's.
+#[derive(Clone, Copy, Debug)]
+enum How {
+    /// At once.
+    Now,
+    /// Registers and pending events when the guest is next entered: KVM takes them over before all else (`KVM_CAP_SYNC_REGS` in
+    /// Documentation/virt/kvm/api.rst), in the same order.
+    AtEntry {
+        /// The run state is what it is to be.
+        runnable: bool,
+    },
+}
+
 impl Vcpu {
     /// Reads its state. It must not be running; a state that was restored and has not run yet is
     /// read back as it was. A clock that was stopped is read as it was at `stopped`, when the machine's last one was.
@@ -86,7 +101,12 @@ impl Vcpu {
             host_tsc_khz: _,
             clock: _,
             started: _,
+            at_entry,
         } = self;
+        if *at_entry {
+            // They are set once more then, to the same.
+            self.set_now()?;
+        }
         let intel = cpuid::vendor(cpuid) == "GenuineIntel";
         // First, because KVM takes in pending INIT and start-up interrupts when it is asked this.
         let mp_state = fd.get_mp_state().asked("read the run state")?;
@@ -123,22 +143,24 @@ impl Vcpu {
             self.set_cpuid(cpuid)?;
         }
         self.restore_tsc_rate(&state.clock)?;
-        self.set_state(state, &state.msrs)
+        self.set_state(state, &state.msrs, How::Now)
     }
 
     /// Makes a vCPU that was restored from `state` what it was then, whatever it has done since; its clock waits to be started, as it
     /// did then. CPUID and the rate of its counter are as they were: no guest changes them. Each of the requests counts here: under
-    /// another hypervisor, each may take as long as a page takes to be faulted in.
+    /// another hypervisor, each may take as long as a page takes to be faulted in. So what KVM takes over as it enters the guest is left
+    /// to that, and the run state is left alone if it is `runnable` for certain and is to be.
     ///
     /// # Errors
     ///
     /// When KVM refuses.
-    pub(crate) fn reset(&mut self, state: &VcpuState) -> Result<(), Error> {
+    pub(crate) fn reset(&mut self, state: &VcpuState, runnable: bool) -> Result<(), Error> {
         let mp_state: kvm_mp_state = from_bytes("run state", &state.mp_state)?;
-        if !matches!(
+        let started = matches!(
             mp_state.mp_state,
             KVM_MP_STATE_RUNNABLE | KVM_MP_STATE_HALTED
-        ) {
+        );
+        if !started {
             // KVM takes in start-up interrupts when it is asked this. Else one could come to a vCPU that waits for another.
             self.fd.get_mp_state().asked("read the run state")?;
         }
@@ -147,11 +169,23 @@ impl Vcpu {
         let off = [msrs::KVM_ASYNC_PF, msrs::IA32_TSC_DEADLINE];
         let off = off.map(|index| MsrEntry { index, value: 0 });
         let msrs = [&off[..], &state.msrs].concat();
-        self.set_state(state, &msrs)
+        // One that waits to be started is not entered, and KVM takes nothing over.
+        let how = match started {
+            true => How::AtEntry {
+                runnable: runnable && mp_state.mp_state == KVM_MP_STATE_RUNNABLE,
+            },
+            false => How::Now,
+        };
+        self.set_state(state, &msrs, how)
     }
 
     /// Sets all of `state` that a guest can change, and `all_msrs`, which its registers are among.
-    fn set_state(&mut self, state: &VcpuState, all_msrs: &[MsrEntry]) -> Result<(), Error> {
+    fn set_state(
+        &mut self,
+        state: &VcpuState,
+        all_msrs: &[MsrEntry],
+        how: How,
+    ) -> Result<(), Error> {
         let VcpuState {
             id: _,
             cpuid: _,
@@ -166,11 +200,14 @@ impl Vcpu {
             events,
             clock,
         } = state;
+        let now = matches!(how, How::Now);
         let fd = &self.fd;
         // The local APIC's place and mode are among the special registers.
         sregs::set(fd, &from_bytes("special registers", sregs)?)?;
         let regs: kvm_regs = from_bytes("registers", regs)?;
-        fd.set_regs(&regs).asked("set the registers")?;
+        if now {
+            fd.set_regs(&regs).asked("set the registers")?;
+        }
         let xcrs: kvm_xcrs = from_bytes("extended control registers", xcrs)?;
         fd.set_xcrs(&xcrs)
             .asked("set the extended control registers")?;
@@ -185,13 +222,36 @@ impl Vcpu {
             // KVM drops the count where the timer's mode changes to or from that of deadlines. By now it has not changed.
             fd.set_lapic(&lapic).asked("set the local APIC")?;
         }
-        let mp_state: kvm_mp_state = from_bytes("run state", mp_state)?;
-        fd.set_mp_state(mp_state).asked("set the run state")?;
+        if !matches!(how, How::AtEntry { runnable: true }) {
+            let mp_state: kvm_mp_state = from_bytes("run state", mp_state)?;
+            fd.set_mp_state(mp_state).asked("set the run state")?;
+        }
         let events: kvm_vcpu_events = from_bytes("pending events", events)?;
-        fd.set_vcpu_events(&events)
-            .asked("set the pending events")?;
+        if now {
+            fd.set_vcpu_events(&events)
+                .asked("set the pending events")?;
+        } else {
+            let shared = self.fd.sync_regs_mut();
+            (shared.regs, shared.events) = (regs, events);
+        }
+        for part in [SyncReg::Register, SyncReg::VcpuEvents] {
+            match now {
+                true => self.fd.clear_sync_dirty_reg(part),
+                false => self.fd.set_sync_dirty_reg(part),
+            }
+        }
+        self.at_entry = !now;
         self.clock = ClockOf::Restored(*clock);
         Ok(())
+    }
+
+    /// Sets what KVM would take over when the guest is entered.
+    fn set_now(&self) -> Result<(), Error> {
+        let kvm_sync_regs { regs, events, .. } = self.fd.sync_regs();
+        self.fd.set_regs(&regs).asked("set the registers")?;
+        self.fd
+            .set_vcpu_events(&events)
+            .asked("set the pending events")
     }
 
     /// The extended state, as large as this host's CPU has it.

@@ -125,6 +125,7 @@ impl Vm {
             host_tsc_khz,
             clock: ClockOf::default(),
             started: None,
+            at_entry: false,
         })
     }
 
@@ -168,6 +169,7 @@ fn check_capabilities(kvm: &Kvm) -> Result<(), Error> {
         (Cap::Irqfd, "interrupts by event file descriptor"),
         (Cap::Ioeventfd, "event file descriptors for writes"),
         (Cap::ImmediateExit, "immediate_exit"),
+        (Cap::SyncRegs, "registers that KVM_RUN sets"),
         (Cap::AdjustClock, "an adjustable kvmclock"),
         (Cap::Xsave2, "KVM_GET_XSAVE2"),
     ];

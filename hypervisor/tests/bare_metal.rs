@@ -154,6 +154,62 @@ fn a_saved_vcpu_counts_on_in_another_machine() {
 }
 
 #[test]
+fn a_vcpu_that_is_reset_is_what_it_was_whether_it_has_run_since_or_not() {
+    if no_kvm() {
+        return;
+    }
+    install_kick_handler().unwrap();
+    let memory = memory_with(&COUNTER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    vcpu.boot(&boot_registers()).unwrap();
+    let io = Counted::default();
+    let mut vcpu = vcpu.bind();
+    while io.last.load(Ordering::SeqCst) < 1000 {
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+    }
+    // Its last access is finished, and it has not been in the guest.
+    vcpu.come_back();
+    assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
+    assert_eq!(io.last.load(Ordering::SeqCst), 1000);
+    let saved = vcpu.save(HostTsc::now()).unwrap();
+    drop(vcpu);
+
+    let other = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = other.create_vcpu(0).unwrap();
+    vcpu.restore(&saved).unwrap();
+    let start = ClockPlan::new(&vcpu)
+        .unwrap()
+        .start(Duration::ZERO, Duration::ZERO);
+    let mut vcpu = vcpu.bind();
+    for round in 0..4 {
+        vcpu.start_clock(start).unwrap();
+        let io = Counted::default();
+        for _ in 0..500 {
+            assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+        }
+        let expected: Vec<u32> = (1001..=1500).collect();
+        assert_eq!(*io.seen.lock().unwrap(), expected);
+        // By its own kick it is known to be runnable, by another it is not.
+        match round % 2 {
+            0 => vcpu.come_back(),
+            _ => vcpu.kick().kick(),
+        }
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
+        vcpu.reset(&saved).unwrap();
+        if round < 2 {
+            assert_eq!(vcpu.save(HostTsc::now()).unwrap(), saved);
+        } else {
+            // Entered, and out again before its first instruction.
+            vcpu.kick().kick();
+            assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
+            assert_eq!(vcpu.save(HostTsc::now()).unwrap(), saved);
+        }
+    }
+}
+
+#[test]
 fn the_counter_of_time_stands_still_between_save_and_start() {
     if no_kvm() {
         return;

@@ -41,6 +41,8 @@ mod reset;
 mod resize;
 #[path = "bare_metal/round_trip.rs"]
 mod round_trip;
+#[path = "bare_metal/runs.rs"]
+mod runs;
 #[path = "bare_metal/sent.rs"]
 mod sent;
 #[path = "bare_metal/store.rs"]

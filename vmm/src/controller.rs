@@ -7,7 +7,8 @@ use std::sync::{
 };
 
 use control::{
-    AfterSnapshot, Exit, Failure, GuestClock, ResetReport, SnapshotReport, SnapshotRequest,
+    AfterSnapshot, Exit, Failure, GuestClock, ResetReport, RunsEnd, RunsReport, RunsRequest,
+    SnapshotReport, SnapshotRequest,
 };
 use devices::GuestRequest;
 use snapshot::Lost;
@@ -17,6 +18,7 @@ use crate::{
     error::Error,
     lifecycle::{self, Lifecycle},
     machine::Machine,
+    runs::{Next, Runs},
     save,
     vcpu::VcpuEnd,
     waiting::{self, Waiting},
@@ -35,6 +37,8 @@ pub(crate) enum Request {
     ResizeDisk(u32, u64, Reply<()>),
     /// It is to be what it was when it was made.
     Reset(GuestClock, Reply<ResetReport>),
+    /// It is to be that and run, over and over.
+    Runs(RunsRequest, Reply<RunsReport>),
     Stop(Reply<()>),
 }
 
@@ -44,6 +48,8 @@ pub(crate) enum Event {
     Client(Request),
     Guest(GuestRequest),
     Vcpu(u32, VcpuEnd),
+    /// A vCPU has come back because a run is done.
+    Parked,
     /// Somebody in the machine waits for memory that cannot be had.
     Lost(Lost),
     /// All of the memory has come that the snapshot of this round waited for, or cannot.
@@ -61,6 +67,8 @@ pub(crate) struct Controller {
     pub(crate) waiting: Option<Waiting>,
     /// How many have waited so.
     pub(crate) rounds: u64,
+    /// Runs of the guest that are under way.
+    pub(crate) runs: Option<Runs>,
     /// Set once the guest has ended itself, also while that waits in the queue.
     pub(crate) ending: Arc<AtomicBool>,
 }
@@ -80,7 +88,10 @@ impl Controller {
             }
             match self.next_event() {
                 Ok(event) => self.handle(event),
-                Err(RecvTimeoutError::Timeout) => self.look_whether_to_wait(),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.look_whether_to_wait();
+                    self.look_at_runs();
+                }
                 // Nobody is left who could ask for anything; the guest alone goes on.
                 Err(RecvTimeoutError::Disconnected) => break Exit::Failed,
             }
@@ -90,13 +101,20 @@ impl Controller {
     }
 
     fn next_event(&self) -> Result<Event, RecvTimeoutError> {
-        match &self.waiting {
+        let waiting = self.waiting.as_ref().map(|_| waiting::INTERVAL);
+        let runs = self.runs.as_ref().map(Runs::patience);
+        match waiting.into_iter().chain(runs).min() {
             None => Ok(self.events.recv()?),
-            Some(_) => self.events.recv_timeout(waiting::INTERVAL),
+            Some(patience) => self.events.recv_timeout(patience),
         }
     }
 
     fn handle(&mut self, event: Event) {
+        match &event {
+            Event::Parked | Event::Arrived(..) => {}
+            Event::Client(_) | Event::Lost(_) => self.end_runs(RunsEnd::Interrupted),
+            Event::Guest(_) | Event::Vcpu(..) => self.end_runs(RunsEnd::Ended),
+        }
         match event {
             Event::Client(Request::Pause(reply)) => self.pause(reply),
             Event::Client(Request::Resume(clock, reply)) => self.resume(clock, reply),
@@ -120,6 +138,8 @@ impl Controller {
                 answer(reply, resized.map_err(Failure::from));
             }
             Event::Client(Request::Reset(clock, reply)) => self.reset(clock, reply),
+            Event::Client(Request::Runs(request, reply)) => self.begin_runs(request, reply),
+            Event::Parked => self.parked(),
             Event::Client(Request::Stop(reply)) => {
                 self.end(Exit::Stopped);
                 answer(reply, Ok(()));
@@ -148,12 +168,18 @@ impl Controller {
             return;
         }
         let paused = self.machine.hold().map(|held| held.keep());
+        if paused.is_ok() {
+            self.confirm(lifecycle::Event::Pause);
+        }
         answer(reply, paused.map_err(|error| self.pause_failed(error)));
     }
 
     fn resume(&mut self, clock: GuestClock, reply: Reply<()>) {
         let retried = self.machine.retry().map_err(Error::from);
         let resumed = retried.and_then(|()| self.machine.run(clock));
+        if resumed.is_ok() {
+            self.confirm(lifecycle::Event::Resume);
+        }
         let answered = resumed.map_err(|error| match error {
             Error::Lost(_) => {
                 if !self.machine.is_running() {
@@ -172,14 +198,127 @@ impl Controller {
 
     fn reset(&mut self, clock: GuestClock, reply: Reply<ResetReport>) {
         let reset = self.machine.reset(clock, &self.ending);
-        let answered = reset.map_err(|error| match self.machine.is_lost() {
-            true => self.lost(error),
-            false => {
-                tracing::warn!("the machine is not reset: {error}");
-                error.into()
-            }
-        });
+        let answered = reset.map_err(|error| self.reset_failed(error));
         answer(reply, answered);
+    }
+
+    fn reset_failed(&self, error: Error) -> Failure {
+        if self.machine.is_lost() {
+            return self.lost(error);
+        }
+        tracing::warn!("the machine is not reset: {error}");
+        error.into()
+    }
+
+    fn begin_runs(&mut self, request: RunsRequest, reply: Reply<RunsReport>) {
+        let (first, clock) = (request.first, request.clock);
+        let refused = match Runs::new(request, reply) {
+            Ok(runs) => match self.machine.reset_to_run(first, clock, &self.ending) {
+                Ok(_) => {
+                    self.confirm(lifecycle::Event::Resume);
+                    self.runs = Some(runs);
+                    return;
+                }
+                Err(error) => (error, runs.reply),
+            },
+            Err(refused) => refused,
+        };
+        let (error, reply) = refused;
+        if !self.machine.is_running() {
+            // It was admitted as one that would.
+            self.apply(lifecycle::Event::Stalled);
+        }
+        answer(reply, Err(self.reset_failed(error)));
+    }
+
+    /// A vCPU has come back because a run is done: has the next begin, or ends them.
+    fn parked(&mut self) {
+        let result = self.machine.counters().devices.run.result();
+        match (self.runs.take(), result) {
+            (Some(mut runs), Some(0)) if !runs.reply.is_closed() => {
+                let next = runs.next();
+                let reset = match next {
+                    Next::Run(number) => {
+                        let clock = runs.request.clock;
+                        let reset = self.machine.reset_to_run(number, clock, &self.ending);
+                        reset.map(|report| runs.undone(number, report))
+                    }
+                    Next::Over => {
+                        let reset = self.machine.reset_to_hold(&self.ending);
+                        reset.map(|report| runs.undone(runs.number, report))
+                    }
+                };
+                match (reset, next) {
+                    (Ok(()), Next::Run(_)) => self.runs = Some(runs),
+                    (Ok(()), Next::Over) => self.runs_over(runs, RunsEnd::AllDone),
+                    // Which is behind this in the queue.
+                    (Err(Error::GuestEnds), _) => self.runs = Some(runs),
+                    (Err(error), _) => {
+                        let failure = self.reset_failed(error);
+                        self.machine.counters().devices.run.end();
+                        answer(runs.reply, Err(failure));
+                        self.let_go_on();
+                    }
+                }
+            }
+            (Some(runs), Some(0)) => self.hold_runs(runs, RunsEnd::Interrupted),
+            (Some(runs), Some(_)) => self.hold_runs(runs, RunsEnd::Result),
+            // Of the run before, whose vCPUs have all been told what to do.
+            (Some(runs), None) => self.runs = Some(runs),
+            // They had ended before it came back.
+            (None, _) => self.let_go_on(),
+        }
+    }
+
+    /// Has no vCPU wait for runs that have ended.
+    fn let_go_on(&mut self) {
+        if let Err(error) = self.machine.unpark() {
+            self.lost(error);
+        }
+    }
+
+    fn look_at_runs(&mut self) {
+        let ended = self.runs.as_ref().and_then(Runs::look);
+        if let Some((ended, runs)) = ended.and_then(|ended| Some((ended, self.runs.take()?))) {
+            self.hold_runs(runs, ended);
+        }
+    }
+
+    /// Ends runs that are under way, and holds the machine where it is.
+    fn hold_runs(&mut self, runs: Runs, ended: RunsEnd) {
+        match self.machine.hold().map(|held| held.keep()) {
+            Ok(()) => self.runs_over(runs, ended),
+            Err(error) => {
+                self.machine.counters().devices.run.end();
+                answer(runs.reply, Err(self.pause_failed(error)));
+            }
+        }
+    }
+
+    /// Tells of runs that have ended with a machine that is held.
+    fn runs_over(&mut self, runs: Runs, ended: RunsEnd) {
+        // Before it is told: who asked may ask next what the machine does.
+        self.apply(lifecycle::Event::Stalled);
+        self.runs = Some(runs);
+        self.end_runs(ended);
+    }
+
+    /// Ends runs that are under way, if any are, and leaves the machine as it is.
+    fn end_runs(&mut self, ended: RunsEnd) {
+        let Some(runs) = self.runs.take() else {
+            return;
+        };
+        let run = &self.machine.counters().devices.run;
+        let report = runs.report(ended, run.result());
+        // What the guest says from here on is not heard.
+        run.end();
+        tracing::info!(
+            ?ended,
+            done = report.done,
+            last = report.last,
+            "runs have ended"
+        );
+        answer(runs.reply, Ok(report));
     }
 
     /// Holds the machine, in which somebody waits for a page that cannot be had.
@@ -298,6 +437,12 @@ impl Controller {
 
     fn end(&self, exit: Exit) {
         self.apply(lifecycle::Event::End(exit));
+    }
+
+    /// Has happen once more what was admitted: the machine may have been held by itself since, when its runs were over. While it is
+    /// being saved, that says what it does.
+    fn confirm(&self, event: lifecycle::Event) {
+        let _ = self.lifecycle.apply(event);
     }
 
     fn apply(&self, event: lifecycle::Event) {

@@ -9,7 +9,8 @@ use std::{
 
 use control::{Metric, NetConfig, VsockConfig};
 use devices::{
-    AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, Rtc, Serial,
+    AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, RUN_PORTS, Rtc, Run, RunPort,
+    Serial,
     virtio::{
         MmioTransport, VirtioDevice,
         balloon::{BalloonControl, BalloonOptions},
@@ -31,7 +32,7 @@ use crate::{
     nets,
     platform::{
         COM1_IRQ, COM1_PORT, COM1_PORTS, EVENT_GSI, I8042_PORT, I8042_PORTS, MAX_VIRTIO, RTC_PORT,
-        RTC_PORTS, SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
+        RTC_PORTS, RUN_PORT, SLEEP_CONTROL_PORT, SLEEP_PORTS, VIRTIO_BYTES, virtio_gpa, virtio_gsi,
     },
     vcpu::Buses,
     vsocks,
@@ -54,6 +55,8 @@ pub(crate) struct DeviceSet {
     pub(crate) generation: Generation,
     /// Has the guest give memory back, if it can.
     pub(crate) balloon: Option<Arc<BalloonControl>>,
+    /// The run that it is in.
+    pub(crate) run: Arc<Run>,
 }
 
 /// The devices that a machine has by choice.
@@ -100,6 +103,7 @@ impl DeviceSet {
             buses: Buses {
                 ports: Bus::new(),
                 mmio: Bus::new(),
+                run: Arc::default(),
             },
             all: Vec::new(),
             transports: Vec::new(),
@@ -135,6 +139,7 @@ impl DeviceSet {
             serial,
             generation,
             balloon,
+            run: Arc::clone(&buses.run),
         };
         Ok((set, buses))
     }
@@ -242,11 +247,13 @@ impl Builder<'_> {
         self.put(rtc.clone());
         let i8042 = Arc::new(Mutex::new(I8042::new(Arc::clone(requests))));
         let pm = Arc::new(Mutex::new(AcpiPm::new(Arc::clone(requests))));
+        let run = RunPort::new(Arc::clone(&self.buses.run));
         let ports = &mut self.buses.ports;
         ports.insert(u64::from(COM1_PORT), COM1_PORTS, serial.clone())?;
         ports.insert(u64::from(RTC_PORT), RTC_PORTS, rtc)?;
         ports.insert(u64::from(I8042_PORT), I8042_PORTS, i8042)?;
         ports.insert(u64::from(SLEEP_CONTROL_PORT), SLEEP_PORTS, pm)?;
+        ports.insert(u64::from(RUN_PORT), RUN_PORTS, Arc::new(Mutex::new(run)))?;
         Ok(serial)
     }
 

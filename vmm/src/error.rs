@@ -92,6 +92,10 @@ pub(crate) enum Error {
         "the machine could not be reset and has ended, for it is in no known state; fork or restore its snapshot again: {0}"
     )]
     ResetFailed(#[source] Box<Error>),
+    #[error(
+        "the last of so many runs would have a number of more than 32 bits; ask for fewer, or begin with a lower one"
+    )]
+    RunNumber,
     #[error("the errand does not follow the one before it; install all programs from one release")]
     OutOfTurn,
     #[error("a fork needs a hot image to begin on, and none came with it; use `fermata fork`")]
@@ -189,6 +193,7 @@ impl Error {
                 FailureKind::BadRequest
             }
             Self::ImageOpen { .. } => FailureKind::Host,
+            Self::RunNumber => FailureKind::BadRequest,
             Self::NothingToGoBackTo | Self::NotUndone { .. } => FailureKind::WrongState,
             Self::ResetFailed(error) => error.kind(),
             Self::DiskChanged { .. }

@@ -27,6 +27,7 @@ mod place;
 mod platform;
 mod pre_copy;
 mod process;
+mod runs;
 mod save;
 mod service;
 mod state;

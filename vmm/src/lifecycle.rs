@@ -44,7 +44,7 @@ pub(crate) enum Event {
     },
     /// It could not be held, and runs on.
     PauseFailed,
-    /// It stands still, because a page of its memory cannot be had.
+    /// It stands still without having been told to: because a page of its memory cannot be had, or its runs are over.
     Stalled,
     /// It ends: the guest, a client or a failure says so.
     End(Exit),

@@ -83,6 +83,8 @@ pub(crate) struct Listeners {
     pub(crate) requests: OnGuestRequest,
     /// Told when a vCPU cannot go on.
     pub(crate) end: Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+    /// Told when a vCPU has come back because a run is done.
+    pub(crate) parked: Arc<dyn Fn() + Send + Sync>,
     /// Told when somebody waits for memory that cannot be had.
     pub(crate) lost: Arc<dyn Fn(&Lost) + Send + Sync>,
 }
@@ -377,7 +379,8 @@ impl Machine {
         let (event_loop, quiesced) = EventLoop::spawn(&devices.transports, input)?;
         let exits = Arc::new(ExitCounts::default());
         let vcpu_count = vcpus.len() as u32;
-        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &exits, &listeners.end)?;
+        let Listeners { end, parked, .. } = listeners;
+        let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &exits, end, parked)?;
         Ok(Self {
             vm,
             memory,
@@ -483,6 +486,17 @@ impl Machine {
         Ok(self.event_loop.quiesce(bound)?)
     }
 
+    /// Lets vCPUs go on that have come back because a run is done that is nobody's any more. While it is held, they wait on.
+    pub(crate) fn unpark(&mut self) -> Result<(), Error> {
+        if !self.is_running() || !self.vcpus.is_any_parked() {
+            return Ok(());
+        }
+        // Their clocks were never stopped.
+        let started = self.vcpus.run(self.clock.never_stopped(Duration::ZERO));
+        self.lost |= started.is_err();
+        Ok(started?)
+    }
+
     /// Whether it did not go on when it should have, so that nothing is known of it.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost
@@ -500,11 +514,16 @@ impl Machine {
             true => CLOCK_LEAD.min(FIRST_LEAD * self.vcpu_count),
             false => CLOCK_LEAD,
         };
-        self.run_after(lead, clock)
+        self.run_after(lead, clock, Vcpus::run)
     }
 
-    /// As [`Machine::run`]; `lead` is for the vCPUs to get ready in.
-    fn run_after(&mut self, lead: Duration, clock: GuestClock) -> Result<(), Error> {
+    /// As [`Machine::run`]; `lead` is for the vCPUs to get ready in, and `tell` tells them.
+    fn run_after(
+        &mut self,
+        lead: Duration,
+        clock: GuestClock,
+        tell: impl FnOnce(&mut Vcpus, ClockStart) -> Result<(), vcpus::Error>,
+    ) -> Result<(), Error> {
         if self.is_running() {
             return Ok(());
         }
@@ -528,7 +547,7 @@ impl Machine {
                 self.clock.start(lead, passed)
             }
         };
-        self.start(start)?;
+        self.start(start, tell)?;
         self.restored = false;
         self.told = false;
         self.quiesced = None;
@@ -544,19 +563,23 @@ impl Machine {
         Ok(())
     }
 
-    fn start(&mut self, start: ClockStart) -> Result<(), Error> {
+    fn start(
+        &mut self,
+        start: ClockStart,
+        tell: impl FnOnce(&mut Vcpus, ClockStart) -> Result<(), vcpus::Error>,
+    ) -> Result<(), Error> {
         // Before any vCPU can enter the guest, which none does before the start.
         let started = self
             .vm
             .start_clock(start)
             .map_err(Error::from)
-            .and_then(|()| Ok(self.vcpus.run(start)?));
+            .and_then(|()| Ok(tell(&mut self.vcpus, start)?));
         self.lost |= started.is_err();
         started
     }
 
     fn let_run_after_failure(&mut self, start: ClockStart) {
-        if let Err(error) = self.start(start) {
+        if let Err(error) = self.start(start, Vcpus::run) {
             tracing::error!("the machine cannot go on after a pause that failed: {error}");
         }
     }

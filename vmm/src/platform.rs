@@ -24,6 +24,11 @@ pub(crate) const SLEEP_CONTROL_PORT: u16 = 0x604;
 pub(crate) const SLEEP_STATUS_PORT: u16 = SLEEP_CONTROL_PORT + 1;
 pub(crate) const SLEEP_PORTS: u64 = 2;
 
+/// Where a guest says that a run is done. ISA cards decode ten bits of a port's number, of which these, 0xe4, are no card's and no device's
+/// of a PC; and above the ten nobody who looks for devices looks here: ACPI's and the ICH's are from 0x400 to 0x7ff, QEMU's at 0x501 and
+/// 0x510, EISA's identity at 0xc80, IPMI at 0xca2, AMD's power management at 0xcd6, PCI's configuration from 0xcf8 on.
+pub(crate) const RUN_PORT: u16 = 0xce4;
+
 /// The interrupt controllers, where KVM has them.
 pub(crate) const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 pub(crate) const LAPIC_ADDRESS: u32 = 0xfee0_0000;

@@ -284,6 +284,7 @@ impl Made {
                 teller: events,
                 waiting: None,
                 rounds: 0,
+                runs: None,
                 ending,
             },
             shutdown,
@@ -345,10 +346,15 @@ fn listeners(events: &Sender<Event>, ending: &Arc<AtomicBool>, answer: &Arc<Answ
     };
     let (guest, vcpus) = (events.clone(), events.clone());
     let (memory, answer) = (events.clone(), Arc::clone(answer));
+    let parked = events.clone();
     let (by_guest, by_vcpus) = (Arc::clone(ending), Arc::clone(ending));
     Listeners {
         requests: Arc::new(move |request| tell(&guest, &by_guest, Event::Guest(request))),
         end: Arc::new(move |id, end| tell(&vcpus, &by_vcpus, Event::Vcpu(id, end))),
+        parked: Arc::new(move || {
+            // As above.
+            let _ = parked.send(Event::Parked);
+        }),
         lost: Arc::new(move |lost: &Lost| {
             // The thread that starts the machine may wait for this page, and nothing else can end that.
             if answer.end(&Launched::Failed(Error::from(lost.clone()).into())) {

@@ -7,7 +7,7 @@ use std::{
 
 use control::{
     BalloonChange, BalloonStatus, Failure, FailureKind, GuestClock, MachineState, Metric,
-    ResetReport, SnapshotReport, SnapshotRequest, Status, Vmm,
+    ResetReport, RunsReport, RunsRequest, SnapshotReport, SnapshotRequest, Status, Vmm,
 };
 use tarpc::context::Context;
 use tokio::sync::oneshot;
@@ -76,6 +76,12 @@ impl Vmm for Service {
     async fn reset(self, _: Context, clock: GuestClock) -> Result<ResetReport, Failure> {
         self.admit(lifecycle::Event::Change)?;
         self.ask(|reply| Request::Reset(clock, reply)).await
+    }
+
+    async fn runs(self, _: Context, request: RunsRequest) -> Result<RunsReport, Failure> {
+        // Whether it runs now or not.
+        self.admit(lifecycle::Event::Resume)?;
+        self.ask(|reply| Request::Runs(request, reply)).await
     }
 
     async fn snapshot(

@@ -3,21 +3,24 @@
 use std::{
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, Sender, TryRecvError},
     },
     thread,
 };
 
-use devices::Bus;
+use devices::{Bus, Run};
 use hypervisor::{BoundVcpu, ClockStart, HostTsc, IoHandler, Kick, Ran, Vcpu, VcpuState};
 
 use crate::{awake, metrics::ExitCounts};
 
-/// What a vCPU's thread is told. A kick has to follow, or the thread may not look.
+/// What a vCPU's thread is told. A kick has to follow, or the thread may not look, unless it is held or parked.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Run the guest, from when its clock goes on.
     Run(ClockStart),
+    /// As [`Command::Run`], of one that is held; it is not acknowledged, and one that cannot run ends the guest.
+    Go(ClockStart),
     /// Hold it, and stop its clock.
     Hold,
     /// Read its state, with its clock as it was then; only while it is held.
@@ -84,6 +87,8 @@ pub(crate) enum VcpuEnd {
 pub(crate) struct Buses {
     pub(crate) ports: Bus,
     pub(crate) mmio: Bus,
+    /// What the guest says by a port of the run that it is in.
+    pub(crate) run: Arc<Run>,
 }
 
 /// Nobody there: a read gives all ones, which KVM's buffer holds already, and a write goes nowhere.
@@ -110,6 +115,11 @@ pub(crate) struct VcpuThread {
     pub(crate) orders: Receiver<Order>,
     pub(crate) acknowledgements: Sender<Acknowledgement>,
     pub(crate) on_end: Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+    /// Told whenever it has parked.
+    pub(crate) on_parked: Arc<dyn Fn() + Send + Sync>,
+    /// It is out of the guest and looks for orders, because a run is done: from before it tells of that until who lets it run says
+    /// otherwise.
+    pub(crate) parked: Arc<AtomicBool>,
     pub(crate) buses: Arc<Buses>,
     pub(crate) exits: Arc<ExitCounts>,
 }
@@ -120,6 +130,8 @@ enum State {
     /// It is held, and is told something else at once.
     Awake,
     Running,
+    /// Its guest has said that a run is done, and it waits for what comes next. Nobody has held it: its clock goes on.
+    Parked,
     Ended,
 }
 
@@ -165,6 +177,7 @@ impl VcpuThread {
                     Err(TryRecvError::Disconnected) => State::Ended,
                 },
                 State::Running => self.run_guest(&mut vcpu),
+                State::Parked => self.wait_parked(&mut vcpu),
                 State::Ended => return,
             };
         }
@@ -176,15 +189,20 @@ impl VcpuThread {
         let mut start = None;
         let (state, done) = match (command, state) {
             (Command::Run(_), State::Running) => (State::Running, Done::Running(Ok(()))),
-            (Command::Run(clock), _) => {
-                vcpu.excuse_hold(&clock);
-                match vcpu.start_clock(clock) {
-                    Ok(()) => {
-                        start = Some(clock);
-                        (State::Running, Done::Running(Ok(())))
-                    }
-                    Err(error) => (State::Held, Done::Running(Err(error))),
+            (Command::Run(clock), _) => match self.start(vcpu, clock) {
+                Ok(()) => {
+                    start = Some(clock);
+                    (State::Running, Done::Running(Ok(())))
                 }
+                Err(error) => (State::Held, Done::Running(Err(error))),
+            },
+            (Command::Go(clock), _) => {
+                if let Err(error) = self.start(vcpu, clock) {
+                    (self.on_end)(vcpu.id(), VcpuEnd::Failed(error));
+                    return State::Held;
+                }
+                clock.wait();
+                return State::Running;
             }
             (Command::Hold, _) => (State::Held, Done::Held(vcpu.stop_clock())),
             (Command::Save(stopped), state) => {
@@ -205,12 +223,24 @@ impl VcpuThread {
         state
     }
 
+    /// Has its clock go on, which is all that it takes to run.
+    fn start(&self, vcpu: &mut BoundVcpu, clock: ClockStart) -> Result<(), hypervisor::Error> {
+        vcpu.excuse_hold(&clock);
+        vcpu.start_clock(clock)
+    }
+
     /// Runs the guest until it is kicked, and looks for a command then and only then: only a vCPU
     /// that came back from a kick has finished what its last exit began.
     fn run_guest(&self, vcpu: &mut BoundVcpu) -> State {
         loop {
             match vcpu.run(&*self.buses) {
-                Ok(Ran::Port) => self.exits.port.add(1),
+                Ok(Ran::Port) => {
+                    self.exits.port.add(1);
+                    if self.buses.run.result().is_some() {
+                        // What this exit began must be finished before anything else is made of the vCPU, as for any order.
+                        vcpu.come_back();
+                    }
+                }
                 Ok(Ran::Mmio) => self.exits.mmio.add(1),
                 Ok(Ran::Kicked) => {
                     self.exits.kicked.add(1);
@@ -219,8 +249,12 @@ impl VcpuThread {
                             State::Running => {}
                             other => return other,
                         },
-                        // Kicked once too often.
-                        Err(TryRecvError::Empty) => {}
+                        Err(TryRecvError::Empty) => {
+                            if self.buses.run.result().is_some() {
+                                return State::Parked;
+                            }
+                            // Kicked once too often.
+                        }
                         Err(TryRecvError::Disconnected) => return State::Ended,
                     }
                 }
@@ -233,6 +267,17 @@ impl VcpuThread {
                     return State::Held;
                 }
             }
+        }
+    }
+
+    /// Tells that it does nothing more, and waits to be told something.
+    fn wait_parked(&self, vcpu: &mut BoundVcpu) -> State {
+        // Before anybody hears of it who would tell it something without a kick.
+        self.parked.store(true, Ordering::SeqCst);
+        (self.on_parked)();
+        match self.orders.recv() {
+            Ok(order) => self.obey(vcpu, State::Held, order),
+            Err(_) => State::Ended,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::{
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread::JoinHandle,
@@ -54,16 +55,25 @@ struct Handle {
     orders: Sender<Order>,
     kick: Option<Kick>,
     thread: Option<JoinHandle<()>>,
+    parked: Arc<AtomicBool>,
+}
+
+impl Handle {
+    /// Whether it looks for orders without being kicked, because a run is done.
+    fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::SeqCst)
+    }
 }
 
 impl Vcpus {
     /// Starts a thread for each of `vcpus`; all are held. `on_end` is told when a guest ends by
-    /// itself.
+    /// itself, `on_parked` whenever one has come back because a run is done, and waits.
     pub(crate) fn start(
         vcpus: Vec<Vcpu>,
         buses: &Arc<Buses>,
         exits: &Arc<ExitCounts>,
         on_end: &Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
+        on_parked: &Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self, Error> {
         let (sender, acknowledgements) = channel();
         let mut started = Self {
@@ -76,10 +86,13 @@ impl Vcpus {
         for vcpu in vcpus {
             let id = vcpu.id();
             let (orders, receiver) = channel();
+            let parked = Arc::new(AtomicBool::new(false));
             let thread = VcpuThread {
                 orders: receiver,
                 acknowledgements: sender.clone(),
                 on_end: Arc::clone(on_end),
+                on_parked: Arc::clone(on_parked),
+                parked: Arc::clone(&parked),
                 buses: Arc::clone(buses),
                 exits: Arc::clone(exits),
             };
@@ -89,6 +102,7 @@ impl Vcpus {
                 orders,
                 kick: None,
                 thread: Some(thread),
+                parked,
             });
         }
         for (id, done) in started.gather(BOUND)? {
@@ -117,6 +131,7 @@ impl Vcpus {
 
     /// Lets all of them run. Clocks that were stopped go on as `start` says.
     pub(crate) fn run(&mut self, start: ClockStart) -> Result<(), Error> {
+        self.none_is_parked();
         self.tell(|| Command::Run(start));
         self.held = false;
         let told = self.gather(BOUND);
@@ -127,6 +142,27 @@ impl Vcpus {
             }
         }
         Ok(())
+    }
+
+    /// As [`Vcpus::run`], of vCPUs that are held, without waiting until they have heard of it: a guest of which one cannot run ends.
+    pub(crate) fn go(&mut self, start: ClockStart) {
+        self.none_is_parked();
+        self.tell(|| Command::Go(start));
+        self.held = false;
+        self.awake = false;
+    }
+
+    /// They are about to be let run. Nobody but who tells them so may say so: the next order may come before they have heard of this one, and
+    /// takes a kick then.
+    fn none_is_parked(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.parked.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether one has come back because a run is done, and waits.
+    pub(crate) fn is_any_parked(&self) -> bool {
+        self.vcpus.iter().any(Handle::is_parked)
     }
 
     /// Reads the state of all of them, by number, their clocks as they were at `stopped`. They must be held.
@@ -145,12 +181,12 @@ impl Vcpus {
     /// Holds all of them, and leaves their clocks alone: they are to be reset, and to go on at once if `goes_on`.
     pub(crate) fn stop(&mut self, goes_on: bool) -> Result<(), Error> {
         self.awake = goes_on && awake::pays(self.vcpus.len());
-        if !self.held {
+        if !self.held && !self.vcpus.iter().all(Handle::is_parked) {
             let awake = self.awake;
             self.tell(|| Command::Stop { awake });
             self.gather(BOUND)?;
-            self.held = true;
         }
+        self.held = true;
         Ok(())
     }
 
@@ -179,7 +215,8 @@ impl Vcpus {
                 round: self.round,
                 command: command(),
             });
-            if let Some(kick) = vcpu.kick.filter(|_| !self.held) {
+            // Looked at behind the order: one that has parked since finds it, one that has not is kicked.
+            if let Some(kick) = vcpu.kick.filter(|_| !self.held && !vcpu.is_parked()) {
                 kick.kick();
             }
         }

@@ -4,6 +4,7 @@
 //! as it is: nothing that a guest has sent comes back, and what is on its way to it comes to the machine that it was.
 
 use std::{
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,7 +18,7 @@ use memory::{BroughtBack, MachineMemory, Original};
 use saved_state::{Container, SavedState};
 
 use super::{BOUNDS, Cut, Machine};
-use crate::{disks, error::Error};
+use crate::{disks, error::Error, vcpus::Vcpus};
 
 /// What vCPUs have to get ready in: they have just been told something, and are awake. Whoever is late has the guest see that
 /// time pass, and whoever resets a machine thousands of times a second would rather that than wait.
@@ -71,12 +72,46 @@ impl Baseline {
     }
 }
 
+/// How a machine goes on that is reset.
+#[derive(Clone, Copy, Debug)]
+struct GoesOn {
+    /// What its clocks have done since it was saved.
+    clock: GuestClock,
+    /// The run that it is in.
+    run: Option<NonZeroU32>,
+}
+
 impl Machine {
     /// Has it be what it was when it was made. If it ran it goes on from there, with `clock` for what its clocks have done since it
     /// was saved; else it stays held. When this fails, it is as it was, or lost.
     pub(crate) fn reset(
         &mut self,
         clock: GuestClock,
+        ending: &AtomicBool,
+    ) -> Result<ResetReport, Error> {
+        let goes_on = GoesOn { clock, run: None };
+        self.reset_and(self.is_running().then_some(goes_on), ending)
+    }
+
+    /// As [`Machine::reset`], but that it goes on, whether it ran or not, in the run of this number.
+    pub(crate) fn reset_to_run(
+        &mut self,
+        number: NonZeroU32,
+        clock: GuestClock,
+        ending: &AtomicBool,
+    ) -> Result<ResetReport, Error> {
+        let run = Some(number);
+        self.reset_and(Some(GoesOn { clock, run }), ending)
+    }
+
+    /// As [`Machine::reset`], but that it is held, whether it ran or not.
+    pub(crate) fn reset_to_hold(&mut self, ending: &AtomicBool) -> Result<ResetReport, Error> {
+        self.reset_and(None, ending)
+    }
+
+    fn reset_and(
+        &mut self,
+        goes_on: Option<GoesOn>,
         ending: &AtomicBool,
     ) -> Result<ResetReport, Error> {
         let begun = Instant::now();
@@ -87,13 +122,25 @@ impl Machine {
         if ending.load(Ordering::SeqCst) {
             return Err(Error::GuestEnds);
         }
-        let ran = self.is_running();
-        let gone_back = self.go_back(ran).and_then(|memory| {
-            if ran && !ending.load(Ordering::SeqCst) {
-                self.run_after(LEAD, clock)?;
-            }
-            Ok(memory)
-        });
+        let gone_back = self
+            .go_back(goes_on.is_some_and(|how| how.run.is_none()))
+            .and_then(|memory| {
+                if let Some(GoesOn { clock, run }) = goes_on
+                    && !ending.load(Ordering::SeqCst)
+                {
+                    match run {
+                        None => self.run_after(LEAD, clock, Vcpus::run)?,
+                        Some(number) => {
+                            self.counters.devices.run.begin(number);
+                            self.run_after(LEAD, clock, |vcpus, start| {
+                                vcpus.go(start);
+                                Ok(())
+                            })?;
+                        }
+                    }
+                }
+                Ok(memory)
+            });
         let memory = gone_back.map_err(|error| {
             self.lost = true;
             Error::ResetFailed(Box::new(error))
@@ -108,7 +155,7 @@ impl Machine {
         })
     }
 
-    /// Stops it, if it runs, and undoes what it has done. If `goes_on`, it runs at once.
+    /// Stops it, if it runs, and undoes what it has done. If `goes_on`, it is to run at once.
     fn go_back(&mut self, goes_on: bool) -> Result<BroughtBack, Error> {
         // Before the vCPUs, unlike in a hold: what they still ask of a device is undone with the rest.
         if self.quiesced.is_none() {
@@ -153,6 +200,7 @@ impl Machine {
         self.cut = Cut::Saved {
             unix_ns: state.header.created_unix_ns,
         };
+        self.held_since = Instant::now();
         self.restored = true;
         Ok(memory)
     }
