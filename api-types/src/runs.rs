@@ -34,7 +34,7 @@ pub enum RunsEnd {
     Limit,
     /// Another request ended them.
     Interrupted,
-    /// The guest switched itself off or reset itself, or had a triple fault, and the machine has ended.
+    /// The guest switched itself off or reset itself, had a triple fault, or could not go on; the machine has ended.
     Ended,
 }
 

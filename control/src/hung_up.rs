@@ -5,7 +5,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use futures::{Sink, Stream};
+use futures::{Sink, Stream, TryStream};
 use tokio::sync::oneshot;
 
 /// A transport that tells once that its peer has hung up.
@@ -23,13 +23,14 @@ impl<T> UntilHungUp<T> {
     }
 }
 
-impl<T: Stream + Unpin> Stream for UntilHungUp<T> {
-    type Item = T::Item;
+impl<T: TryStream + Unpin> Stream for UntilHungUp<T> {
+    type Item = Result<T::Ok, T::Error>;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<T::Item>> {
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        let item = ready!(Pin::new(&mut this.transport).poll_next(context));
-        if item.is_none()
+        let item = ready!(Pin::new(&mut this.transport).try_poll_next(context));
+        // After an error nobody reads on.
+        if !matches!(item, Some(Ok(_)))
             && let Some(tell) = this.tell.take()
         {
             // Nobody who has gone away need know.

@@ -20,7 +20,7 @@ pub trait Vmm {
     async fn reset(clock: GuestClock) -> Result<ResetReport, Failure>;
     /// Has the machine be what it was, run, and be reset again each time that its guest says by the run port that it is done with result
     /// zero, so many times. Answers when that has ended, one way or another; any other request that has to do with what the machine does
-    /// ends it. The machine is held then, unless that request says otherwise.
+    /// ends it, and is carried out on the machine as it runs. Else the machine is held then.
     async fn runs(request: RunsRequest) -> Result<RunsReport, Failure>;
     /// Saves the machine. Answers when the snapshot is durable.
     async fn snapshot(request: SnapshotRequest) -> Result<SnapshotReport, Failure>;
@@ -209,7 +209,7 @@ pub enum RunsEnd {
     Limit,
     /// Another request ended them, or nobody waited for them any more, and then the machine is held.
     Interrupted,
-    /// The guest switched itself off or reset itself, or had a triple fault, and the machine ends.
+    /// The guest switched itself off or reset itself, had a triple fault, or could not go on; the machine ends.
     Ended,
 }
 

@@ -304,6 +304,16 @@ impl BoundVcpu {
         self.vcpu.start_clock(start)
     }
 
+    /// As [`Vcpu::save`]. KVM may take in an INIT for that, with which it waits to be started.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn save(&mut self, stopped: HostTsc) -> Result<VcpuState, Error> {
+        self.runnable = false;
+        self.vcpu.save(stopped)
+    }
+
     /// Makes a vCPU that was restored from `state` what it was then, whatever it has done since, but for its clock, which waits to be
     /// started as it did then. It must not be in the guest; its clock need not have been stopped.
     ///

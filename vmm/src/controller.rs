@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::AtomicBool,
+    atomic::{AtomicBool, Ordering},
     mpsc::{Receiver, RecvTimeoutError, Sender},
 };
 
@@ -71,6 +71,8 @@ pub(crate) struct Controller {
     pub(crate) runs: Option<Runs>,
     /// Set once the guest has ended itself, also while that waits in the queue.
     pub(crate) ending: Arc<AtomicBool>,
+    /// Set while [`Event::Parked`] waits in the queue.
+    pub(crate) parked: Arc<AtomicBool>,
 }
 
 impl Controller {
@@ -212,61 +214,69 @@ impl Controller {
 
     fn begin_runs(&mut self, request: RunsRequest, reply: Reply<RunsReport>) {
         let (first, clock) = (request.first, request.clock);
-        let refused = match Runs::new(request, reply) {
-            Ok(runs) => match self.machine.reset_to_run(first, clock, &self.ending) {
-                Ok(_) => {
-                    self.confirm(lifecycle::Event::Resume);
-                    self.runs = Some(runs);
-                    return;
+        let mut runs = Runs::new(request, reply);
+        match self.machine.reset_to_run(first, clock, &self.ending) {
+            Ok(_) => {
+                runs.begin(first);
+                self.confirm(lifecycle::Event::Resume);
+                self.runs = Some(runs);
+            }
+            Err(error) => {
+                if !self.machine.is_running() {
+                    // It was admitted as one that would.
+                    self.apply(lifecycle::Event::Stalled);
                 }
-                Err(error) => (error, runs.reply),
-            },
-            Err(refused) => refused,
-        };
-        let (error, reply) = refused;
-        if !self.machine.is_running() {
-            // It was admitted as one that would.
-            self.apply(lifecycle::Event::Stalled);
+                answer(runs.reply, Err(self.reset_failed(error)));
+            }
         }
-        answer(reply, Err(self.reset_failed(error)));
     }
 
     /// A vCPU has come back because a run is done: has the next begin, or ends them.
     fn parked(&mut self) {
+        // Before anything is looked at: whoever parks from here on tells of it.
+        self.parked.store(false, Ordering::SeqCst);
         let result = self.machine.counters().devices.run.result();
         match (self.runs.take(), result) {
-            (Some(mut runs), Some(0)) if !runs.reply.is_closed() => {
-                let next = runs.next();
-                let reset = match next {
-                    Next::Run(number) => {
-                        let clock = runs.request.clock;
-                        let reset = self.machine.reset_to_run(number, clock, &self.ending);
-                        reset.map(|report| runs.undone(number, report))
-                    }
-                    Next::Over => {
-                        let reset = self.machine.reset_to_hold(&self.ending);
-                        reset.map(|report| runs.undone(runs.number, report))
-                    }
-                };
-                match (reset, next) {
-                    (Ok(()), Next::Run(_)) => self.runs = Some(runs),
-                    (Ok(()), Next::Over) => self.runs_over(runs, RunsEnd::AllDone),
-                    // Which is behind this in the queue.
-                    (Err(Error::GuestEnds), _) => self.runs = Some(runs),
-                    (Err(error), _) => {
-                        let failure = self.reset_failed(error);
-                        self.machine.counters().devices.run.end();
-                        answer(runs.reply, Err(failure));
-                        self.let_go_on();
-                    }
-                }
-            }
+            (Some(runs), Some(0)) if !runs.reply.is_closed() => self.next_run(runs),
             (Some(runs), Some(0)) => self.hold_runs(runs, RunsEnd::Interrupted),
             (Some(runs), Some(_)) => self.hold_runs(runs, RunsEnd::Result),
             // Of the run before, whose vCPUs have all been told what to do.
             (Some(runs), None) => self.runs = Some(runs),
             // They had ended before it came back.
             (None, _) => self.let_go_on(),
+        }
+    }
+
+    /// Has the guest, whose run is done and has come to nothing, begin the next, or be held if that was the last.
+    fn next_run(&mut self, mut runs: Runs) {
+        let next = runs.next();
+        let reset = match next {
+            Next::Run(number) => {
+                let clock = runs.request.clock;
+                self.machine.reset_to_run(number, clock, &self.ending)
+            }
+            Next::Over => self.machine.reset_to_hold(&self.ending),
+        };
+        match (reset, next) {
+            (Ok(report), Next::Run(number)) => {
+                runs.count(report);
+                runs.begin(number);
+                self.runs = Some(runs);
+            }
+            (Ok(report), Next::Over) => {
+                runs.count(report);
+                self.runs_over(runs, RunsEnd::AllDone);
+            }
+            // Which is behind this in the queue.
+            (Err(Error::GuestEnds), _) => self.runs = Some(runs),
+            (Err(error), _) => {
+                let failure = self.reset_failed(error);
+                self.machine.counters().devices.run.end();
+                answer(runs.reply, Err(failure));
+                if !self.machine.is_lost() {
+                    self.let_go_on();
+                }
+            }
         }
     }
 

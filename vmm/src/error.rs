@@ -137,7 +137,7 @@ pub(crate) enum Error {
     NothingComes { still: u64 },
     #[error("who asked for the snapshot has gone away")]
     NobodyWaits,
-    #[error("the guest is ending; there is nothing to save")]
+    #[error("the guest is ending; there is nothing to save or to reset")]
     GuestEnds,
     #[error("the disk {path} cannot be made durable: {source}")]
     DiskSync {

@@ -188,7 +188,7 @@ struct Made {
     door: Door,
     events: Sender<Event>,
     received: Receiver<Event>,
-    ending: Arc<AtomicBool>,
+    flags: Flags,
     /// When it was asked for.
     begun: Instant,
 }
@@ -214,15 +214,15 @@ impl Made {
         let begun = Instant::now();
         tracing::debug!("a machine is to be made");
         let (events, received) = channel();
-        let ending = Arc::new(AtomicBool::new(false));
-        let machine = make(&spec, image, frame, &listeners(&events, &ending, answer))?;
+        let flags = Flags::default();
+        let machine = make(&spec, image, frame, &listeners(&events, &flags, answer))?;
         Ok(Self {
             spec,
             machine,
             door,
             events,
             received,
-            ending,
+            flags,
             begun,
         })
     }
@@ -235,7 +235,7 @@ impl Made {
             door,
             events,
             received,
-            ending,
+            flags,
             begun,
         } = self;
         let lifecycle = Arc::new(Lifecycle::new());
@@ -285,7 +285,8 @@ impl Made {
                 waiting: None,
                 rounds: 0,
                 runs: None,
-                ending,
+                ending: flags.ending,
+                parked: flags.parked,
             },
             shutdown,
             server,
@@ -337,8 +338,18 @@ fn make(
     }
 }
 
-/// Has what the guest does end up in the controller's queue, and known before it is read from there.
-fn listeners(events: &Sender<Event>, ending: &Arc<AtomicBool>, answer: &Arc<Answer>) -> Listeners {
+/// What is known before it is read from the controller's queue.
+#[derive(Default)]
+struct Flags {
+    /// The guest has ended itself.
+    ending: Arc<AtomicBool>,
+    /// It is in the queue that a vCPU has parked, and need not be there twice.
+    parked: Arc<AtomicBool>,
+}
+
+/// Has what the guest does end up in the controller's queue.
+fn listeners(events: &Sender<Event>, flags: &Flags, answer: &Arc<Answer>) -> Listeners {
+    let Flags { ending, parked } = flags;
     let tell = |events: &Sender<Event>, ending: &AtomicBool, event| {
         ending.store(true, Ordering::SeqCst);
         // The controller has ended, and so will the guest.
@@ -346,14 +357,16 @@ fn listeners(events: &Sender<Event>, ending: &Arc<AtomicBool>, answer: &Arc<Answ
     };
     let (guest, vcpus) = (events.clone(), events.clone());
     let (memory, answer) = (events.clone(), Arc::clone(answer));
-    let parked = events.clone();
+    let (parked, told) = (events.clone(), Arc::clone(parked));
     let (by_guest, by_vcpus) = (Arc::clone(ending), Arc::clone(ending));
     Listeners {
         requests: Arc::new(move |request| tell(&guest, &by_guest, Event::Guest(request))),
         end: Arc::new(move |id, end| tell(&vcpus, &by_vcpus, Event::Vcpu(id, end))),
         parked: Arc::new(move || {
-            // As above.
-            let _ = parked.send(Event::Parked);
+            if !told.swap(true, Ordering::SeqCst) {
+                // As above.
+                let _ = parked.send(Event::Parked);
+            }
         }),
         lost: Arc::new(move |lost: &Lost| {
             // The thread that starts the machine may wait for this page, and nothing else can end that.

@@ -20,8 +20,6 @@ pub(crate) struct Runs {
     pub(crate) reply: Reply<RunsReport>,
     /// The run that the guest is in.
     pub(crate) number: NonZeroU32,
-    /// How many there are after it.
-    left: u32,
     done: u32,
     begun: Instant,
     /// When the run began.
@@ -39,44 +37,45 @@ pub(crate) enum Next {
     Over,
 }
 
+/// Whether there are numbers for all runs.
+pub(crate) fn check(request: &RunsRequest) -> Result<(), Error> {
+    let last = request.first.checked_add(request.runs.get() - 1);
+    last.map(drop).ok_or(Error::RunNumber)
+}
+
 impl Runs {
-    /// Of which the first is to begin.
-    pub(crate) fn new(
-        request: RunsRequest,
-        reply: Reply<RunsReport>,
-    ) -> Result<Self, (Error, Reply<RunsReport>)> {
-        let left = request.runs.get() - 1;
-        if request.first.checked_add(left).is_none() {
-            return Err((Error::RunNumber, reply));
-        }
+    /// Of which the first is to begin. For the request there was a [`check`].
+    pub(crate) fn new(request: RunsRequest, reply: Reply<RunsReport>) -> Self {
         let now = Instant::now();
-        Ok(Self {
+        Self {
             number: request.first,
             request,
             reply,
-            left,
             done: 0,
             begun: now,
             since: now,
             dirty_pages: 0,
             reset_us: 0,
-        })
+        }
     }
 
-    /// Counts the run that the guest is in as one of result zero.
-    pub(crate) fn next(&mut self) -> Next {
+    /// What comes if the run that the guest is in is one of result zero.
+    pub(crate) fn next(&self) -> Next {
+        match self.number.checked_add(1) {
+            Some(number) if self.done < self.request.runs.get() - 1 => Next::Run(number),
+            _ => Next::Over,
+        }
+    }
+
+    /// Counts the run that the guest was in, once the machine was reset as `report` says.
+    pub(crate) fn count(&mut self, report: ResetReport) {
         self.done += 1;
-        let next = self.left.checked_sub(1).zip(self.number.checked_add(1));
-        next.map_or(Next::Over, |(left, number)| {
-            self.left = left;
-            Next::Run(number)
-        })
-    }
-
-    /// Has begun the run `number`, or was over, once the machine was reset as `report` says.
-    pub(crate) fn undone(&mut self, number: NonZeroU32, report: ResetReport) {
         self.dirty_pages += report.dirty_pages;
         self.reset_us += report.total_us;
+    }
+
+    /// The guest has been let go, in the run `number`.
+    pub(crate) fn begin(&mut self, number: NonZeroU32) {
         self.number = number;
         self.since = Instant::now();
     }
@@ -128,18 +127,18 @@ mod tests {
 
     type Answer = Receiver<Result<RunsReport, Failure>>;
 
-    fn runs(runs: u32, first: u32) -> (Result<Runs, Error>, Answer) {
-        let (reply, answer) = oneshot::channel();
-        let request = RunsRequest {
+    fn request(runs: u32, first: u32) -> RunsRequest {
+        RunsRequest {
             runs: NonZeroU32::new(runs).unwrap(),
             first: NonZeroU32::new(first).unwrap(),
             run_limit_ms: None,
             clock: GuestClock::StandStill,
-        };
-        (
-            Runs::new(request, reply).map_err(|(error, _)| error),
-            answer,
-        )
+        }
+    }
+
+    fn runs(runs: u32, first: u32) -> (Runs, Answer) {
+        let (reply, answer) = oneshot::channel();
+        (Runs::new(request(runs, first), reply), answer)
     }
 
     const UNDONE: ResetReport = ResetReport {
@@ -149,15 +148,15 @@ mod tests {
 
     #[test]
     fn so_many_runs_follow_each_other_and_no_more() {
-        let (runs, _answer) = runs(3, 7);
-        let mut runs = runs.unwrap();
+        let (mut runs, _answer) = runs(3, 7);
         for number in [8, 9] {
             let number = NonZeroU32::new(number).unwrap();
             assert_eq!(runs.next(), Next::Run(number));
-            runs.undone(number, UNDONE);
+            runs.count(UNDONE);
+            runs.begin(number);
         }
         assert_eq!(runs.next(), Next::Over);
-        runs.undone(runs.number, UNDONE);
+        runs.count(UNDONE);
         let report = runs.report(RunsEnd::AllDone, Some(0));
         assert_eq!((report.done, report.last.get()), (3, 9));
         assert_eq!((report.dirty_pages, report.reset_us), (192, 300));
@@ -165,15 +164,17 @@ mod tests {
 
     #[test]
     fn runs_whose_numbers_would_wrap_are_refused() {
-        assert!(matches!(runs(2, u32::MAX).0, Err(Error::RunNumber)));
-        let (last, _answer) = runs(1, u32::MAX);
-        assert_eq!(last.unwrap().next(), Next::Over);
+        assert!(matches!(
+            check(&request(2, u32::MAX)),
+            Err(Error::RunNumber)
+        ));
+        check(&request(1, u32::MAX)).unwrap();
+        assert_eq!(runs(1, u32::MAX).0.next(), Next::Over);
     }
 
     #[test]
     fn they_end_at_the_limit_and_when_nobody_waits() {
-        let (runs, answer) = runs(2, 1);
-        let mut runs = runs.unwrap();
+        let (mut runs, answer) = runs(2, 1);
         assert_eq!((runs.look(), runs.patience()), (None, INTERVAL));
         runs.request.run_limit_ms = std::num::NonZeroU64::new(60_000);
         assert_eq!((runs.look(), runs.patience()), (None, INTERVAL));

@@ -19,6 +19,7 @@ use crate::{
     lifecycle::{self, Lifecycle, Refused},
     machine::Counters,
     metrics::{arriving_metrics, saving_metrics},
+    runs,
 };
 
 /// What every connection's requests are answered from.
@@ -79,6 +80,8 @@ impl Vmm for Service {
     }
 
     async fn runs(self, _: Context, request: RunsRequest) -> Result<RunsReport, Failure> {
+        // First, for what is refused changes nothing.
+        runs::check(&request)?;
         // Whether it runs now or not.
         self.admit(lifecycle::Event::Resume)?;
         self.ask(|reply| Request::Runs(request, reply)).await

@@ -275,7 +275,10 @@ impl VcpuThread {
         // Before anybody hears of it who would tell it something without a kick.
         self.parked.store(true, Ordering::SeqCst);
         (self.on_parked)();
-        match self.orders.recv() {
+        let order = self.orders.recv();
+        // Who lets it run has said so too, but perhaps before this one parked. Before it answers, so that the next order takes a kick.
+        self.parked.store(false, Ordering::SeqCst);
+        match order {
             Ok(order) => self.obey(vcpu, State::Held, order),
             Err(_) => State::Ended,
         }

@@ -178,9 +178,10 @@ impl Vcpus {
         Ok(states)
     }
 
-    /// Holds all of them, and leaves their clocks alone: they are to be reset, and to go on at once if `goes_on`.
-    pub(crate) fn stop(&mut self, goes_on: bool) -> Result<(), Error> {
-        self.awake = goes_on && awake::pays(self.vcpus.len());
+    /// Holds all of them, and leaves their clocks alone: they are to be reset. If `awake`, what comes next comes at once, and is waited for
+    /// without sleeping if that pays.
+    pub(crate) fn stop(&mut self, awake: bool) -> Result<(), Error> {
+        self.awake = awake && awake::pays(self.vcpus.len());
         if !self.held && !self.vcpus.iter().all(Handle::is_parked) {
             let awake = self.awake;
             self.tell(|| Command::Stop { awake });

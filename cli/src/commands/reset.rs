@@ -91,6 +91,9 @@ fn said(pid: u32, runs: &Runs) -> String {
         }
         (RunsEnd::Result, None) => format!("run {last} had a result; machine {pid} is held there"),
         (RunsEnd::Limit, _) => format!("run {last} took too long; machine {pid} is held there"),
+        (RunsEnd::Interrupted, Some(result)) if *result != 0 => format!(
+            "run {last} had result {result} as it was interrupted by another request for machine {pid}"
+        ),
         (RunsEnd::Interrupted, _) => {
             format!("run {last} was interrupted by another request for machine {pid}")
         }

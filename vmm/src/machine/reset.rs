@@ -74,7 +74,7 @@ impl Baseline {
 
 /// How a machine goes on that is reset.
 #[derive(Clone, Copy, Debug)]
-struct GoesOn {
+struct Onward {
     /// What its clocks have done since it was saved.
     clock: GuestClock,
     /// The run that it is in.
@@ -89,8 +89,8 @@ impl Machine {
         clock: GuestClock,
         ending: &AtomicBool,
     ) -> Result<ResetReport, Error> {
-        let goes_on = GoesOn { clock, run: None };
-        self.reset_and(self.is_running().then_some(goes_on), ending)
+        let onward = Onward { clock, run: None };
+        self.reset_and(self.is_running().then_some(onward), ending)
     }
 
     /// As [`Machine::reset`], but that it goes on, whether it ran or not, in the run of this number.
@@ -101,7 +101,7 @@ impl Machine {
         ending: &AtomicBool,
     ) -> Result<ResetReport, Error> {
         let run = Some(number);
-        self.reset_and(Some(GoesOn { clock, run }), ending)
+        self.reset_and(Some(Onward { clock, run }), ending)
     }
 
     /// As [`Machine::reset`], but that it is held, whether it ran or not.
@@ -111,7 +111,7 @@ impl Machine {
 
     fn reset_and(
         &mut self,
-        goes_on: Option<GoesOn>,
+        onward: Option<Onward>,
         ending: &AtomicBool,
     ) -> Result<ResetReport, Error> {
         let begun = Instant::now();
@@ -122,29 +122,22 @@ impl Machine {
         if ending.load(Ordering::SeqCst) {
             return Err(Error::GuestEnds);
         }
-        let gone_back = self
-            .go_back(goes_on.is_some_and(|how| how.run.is_none()))
-            .and_then(|memory| {
-                if let Some(GoesOn { clock, run }) = goes_on
-                    && !ending.load(Ordering::SeqCst)
-                {
-                    match run {
-                        None => self.run_after(LEAD, clock, Vcpus::run)?,
-                        Some(number) => {
-                            self.counters.devices.run.begin(number);
-                            self.run_after(LEAD, clock, |vcpus, start| {
-                                vcpus.go(start);
-                                Ok(())
-                            })?;
-                        }
-                    }
-                }
-                Ok(memory)
-            });
+        // In runs, threads that wait awake would take the CPUs that the others wake up on.
+        let awake = onward.is_some_and(|how| how.run.is_none());
+        let gone_back = self.go_back(awake).and_then(|memory| {
+            match onward {
+                // One that has ended meanwhile goes nowhere.
+                Some(_) if ending.load(Ordering::SeqCst) => return Ok(None),
+                Some(onward) => self.go_onward(onward)?,
+                None => {}
+            }
+            Ok(Some(memory))
+        });
         let memory = gone_back.map_err(|error| {
             self.lost = true;
             Error::ResetFailed(Box::new(error))
         })?;
+        let memory = memory.ok_or(Error::GuestEnds)?;
         let took = begun.elapsed().as_micros() as u64;
         let counts = &self.counters.machine;
         counts.resets.add(1);
@@ -155,8 +148,19 @@ impl Machine {
         })
     }
 
-    /// Stops it, if it runs, and undoes what it has done. If `goes_on`, it is to run at once.
-    fn go_back(&mut self, goes_on: bool) -> Result<BroughtBack, Error> {
+    fn go_onward(&mut self, Onward { clock, run }: Onward) -> Result<(), Error> {
+        let Some(number) = run else {
+            return self.run_after(LEAD, clock, Vcpus::run);
+        };
+        self.counters.devices.run.begin(number);
+        self.run_after(LEAD, clock, |vcpus, start| {
+            vcpus.go(start);
+            Ok(())
+        })
+    }
+
+    /// Stops it, if it runs, and undoes what it has done. If `awake`, it is told to run at once, and its threads wait for that without sleeping.
+    fn go_back(&mut self, awake: bool) -> Result<BroughtBack, Error> {
         // Before the vCPUs, unlike in a hold: what they still ask of a device is undone with the rest.
         if self.quiesced.is_none() {
             self.quiesced = self.event_loop.halt();
@@ -180,7 +184,7 @@ impl Machine {
         else {
             return Err(Error::NothingToGoBackTo);
         };
-        vcpus.stop(goes_on)?;
+        vcpus.stop(awake)?;
         if quiesced.is_none() {
             *quiesced = Some(event_loop.quiesce(BOUNDS.devices)?);
         }
