@@ -1,17 +1,16 @@
 //! From a request to what a VMM is told. Nothing is started here.
 
+mod fork;
+mod runs;
 mod saving;
 
-use std::{
-    num::{NonZeroU32, NonZeroU64},
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-use api_types::{CreateRequest, ErrorCode, ForkRequest, Net};
+use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
     BalloonConfig, CpuModel, DiskConfig, DiskFormat, DiskLimits, GuestClock, MacAddress,
-    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, RunsRequest,
-    Source, UseWorkingSet, VsockChange, of_their_own,
+    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source,
+    UseWorkingSet,
 };
 
 use crate::{
@@ -20,6 +19,8 @@ use crate::{
     tree::{PathError, Tree},
 };
 
+pub(crate) use fork::{Fork, Forked, fork};
+pub(crate) use runs::runs;
 pub(crate) use saving::{send, snapshot};
 
 /// The least memory a machine may have, in MiB.
@@ -76,67 +77,6 @@ pub(crate) fn create(
         working_set: use_working_set(request.working_set),
         net_changes,
         notes: notes(request),
-    })
-}
-
-/// What a `POST /fork` comes to.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Fork {
-    pub(crate) of: Forked,
-    pub(crate) count: u32,
-    pub(crate) clock: GuestClock,
-    /// What the network devices are attached to, with what stands for a fork's number.
-    pub(crate) net_changes: Vec<NetChange>,
-}
-
-/// What is forked.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Forked {
-    /// The machine whose VMM has this process id.
-    Machine(u32),
-    /// A saved one.
-    Saved(Source),
-}
-
-pub(crate) fn fork(
-    config: &ServerConfig,
-    tree: &Tree,
-    request: &ForkRequest,
-) -> Result<Fork, ApiError> {
-    let ForkRequest {
-        pid,
-        cpu_snapshot_path,
-        memory_snapshot_path,
-        count,
-        nets,
-        clock,
-    } = request;
-    let saved = cpu_snapshot_path.is_some() || memory_snapshot_path.is_some();
-    let of = match pid {
-        Some(_) if saved => {
-            return Err(ApiError::new(
-                ErrorCode::BadRequest,
-                "pid and the two paths both say what is forked; leave one out",
-            ));
-        }
-        Some(pid) => Forked::Machine(*pid),
-        None => Forked::Saved(saved_files(
-            config,
-            tree,
-            cpu_snapshot_path,
-            memory_snapshot_path,
-        )?),
-    };
-    let count = count.unwrap_or(1);
-    within("count", count.into(), 1, config.limits.vms as u64)?;
-    let net_changes: Vec<_> = attached(nets)?.into_iter().map(net_change).collect();
-    of_their_own(&net_changes, &VsockChange::default(), count)
-        .map_err(|not| ApiError::new(ErrorCode::BadRequest, not.to_string()))?;
-    Ok(Fork {
-        of,
-        count,
-        clock: guest_clock(*clock),
-        net_changes,
     })
 }
 
@@ -337,27 +277,6 @@ pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
         api_types::GuestClock::StandStill => GuestClock::StandStill,
         api_types::GuestClock::Follow => GuestClock::Follow,
     }
-}
-
-pub(crate) fn runs(request: api_types::RunsRequest) -> Result<RunsRequest, ApiError> {
-    let none = |field| {
-        let message = format!("{field} cannot be 0; leave it out, or say at least 1");
-        ApiError::new(ErrorCode::BadRequest, message)
-    };
-    let api_types::RunsRequest {
-        runs,
-        first,
-        run_limit_ms,
-        clock,
-    } = request;
-    let limit =
-        run_limit_ms.map(|limit| NonZeroU64::new(limit).ok_or_else(|| none("run_limit_ms")));
-    Ok(RunsRequest {
-        runs: NonZeroU32::new(runs).ok_or_else(|| none("runs"))?,
-        first: NonZeroU32::new(first.unwrap_or(1)).ok_or_else(|| none("first"))?,
-        run_limit_ms: limit.transpose()?,
-        clock: guest_clock(clock),
-    })
 }
 
 fn input(tree: &Tree, field: &'static str, path: &Option<String>) -> Result<PathBuf, PathError> {
