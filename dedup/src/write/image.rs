@@ -13,7 +13,7 @@ use super::Writer;
 use super::file::data_extents;
 use super::parent::Parent;
 use super::session::{BlockAt, Session};
-use super::worker::{Block, EncodedBlock, Placed, Read, Source, Worker, packs_of};
+use super::worker::{Block, EncodedBlock, Read, Source, Worker, packs_of};
 use crate::error::{Error, Result};
 use crate::recipe::{BLOCK_CHUNKS, Place};
 use crate::snapshot::ImageDraft;
@@ -47,20 +47,6 @@ enum Work<'a> {
         chunks: u64,
     },
     Keep,
-}
-
-/// Chunks that a thread takes at a time. At an image's end the others wait for whoever took the last, and a whole block, if all of it is
-/// to be compressed, takes longer than it has to.
-const PART_CHUNKS: usize = BLOCK_CHUNKS / 4;
-
-impl Work<'_> {
-    /// In how many parts different threads may do it. What a parent has is decoded by blocks, and so is left in one.
-    fn parts(&self, part_bytes: usize, has_parent: bool) -> usize {
-        match self {
-            Work::Encode { source, .. } if !has_parent => source.len().div_ceil(part_bytes).max(1),
-            _ => 1,
-        }
-    }
 }
 
 /// What became of an image.
@@ -371,55 +357,28 @@ impl<'w> ImageWriter<'w> {
     fn encode(&mut self, works: &[Work<'_>]) -> Result<()> {
         let first_block = self.image.blocks.len();
         let (writer, parent) = (&*self.writer, self.parent.as_ref());
-        let part_bytes = PART_CHUNKS * self.chunk_size;
-        let parts_of = |work: &Work<'_>| work.parts(part_bytes, parent.is_some());
-        let parts: Vec<(usize, usize)> = (works.iter().enumerate())
-            .flat_map(|(at, work)| (0..parts_of(work)).map(move |part| (at, part)))
-            .collect();
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
-        let placed: Vec<Mutex<Vec<(usize, Placed)>>> =
-            works.iter().map(|_| Mutex::default()).collect();
         let done: Mutex<Vec<(usize, EncodedBlock)>> = Mutex::new(Vec::with_capacity(works.len()));
-        let encode_part = |worker: &mut Worker, (at, part): (usize, usize)| {
-            let at_block = BlockAt {
-                image: writer.images.len() as u32,
-                block: (first_block + at) as u64,
-            };
-            let (work, session) = (&works[at], &writer.session);
-            let (Work::Encode { source, kept }, count @ 2..) = (work, parts_of(work)) else {
-                return encode_one(worker, session, parent, at_block, work).map(Some);
-            };
-            debug_assert!(kept.is_none_or(|kept| !kept.contains(&true)));
-            let from = part * part_bytes;
-            let len = part_bytes.min(source.len() - from);
-            let block = Block {
-                at: at_block,
-                source: source.part(from, len),
-                kept: None,
-                parent: None,
-            };
-            let mine = worker.place_all(session, &block)?;
-            let all = {
-                let mut all = placed[at].lock().unwrap_or_else(PoisonError::into_inner);
-                all.push((part, mine));
-                if all.len() < count {
-                    return Ok(None);
-                }
-                std::mem::take(&mut *all)
-            };
-            let whole = Placed::joined(all);
-            worker.finish(session, at_block, &whole).map(Some)
-        };
         let work_on = || -> Result<()> {
             let mut worker = writer.take_worker()?;
             let mut mine = Vec::new();
-            while let Some(&part) = parts.get(next.fetch_add(1, Ordering::Relaxed))
-                && !failed.load(Ordering::Relaxed)
-            {
-                let encoded = encode_part(&mut worker, part);
-                let encoded = encoded.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
-                mine.extend(encoded.map(|encoded| (part.0, encoded)));
+            while let Some((at, work)) = {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                works
+                    .get(at)
+                    .filter(|_| !failed.load(Ordering::Relaxed))
+                    .map(|work| (at, work))
+            } {
+                let at_block = BlockAt {
+                    image: writer.images.len() as u32,
+                    block: (first_block + at) as u64,
+                };
+                let encoded = encode_one(&mut worker, &writer.session, parent, at_block, work);
+                mine.push((
+                    at,
+                    encoded.inspect_err(|_| failed.store(true, Ordering::Relaxed))?,
+                ));
             }
             writer.return_worker(worker);
             done.lock()
@@ -427,7 +386,7 @@ impl<'w> ImageWriter<'w> {
                 .append(&mut mine);
             Ok(())
         };
-        let threads = self.writer.session.shared.threads.min(parts.len());
+        let threads = self.writer.session.shared.threads.min(works.len());
         if let Err(error) = crate::threads::on(threads, work_on) {
             self.writer.failed = true;
             return Err(error);

@@ -75,24 +75,6 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// A part of it.
-    pub(super) fn part(&self, at: usize, len: usize) -> Self {
-        match *self {
-            Source::Bytes(bytes) => Source::Bytes(&bytes[at..at + len]),
-            Source::Read {
-                read,
-                extents,
-                at: start,
-                ..
-            } => Source::Read {
-                read,
-                extents,
-                at: start + at as u64,
-                len,
-            },
-        }
-    }
-
     /// Some of the bytes, in `buffer` if they have to be read; `None` in a hole.
     fn read<'b>(&self, at: usize, len: usize, buffer: &'b mut Vec<u8>) -> Result<Option<&'b [u8]>>
     where
@@ -119,24 +101,10 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Where the chunks of a block are, or of a part of it.
-#[derive(Default)]
-pub(super) struct Placed {
+/// What is known so far of a block that is being encoded.
+struct BlockWork {
     places: Vec<Place>,
     new_chunks: u64,
-}
-
-impl Placed {
-    /// All parts of a block as one, from parts with their numbers.
-    pub(super) fn joined(mut parts: Vec<(usize, Self)>) -> Self {
-        parts.sort_unstable_by_key(|(number, _)| *number);
-        let mut whole = Placed::default();
-        for (_, mut part) in parts {
-            whole.places.append(&mut part.places);
-            whole.new_chunks += part.new_chunks;
-        }
-        whole
-    }
 }
 
 /// A block to encode.
@@ -168,17 +136,11 @@ impl Worker {
 
     /// Finds or stores the chunks of a block.
     pub(super) fn encode(&mut self, session: &Session, block: &Block<'_>) -> Result<EncodedBlock> {
-        let placed = self.place_all(session, block)?;
-        self.finish(session, block.at, &placed)
-    }
-
-    /// Finds or stores the chunks of a block, or of a part of one.
-    pub(super) fn place_all(&mut self, session: &Session, block: &Block<'_>) -> Result<Placed> {
         let chunk_size = session.shared.config.chunk_size as usize;
         let group_bytes = GROUP_BYTES.max(chunk_size);
         let count = block.source.len().div_ceil(chunk_size);
         debug_assert!(count <= BLOCK_CHUNKS);
-        let mut placed = Placed {
+        let mut work = BlockWork {
             places: vec![Place::ZERO; count],
             new_chunks: 0,
         };
@@ -190,49 +152,39 @@ impl Worker {
             };
             let (whole, short) = bytes.split_at(len / chunk_size * chunk_size);
             let first = at / chunk_size;
-            self.place_group(session, block, first, whole, &mut placed)?;
+            self.encode_group(session, block, first, whole, &mut work)?;
             if !short.is_empty() {
                 // The last chunk of an image is filled up with zeros.
                 let mut filled_up = short.to_vec();
                 filled_up.resize(chunk_size, 0);
                 let last = first + whole.len() / chunk_size;
-                self.place_group(session, block, last, &filled_up, &mut placed)?;
+                self.encode_group(session, block, last, &filled_up, &mut work)?;
             }
         }
         self.buffer = buffer;
-        Ok(placed)
-    }
-
-    /// The stored form of a block whose chunks all have their places.
-    pub(super) fn finish(
-        &mut self,
-        session: &Session,
-        at: BlockAt,
-        placed: &Placed,
-    ) -> Result<EncodedBlock> {
-        let Placed { places, new_chunks } = placed;
+        let BlockWork { places, new_chunks } = work;
         Ok(EncodedBlock {
-            packs: packs_of(places, session.shared.config.pack_slots()),
+            packs: packs_of(&places, session.shared.config.pack_slots()),
             zero_chunks: places.iter().filter(|place| place.is_zero()).count() as u64,
-            new_chunks: *new_chunks,
-            stored: session.seal_block(at, self.coder.encode(places)?)?,
+            new_chunks,
+            stored: session.seal_block(block.at, self.coder.encode(&places)?)?,
         })
     }
 
     /// Finds or stores some chunks of a block, the first of which is the block's chunk `first`.
-    fn place_group(
+    fn encode_group(
         &mut self,
         session: &Session,
         block: &Block<'_>,
         first: usize,
         bytes: &[u8],
-        placed: &mut Placed,
+        work: &mut BlockWork,
     ) -> Result<()> {
         let chunk_size = session.shared.config.chunk_size as usize;
         let (mut numbers, mut chunks, mut ids) = (Vec::new(), Vec::new(), Vec::new());
         for (number, chunk) in (first..).zip(bytes.chunks_exact(chunk_size)) {
             if block.kept.is_some_and(|kept| kept[number]) {
-                placed.places[number] = block.parent.map_or(Place::ZERO, |parent| parent[number]);
+                work.places[number] = block.parent.map_or(Place::ZERO, |parent| parent[number]);
             } else if !is_zero(chunk) {
                 numbers.push(number);
                 chunks.push(chunk);
@@ -243,8 +195,8 @@ impl Worker {
         for ((&number, &chunk), &id) in numbers.iter().zip(&chunks).zip(&ids) {
             let guess = block.parent.and_then(|parent| parent.get(number).copied());
             let (place, new) = self.place(session, &view, id, chunk, guess)?;
-            placed.places[number] = place;
-            placed.new_chunks += u64::from(new);
+            work.places[number] = place;
+            work.new_chunks += u64::from(new);
         }
         Ok(())
     }
@@ -380,26 +332,4 @@ pub(super) fn packs_of(places: &[Place], pack_slots: u32) -> Vec<u32> {
     packs.sort_unstable();
     packs.dedup();
     packs
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parts_are_joined_by_their_numbers() {
-        let part = |number: usize| {
-            let place = Place::new(1, number as u32, 100);
-            let placed = Placed {
-                places: vec![place; 2],
-                new_chunks: number as u64,
-            };
-            (number, placed)
-        };
-        let whole = Placed::joined([2, 0, 3, 1].map(part).into());
-        let slots = whole.places.iter().map(|place| place.get(100));
-        let expected = [0, 0, 1, 1, 2, 2, 3, 3].map(|slot| Some((1, slot)));
-        assert_eq!(slots.collect::<Vec<_>>(), expected);
-        assert_eq!(whole.new_chunks, 6);
-    }
 }
