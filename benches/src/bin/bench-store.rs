@@ -28,7 +28,7 @@ const CHUNK_BYTES: [u32; 12] = [
 const COURSE_CHUNK_BYTES: [u32; 7] = [512, 1024, 4096, 16384, 65536, 262_144, 1_048_576];
 
 /// A level at which a few snapshots of a small guest still take little, in less time.
-const QUICK: (i32, &str) = (-3, "zstd -3, 4 KiB");
+const QUICK: (i32, &str) = (-1, "zstd -1, 4 KiB");
 
 #[derive(Parser)]
 #[command(about = "Saves and loads images of guests, with fermata's store and with others")]

@@ -114,11 +114,12 @@ pub(crate) fn rebuild(shared: &Shared) -> Result<()> {
             slot,
         }));
         if entries.len() >= REBUILD_ENTRIES {
-            segment::write(backend, config, std::mem::take(&mut entries))?;
+            segment::write(backend, config, &entries)?;
+            entries.clear();
         }
     }
     if !entries.is_empty() {
-        segment::write(backend, config, entries)?;
+        segment::write(backend, config, &entries)?;
     }
     old.iter().try_for_each(|file| remove(backend, &file.name))
 }

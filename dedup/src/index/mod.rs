@@ -90,7 +90,7 @@ impl Index {
         entries: Vec<Entry>,
     ) -> Result<()> {
         if !entries.is_empty() {
-            segment::write(backend, config, entries)?;
+            segment::write(backend, config, &entries)?;
             self.refresh(backend, config)?;
         }
         self.merge_like_sizes(backend, config)

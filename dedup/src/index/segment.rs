@@ -235,16 +235,28 @@ impl SegmentWriter {
 
     /// Adds an entry. Its key is not less than the one before.
     pub(crate) fn push(&mut self, key: u64, hint: Hint) -> Result<()> {
+        let pack = self.number_of(hint.pack);
+        self.put(key, self.value(pack, hint.slot))
+    }
+
+    /// The segment's number for a pack.
+    fn number_of(&mut self, pack: FileId) -> u32 {
+        let next = self.packs.len() as u32;
+        *self.pack_numbers.entry(pack).or_insert_with(|| {
+            self.packs.push(pack);
+            next
+        })
+    }
+
+    fn value(&self, pack: u32, slot: u32) -> u64 {
+        u64::from(pack) * u64::from(self.pack_slots) + u64::from(slot)
+    }
+
+    fn put(&mut self, key: u64, value: u64) -> Result<()> {
         let bucket = bucket_of(key, self.buckets);
         while self.written < bucket {
             self.end_bucket()?;
         }
-        let next = self.packs.len() as u32;
-        let pack = *self.pack_numbers.entry(hint.pack).or_insert_with(|| {
-            self.packs.push(hint.pack);
-            next
-        });
-        let value = u64::from(pack) * u64::from(self.pack_slots) + u64::from(hint.slot);
         if value < VALUE_LIMIT && self.pending.last() != Some(&(key, value)) {
             self.pending.push((key, value));
         }
@@ -299,17 +311,18 @@ impl SegmentWriter {
 }
 
 /// Writes a segment of these entries.
-pub(super) fn write(backend: &dyn Backend, config: &Config, mut entries: Vec<Entry>) -> Result<()> {
-    entries.sort_unstable_by_key(|entry| (entry.id.prefix(), entry.slot));
+pub(super) fn write(backend: &dyn Backend, config: &Config, entries: &[Entry]) -> Result<()> {
     let mut writer = SegmentWriter::new(backend, config, entries.len() as u64)?;
-    for entry in entries {
-        writer.push(
-            entry.id.prefix(),
-            Hint {
-                pack: entry.pack,
-                slot: entry.slot,
-            },
-        )?;
+    // Whoever saves waits for this. So what is sorted is small, and packs, which come one after the other, are looked up once.
+    let mut sorted = Vec::with_capacity(entries.len());
+    for of_pack in entries.chunk_by(|one, next| one.pack == next.pack) {
+        let pack = writer.number_of(of_pack[0].pack);
+        let values = of_pack.iter();
+        sorted.extend(values.map(|entry| (entry.id.prefix(), writer.value(pack, entry.slot))));
+    }
+    sorted.sort_unstable_by_key(|(key, _)| *key);
+    for (key, value) in sorted {
+        writer.put(key, value)?;
     }
     writer.publish()
 }
