@@ -344,6 +344,22 @@ fn statistics_come_when_they_are_asked_for() {
 }
 
 #[test]
+fn statistics_that_a_driver_offers_before_it_has_begun_are_read_then() {
+    let host = Host::new();
+    let mut balloons = host.balloon(options());
+    let driver = Driver::prepare(&mut balloons.device, host.memory.guest(), ALL);
+    let mut statistics = driver.of_queue(STATISTICS as u32);
+    statistics.offer(&[Part::Out(&entries(&[(4, 500)]))]);
+    statistics.notify(&mut balloons.device);
+    assert_eq!(balloons.control.status().statistics, None);
+    start(&mut balloons.device);
+    serve_all(&balloons.device);
+    let (_, known) = balloons.control.status().statistics.unwrap();
+    assert_eq!(known, [("free_bytes", 500)]);
+    assert_eq!(statistics.used(), 0);
+}
+
+#[test]
 fn statistics_come_every_so_often() {
     let host = Host::new();
     let (mut balloons, driver) = host.started();
