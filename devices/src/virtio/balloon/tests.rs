@@ -352,7 +352,10 @@ fn statistics_that_a_driver_offers_before_it_has_begun_are_read_then() {
     statistics.offer(&[Part::Out(&entries(&[(4, 500)]))]);
     statistics.notify(&mut balloons.device);
     assert_eq!(balloons.control.status().statistics, None);
+    let is_to_look = || take(&balloons.control.driver_begun);
+    assert!(!is_to_look());
     start(&mut balloons.device);
+    assert!(is_to_look());
     serve_all(&balloons.device);
     let (_, known) = balloons.control.status().statistics.unwrap();
     assert_eq!(known, [("free_bytes", 500)]);
