@@ -13,8 +13,8 @@ use std::sync::{
 use std::time::{Duration, Instant};
 
 use hypervisor::{
-    BootRegisters, ClockPlan, CpuTemplate, CpuidChange, Error, GuestCpuid, HostTsc, IoHandler,
-    MsrChange, Ran, Register, Vcpu, VcpuState, Vm, VmState, install_kick_handler,
+    BootRegisters, BoundVcpu, ClockPlan, CpuTemplate, CpuidChange, Error, GuestCpuid, HostTsc,
+    IoHandler, MsrChange, Ran, Register, Vcpu, VcpuState, Vm, VmState, install_kick_handler,
 };
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use saved_state::Section;
@@ -95,6 +95,22 @@ fn spinner() -> (MachineMemory, Vm, Vcpu) {
     (memory, vm, vcpu)
 }
 
+/// A vCPU that has counted to 1000, with its machine. The last `out` is answered but not finished.
+fn counted() -> (MachineMemory, Vm, BoundVcpu, Counted) {
+    install_kick_handler().unwrap();
+    let memory = memory_with(&COUNTER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    vcpu.boot(&boot_registers()).unwrap();
+    let io = Counted::default();
+    let mut vcpu = vcpu.bind();
+    while io.last.load(Ordering::SeqCst) < 1000 {
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+    }
+    (memory, vm, vcpu, io)
+}
+
 /// Encodes and decodes, as a state file would.
 fn through_bytes(vm: &VmState, vcpu: &VcpuState) -> (VmState, VcpuState) {
     let vm = Section::encode(0, vm).unwrap().decode().unwrap();
@@ -107,18 +123,8 @@ fn a_saved_vcpu_counts_on_in_another_machine() {
     if no_kvm() {
         return;
     }
-    let memory = memory_with(&COUNTER);
-    let vm = Vm::new(&memory, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    vcpu.initialise(vm.cpuid()).unwrap();
-    vcpu.boot(&boot_registers()).unwrap();
-    let io = Counted::default();
-    let mut vcpu = vcpu.bind();
-    install_kick_handler().unwrap();
-    while io.last.load(Ordering::SeqCst) < 1000 {
-        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
-    }
-    // The last `out` is answered but not finished: the kick finishes it without another one.
+    let (memory, vm, mut vcpu, io) = counted();
+    // The kick finishes the last `out` without another one.
     vcpu.kick().kick();
     assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
     let (vm_state, vcpu_state) =
@@ -154,21 +160,42 @@ fn a_saved_vcpu_counts_on_in_another_machine() {
 }
 
 #[test]
+fn a_vcpu_shows_what_was_saved_whatever_was_expected() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&COUNTER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    // Of one of two.
+    let another = GuestCpuid::of_host(2).unwrap();
+    let mut saver = vm.create_vcpu(0).unwrap();
+    saver.initialise(&another).unwrap();
+    saver.boot(&boot_registers()).unwrap();
+    let saved = saver.save(HostTsc::now()).unwrap();
+    for expected in [vm.cpuid(), &another] {
+        let other = Vm::new(&memory, 1).unwrap();
+        let mut vcpu = other.create_vcpu(0).unwrap();
+        vcpu.expect(expected).unwrap();
+        let differs = vcpu.save(HostTsc::now()).unwrap().cpuid != saved.cpuid;
+        assert_eq!(differs, std::ptr::eq(expected, vm.cpuid()));
+        vcpu.restore(&saved).unwrap();
+        assert_eq!(vcpu.save(HostTsc::now()).unwrap(), saved);
+        let start = ClockPlan::new(&vcpu).unwrap();
+        let start = start.start(Duration::ZERO, Duration::ZERO);
+        let mut vcpu = vcpu.bind();
+        vcpu.start_clock(start).unwrap();
+        let io = Counted::default();
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+        assert_eq!(*io.seen.lock().unwrap(), [1]);
+    }
+}
+
+#[test]
 fn a_vcpu_that_is_reset_is_what_it_was_whether_it_has_run_since_or_not() {
     if no_kvm() {
         return;
     }
-    install_kick_handler().unwrap();
-    let memory = memory_with(&COUNTER);
-    let vm = Vm::new(&memory, 1).unwrap();
-    let mut vcpu = vm.create_vcpu(0).unwrap();
-    vcpu.initialise(vm.cpuid()).unwrap();
-    vcpu.boot(&boot_registers()).unwrap();
-    let io = Counted::default();
-    let mut vcpu = vcpu.bind();
-    while io.last.load(Ordering::SeqCst) < 1000 {
-        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
-    }
+    let (memory, _vm, mut vcpu, io) = counted();
     // Its last access is finished, and it has not been in the guest.
     vcpu.come_back();
     assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);

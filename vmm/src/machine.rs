@@ -55,7 +55,8 @@ const BOUNDS: Bounds = Bounds {
 /// What the vCPUs have to get ready in, once the instant is appointed at which guest time goes on: a few wake-ups of a
 /// thread. Whoever is late has the guest see that time pass.
 const CLOCK_LEAD: Duration = Duration::from_micros(200);
-/// The same for each vCPU of a machine that was just made, whose threads have just begun.
+/// The same for each vCPU of a machine that goes on from when it was saved: its guest has seen no time of this process's yet, and who
+/// forks waits for it.
 const FIRST_LEAD: Duration = Duration::from_micros(50);
 
 /// As what a saved machine goes on.

@@ -268,8 +268,8 @@ unsafe extern "C" {
 
 /// Writes to 16 MiB of memory with each vCPU but the first, of which there are at most eight, looks whether anybody else has, and gives up
 /// to 16 MiB to its balloon with the first, in steps of 2 MiB, as the host wants, and 2 MiB more that it reports as free and uses again. Prints
-/// what [`Testimony`](super::Testimony) reads, with the rounds of who has done the fewest. It takes 16 MiB for each vCPU and 16 more, and
-/// writes to all of them but the first 8.
+/// what [`Testimony`](super::Testimony) reads, with the rounds of who has done the fewest. It takes 16 MiB for each vCPU and 16 more, of
+/// which all but the first 16 are written to.
 pub fn crew() -> Vec<u8> {
     let (start, end) = (&raw const guest_crew, &raw const guest_crew_end);
     // SAFETY: both labels are in one block of assembly above, in this order.
