@@ -3,7 +3,6 @@
 use std::{
     fs,
     path::Path,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -69,9 +68,7 @@ fn one_at_a_time(fermata: &Fermata, scratch: &Path) -> Result<Vec<Row>> {
         let (mut said, mut told) = (Vec::new(), Vec::new());
         for _ in 0..SINGLE {
             fermata.fill(&pool, image.shape());
-            let mut console = Console::create(scratch.join("fork0.console"))?;
-            let listener =
-                thread::spawn(move || console.wait_for_output().map(|()| Instant::now()));
+            let listener = Console::create(scratch.join("fork0.console"))?.listen();
             let begun = Instant::now();
             let forks = fermata.fork(&pool, &image, 1, scratch)?;
             told.push(ms(begun.elapsed()));

@@ -5,7 +5,7 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -68,6 +68,24 @@ pub struct EventLoop {
     thread: Option<JoinHandle<()>>,
 }
 
+/// The loop's thread, before it is known what it serves. If this is dropped instead, it ends.
+#[derive(Debug)]
+pub struct LoopThread {
+    work: SyncSender<Loop>,
+    thread: JoinHandle<()>,
+}
+
+/// What the thread does.
+struct Loop {
+    manager: EventManager<Subscriber>,
+    workers: Workers,
+    gate: Arc<Gate>,
+    stopping: Arc<AtomicBool>,
+    released: Receiver<()>,
+    /// Dropped when the thread ends, in whatever way: that is the signal.
+    _end: Sender<()>,
+}
+
 /// The loop stands still: nothing of the devices changes guest memory or themselves, and their locks
 /// are free. When it is dropped the loop goes on, and first looks at all queues.
 #[must_use = "the loop goes on when this is dropped"]
@@ -117,6 +135,19 @@ impl EventLoop {
         transports: &[Arc<Mutex<MmioTransport>>],
         input: Option<SerialInput>,
     ) -> Result<(Self, Quiesced), EventLoopError> {
+        Self::start_on(LoopThread::spawn()?, transports, input)
+    }
+
+    /// The same, on a thread that is there already.
+    ///
+    /// # Errors
+    ///
+    /// As above; [`EventLoopError::Ended`].
+    pub fn start_on(
+        thread: LoopThread,
+        transports: &[Arc<Mutex<MmioTransport>>],
+        input: Option<SerialInput>,
+    ) -> Result<(Self, Quiesced), EventLoopError> {
         let workers: Workers = transports
             .iter()
             .map(|transport| Arc::clone(lock(transport).worker()))
@@ -139,19 +170,16 @@ impl EventLoop {
         let stopping = Arc::new(AtomicBool::new(false));
         let (release, released) = mpsc::channel();
         let (end, ended) = mpsc::channel();
-        let thread = thread::Builder::new()
-            .name(THREAD_NAME.to_owned())
-            .spawn({
-                let (workers, stopping) = (Arc::clone(&workers), Arc::clone(&stopping));
-                let gate = Arc::clone(&gate);
-                move || {
-                    // Dropped when the thread ends, in whatever way: that is the signal.
-                    let _end: Sender<()> = end;
-                    stand_still(&released, &workers, &gate);
-                    run(&mut manager, &stopping);
-                }
-            })
-            .map_err(EventLoopError::Start)?;
+        let work = Loop {
+            manager,
+            workers: Arc::clone(&workers),
+            gate: Arc::clone(&gate),
+            stopping: Arc::clone(&stopping),
+            released,
+            _end: end,
+        };
+        let begun = thread.work.send(work);
+        begun.map_err(|_| EventLoopError::Ended)?;
         let event_loop = Self {
             endpoint,
             workers,
@@ -159,7 +187,7 @@ impl EventLoop {
             stopping,
             release: Mutex::new(Some(release.clone())),
             ended,
-            thread: Some(thread),
+            thread: Some(thread.thread),
         };
         Ok((event_loop, Quiesced(StandsStill::Waits(release))))
     }
@@ -259,11 +287,35 @@ impl fmt::Debug for EventLoop {
     }
 }
 
-fn run(manager: &mut EventManager<Subscriber>, stopping: &AtomicBool) {
-    while !stopping.load(Ordering::Acquire) {
-        if let Err(error) = manager.run() {
-            tracing::error!(%error, "the device event loop ends");
-            return;
+impl LoopThread {
+    /// Starts it.
+    ///
+    /// # Errors
+    ///
+    /// [`EventLoopError::Start`].
+    pub fn spawn() -> Result<Self, EventLoopError> {
+        let (work, received) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new()
+            .name(THREAD_NAME.to_owned())
+            .spawn(move || {
+                // Else there is nothing to serve.
+                if let Ok(work) = received.recv() {
+                    Loop::run(work);
+                }
+            })
+            .map_err(EventLoopError::Start)?;
+        Ok(Self { work, thread })
+    }
+}
+
+impl Loop {
+    fn run(mut self) {
+        stand_still(&self.released, &self.workers, &self.gate);
+        while !self.stopping.load(Ordering::Acquire) {
+            if let Err(error) = self.manager.run() {
+                tracing::error!(%error, "the device event loop ends");
+                return;
+            }
         }
     }
 }

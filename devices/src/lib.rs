@@ -26,7 +26,7 @@ pub mod virtio;
 pub use acpi_pm::{AcpiPm, SLEEP_TYPE_S5};
 pub use bus::{Bus, BusDevice, Overlap};
 pub use device::{Device, Error, GuestRequest, InterruptLine, OnGuestRequest};
-pub use event_loop::{EventLoop, EventLoopError, Quiesced, THREAD_NAME};
+pub use event_loop::{EventLoop, EventLoopError, LoopThread, Quiesced, THREAD_NAME};
 pub use i8042::I8042;
 pub use metrics::{Counter, Metrics};
 pub use rate_limit::{RateLimit, SavedRateLimit, StoppedClock};

@@ -101,6 +101,11 @@ impl Kick {
         }
     }
 
+    /// The id of the thread that it kicks.
+    pub fn thread(self) -> libc::pid_t {
+        self.thread
+    }
+
     /// Sends the kick. To a thread that has ended it does nothing.
     pub fn kick(self) {
         // SAFETY: getpid only returns a number.

@@ -6,11 +6,8 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::{
-    ClockStart, Error, GuestCpuid, HostTsc, MsrEntry, VcpuState,
-    clock::ClockOf,
-    error::Asked,
-    kick::{Bound, Kick},
-    msrs, sregs,
+    ClockStart, Error, GuestCpuid, HostTsc, MsrEntry, VcpuState, clock::ClockOf, error::Asked,
+    kick::Bound, msrs, sregs,
 };
 
 /// CR0: protection and paging.
@@ -211,11 +208,6 @@ impl Vcpu {
 }
 
 impl BoundVcpu {
-    /// The handle by which others kick it.
-    pub fn kick(&self) -> Kick {
-        Kick::this_thread()
-    }
-
     /// Runs the guest until it needs an answer, or is kicked.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use hypervisor::{
     BootRegisters, BoundVcpu, ClockPlan, CpuTemplate, CpuidChange, Error, GuestCpuid, HostTsc,
-    IoHandler, MsrChange, Ran, Register, Vcpu, VcpuState, Vm, VmState, install_kick_handler,
+    IoHandler, Kick, MsrChange, Ran, Register, Vcpu, VcpuState, Vm, VmState, install_kick_handler,
 };
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use saved_state::Section;
@@ -125,7 +125,7 @@ fn a_saved_vcpu_counts_on_in_another_machine() {
     }
     let (memory, vm, mut vcpu, io) = counted();
     // The kick finishes the last `out` without another one.
-    vcpu.kick().kick();
+    Kick::this_thread().kick();
     assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
     let (vm_state, vcpu_state) =
         through_bytes(&vm.save().unwrap(), &vcpu.save(HostTsc::now()).unwrap());
@@ -221,7 +221,7 @@ fn a_vcpu_that_is_reset_is_what_it_was_whether_it_has_run_since_or_not() {
         // By its own kick it is known to be runnable, by another it is not.
         match round % 2 {
             0 => vcpu.come_back(),
-            _ => vcpu.kick().kick(),
+            _ => Kick::this_thread().kick(),
         }
         assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
         vcpu.reset(&saved).unwrap();
@@ -229,7 +229,7 @@ fn a_vcpu_that_is_reset_is_what_it_was_whether_it_has_run_since_or_not() {
             assert_eq!(vcpu.save(HostTsc::now()).unwrap(), saved);
         } else {
             // Entered, and out again before its first instruction.
-            vcpu.kick().kick();
+            Kick::this_thread().kick();
             assert_eq!(vcpu.run(&io).unwrap(), Ran::Kicked);
             assert_eq!(vcpu.save(HostTsc::now()).unwrap(), saved);
         }
@@ -306,7 +306,7 @@ fn a_clock_is_stopped_as_of_the_last_kick() {
     let (_memory, _vm, vcpu) = spinner();
     let plan = ClockPlan::new(&vcpu).unwrap();
     let mut vcpu = vcpu.bind();
-    vcpu.kick().kick();
+    Kick::this_thread().kick();
     assert_eq!(vcpu.run(&Counted::default()).unwrap(), Ran::Kicked);
     let back = HostTsc::now();
     let stopped = vcpu.stop_clock().unwrap();
@@ -315,7 +315,7 @@ fn a_clock_is_stopped_as_of_the_last_kick() {
     let start = plan.held(stopped).start(Duration::ZERO, Duration::ZERO);
     vcpu.start_clock(start).unwrap();
     let before = HostTsc::now();
-    vcpu.kick().kick();
+    Kick::this_thread().kick();
     let back = vcpu
         .run(&Counted::default())
         .map(|_| HostTsc::now())
@@ -341,7 +341,7 @@ fn a_kick_before_guest_time_goes_on_does_not_end_it_earlier() {
     let planned = Instant::now();
     let start = plan.held(stopped).start(lead, Duration::ZERO);
     vcpu.start_clock(start).unwrap();
-    vcpu.kick().kick();
+    Kick::this_thread().kick();
     let kicked = HostTsc::now();
     // A host under load may have let the instant pass before the kick.
     let late = planned.elapsed() >= lead;
@@ -362,7 +362,7 @@ fn a_kick_ends_a_spinning_guest_and_a_kick_before_it_runs_is_not_lost() {
     install_kick_handler().unwrap();
     let (_memory, _vm, vcpu) = spinner();
     let mut vcpu = vcpu.bind();
-    let kick = vcpu.kick();
+    let kick = Kick::this_thread();
     let io = Counted::default();
     for round in 0..50 {
         let kicker = std::thread::spawn(move || kick.kick());

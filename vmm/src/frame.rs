@@ -1,28 +1,50 @@
-//! What machines of one size have in common: memory, KVM's machine around it, and its vCPUs. Nothing in it is of any guest yet, so
-//! that it can be made before there is one.
+//! What machines of one size have in common: memory, KVM's machine around it, its vCPUs, and the threads that all of them will run
+//! on. Nothing in it is of any guest yet, so that it can be made before there is one.
 
 use control::Shape;
+use devices::LoopThread;
 use hypervisor::{Vcpu, Vm};
 use memory::MachineMemory;
 
-use crate::{error::Error, limits::layout_of};
+use crate::{error::Error, limits::layout_of, vcpu::WaitingThread, vcpus};
 
 /// It. Memory comes first, because KVM wants its slots before its interrupt controllers.
 pub(crate) struct Frame {
     pub(crate) memory: MachineMemory,
     pub(crate) vm: Vm,
     pub(crate) vcpus: Vec<Vcpu>,
+    pub(crate) threads: Threads,
+}
+
+/// The threads of a machine, which wait for their work. If this is dropped, they end.
+pub(crate) struct Threads {
+    pub(crate) vcpus: Vec<WaitingThread>,
+    pub(crate) devices: LoopThread,
+}
+
+impl Threads {
+    fn spawn(vcpus: u32) -> Result<Self, Error> {
+        let devices = LoopThread::spawn()?;
+        let spawn = |id| WaitingThread::spawn(id).map_err(|e| vcpus::Error::Thread(id, e));
+        let vcpus: Result<_, _> = (0..vcpus).map(spawn).collect();
+        Ok(Self {
+            vcpus: vcpus?,
+            devices,
+        })
+    }
 }
 
 impl Frame {
     /// Around `memory`.
     pub(crate) fn new(memory: MachineMemory, vcpus: u32) -> Result<Self, Error> {
         let vm = Vm::new(&memory, vcpus)?;
+        let threads = Threads::spawn(vcpus)?;
         let vcpus: Result<_, _> = (0..vcpus).map(|id| vm.create_vcpu(id)).collect();
         Ok(Self {
             memory,
             vcpus: vcpus?,
             vm,
+            threads,
         })
     }
 

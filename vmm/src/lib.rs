@@ -32,6 +32,7 @@ mod save;
 mod service;
 mod state;
 mod stored_disks;
+mod urgent;
 mod vcpu;
 mod vcpus;
 mod vmclock;

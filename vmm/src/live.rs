@@ -8,10 +8,10 @@ use std::{
 };
 
 use control::MemoryCopy;
-use memory::{AtCut, Elsewhere, Outcome, Tracker};
+use memory::{AtCut, Elsewhere, Outcome, PAGE_BYTES, Tracker};
 use snapshot::{Draft, Saving};
 
-use crate::{beside::beside_guest, error::Error, machine::Machine, pre_copy};
+use crate::{beside::beside_guest, boot::VMCLOCK, error::Error, machine::Machine, pre_copy};
 
 /// Knows what is written to a machine's memory.
 pub(crate) struct Live {
@@ -53,16 +53,34 @@ pub(crate) fn prepare(
     plan: &Plan<'_>,
     draft: &mut Draft,
 ) -> Result<Option<Prepared>, Error> {
-    match plan.copy {
-        Some(MemoryCopy::StopAndCopy) => Ok(None),
-        Some(MemoryCopy::CopyOnWrite) if !plan.goes_on => Err(Error::NothingGoesOn),
-        Some(MemoryCopy::CopyOnWrite) => arm(machine, plan).map(Some),
-        Some(MemoryCopy::PreCopy) => pre_copy(machine, plan, draft).map(Some),
-        None if !plan.goes_on => Ok(None),
-        None => Ok(arm(machine, plan)
+    let prepared = match plan.copy {
+        Some(MemoryCopy::StopAndCopy) => None,
+        Some(MemoryCopy::CopyOnWrite) if !plan.goes_on => return Err(Error::NothingGoesOn),
+        Some(MemoryCopy::CopyOnWrite) => Some(arm(machine, plan)?),
+        Some(MemoryCopy::PreCopy) => Some(pre_copy(machine, plan, draft)?),
+        None if !plan.goes_on => None,
+        None => arm(machine, plan)
             .inspect_err(|error| tracing::info!("the guest stands still to be saved: {error}"))
-            .ok()),
+            .ok(),
+    };
+    if prepared.is_some() {
+        expect_own_writes(machine)?;
     }
+    Ok(prepared)
+}
+
+/// What is written to while the guest stands still is not to take a fault then.
+fn expect_own_writes(machine: &mut Machine) -> Result<(), Error> {
+    let told_by = machine
+        .memory()
+        .layout()
+        .image_ranges(VMCLOCK..VMCLOCK + PAGE_BYTES);
+    let told_by: Vec<_> = told_by.collect();
+    let tracker = &live(machine)?.tracker;
+    told_by
+        .iter()
+        .try_for_each(|image| tracker.expect_write(image))
+        .map_err(Error::Host)
 }
 
 fn arm(machine: &mut Machine, plan: &Plan<'_>) -> Result<Prepared, Error> {

@@ -19,7 +19,7 @@ use crate::{
     device_set::{Chosen, DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk},
     error::Error,
-    frame::Frame,
+    frame::{Frame, Threads},
     limits::{addressable, confined, layout_of},
     live::Live,
     metrics::{ExitCounts, MachineCounts},
@@ -181,11 +181,12 @@ fn since_unix(unix_ns: u64) -> Duration {
         .unwrap_or_default()
 }
 
-/// A machine whose parts are there and whose vCPUs have no threads yet.
+/// A machine whose parts are there and whose threads wait for their work.
 struct Parts {
     vm: Vm,
     memory: MachineMemory,
     vcpus: Vec<hypervisor::Vcpu>,
+    threads: Threads,
     disks: Vec<AttachedDisk>,
     devices: DeviceSet,
     buses: crate::vcpu::Buses,
@@ -209,7 +210,13 @@ impl Machine {
         let bytes = config.memory_mib.saturating_mul(1 << 20);
         let layout = layout_of(bytes)?;
         let memory = MachineMemory::zeroed_of(host_pages(spec), layout)?;
-        let vm = Vm::new(&memory, config.vcpus)?;
+        let frame = Frame::new(memory, config.vcpus)?;
+        let Frame {
+            memory,
+            vm,
+            mut vcpus,
+            threads,
+        } = frame;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
         let disks = disks::attach(&config.disks, spec.confinement.as_ref())?;
@@ -229,12 +236,9 @@ impl Machine {
         let template = cpu::template(&config.cpu);
         let cpuid = vm.cpuid().of_template(&template)?;
         addressable(&memory, &cpuid)?;
-        let mut vcpus = Vec::new();
-        for id in 0..config.vcpus {
-            let mut vcpu = vm.create_vcpu(id)?;
+        for vcpu in &mut vcpus {
             vcpu.initialise(&cpuid)?;
             vcpu.change_msrs(&template.msrs)?;
-            vcpus.push(vcpu);
         }
         let first = vcpus.first().ok_or(hypervisor::Error::VcpuCount(0))?;
         first.boot(&registers)?;
@@ -244,6 +248,7 @@ impl Machine {
                 vm,
                 memory,
                 vcpus,
+                threads,
                 disks,
                 devices,
                 buses,
@@ -296,6 +301,7 @@ impl Machine {
             memory,
             mut vm,
             mut vcpus,
+            threads,
         } = frame;
         let stored_as = saved.stored_as().map(|id| StoredAs {
             id: id.to_owned(),
@@ -333,6 +339,7 @@ impl Machine {
                 vm,
                 memory,
                 vcpus,
+                threads,
                 disks,
                 devices,
                 buses,
@@ -353,6 +360,7 @@ impl Machine {
             vm,
             memory,
             vcpus,
+            threads,
             disks,
             devices,
             buses,
@@ -368,10 +376,12 @@ impl Machine {
             source,
             serial: Arc::clone(&devices.serial),
         });
-        let (event_loop, quiesced) = EventLoop::spawn(&devices.transports, input)?;
+        let (event_loop, quiesced) =
+            EventLoop::start_on(threads.devices, &devices.transports, input)?;
         let exits = Arc::new(ExitCounts::default());
         let vcpu_count = vcpus.len() as u32;
         let Listeners { end, parked, .. } = listeners;
+        let vcpus = vcpus.into_iter().zip(threads.vcpus).collect();
         let vcpus = Vcpus::start(vcpus, &Arc::new(buses), &exits, end, parked)?;
         Ok(Self {
             vm,

@@ -58,17 +58,12 @@ pub(crate) fn copy(
         let left = tracker.to_copy(building, &|| plan.go_on());
         let left = left.map_err(|error| plan.ended().unwrap_or(Error::Host(error)))?;
         rounds.count += 1;
-        let shrinks = left.len() <= last - last / 4;
         let takes = rate.map(|rate| rate.time_for(left.len() as u64 * AtCut::UNIT_BYTES));
-        let fits = |limit: Duration| takes.is_some_and(|takes| takes <= limit / 2);
-        if left.len() <= FEW || limit.is_some_and(fits) {
-            return Ok(rounds);
-        }
-        if !shrinks || rounds.count == MAX_ROUNDS {
-            return match limit.zip(takes) {
-                Some((limit, takes)) if takes > limit => Err(Error::StandsTooLong),
-                _ => Ok(rounds),
-            };
+        let is_last = rounds.count == MAX_ROUNDS;
+        match next(left.len(), last, is_last, limit.zip(takes)) {
+            Next::Copy => {}
+            Next::Stop => return Ok(rounds),
+            Next::GiveUp => return Err(Error::StandsTooLong),
         }
         let begun = Instant::now();
         let copied = round(tracker, draft, &left, plan)?;
@@ -90,6 +85,33 @@ pub(crate) fn copy(
     }
 }
 
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Copy what is left.
+    Copy,
+    /// Stop the guest for it.
+    Stop,
+    /// Leave it: the guest would stand still for too long.
+    GiveUp,
+}
+
+/// With so many granules left, and so many before. Of a limited time to stand still, it comes with what it is thought to take, if that is known.
+fn next(left: usize, last: usize, is_last: bool, limit: Option<(Duration, Duration)>) -> Next {
+    let fits = limit.is_some_and(|(limit, takes)| takes <= limit / 2);
+    if left <= FEW || fits {
+        return Next::Stop;
+    }
+    let shrinks = left <= last - last / 4;
+    if shrinks && !is_last {
+        return Next::Copy;
+    }
+    match limit {
+        Some((limit, takes)) if takes > limit => Next::GiveUp,
+        _ => Next::Stop,
+    }
+}
+
 /// Copies the granules at these offsets; returns how many bytes were.
 fn round(tracker: &Tracker, draft: &Draft, offsets: &[u64], plan: &Plan<'_>) -> Result<u64, Error> {
     let read = |offset, content: &mut [u8]| {
@@ -99,4 +121,32 @@ fn round(tracker: &Tracker, draft: &Draft, offsets: &[u64], plan: &Plan<'_>) -> 
     let copied = draft.copy(offsets, AtCut::UNIT_BYTES, read, plan.saving);
     let copied = copied.map_err(|error| plan.ended().unwrap_or_else(|| error.into()))?;
     Ok(copied * AtCut::UNIT_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_guest_is_stopped_when_little_is_left_or_copying_gains_nothing() {
+        assert_eq!(next(FEW + 1, usize::MAX, false, None), Next::Copy);
+        assert_eq!(next(FEW, usize::MAX, false, None), Next::Stop);
+        assert_eq!(next(750, 1000, false, None), Next::Copy);
+        assert_eq!(next(751, 1000, false, None), Next::Stop);
+        assert_eq!(next(750, 1000, true, None), Next::Stop);
+    }
+
+    #[test]
+    fn a_guest_that_may_not_stand_still_for_so_long_is_not_stopped() {
+        let next = |left, is_last, takes| next(left, 1000, is_last, Some((10 * MS, takes)));
+        assert_eq!(next(1000, false, 5 * MS), Next::Stop);
+        assert_eq!(next(500, false, 6 * MS), Next::Copy);
+        // It may take longer than is thought, but not less than it may.
+        assert_eq!(next(1000, false, 10 * MS), Next::Stop);
+        assert_eq!(next(1000, false, 11 * MS), Next::GiveUp);
+        assert_eq!(next(500, true, 11 * MS), Next::GiveUp);
+        assert_eq!(next(FEW, true, 11 * MS), Next::Stop);
+    }
 }

@@ -1,18 +1,19 @@
 //! The thread of one vCPU: an enum of commands in, acknowledgements out.
 
 use std::{
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, Sender, TryRecvError},
+        mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel},
     },
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use devices::{Bus, Run};
 use hypervisor::{BoundVcpu, ClockStart, HostTsc, IoHandler, Kick, Ran, Vcpu, VcpuState};
 
-use crate::{awake, metrics::ExitCounts};
+use crate::{awake, metrics::ExitCounts, urgent::Urgent};
 
 /// What a vCPU's thread is told. A kick has to follow, or the thread may not look, unless it is held or parked.
 #[derive(Debug)]
@@ -21,7 +22,7 @@ pub(crate) enum Command {
     Run(ClockStart),
     /// As [`Command::Run`], of one that is held; it is not acknowledged, and one that cannot run ends the guest.
     Go(ClockStart),
-    /// Hold it, and stop its clock.
+    /// Hold it, and stop its clock, with the priority that its thread was given.
     Hold,
     /// Read its state, with its clock as it was then; only while it is held.
     Save(HostTsc),
@@ -55,8 +56,6 @@ pub(crate) struct Acknowledgement {
 /// What a vCPU has done.
 #[derive(Debug)]
 pub(crate) enum Done {
-    /// The thread is there, and can be kicked so.
-    Ready(Kick),
     /// It runs, or could not.
     Running(Result<(), hypervisor::Error>),
     /// It is held, and nothing an exit began is left undone; when its clock was stopped, or why it could not be.
@@ -126,7 +125,8 @@ pub(crate) struct VcpuThread {
 
 /// What a vCPU's thread is doing.
 enum State {
-    Held,
+    /// It is held; with priority, if the guest may stand still for what it is told next.
+    Held(Option<Urgent>),
     /// It is held, and is told something else at once.
     Awake,
     Running,
@@ -149,31 +149,59 @@ impl Drop for TellOfPanic<'_> {
     }
 }
 
-impl VcpuThread {
-    /// Starts the thread, which holds `vcpu` until it is told to run.
-    pub(crate) fn spawn(self, vcpu: Vcpu) -> std::io::Result<thread::JoinHandle<()>> {
-        thread::Builder::new()
-            .name(format!("vcpu{}", vcpu.id()))
-            .spawn(move || self.run(vcpu.bind()))
+/// A thread that is there before the vCPU that it is to run. If this is dropped instead, it ends.
+#[derive(Debug)]
+pub(crate) struct WaitingThread {
+    work: SyncSender<(VcpuThread, Vcpu)>,
+    kick: Receiver<Kick>,
+    thread: JoinHandle<()>,
+}
+
+impl WaitingThread {
+    /// Starts it, for vCPU `id`.
+    pub(crate) fn spawn(id: u32) -> io::Result<Self> {
+        // Room for one each: other channels take that of thirty at once.
+        let (work, received) = sync_channel::<(VcpuThread, Vcpu)>(1);
+        let (tell, kick) = sync_channel(1);
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || {
+                // Else nobody wants it any more.
+                if tell.send(Kick::this_thread()).is_ok()
+                    && let Ok((work, vcpu)) = received.recv()
+                {
+                    work.run(vcpu.bind());
+                }
+            })?;
+        Ok(Self { work, kick, thread })
     }
 
+    /// Has it hold `vcpu` until it is told to run it. A kick may come before it does.
+    pub(crate) fn begin(self, work: VcpuThread, vcpu: Vcpu) -> io::Result<(Kick, JoinHandle<()>)> {
+        let ended = || io::Error::other("it has ended");
+        let kick = self.kick.recv().map_err(|_| ended())?;
+        self.work.send((work, vcpu)).map_err(|_| ended())?;
+        Ok((kick, self.thread))
+    }
+}
+
+impl VcpuThread {
     fn run(self, mut vcpu: BoundVcpu) {
         let _told = TellOfPanic {
             vcpu: vcpu.id(),
             on_end: &self.on_end,
         };
-        let mut state = State::Held;
-        self.acknowledge(&vcpu, 0, Done::Ready(vcpu.kick()));
+        let mut state = State::Held(None);
         loop {
             state = match state {
-                State::Held => match self.orders.recv() {
-                    Ok(order) => self.obey(&mut vcpu, State::Held, order),
+                State::Held(urgent) => match self.orders.recv() {
+                    Ok(order) => self.obey(&mut vcpu, State::Held(urgent), order),
                     // The machine is gone.
                     Err(_) => State::Ended,
                 },
                 State::Awake => match awake::recv(&self.orders) {
-                    Ok(order) => self.obey(&mut vcpu, State::Held, order),
-                    Err(TryRecvError::Empty) => State::Held,
+                    Ok(order) => self.obey(&mut vcpu, State::Held(None), order),
+                    Err(TryRecvError::Empty) => State::Held(None),
                     Err(TryRecvError::Disconnected) => State::Ended,
                 },
                 State::Running => self.run_guest(&mut vcpu),
@@ -194,17 +222,23 @@ impl VcpuThread {
                     start = Some(clock);
                     (State::Running, Done::Running(Ok(())))
                 }
-                Err(error) => (State::Held, Done::Running(Err(error))),
+                Err(error) => (State::Held(None), Done::Running(Err(error))),
             },
             (Command::Go(clock), _) => {
                 if let Err(error) = self.start(vcpu, clock) {
                     (self.on_end)(vcpu.id(), VcpuEnd::Failed(error));
-                    return State::Held;
+                    return State::Held(None);
                 }
                 clock.wait();
                 return State::Running;
             }
-            (Command::Hold, _) => (State::Held, Done::Held(vcpu.stop_clock())),
+            (Command::Hold, state) => {
+                let urgent = match state {
+                    State::Held(Some(urgent)) => urgent,
+                    _ => Urgent::taken(),
+                };
+                (State::Held(Some(urgent)), Done::Held(vcpu.stop_clock()))
+            }
             (Command::Save(stopped), state) => {
                 (state, Done::Saved(vcpu.save(stopped).map(Box::new)))
             }
@@ -260,11 +294,11 @@ impl VcpuThread {
                 }
                 Ok(Ran::TripleFault) => {
                     (self.on_end)(vcpu.id(), VcpuEnd::TripleFault);
-                    return State::Held;
+                    return State::Held(None);
                 }
                 Err(error) => {
                     (self.on_end)(vcpu.id(), VcpuEnd::Failed(error));
-                    return State::Held;
+                    return State::Held(None);
                 }
             }
         }
@@ -279,7 +313,7 @@ impl VcpuThread {
         // Who lets it run has said so too, but perhaps before this one parked. Before it answers, so that the next order takes a kick.
         self.parked.store(false, Ordering::SeqCst);
         match order {
-            Ok(order) => self.obey(vcpu, State::Held, order),
+            Ok(order) => self.obey(vcpu, State::Held(None), order),
             Err(_) => State::Ended,
         }
     }
@@ -297,7 +331,7 @@ impl VcpuThread {
 fn held(awake: bool) -> State {
     match awake {
         true => State::Awake,
-        false => State::Held,
+        false => State::Held(None),
     }
 }
 

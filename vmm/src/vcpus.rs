@@ -15,7 +15,8 @@ use hypervisor::{ClockStart, HostTsc, Kick, Vcpu, VcpuState};
 use crate::{
     awake,
     metrics::ExitCounts,
-    vcpu::{Acknowledgement, Buses, Command, Done, Order, VcpuEnd, VcpuThread},
+    urgent::Urgent,
+    vcpu::{Acknowledgement, Buses, Command, Done, Order, VcpuEnd, VcpuThread, WaitingThread},
 };
 
 /// How long all vCPUs together may take to acknowledge. A host under load, or a hypervisor under this
@@ -53,7 +54,7 @@ pub(crate) struct Vcpus {
 struct Handle {
     id: u32,
     orders: Sender<Order>,
-    kick: Option<Kick>,
+    kick: Kick,
     thread: Option<JoinHandle<()>>,
     parked: Arc<AtomicBool>,
 }
@@ -66,10 +67,10 @@ impl Handle {
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`; all are held. `on_end` is told when a guest ends by
+    /// Has each of `vcpus` be on its thread; all are held. `on_end` is told when a guest ends by
     /// itself, `on_parked` whenever one has come back because a run is done, and waits.
     pub(crate) fn start(
-        vcpus: Vec<Vcpu>,
+        vcpus: Vec<(Vcpu, WaitingThread)>,
         buses: &Arc<Buses>,
         exits: &Arc<ExitCounts>,
         on_end: &Arc<dyn Fn(u32, VcpuEnd) + Send + Sync>,
@@ -80,14 +81,14 @@ impl Vcpus {
             vcpus: Vec::new(),
             acknowledgements,
             round: 0,
-            held: false,
+            held: true,
             awake: false,
         };
-        for vcpu in vcpus {
+        for (vcpu, thread) in vcpus {
             let id = vcpu.id();
             let (orders, receiver) = channel();
             let parked = Arc::new(AtomicBool::new(false));
-            let thread = VcpuThread {
+            let work = VcpuThread {
                 orders: receiver,
                 acknowledgements: sender.clone(),
                 on_end: Arc::clone(on_end),
@@ -96,21 +97,16 @@ impl Vcpus {
                 buses: Arc::clone(buses),
                 exits: Arc::clone(exits),
             };
-            let thread = thread.spawn(vcpu).map_err(|e| Error::Thread(id, e))?;
+            let begun = thread.begin(work, vcpu);
+            let (kick, thread) = begun.map_err(|e| Error::Thread(id, e))?;
             started.vcpus.push(Handle {
                 id,
                 orders,
-                kick: None,
+                kick,
                 thread: Some(thread),
                 parked,
             });
         }
-        for (id, done) in started.gather(BOUND)? {
-            if let (Done::Ready(kick), Some(handle)) = (done, started.handle(id)) {
-                handle.kick = Some(kick);
-            }
-        }
-        started.held = true;
         Ok(started)
     }
 
@@ -118,6 +114,12 @@ impl Vcpus {
     /// the last was stopped. When it fails, those that answered are held: [`Vcpus::run`] undoes that.
     pub(crate) fn hold(&mut self, bound: Duration) -> Result<HostTsc, Error> {
         let called = HostTsc::now();
+        if !self.held {
+            // One of them may wait for a CPU while the others stand still already.
+            for vcpu in &self.vcpus {
+                Urgent::give(vcpu.kick.thread());
+            }
+        }
         self.tell(|| Command::Hold);
         let mut last = called;
         for (_, done) in self.gather(bound)? {
@@ -217,8 +219,8 @@ impl Vcpus {
                 command: command(),
             });
             // Looked at behind the order: one that has parked since finds it, one that has not is kicked.
-            if let Some(kick) = vcpu.kick.filter(|_| !self.held && !vcpu.is_parked()) {
-                kick.kick();
+            if !self.held && !vcpu.is_parked() {
+                vcpu.kick.kick();
             }
         }
     }
@@ -249,10 +251,6 @@ impl Vcpus {
             }
         }
         Ok(answers)
-    }
-
-    fn handle(&mut self, id: u32) -> Option<&mut Handle> {
-        self.vcpus.iter_mut().find(|vcpu| vcpu.id == id)
     }
 }
 

@@ -164,6 +164,22 @@ impl Tracker {
         Ok(Armed { rounds, left_bytes })
     }
 
+    /// Lets these bytes of the image be written to, as if somebody had begun to: who writes there then takes no fault.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses; who writes there takes a fault, then.
+    pub fn expect_write(&self, image: &Range<u64>) -> io::Result<()> {
+        let Shared { granules, .. } = &*self.shared;
+        for granule in granules.touched(image) {
+            let flags = granules.flags(granule);
+            if flags.has(Flags::PROTECTED) && !flags.has(Flags::ABSENT) {
+                self.shared.write(granule)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Keeps what memory has now until it is saved. The guest stands still, and nobody else writes to it. The snapshot takes from
     /// `elsewhere` what is there.
     ///

@@ -166,6 +166,7 @@ enum Step {
     Write(u64, u64),
     Discard(Range<u64>),
     Arm,
+    ExpectWrite(Range<u64>),
     Copy { count: usize, building: bool },
     Cut(Elsewhere),
     Read(u64),
@@ -193,6 +194,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         2 => (any_page(), 1..40u64).prop_map(|(page, count)| Step::Discard(page..page + count)),
         1 => Just(Step::Discard(0..512)),
         2 => Just(Step::Arm),
+        2 => (any_page(), 1..20u64).prop_map(|(page, count)| Step::ExpectWrite(page..page + count)),
         3 => (1..40usize, any::<bool>()).prop_map(|(count, building)| Step::Copy { count, building }),
         3 => any::<[bool; 2]>().prop_map(|[base, copies]| Step::Cut(Elsewhere { base, copies })),
         3 => prop_oneof![1..60u64, 400..600u64].prop_map(Step::Read),
@@ -214,6 +216,10 @@ proptest! {
                 (Step::Write(page, value), _) => machine.write(page, value),
                 (Step::Discard(pages), _) => machine.discard(pages),
                 (Step::Arm, None) => drop(machine.tracker.arm(&always).unwrap()),
+                (Step::ExpectWrite(pages), _) => {
+                    let image = pages.start * PAGE..pages.end * PAGE;
+                    machine.tracker.expect_write(&image).unwrap();
+                }
                 (Step::Copy { count, building }, None) => machine.copy(count, building),
                 (Step::Copy { .. }, Some(_)) => {
                     prop_assert!(machine.tracker.begin_copies().is_err());
@@ -268,6 +274,28 @@ fn what_a_guest_never_touched_costs_nothing_and_what_is_unchanged_is_in_the_base
         bytes(&cut, PartKind::InBase),
         2 * BLOCK_BYTES - GRANULE_BYTES
     );
+    machine.finish(cut, Outcome::NewBase);
+}
+
+#[test]
+fn what_is_expected_to_be_written_to_takes_no_fault_and_is_saved() {
+    let mut machine = Machine::new();
+    (0..600).for_each(|page| machine.write(page, page + 1));
+    machine.tracker.arm(&always).unwrap();
+    let written = || machine.tracker.shared.granules.written();
+    assert_eq!(written(), 0);
+    machine
+        .tracker
+        .expect_write(&(17 * PAGE..17 * PAGE + 1))
+        .unwrap();
+    assert_eq!(written(), 1);
+    // There is nothing to write to without a fault.
+    let absent = 5 * BLOCK_BYTES..5 * BLOCK_BYTES + 1;
+    machine.tracker.expect_write(&absent).unwrap();
+    assert_eq!(written(), 1);
+    machine.write(18, 7);
+    let cut = machine.cut(FROM_BASE);
+    assert_eq!(cut.at_cut.protected_bytes(), GRANULE_BYTES);
     machine.finish(cut, Outcome::NewBase);
 }
 

@@ -93,12 +93,24 @@ fn on_demand(
     };
     let lost = listeners.lost.clone();
     let on_loss = Box::new(move |page: &Lost| lost(page));
-    let Some(Frame { memory, vm, vcpus }) = prepared else {
+    let Some(Frame {
+        memory,
+        vm,
+        vcpus,
+        threads,
+    }) = prepared
+    else {
         let (memory, arriving) = saved.load_on_demand(None, working_set, on_loss)?;
         return Ok((Frame::new(memory, vcpus)?, arriving));
     };
     let (memory, arriving) = saved.load_on_demand(Some(memory), working_set, on_loss)?;
-    Ok((Frame { memory, vm, vcpus }, arriving))
+    let frame = Frame {
+        memory,
+        vm,
+        vcpus,
+        threads,
+    };
+    Ok((frame, arriving))
 }
 
 impl Machine {
