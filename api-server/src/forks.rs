@@ -7,7 +7,7 @@ use std::{
 };
 
 use api_types::{ErrorCode, ForkAnswer, ForkRequest};
-use control::{HotImage, LaunchSpec, Origin, Pool, RegistryError, Source};
+use control::{HotImage, LaunchSpec, Origin, Pool, Prepare, RegistryError, Source};
 use tokio::task::spawn_blocking;
 use tracing::{info, instrument};
 
@@ -46,8 +46,12 @@ impl Machines {
             .collect();
         info!(?forks, "a machine was forked");
         // For the next; nobody waits for it.
-        let (pool, shape) = (Arc::clone(&self.forks.pool), image.shape());
-        tokio::spawn(async move { pool.fill(shape).await });
+        let wanted = match self.forks.is_kept(&image) {
+            true => Prepare::Image(image),
+            false => Prepare::Shape(image.shape()),
+        };
+        let pool = Arc::clone(&self.forks.pool);
+        tokio::spawn(async move { pool.fill(wanted).await });
         Ok(ForkAnswer { forks })
     }
 
@@ -107,6 +111,12 @@ impl Forks {
         let image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
         let (stamp, image) = image.as_ref()?;
         (stamp == of).then(|| Arc::clone(image))
+    }
+
+    fn is_kept(&self, image: &Arc<HotImage>) -> bool {
+        let kept = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.as_ref()
+            .is_some_and(|(_, kept)| Arc::ptr_eq(kept, image))
     }
 
     fn keep(&self, of: Stamp, image: &Arc<HotImage>) {

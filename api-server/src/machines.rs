@@ -10,8 +10,8 @@ use api_types::{
     GuestClock, Health, Metric, Reset, Runs, RunsRequest, Sent, Vm, VmState,
 };
 use control::{
-    Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Record,
-    Registry, Secret, Shape, SnapshotReport, SnapshotRequest, Spawned, Stopped, spawn,
+    Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Prepare,
+    Record, Registry, Secret, Shape, SnapshotReport, SnapshotRequest, Spawned, Stopped, spawn,
 };
 use futures::future::join_all;
 use tokio::task::{JoinError, spawn_blocking};
@@ -145,7 +145,7 @@ impl Machines {
             memory_mib: record.memory_mib,
         };
         let pool = Arc::clone(&self.forks.pool);
-        tokio::spawn(async move { pool.fill(shape).await });
+        tokio::spawn(async move { pool.fill(Prepare::Shape(shape)).await });
     }
 
     /// What every VMM is told that this server starts.

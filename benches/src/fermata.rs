@@ -10,8 +10,9 @@ use std::{
 use anyhow::{Context, Result};
 use control::{
     AfterSnapshot, Client, CpuModel, Destination, GuestClock, HotImage, LaunchSpec, Log,
-    MachineConfig, MemoryCopy, Origin, Pool, Registry, ResetReport, RunsReport, RunsRequest,
-    Secret, Shape, SnapshotReport, SnapshotRequest, Source, Spawned, StoreLocation, UseWorkingSet,
+    MachineConfig, MemoryCopy, Origin, Pool, Prepare, Registry, ResetReport, RunsReport,
+    RunsRequest, Secret, SnapshotReport, SnapshotRequest, Source, Spawned, StoreLocation,
+    UseWorkingSet,
 };
 use testbed::environment;
 use tokio::runtime::Runtime;
@@ -144,9 +145,9 @@ impl Fermata {
         Ok(Pool::new(&self.program, &self.registry, most)?)
     }
 
-    /// Prepares as many processes as `pool` takes for machines of `shape`.
-    pub fn fill(&self, pool: &Pool, shape: Shape) {
-        self.runtime.block_on(pool.fill(shape));
+    /// Prepares as many processes as `pool` takes for `wanted`.
+    pub fn fill(&self, pool: &Pool, wanted: Prepare) {
+        self.runtime.block_on(pool.fill(wanted));
     }
 
     /// Has `count` machines begin on `image`, in processes of `pool`, with their consoles in `scratch`.

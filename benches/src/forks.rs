@@ -3,11 +3,12 @@
 use std::{
     fs,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow};
-use control::{HotImage, Origin, allow_many_files};
+use control::{HotImage, Origin, Pool, Prepare, allow_many_files};
 use system_tests::bare_metal;
 
 use crate::{
@@ -36,14 +37,20 @@ pub fn measure(fermata: &Fermata, runs: u32, scratch: &Path) -> Result<Vec<Row>>
     let scratch = directory.path();
     let mut rows = one_at_a_time(fermata, scratch)?;
     let image = image(fermata, &bare_metal::halted(), scratch, false)?;
-    for (count, prepared, runs) in [(100, false, runs), (100, true, runs), (500, true, 1)] {
-        rows.extend(at_once(fermata, &image, count, prepared, runs, scratch)?);
+    for (count, pool, runs) in [
+        (100, Prepared::Not, runs),
+        (100, Prepared::ForSize, runs),
+        (100, Prepared::ForImage, runs),
+        (500, Prepared::ForSize, 1),
+        (500, Prepared::ForImage, 1),
+    ] {
+        rows.extend(at_once(fermata, &image, count, pool, runs, scratch)?);
     }
     Ok(rows)
 }
 
 /// A hot image of the guest `kernel`, once it has printed something if it `speaks`.
-fn image(fermata: &Fermata, kernel: &[u8], scratch: &Path, speaks: bool) -> Result<HotImage> {
+fn image(fermata: &Fermata, kernel: &[u8], scratch: &Path, speaks: bool) -> Result<Arc<HotImage>> {
     let path = scratch.join("kernel");
     fs::write(&path, kernel).context("cannot write the guest")?;
     let mut console = Console::create(scratch.join("console"))?;
@@ -51,7 +58,47 @@ fn image(fermata: &Fermata, kernel: &[u8], scratch: &Path, speaks: bool) -> Resu
     if speaks {
         console.wait_for_output()?;
     }
-    Ok(fermata.image(&parent)?.0)
+    Ok(Arc::new(fermata.image(&parent)?.0))
+}
+
+/// What processes there are beforehand.
+#[derive(Clone, Copy, Debug)]
+enum Prepared {
+    Not,
+    /// For any machine of the size.
+    ForSize,
+    /// For forks of the image.
+    ForImage,
+}
+
+impl Prepared {
+    const ALL: [Self; 3] = [Self::Not, Self::ForSize, Self::ForImage];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Not => "new",
+            Self::ForSize => "prepared",
+            Self::ForImage => "prepared for the image",
+        }
+    }
+
+    /// A pool of so many.
+    fn pool(self, fermata: &Fermata, count: usize) -> Result<Pool> {
+        fermata.pool(match self {
+            Self::Not => 0,
+            Self::ForSize | Self::ForImage => count,
+        })
+    }
+
+    fn fill(self, fermata: &Fermata, pool: &Pool, image: &Arc<HotImage>) {
+        fermata.fill(
+            pool,
+            match self {
+                Self::Not | Self::ForSize => Prepare::Shape(image.shape()),
+                Self::ForImage => Prepare::Image(Arc::clone(image)),
+            },
+        );
+    }
 }
 
 fn one_at_a_time(fermata: &Fermata, scratch: &Path) -> Result<Vec<Row>> {
@@ -63,11 +110,12 @@ fn one_at_a_time(fermata: &Fermata, scratch: &Path) -> Result<Vec<Row>> {
     };
     let image = image(fermata, &filler.kernel(), scratch, true)?;
     let mut rows = Vec::new();
-    for (prepared, setting) in [(0, "new process"), (1, "prepared process")] {
-        let pool = fermata.pool(prepared)?;
+    for prepared in Prepared::ALL {
+        let setting = prepared.name();
+        let pool = prepared.pool(fermata, 1)?;
         let (mut said, mut told) = (Vec::new(), Vec::new());
         for _ in 0..SINGLE {
-            fermata.fill(&pool, image.shape());
+            prepared.fill(fermata, &pool, &image);
             let listener = Console::create(scratch.join("fork0.console"))?.listen();
             let begun = Instant::now();
             let forks = fermata.fork(&pool, &image, 1, scratch)?;
@@ -91,16 +139,16 @@ fn one_at_a_time(fermata: &Fermata, scratch: &Path) -> Result<Vec<Row>> {
 
 fn at_once(
     fermata: &Fermata,
-    image: &HotImage,
+    image: &Arc<HotImage>,
     count: u32,
-    prepared: bool,
+    prepared: Prepared,
     runs: u32,
     scratch: &Path,
 ) -> Result<Vec<Row>> {
-    let pool = fermata.pool(if prepared { count as usize } else { 0 })?;
+    let pool = prepared.pool(fermata, count as usize)?;
     let (mut times, mut private) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        fermata.fill(&pool, image.shape());
+        prepared.fill(fermata, &pool, image);
         let begun = Instant::now();
         let forks = fermata.fork(&pool, image, count, scratch)?;
         times.push(ms(begun.elapsed()));
@@ -108,21 +156,16 @@ fn at_once(
             private.push(private_kib(fork.pid())?);
         }
     }
-    let processes = if prepared {
-        "prepared processes"
-    } else {
-        "new processes"
-    };
     let bench = if count == 500 {
         Bench::Fork500
     } else {
         Bench::Fork100
     };
     let rows = [
-        row(bench, processes, &times),
+        row(bench, prepared.name(), &times),
         row(
             Bench::ForkPrivate,
-            &format!("{count} {processes}"),
+            &format!("{count} {}", prepared.name()),
             &private,
         ),
     ];

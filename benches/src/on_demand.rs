@@ -6,7 +6,9 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use control::{AfterSnapshot, Destination, Origin, Shape, Source, StoreLocation, UseWorkingSet};
+use control::{
+    AfterSnapshot, Destination, Origin, Prepare, Shape, Source, StoreLocation, UseWorkingSet,
+};
 use dedup::{CreateOptions, OpenOptions, Store};
 
 use crate::{
@@ -195,7 +197,7 @@ impl SavedMachine {
         let source = self.source();
         let pool = fermata.pool(1)?;
         if way == Way::Prepared {
-            fermata.fill(&pool, self.shape);
+            fermata.fill(&pool, Prepare::Shape(self.shape));
         }
         let begun = Instant::now();
         let machine = match way {

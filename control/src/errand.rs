@@ -31,7 +31,7 @@ const MAX_BYTES: usize = 1 << 20;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Errand {
-    /// It makes what machines of this size have in common, for the machine that comes next.
+    /// It makes what machines of this size have in common, for the machine that comes next; with a hot image, what forks of that have.
     Prepare(Shape),
     /// It makes a machine and lets it run. With [`Origin::Fork`](crate::Origin::Fork) comes the hot image.
     Run(Box<LaunchSpec>),

@@ -42,7 +42,7 @@ pub use launch::{
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use own::{NotTheirOwn, of_their_own};
 pub use place::{Destination, Source, StoreLocation};
-pub use pool::Pool;
+pub use pool::{Pool, Prepare};
 pub use process::{ProcessHandle, ProcessId};
 pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};
 pub use save::saved;

@@ -1,10 +1,10 @@
-//! VMM processes that are started before they are needed, each with a machine that has its size and no content yet: what a fork, or a
-//! machine that is restored on demand, then waits for is only its own.
+//! VMM processes that are started before they are needed, each with a machine that has its size and no content yet, or that of an image: what
+//! a fork, or a machine that is restored on demand, then waits for is only its own.
 
 use std::{
     mem,
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -30,10 +30,53 @@ pub struct Pool {
     ready: Mutex<Ready>,
 }
 
-/// The processes that are prepared, all for one shape: that of what was last forked, or restored on demand.
+/// What processes are prepared for.
+#[derive(Clone, Debug)]
+pub enum Prepare {
+    /// Any machine of this size.
+    Shape(Shape),
+    /// Forks of this image, which is kept for them.
+    Image(Arc<HotImage>),
+}
+
+impl Prepare {
+    fn shape(&self) -> Shape {
+        match self {
+            Self::Shape(shape) => *shape,
+            Self::Image(image) => image.shape(),
+        }
+    }
+
+    fn image(&self) -> Option<&HotImage> {
+        match self {
+            Self::Shape(_) => None,
+            Self::Image(image) => Some(image),
+        }
+    }
+
+    /// Whether it is of use to forks of `image`.
+    fn is_for(&self, image: &HotImage) -> bool {
+        match self {
+            Self::Shape(shape) => *shape == image.shape(),
+            Self::Image(prepared) => std::ptr::eq(&raw const **prepared, image),
+        }
+    }
+}
+
+impl PartialEq for Prepare {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Shape(one), Self::Shape(other)) => one == other,
+            (Self::Image(one), Self::Image(other)) => Arc::ptr_eq(one, other),
+            (Self::Shape(_), Self::Image(_)) | (Self::Image(_), Self::Shape(_)) => false,
+        }
+    }
+}
+
+/// The processes that are prepared, all for one thing: for what was last forked, or restored on demand.
 #[derive(Debug, Default)]
 struct Ready {
-    shape: Option<Shape>,
+    prepared: Option<Prepare>,
     processes: Vec<Started>,
     /// How many are on their way.
     coming: usize,
@@ -69,7 +112,7 @@ impl Pool {
         specs: Vec<LaunchSpec>,
         deadline: Duration,
     ) -> Result<Vec<Spawned>, SpawnError> {
-        let start = || match self.take(Some(image.shape())) {
+        let start = || match self.take(|prepared| prepared.is_for(image)) {
             Some(prepared) => Ok(prepared),
             None => Started::new(&self.program, &self.registry, Log::File),
         };
@@ -87,26 +130,28 @@ impl Pool {
         spec: &LaunchSpec,
         deadline: Duration,
     ) -> Result<Spawned, SpawnError> {
-        let started = match self.take(None) {
+        let started = match self.take(|prepared| prepared.image().is_none()) {
             Some(prepared) => prepared,
             None => Started::new(&self.program, &self.registry, Log::File)?,
         };
         started.run(spec.clone(), None, deadline).await
     }
 
-    /// Prepares processes for machines of `shape` until there are as many as are kept. Those of another shape end. It is for after a fork or a
+    /// Prepares processes for `wanted` until there are as many as are kept. Those for anything else end. It is for after a fork or a
     /// restore, when nobody waits: it also clears the run directory of old logs.
-    pub async fn fill(&self, shape: Shape) {
+    pub async fn fill(&self, wanted: Prepare) {
         if let Err(error) = open_pruned(self.registry.dir()) {
             warn!(%error, "old logs are not removed");
         }
-        while self.reserve(shape) {
-            let prepared = self.prepare(shape).await;
+        while self.reserve(&wanted) {
+            let prepared = self.prepare(&wanted).await;
             let mut ready = self.ready();
             ready.coming -= 1;
             match prepared {
-                // Another shape may be wanted by now.
-                Ok(process) if ready.shape == Some(shape) => ready.processes.push(process),
+                // Something else may be wanted by now.
+                Ok(process) if ready.prepared.as_ref() == Some(&wanted) => {
+                    ready.processes.push(process);
+                }
                 Ok(_) => return,
                 Err(error) => {
                     warn!(%error, "no VMM can be prepared; forks start their own");
@@ -116,11 +161,11 @@ impl Pool {
         }
     }
 
-    /// Whether there is to be one more of `shape`, which is counted as coming then.
-    fn reserve(&self, shape: Shape) -> bool {
+    /// Whether there is to be one more for `wanted`, which is counted as coming then.
+    fn reserve(&self, wanted: &Prepare) -> bool {
         let mut ready = self.ready();
-        if ready.shape != Some(shape) {
-            ready.shape = Some(shape);
+        if ready.prepared.as_ref() != Some(wanted) {
+            ready.prepared = Some(wanted.clone());
             // Who waits for an errand that does not come ends.
             drop(mem::take(&mut ready.processes));
         }
@@ -129,15 +174,16 @@ impl Pool {
         more
     }
 
-    async fn prepare(&self, shape: Shape) -> Result<Started, SpawnError> {
+    async fn prepare(&self, wanted: &Prepare) -> Result<Started, SpawnError> {
         let started = Started::new(&self.program, &self.registry, Log::File)?;
-        started.prepare(shape, PREPARE_BOUND).await
+        let prepared = started.prepare(wanted.shape(), wanted.image(), PREPARE_BOUND);
+        prepared.await
     }
 
-    /// One that is prepared, for `shape` if that is given, and has not ended while it waited.
-    fn take(&self, shape: Option<Shape>) -> Option<Started> {
+    /// One that is prepared for what `fits`, and has not ended while it waited.
+    fn take(&self, fits: impl FnOnce(&Prepare) -> bool) -> Option<Started> {
         let mut ready = self.ready();
-        if shape.is_some() && ready.shape != shape {
+        if !ready.prepared.as_ref().is_some_and(fits) {
             return None;
         }
         while let Some(mut started) = ready.processes.pop() {

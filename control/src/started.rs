@@ -104,13 +104,15 @@ impl Started {
         })
     }
 
-    /// Has it prepare for a machine of this size.
+    /// Has it prepare for a machine of this size; if there is an image, for forks of that.
     pub(crate) async fn prepare(
         self,
         shape: Shape,
+        image: Option<&HotImage>,
         deadline: Duration,
     ) -> Result<Self, SpawnError> {
-        match self.ask(&Errand::Prepare(shape), None, deadline).await? {
+        let errand = Errand::Prepare(shape);
+        match self.ask(&errand, image.map(AsFd::as_fd), deadline).await? {
             (this, Launched::Prepared) => Ok(this),
             (this, other) => Err(this.unexpected(other).await),
         }

@@ -6,12 +6,13 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use control::{
-    Console, Errand, FailureKind, GuestClock, HotImage, LaunchSpec, Log, Origin, Pool, ProcessId,
-    Registry, Secret, Shape, Source, SpawnError, Spawned, spawn,
+    Console, Errand, FailureKind, GuestClock, HotImage, LaunchSpec, Log, Origin, Pool, Prepare,
+    ProcessId, Registry, Secret, Shape, Source, SpawnError, Spawned, spawn,
 };
 use tempfile::TempDir;
 
@@ -167,6 +168,17 @@ fn living(bench: &Bench) -> Vec<u32> {
     pids.filter(lives).collect()
 }
 
+/// Waits until so many processes live.
+async fn until_living(bench: &Bench, count: usize) {
+    for _ in 0..600 {
+        if living(bench).len() == count {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(living(bench).len(), count);
+}
+
 #[tokio::test]
 async fn a_pool_gives_what_is_prepared_and_then_what_is_new() {
     let bench = Bench::new();
@@ -177,8 +189,8 @@ async fn a_pool_gives_what_is_prepared_and_then_what_is_new() {
     let shape = image.shape();
     assert_eq!((shape.vcpus, shape.memory_mib), (1, 64));
     let pool = Pool::new(&program, &bench.spec.registry, 2).unwrap();
-    pool.fill(shape).await;
-    pool.fill(shape).await;
+    pool.fill(Prepare::Shape(shape)).await;
+    pool.fill(Prepare::Shape(shape)).await;
     let prepared = living(&bench);
     assert_eq!(prepared.len(), 2);
     let specs = vec![bench.spec.clone(); 3];
@@ -189,7 +201,7 @@ async fn a_pool_gives_what_is_prepared_and_then_what_is_new() {
         "{pids:?} {prepared:?}"
     );
     // What has ended while it waited is passed over.
-    pool.fill(shape).await;
+    pool.fill(Prepare::Shape(shape)).await;
     let waiting = living(&bench).into_iter().filter(|pid| !pids.contains(pid));
     for pid in waiting {
         let process = ProcessId::alive(pid)
@@ -204,18 +216,41 @@ async fn a_pool_gives_what_is_prepared_and_then_what_is_new() {
     let one = pool.fork(&image, vec![bench.spec.clone()], BOUND).await;
     forks.extend(one.unwrap());
     // Those for another size take the place of those for this one, and all end with the pool.
-    pool.fill(shape).await;
+    pool.fill(Prepare::Shape(shape)).await;
     let larger = Shape { vcpus: 2, ..shape };
-    pool.fill(larger).await;
+    pool.fill(Prepare::Shape(larger)).await;
     drop(pool);
-    for _ in 0..600 {
-        if living(&bench).len() == forks.len() {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    assert_eq!(living(&bench).len(), forks.len());
+    until_living(&bench, forks.len()).await;
     for fork in &mut forks {
         fork.child.kill().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_is_prepared_for_an_image_is_for_its_forks_alone() {
+    let bench = Bench::new();
+    let program = bench.script(OBEDIENT);
+    let image = || {
+        let (registry, source) = (&bench.spec.registry, Source::files("/s", "/m"));
+        let image = HotImage::of_saved(&program, registry, source, None, BOUND);
+        async { Arc::new(image.await.unwrap()) }
+    };
+    let (one, other) = (image().await, image().await);
+    let pool = Pool::new(&program, &bench.spec.registry, 2).unwrap();
+    pool.fill(Prepare::Image(Arc::clone(&one))).await;
+    let prepared = living(&bench);
+    assert_eq!(prepared.len(), 2);
+    let specs = |count| vec![bench.spec.clone(); count];
+    let mut others = pool.fork(&other, specs(1), BOUND).await.unwrap();
+    others.push(pool.spawn(&bench.spec, BOUND).await.unwrap());
+    assert!(others.iter().all(|other| !prepared.contains(&other.pid)));
+    let mut forks = pool.fork(&one, specs(2), BOUND).await.unwrap();
+    assert!(forks.iter().all(|fork| prepared.contains(&fork.pid)));
+    // What is prepared for something else ends.
+    pool.fill(Prepare::Image(one)).await;
+    pool.fill(Prepare::Image(other)).await;
+    until_living(&bench, forks.len() + others.len() + 2).await;
+    for started in forks.iter_mut().chain(&mut others) {
+        started.child.kill().await.unwrap();
     }
 }

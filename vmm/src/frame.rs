@@ -1,10 +1,14 @@
 //! What machines of one size have in common: memory, KVM's machine around it, its vCPUs, and the threads that all of them will run
 //! on. Nothing in it is of any guest yet, so that it can be made before there is one.
 
+use std::thread;
+
 use control::Shape;
 use devices::LoopThread;
-use hypervisor::{Vcpu, Vm};
+use hypervisor::{Vcpu, VcpuState, Vm, missing_features};
 use memory::MachineMemory;
+use saved_state::SavedState;
+use snapshot::Snapshot;
 
 use crate::{error::Error, limits::layout_of, vcpu::WaitingThread, vcpus};
 
@@ -14,6 +18,8 @@ pub(crate) struct Frame {
     pub(crate) vm: Vm,
     pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) threads: Threads,
+    /// Its memory is that of a hot image, and its vCPUs are what they are in it.
+    pub(crate) restored: bool,
 }
 
 /// The threads of a machine, which wait for their work. If this is dropped, they end.
@@ -45,6 +51,7 @@ impl Frame {
             vcpus: vcpus?,
             vm,
             threads,
+            restored: false,
         })
     }
 
@@ -59,8 +66,38 @@ impl Frame {
         Ok(frame)
     }
 
+    /// Has it be what is in the hot image `saved`, as far as that is the same for all forks.
+    pub(crate) fn restore(&mut self, saved: &Snapshot) -> Result<(), Error> {
+        if !saved.load_over(&self.memory)? {
+            return Err(Error::OutOfTurn);
+        }
+        for vcpu in &mut self.vcpus {
+            let state = saved.state.get(VcpuState::KIND, vcpu.id())?.decode()?;
+            restore_vcpu(vcpu, &state, &self.vm)?;
+        }
+        self.restored = true;
+        Ok(())
+    }
+
     /// Whether it is for a machine with so many vCPUs and bytes of memory.
     pub(crate) fn is_for(&self, vcpus: u32, memory_bytes: u64) -> bool {
         self.vcpus.len() == vcpus as usize && self.memory.layout().bytes() == memory_bytes
     }
+
+    /// Ends it, which is of no use here. The kernel takes some milliseconds for that, for which nobody need wait.
+    pub(crate) fn put_away(self) {
+        let ending = thread::Builder::new().name("put-away".to_owned());
+        if let Err(error) = ending.spawn(move || drop(self)) {
+            tracing::warn!("a machine that was prepared ended in the way of another: {error}");
+        }
+    }
+}
+
+/// Makes `vcpu` what `saved` says, if it can show its guest what that has seen.
+pub(crate) fn restore_vcpu(vcpu: &mut Vcpu, saved: &VcpuState, vm: &Vm) -> Result<(), Error> {
+    let missing = missing_features(saved, vm.cpuid())?;
+    if !missing.is_empty() {
+        return Err(Error::MissingFeatures(missing));
+    }
+    Ok(vcpu.restore(saved)?)
 }

@@ -8,8 +8,9 @@ use std::{
 
 use control::{GuestClock, LaunchSpec, MachineConfig, Origin};
 use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
-use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState, missing_features};
+use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState};
 use memory::{HostPages, MachineMemory, PAGE_BYTES};
+use saved_state::SavedState;
 use snapshot::{Lost, OnDemand, Saving, Snapshot};
 
 use crate::{
@@ -19,7 +20,7 @@ use crate::{
     device_set::{Chosen, DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk},
     error::Error,
-    frame::{Frame, Threads},
+    frame::{Frame, Threads, restore_vcpu},
     limits::{addressable, confined, layout_of},
     live::Live,
     metrics::{ExitCounts, MachineCounts},
@@ -216,6 +217,7 @@ impl Machine {
             vm,
             mut vcpus,
             threads,
+            restored: _,
         } = frame;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
@@ -302,6 +304,7 @@ impl Machine {
             mut vm,
             mut vcpus,
             threads,
+            restored,
         } = frame;
         let stored_as = saved.stored_as().map(|id| StoredAs {
             id: id.to_owned(),
@@ -320,12 +323,10 @@ impl Machine {
         };
         let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
         for vcpu in &mut vcpus {
-            let saved: VcpuState = state.take(vcpu.id())?;
-            let missing = missing_features(&saved, vm.cpuid())?;
-            if !missing.is_empty() {
-                return Err(Error::MissingFeatures(missing));
+            let saved = state.remove(VcpuState::KIND, vcpu.id())?;
+            if !restored {
+                restore_vcpu(vcpu, &saved.decode()?, &vm)?;
             }
-            vcpu.restore(&saved)?;
         }
         // After the vCPUs: an interrupt controller delivers to the local APICs as it is set.
         vm.restore(&state.take::<VmState>(0)?)?;

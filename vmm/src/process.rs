@@ -17,7 +17,7 @@ use control::{
     Record, Registry, Shape, Source, allow_many_files,
 };
 use hypervisor::install_kick_handler;
-use snapshot::Lost;
+use snapshot::{Lost, Snapshot};
 use tokio::sync::oneshot;
 
 use crate::{
@@ -113,7 +113,7 @@ fn all_done(
 ) -> Result<Done, Failure> {
     let mut prepared = None;
     if let Errand::Prepare(shape) = errand {
-        prepared = Some(Prepared::new(Some(shape))?);
+        prepared = Some(Prepared::new(Some(shape), with)?);
         answer.give(&Launched::Prepared);
         let Ok(next) = control::receive(&errands) else {
             return Ok(Done::CalledOff);
@@ -130,7 +130,7 @@ fn all_done(
     };
     let prepared = match prepared {
         Some(prepared) => prepared,
-        None => Prepared::new(None)?,
+        None => Prepared::new(None, None)?,
     };
     let made = Made::new(*spec, with, prepared, answer)?;
     if !at_once {
@@ -167,17 +167,82 @@ fn write_image(
 /// What there can be before it is known what the machine is.
 struct Prepared {
     door: Door,
-    /// For a machine of some size.
-    frame: Option<Frame>,
+    ahead: Ahead,
+}
+
+/// What there can be of a machine before it is known which.
+enum Ahead {
+    Nothing,
+    /// For any of some size.
+    Frame(Frame),
+    /// For forks of an image.
+    Image {
+        frame: Frame,
+        saved: Box<Snapshot>,
+        id: FileId,
+    },
+}
+
+/// What tells a file from all others that are open.
+#[derive(PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    fn of(file: &OwnedFd) -> Result<Self, Error> {
+        let status = rustix::fs::fstat(file).map_err(|errno| Error::Host(errno.into()))?;
+        Ok(Self {
+            device: status.st_dev,
+            inode: status.st_ino,
+        })
+    }
 }
 
 impl Prepared {
-    fn new(shape: Option<Shape>) -> Result<Self, Failure> {
+    fn new(shape: Option<Shape>, image: Option<OwnedFd>) -> Result<Self, Failure> {
         install_kick_handler().map_err(|e| host("SIGRTMIN cannot be handled", &e))?;
-        Ok(Self {
-            door: Door::new().map_err(|e| host("the control channel cannot be opened", &e))?,
-            frame: shape.map(Frame::prepare).transpose()?,
-        })
+        let door = Door::new().map_err(|e| host("the control channel cannot be opened", &e))?;
+        let frame = shape.map(Frame::prepare).transpose()?;
+        let ahead = match (frame, image) {
+            (None, _) => Ahead::Nothing,
+            (Some(frame), None) => Ahead::Frame(frame),
+            (Some(frame), Some(image)) => Ahead::of_image(frame, image)?,
+        };
+        Ok(Self { door, ahead })
+    }
+}
+
+impl Ahead {
+    fn of_image(mut frame: Frame, image: OwnedFd) -> Result<Self, Error> {
+        let id = FileId::of(&image)?;
+        let saved = Box::new(place::open_image(image)?);
+        frame.restore(&saved)?;
+        Ok(Self::Image { frame, saved, id })
+    }
+
+    /// For a machine that is no fork.
+    fn frame(self) -> Option<Frame> {
+        match self {
+            Self::Nothing => None,
+            Self::Frame(frame) => Some(frame),
+            Self::Image { frame, .. } => {
+                frame.put_away();
+                None
+            }
+        }
+    }
+
+    /// For a fork of `image`, which is opened.
+    fn fork(self, image: OwnedFd) -> Result<(Snapshot, Option<Frame>), Error> {
+        match self {
+            // Both are open, so that what is called the same is the same, and nobody can change it.
+            Self::Image { frame, saved, id } if id == FileId::of(&image)? => {
+                Ok((*saved, Some(frame)))
+            }
+            other => Ok((place::open_image(image)?, other.frame())),
+        }
     }
 }
 
@@ -208,14 +273,14 @@ impl Made {
     fn new(
         spec: LaunchSpec,
         image: Option<OwnedFd>,
-        Prepared { door, frame }: Prepared,
+        Prepared { door, ahead }: Prepared,
         answer: &Arc<Answer>,
     ) -> Result<Self, Failure> {
         let begun = Instant::now();
         tracing::debug!("a machine is to be made");
         let (events, received) = channel();
         let flags = Flags::default();
-        let machine = make(&spec, image, frame, &listeners(&events, &flags, answer))?;
+        let machine = make(&spec, image, ahead, &listeners(&events, &flags, answer))?;
         Ok(Self {
             spec,
             machine,
@@ -319,7 +384,7 @@ impl Started {
 fn make(
     spec: &LaunchSpec,
     image: Option<OwnedFd>,
-    prepared: Option<Frame>,
+    ahead: Ahead,
     listeners: &Listeners,
 ) -> Result<Machine, Failure> {
     let console = console::open(&spec.console).map_err(Error::Console)?;
@@ -327,13 +392,14 @@ fn make(
         Origin::Boot(config) => Ok(Machine::boot(config, spec, console, listeners)?),
         Origin::Restore(source) => {
             let saved = place::open(source)?;
-            Ok(Machine::restore(saved, prepared, spec, console, listeners)?)
+            let frame = ahead.frame();
+            Ok(Machine::restore(saved, frame, spec, console, listeners)?)
         }
         Origin::Fork(_) => {
-            let saved = place::open_image(image.ok_or(Error::NoImage)?)?;
+            let (saved, frame) = ahead.fork(image.ok_or(Error::NoImage)?)?;
             let disks = disks::saved(&saved.state)?;
             disks::apart(disks.iter().filter_map(DiskState::config))?;
-            Ok(Machine::restore(saved, prepared, spec, console, listeners)?)
+            Ok(Machine::restore(saved, frame, spec, console, listeners)?)
         }
     }
 }

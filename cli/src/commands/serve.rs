@@ -36,8 +36,8 @@ pub(crate) struct Args {
     #[arg(long = "disk", value_name = "FILE[,OPTION…]", value_parser = disk::disk)]
     disks: Vec<DiskConfig>,
     /// How many VMM processes are prepared for forks and for restores on demand, so that these need not wait for their start. They are for
-    /// machines of the size that was asked for last, and take some hundred KiB each. With any, the memory of the saved machine that was forked last is kept, too,
-    /// so that the next fork of it does not read its files again.
+    /// machines of the size that was asked for last, and take some hundred KiB each. With any, the memory of the machine in two files that was forked last is kept, too,
+    /// so that the next fork of it does not read them again, and processes are prepared for just that.
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pool: usize,
     /// A host on which `fermata receive` listens, to which machines may be sent; more than one may be named.

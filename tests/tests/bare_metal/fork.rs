@@ -3,18 +3,18 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
-    io::{IoSlice, Read},
+    io::{BufRead, BufReader, IoSlice},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, OwnedFd},
         unix::{fs::PermissionsExt, net::UnixStream},
     },
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
 };
 
 use control::{
-    Console, Errand, FailureKind, GuestClock, LaunchSpec, Launched, Origin, Parent, ProcessId,
-    Record, Registry, Secret, VsockChange,
+    Console, Errand, FailureKind, GuestClock, HotImage, LaunchSpec, Launched, Origin, Parent,
+    ProcessId, Record, Registry, Secret, VsockChange,
 };
 use rustix::{
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create},
@@ -172,9 +172,59 @@ fn a_hook_is_told_of_each_fork() {
     assert!(refused.contains("exit status: 7"), "{refused}");
 }
 
-/// What a VMM answers that is to fork, and is given `image`.
-fn answer(server: &Server, image: Option<&OwnedFd>) -> Launched {
-    let spec = LaunchSpec {
+/// A VMM that is told what to do by hand.
+struct ByHand {
+    vmm: Child,
+    errands: UnixStream,
+    answers: BufReader<ChildStdout>,
+}
+
+impl ByHand {
+    fn start() -> Self {
+        let (errands, theirs) = UnixStream::pair().unwrap();
+        let mut vmm = Command::new(programs::vmm())
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let answers = BufReader::new(vmm.stdout.take().unwrap());
+        Self {
+            vmm,
+            errands,
+            answers,
+        }
+    }
+
+    /// What it answers to `errand`, with which `image` comes.
+    fn give(&mut self, errand: &Errand, image: Option<&impl AsFd>) -> Launched {
+        let line = serde_json::to_string(errand).unwrap() + "\n";
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut with = SendAncillaryBuffer::new(&mut space);
+        let fds: Vec<_> = image.into_iter().map(AsFd::as_fd).collect();
+        if !fds.is_empty() {
+            with.push(SendAncillaryMessage::ScmRights(&fds));
+        }
+        let bytes = [IoSlice::new(line.as_bytes())];
+        let sent = sendmsg(&self.errands, &bytes, &mut with, SendFlags::empty()).unwrap();
+        assert_eq!(sent, line.len());
+        let mut said = String::new();
+        self.answers.read_line(&mut said).unwrap();
+        serde_json::from_str(&said).unwrap()
+    }
+}
+
+impl Drop for ByHand {
+    fn drop(&mut self) {
+        // It fails when it has ended already.
+        let _ = self.vmm.kill();
+        self.vmm.wait().unwrap();
+    }
+}
+
+/// What becomes a fork, with its console in the server's tree.
+fn fork_errand(server: &Server) -> Errand {
+    Errand::Run(Box::new(LaunchSpec {
         secret: Secret::random().unwrap(),
         origin: Origin::Fork(Parent::Machine { pid: 1 }),
         console: Console::File(server.tree().join("console")),
@@ -188,32 +238,52 @@ fn answer(server: &Server, image: Option<&OwnedFd>) -> Launched {
         net_changes: Vec::new(),
         disk_directory: None,
         vsock_change: VsockChange::default(),
+    }))
+}
+
+/// What a VMM answers that is to fork, and is given `image`.
+fn answer(server: &Server, image: Option<&OwnedFd>) -> Launched {
+    ByHand::start().give(&fork_errand(server), image)
+}
+
+#[test]
+fn what_is_prepared_for_one_image_becomes_what_another_is() {
+    let Some(server) = server() else { return };
+    let parent = boot(&server, &bare_metal::witness());
+    let registry = Registry::open(server.run_directory()).unwrap();
+    let record = registry.find_pid(parent.pid).unwrap().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let mut image = || {
+        hear(&server, parent);
+        let making = HotImage::of_machine(&record, GuestClock::StandStill);
+        runtime.block_on(making).unwrap().0
     };
-    let line = serde_json::to_string(&Errand::Run(Box::new(spec))).unwrap() + "\n";
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut vmm = Command::new(programs::vmm())
-        .stdin(OwnedFd::from(theirs))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut with = SendAncillaryBuffer::new(&mut space);
-    let fds: Vec<_> = image.into_iter().map(AsFd::as_fd).collect();
-    if !fds.is_empty() {
-        with.push(SendAncillaryMessage::ScmRights(&fds));
-    }
-    let bytes = [IoSlice::new(line.as_bytes())];
-    let sent = sendmsg(&ours, &bytes, &mut with, SendFlags::empty()).unwrap();
-    assert_eq!(sent, line.len());
-    let mut said = String::new();
-    vmm.stdout
-        .take()
-        .unwrap()
-        .read_to_string(&mut said)
-        .unwrap();
-    vmm.wait().unwrap();
-    serde_json::from_str(&said).unwrap()
+    let (earlier, later) = (image(), image());
+    let round_after = |prepared: &HotImage, forked: &HotImage| {
+        let mut vmm = ByHand::start();
+        let ready = vmm.give(&Errand::Prepare(prepared.shape()), Some(prepared));
+        assert!(matches!(ready, Launched::Prepared), "{ready:?}");
+        let runs = vmm.give(&fork_errand(&server), Some(forked));
+        assert!(matches!(runs, Launched::Ready { .. }), "{runs:?}");
+        let said = || {
+            let text = fs::read_to_string(server.tree().join("console")).ok()?;
+            let mut lines = text.lines().filter_map(bare_metal::Testimony::read);
+            // It has looked at all of its memory twice by then.
+            lines.nth(2)
+        };
+        let said = wait::until("the fork to say something", said).unwrap();
+        drop(vmm);
+        fs::remove_file(server.tree().join("console")).unwrap();
+        assert!(!said.disturbed, "{said:?}");
+        said.round
+    };
+    let (first, second) = (round_after(&earlier, &earlier), round_after(&later, &later));
+    assert!(first < second, "{first} {second}");
+    assert_eq!(round_after(&earlier, &later), second);
+    assert_eq!(round_after(&later, &earlier), first);
 }
 
 #[test]
@@ -491,17 +561,19 @@ fn prepared_processes_become_forks_and_end_with_the_server() {
     wait::until("a prepared process to become a fork", one_is_used).unwrap();
     two(&server);
     machines.extend(ask(&server, &json!({"pid": parent.pid, "count": 2})));
-    // Files that are others by now are read again.
-    let now = hear(&server, parent);
-    save(&server);
-    two(&server);
-    let fresh = ask(&server, &of_files(1));
-    let console = server.console(fresh[0]).unwrap();
-    let first = console
-        .first("the witness", bare_metal::Testimony::read)
-        .unwrap();
-    assert!(first.round > now.round, "{first:?} {now:?}");
-    machines.extend(fresh);
+    // Files that are others by now are read again, whatever processes are prepared for: any such machine, then the last image.
+    for _ in 0..2 {
+        let now = hear(&server, parent);
+        save(&server);
+        two(&server);
+        let fresh = ask(&server, &of_files(1));
+        let console = server.console(fresh[0]).unwrap();
+        let first = console
+            .first("the witness", bare_metal::Testimony::read)
+            .unwrap();
+        assert!(first.round > now.round, "{first:?} {now:?}");
+        machines.extend(fresh);
+    }
     machines.push(parent);
     let mut generations = BTreeSet::new();
     for machine in &machines {

@@ -4,7 +4,7 @@
 //! be: a vCPU that waits for the page comes back when it is kicked (from Linux 6.2 on), a thread that touches memory for a device does not. So a hold
 //! may end half-way. Who waits has done nothing that could be wrong, and comes to rest when the page is there.
 
-use std::{ops::Range, thread, time::Duration};
+use std::{ops::Range, time::Duration};
 
 use control::{LaunchSpec, UseWorkingSet};
 use snapshot::{Lost, OnDemand, Snapshot};
@@ -50,7 +50,7 @@ pub(super) fn load(
     let prepared = match prepared {
         Some(frame) if frame.is_for(vcpus, bytes) && !spec.hugepages => Some(frame),
         Some(frame) => {
-            put_away(frame);
+            frame.put_away();
             None
         }
         None => None,
@@ -60,20 +60,12 @@ pub(super) fn load(
         return Ok((frame, Some(arriving)));
     }
     if let Some(frame) = prepared
-        && saved.load_over(&frame.memory)?
+        && (frame.restored || saved.load_over(&frame.memory)?)
     {
         return Ok((frame, None));
     }
     let memory = saved.load_into(host_pages(spec))?;
     Ok((Frame::new(memory, vcpus)?, None))
-}
-
-/// Ends what is of no use here. The kernel takes some milliseconds for that, for which nobody need wait.
-fn put_away(frame: Frame) {
-    let ending = thread::Builder::new().name("put-away".to_owned());
-    if let Err(error) = ending.spawn(move || drop(frame)) {
-        tracing::warn!("a machine that was prepared ended in the way of another: {error}");
-    }
 }
 
 fn on_demand(
@@ -93,24 +85,12 @@ fn on_demand(
     };
     let lost = listeners.lost.clone();
     let on_loss = Box::new(move |page: &Lost| lost(page));
-    let Some(Frame {
-        memory,
-        vm,
-        vcpus,
-        threads,
-    }) = prepared
-    else {
+    let Some(frame) = prepared else {
         let (memory, arriving) = saved.load_on_demand(None, working_set, on_loss)?;
         return Ok((Frame::new(memory, vcpus)?, arriving));
     };
-    let (memory, arriving) = saved.load_on_demand(Some(memory), working_set, on_loss)?;
-    let frame = Frame {
-        memory,
-        vm,
-        vcpus,
-        threads,
-    };
-    Ok((frame, arriving))
+    let (memory, arriving) = saved.load_on_demand(Some(frame.memory), working_set, on_loss)?;
+    Ok((Frame { memory, ..frame }, arriving))
 }
 
 impl Machine {
