@@ -256,7 +256,7 @@ fn what_is_prepared_for_one_image_becomes_what_another_is() {
         .enable_all()
         .build()
         .unwrap();
-    let mut image = || {
+    let image = || {
         hear(&server, parent);
         let making = HotImage::of_machine(&record, GuestClock::StandStill);
         runtime.block_on(making).unwrap().0
