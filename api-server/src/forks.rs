@@ -123,6 +123,8 @@ impl Forks {
         if self.keeps {
             let mut kept = self.image.lock().unwrap_or_else(PoisonError::into_inner);
             *kept = Some((of, Arc::clone(image)));
+            // It would have the one before kept as well.
+            self.pool.forget_image();
         }
     }
 }

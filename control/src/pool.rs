@@ -146,13 +146,13 @@ impl Pool {
         while self.reserve(&wanted) {
             let prepared = self.prepare(&wanted).await;
             let mut ready = self.ready();
-            ready.coming -= 1;
+            // Something else may be wanted by now, of which none of these was counted.
+            if ready.prepared.as_ref() != Some(&wanted) {
+                return;
+            }
+            ready.coming = ready.coming.saturating_sub(1);
             match prepared {
-                // Something else may be wanted by now.
-                Ok(process) if ready.prepared.as_ref() == Some(&wanted) => {
-                    ready.processes.push(process);
-                }
-                Ok(_) => return,
+                Ok(process) => ready.processes.push(process),
                 Err(error) => {
                     warn!(%error, "no VMM can be prepared; forks start their own");
                     return;
@@ -166,12 +166,21 @@ impl Pool {
         let mut ready = self.ready();
         if ready.prepared.as_ref() != Some(wanted) {
             ready.prepared = Some(wanted.clone());
+            ready.coming = 0;
             // Who waits for an errand that does not come ends.
             drop(mem::take(&mut ready.processes));
         }
         let more = ready.processes.len() + ready.coming < self.most;
         ready.coming += usize::from(more);
         more
+    }
+
+    /// Ends those that are prepared for an image, which is not kept any more then.
+    pub fn forget_image(&self) {
+        let mut ready = self.ready();
+        if matches!(ready.prepared, Some(Prepare::Image(_))) {
+            *ready = Ready::default();
+        }
     }
 
     async fn prepare(&self, wanted: &Prepare) -> Result<Started, SpawnError> {

@@ -61,6 +61,10 @@ impl Bound {
     /// `run` must stay mapped until the value is dropped.
     pub(crate) fn new(run: &mut kvm_run) -> Self {
         RUN.set(run);
+        // A kick that came before, when there was nothing to kick.
+        if KICKED.get().is_some() {
+            store(run, 1);
+        }
         Self {
             _not_send: std::marker::PhantomData,
         }

@@ -49,6 +49,14 @@ pub struct VcpuState {
     pub clock: VcpuClock,
 }
 
+impl VcpuState {
+    /// Whether its local APIC's timer counts down from when a vCPU is restored from this, not from when that runs: one that is no deadline
+    /// of the time stamp counter. What is no local APIC's state has none.
+    pub fn timer_counts_down(&self) -> bool {
+        from_bytes("local APIC", &self.lapic).is_ok_and(|lapic| counts_down(&lapic))
+    }
+}
+
 impl SavedState for VcpuState {
     const KIND: Kind = Kind(*b"VCPU");
 }

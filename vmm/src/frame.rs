@@ -1,5 +1,5 @@
 //! What machines of one size have in common: memory, KVM's machine around it, its vCPUs, and the threads that all of them will run
-//! on. Nothing in it is of any guest yet, so that it can be made before there is one.
+//! on. Nothing in it is of any guest yet, so that it can be made before there is one; or it is what all forks of an image have in common.
 
 use std::thread;
 
@@ -18,8 +18,10 @@ pub(crate) struct Frame {
     pub(crate) vm: Vm,
     pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) threads: Threads,
-    /// Its memory is that of a hot image, and its vCPUs are what they are in it.
-    pub(crate) restored: bool,
+    /// Its memory is that of a hot image.
+    pub(crate) mapped: bool,
+    /// Its vCPUs are what they are in that.
+    pub(crate) vcpus_set: bool,
 }
 
 /// The threads of a machine, which wait for their work. If this is dropped, they end.
@@ -51,7 +53,8 @@ impl Frame {
             vcpus: vcpus?,
             vm,
             threads,
-            restored: false,
+            mapped: false,
+            vcpus_set: false,
         })
     }
 
@@ -66,16 +69,20 @@ impl Frame {
         Ok(frame)
     }
 
-    /// Has it be what is in the hot image `saved`, as far as that is the same for all forks.
+    /// Has it be what is in the hot image `saved`, as far as that is the same for all forks and does not change while it waits for one.
     pub(crate) fn restore(&mut self, saved: &Snapshot) -> Result<(), Error> {
-        if !saved.load_over(&self.memory)? {
-            return Err(Error::OutOfTurn);
+        self.mapped = saved.load_over(&self.memory)?;
+        let decode = |vcpu: &Vcpu| saved.state.get(VcpuState::KIND, vcpu.id())?.decode();
+        let states: Result<Vec<VcpuState>, _> = self.vcpus.iter().map(decode).collect();
+        let states = states?;
+        // KVM would let it count while the process waits, and go off again and again.
+        let waits = states.iter().all(|state| !state.timer_counts_down());
+        if self.mapped && waits {
+            for (vcpu, state) in self.vcpus.iter_mut().zip(&states) {
+                restore_vcpu(vcpu, state, &self.vm)?;
+            }
+            self.vcpus_set = true;
         }
-        for vcpu in &mut self.vcpus {
-            let state = saved.state.get(VcpuState::KIND, vcpu.id())?.decode()?;
-            restore_vcpu(vcpu, &state, &self.vm)?;
-        }
-        self.restored = true;
         Ok(())
     }
 

@@ -63,8 +63,10 @@ pub(crate) fn prepare(
             .inspect_err(|error| tracing::info!("the guest stands still to be saved: {error}"))
             .ok(),
     };
-    if prepared.is_some() {
-        expect_own_writes(machine)?;
+    if prepared.is_some()
+        && let Err(error) = expect_own_writes(machine)
+    {
+        tracing::debug!("a stop takes a fault more: {error}");
     }
     Ok(prepared)
 }

@@ -27,6 +27,7 @@ use crate::{
     nets,
     state::MachineState,
     stored_disks::StoredAs,
+    urgent::Urgent,
     vcpu::VcpuEnd,
     vcpus::{self, Vcpus},
     vmclock::{self, Disruption},
@@ -217,7 +218,8 @@ impl Machine {
             vm,
             mut vcpus,
             threads,
-            restored: _,
+            mapped: _,
+            vcpus_set: _,
         } = frame;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
@@ -304,7 +306,8 @@ impl Machine {
             mut vm,
             mut vcpus,
             threads,
-            restored,
+            mapped: _,
+            vcpus_set,
         } = frame;
         let stored_as = saved.stored_as().map(|id| StoredAs {
             id: id.to_owned(),
@@ -324,7 +327,7 @@ impl Machine {
         let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
         for vcpu in &mut vcpus {
             let saved = state.remove(VcpuState::KIND, vcpu.id())?;
-            if !restored {
+            if !vcpus_set {
                 restore_vcpu(vcpu, &saved.decode()?, &vm)?;
             }
         }
@@ -441,8 +444,9 @@ impl Machine {
     /// it fails, the machine runs on if it ran.
     pub(crate) fn hold(&mut self) -> Result<Held<'_>, Error> {
         let ran = self.is_running();
+        let urgent = Urgent::new();
         if self.quiesced.is_none()
-            && let Err((stalled, error)) = self.stand_still(BOUNDS)
+            && let Err((stalled, error)) = self.stand_still(BOUNDS, urgent.is_some())
         {
             if ran {
                 self.let_run_after_failure(self.clock.never_stopped(stalled.lead()));
@@ -453,18 +457,19 @@ impl Machine {
         }
         Ok(Held {
             machine: self,
+            urgent,
             ran,
             clock: GuestClock::default(),
         })
     }
 
-    /// Has everything stand still. When it fails, it says who does not, and all that come before do.
-    fn stand_still(&mut self, bounds: Bounds) -> Result<(), (Stalled, Error)> {
+    /// Has everything stand still, before others who compute if `urgent`, as the caller then is. When it fails, it says who does not, and all that come before do.
+    fn stand_still(&mut self, bounds: Bounds, urgent: bool) -> Result<(), (Stalled, Error)> {
         let since = Instant::now();
         if let Some(arriving) = &self.counters.arriving {
             arriving.stands_still();
         }
-        let stopped = self.vcpus.hold(bounds.vcpus);
+        let stopped = self.vcpus.hold(bounds.vcpus, urgent);
         let stopped = stopped.map_err(|error| (Stalled::InVcpu, error.into()))?;
         // Else all vCPUs stood still before, and their clocks with them.
         if self.stalled != Some(Stalled::InDevice) {

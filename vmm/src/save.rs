@@ -28,7 +28,6 @@ use crate::{
     machine::{Held, Machine},
     place,
     stored_disks::{self, StoredAs},
-    urgent::Urgent,
 };
 
 /// A snapshot whose machine's state is saved.
@@ -178,7 +177,6 @@ pub(crate) fn take_snapshot(
     wanted(&counters.saving)?;
 
     let ran = machine.is_running();
-    let urgent = Urgent::new();
     let mut held = machine.hold()?.with_clock(clock_of(request.then));
     let since = held.since();
     // Somebody else has decided how long it stands still if it did before.
@@ -205,19 +203,10 @@ pub(crate) fn take_snapshot(
     // If what is needed to go on beside it cannot be had after all.
     let may_stop = request.copy.is_none() && !limited;
     let taken = match (goes_on, prepared) {
-        (true, Some(prepared)) => copy_on_write(held, work, prepared, may_stop, urgent)?,
-        // What is read of memory now takes longer than others should have to wait.
-        (true, None) => {
-            drop(urgent);
-            stop_and_copy(held, work)?
-        }
-        (false, prepared) => {
-            drop(urgent);
-            match prepared {
-                Some(prepared) => stay_copied(held, work, prepared)?,
-                None => stay(held, work)?,
-            }
-        }
+        (true, Some(prepared)) => copy_on_write(held, work, prepared, may_stop)?,
+        (true, None) => stop_and_copy(held, work)?,
+        (false, Some(prepared)) => stay_copied(held, work, prepared)?,
+        (false, None) => stay(held, work)?,
     };
     let Done {
         written,
@@ -266,13 +255,11 @@ fn copy_on_write(
     work: Work<'_>,
     prepared: Prepared,
     may_stop: bool,
-    urgent: Option<Urgent>,
 ) -> Result<Taken, Error> {
     // After its state was saved, which can write to memory.
     let at_cut = match held.cut(&work.draft, work.rest.last) {
         Err(error) if may_stop => {
             tracing::warn!("the guest stands still to be saved: {error}");
-            drop(urgent);
             return stop_and_copy(held, work);
         }
         cut => cut?,
@@ -284,7 +271,6 @@ fn copy_on_write(
     let since = held.since();
     let gone_on = held.let_go();
     let downtime = since.elapsed();
-    drop(urgent);
     work.rest.saving.stand_still(None);
     let done = beside_guest(|| work.write(&at_cut)?.publish());
     let (done, at_cut) = known(done, at_cut)?;
@@ -298,7 +284,8 @@ fn copy_on_write(
 }
 
 /// The machine goes on when its memory is written.
-fn stop_and_copy(held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
+fn stop_and_copy(mut held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
+    held.take_time();
     let in_work = work.write(held.memory())?;
     let since = held.since();
     let gone_on = held.let_go();
@@ -319,6 +306,7 @@ fn stay_copied(mut held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result
     let left = at_cut.parts().into_iter();
     let left = left.filter(|part| part.kind == PartKind::Data);
     let last_round_bytes = left.map(|part| part.bytes).sum();
+    held.take_time();
     // Nobody is spared by that any more.
     work.rest.saving.unlimit();
     let done = work.write(&at_cut).and_then(InWork::publish);
@@ -336,7 +324,8 @@ fn stay_copied(mut held: Held<'_>, work: Work<'_>, prepared: Prepared) -> Result
 }
 
 /// The machine stays held until its memory is written, and further.
-fn stay(held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
+fn stay(mut held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
+    held.take_time();
     let done = work.write(held.memory())?.publish()?;
     let downtime = held.since().elapsed();
     held.keep();

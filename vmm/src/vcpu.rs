@@ -22,8 +22,8 @@ pub(crate) enum Command {
     Run(ClockStart),
     /// As [`Command::Run`], of one that is held; it is not acknowledged, and one that cannot run ends the guest.
     Go(ClockStart),
-    /// Hold it, and stop its clock, with the priority that its thread was given.
-    Hold,
+    /// Hold it, and stop its clock; if `urgent`, with the priority that its thread was given.
+    Hold { urgent: bool },
     /// Read its state, with its clock as it was then; only while it is held.
     Save(HostTsc),
     /// Hold it, and leave its clock alone, which is set anew anyway; and have its thread be awake for what comes next, if that pays.
@@ -176,7 +176,7 @@ impl WaitingThread {
         Ok(Self { work, kick, thread })
     }
 
-    /// Has it hold `vcpu` until it is told to run it. A kick may come before it does.
+    /// Has it hold `vcpu` until it is told to run it.
     pub(crate) fn begin(self, work: VcpuThread, vcpu: Vcpu) -> io::Result<(Kick, JoinHandle<()>)> {
         let ended = || io::Error::other("it has ended");
         let kick = self.kick.recv().map_err(|_| ended())?;
@@ -217,6 +217,7 @@ impl VcpuThread {
         let mut start = None;
         let (state, done) = match (command, state) {
             (Command::Run(_), State::Running) => (State::Running, Done::Running(Ok(()))),
+            // A priority ends here, before the clock's start is waited for: the guest would see the system call's time pass.
             (Command::Run(clock), _) => match self.start(vcpu, clock) {
                 Ok(()) => {
                     start = Some(clock);
@@ -232,12 +233,13 @@ impl VcpuThread {
                 clock.wait();
                 return State::Running;
             }
-            (Command::Hold, state) => {
-                let urgent = match state {
-                    State::Held(Some(urgent)) => urgent,
-                    _ => Urgent::taken(),
+            (Command::Hold { urgent }, state) => {
+                let given = urgent.then(Urgent::taken);
+                let had = match state {
+                    State::Held(had) => had,
+                    _ => None,
                 };
-                (State::Held(Some(urgent)), Done::Held(vcpu.stop_clock()))
+                (State::Held(given.or(had)), Done::Held(vcpu.stop_clock()))
             }
             (Command::Save(stopped), state) => {
                 (state, Done::Saved(vcpu.save(stopped).map(Box::new)))

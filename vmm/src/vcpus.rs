@@ -60,6 +60,13 @@ struct Handle {
 }
 
 impl Handle {
+    /// Whether its thread is still the one with its id.
+    fn lives(&self) -> bool {
+        self.thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Whether it looks for orders without being kicked, because a run is done.
     fn is_parked(&self) -> bool {
         self.parked.load(Ordering::SeqCst)
@@ -110,17 +117,14 @@ impl Vcpus {
         Ok(started)
     }
 
-    /// Holds all of them, within `bound`. When it returns, none is in the guest and none has anything undone; it tells when the clock of
+    /// Holds all of them, within `bound`, and before others who compute if `urgent`, as the caller then is. When it returns, none is in the guest and none has anything undone; it tells when the clock of
     /// the last was stopped. When it fails, those that answered are held: [`Vcpus::run`] undoes that.
-    pub(crate) fn hold(&mut self, bound: Duration) -> Result<HostTsc, Error> {
+    pub(crate) fn hold(&mut self, bound: Duration, urgent: bool) -> Result<HostTsc, Error> {
         let called = HostTsc::now();
-        if !self.held {
-            // One of them may wait for a CPU while the others stand still already.
-            for vcpu in &self.vcpus {
-                Urgent::give(vcpu.kick.thread());
-            }
-        }
-        self.tell(|| Command::Hold);
+        // One of them may wait for a CPU while the others stand still already.
+        self.tell(|vcpu| Command::Hold {
+            urgent: urgent && vcpu.lives() && Urgent::give(vcpu.kick.thread()),
+        });
         let mut last = called;
         for (_, done) in self.gather(bound)? {
             if let Done::Held(stopped) = done {
@@ -134,7 +138,7 @@ impl Vcpus {
     /// Lets all of them run. Clocks that were stopped go on as `start` says.
     pub(crate) fn run(&mut self, start: ClockStart) -> Result<(), Error> {
         self.none_is_parked();
-        self.tell(|| Command::Run(start));
+        self.tell(|_| Command::Run(start));
         self.held = false;
         let told = self.gather(BOUND);
         self.awake = false;
@@ -149,7 +153,7 @@ impl Vcpus {
     /// As [`Vcpus::run`], of vCPUs that are held, without waiting until they have heard of it: a guest of which one cannot run ends.
     pub(crate) fn go(&mut self, start: ClockStart) {
         self.none_is_parked();
-        self.tell(|| Command::Go(start));
+        self.tell(|_| Command::Go(start));
         self.held = false;
         self.awake = false;
     }
@@ -169,7 +173,7 @@ impl Vcpus {
 
     /// Reads the state of all of them, by number, their clocks as they were at `stopped`. They must be held.
     pub(crate) fn save(&mut self, stopped: HostTsc) -> Result<Vec<VcpuState>, Error> {
-        self.tell(|| Command::Save(stopped));
+        self.tell(|_| Command::Save(stopped));
         let mut states = Vec::new();
         for (_, done) in self.gather(BOUND)? {
             if let Done::Saved(state) = done {
@@ -186,7 +190,7 @@ impl Vcpus {
         self.awake = awake && awake::pays(self.vcpus.len());
         if !self.held && !self.vcpus.iter().all(Handle::is_parked) {
             let awake = self.awake;
-            self.tell(|| Command::Stop { awake });
+            self.tell(|_| Command::Stop { awake });
             self.gather(BOUND)?;
         }
         self.held = true;
@@ -197,7 +201,7 @@ impl Vcpus {
     /// then. When it fails, they are in no known state.
     pub(crate) fn reset(&mut self, states: &Arc<[VcpuState]>) -> Result<(), Error> {
         let awake = self.awake;
-        self.tell(|| Command::Reset {
+        self.tell(|_| Command::Reset {
             states: Arc::clone(states),
             awake,
         });
@@ -210,13 +214,13 @@ impl Vcpus {
     }
 
     /// Begins a round: gives all of them a command, and a kick so that they look, unless they wait for one.
-    fn tell(&mut self, command: impl Fn() -> Command) {
+    fn tell(&mut self, command: impl Fn(&Handle) -> Command) {
         self.round += 1;
         for vcpu in &self.vcpus {
             // A thread that has ended does not answer either, and is named for that.
             let _ = vcpu.orders.send(Order {
                 round: self.round,
-                command: command(),
+                command: command(vcpu),
             });
             // Looked at behind the order: one that has parked since finds it, one that has not is kicked.
             if !self.held && !vcpu.is_parked() {
@@ -256,7 +260,7 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.tell(|| Command::End);
+        self.tell(|_| Command::End);
         match self.gather(END_BOUND) {
             Ok(_) => {
                 for thread in self.vcpus.iter_mut().filter_map(|vcpu| vcpu.thread.take()) {

@@ -54,6 +54,12 @@ impl Desk {
         self.cli().command(arguments)
     }
 
+    /// The machine that is there, once it is: its guest runs before it is registered.
+    fn only_machine(&self) -> Value {
+        let listed = || Some(self.json(&["ps", "--json"])[0].take()).filter(Value::is_object);
+        wait::until("the machine to be listed", listed).unwrap()
+    }
+
     /// Runs a command that succeeds, and returns what it prints.
     fn run(&self, arguments: &[&str]) -> String {
         self.cli().run(arguments).unwrap()
@@ -140,10 +146,10 @@ fn a_machine_is_run_saved_restored_and_stopped() {
     let mut machine = Foreground::start(&desk, &[&["run", "kernel"], &shape[..]].concat());
     assert_eq!(machine.count(), 1);
 
-    let vms = desk.json(&["ps", "--json"]);
-    assert_eq!(vms[0]["state"], "running");
-    assert_eq!(vms[0]["memory_mib"], 64);
-    let (pid, port) = (vms[0]["pid"].to_string(), vms[0]["port"].to_string());
+    let vm = desk.only_machine();
+    assert_eq!(vm["state"], "running");
+    assert_eq!(vm["memory_mib"], 64);
+    let (pid, port) = (vm["pid"].to_string(), vm["port"].to_string());
     assert!(desk.run(&["ps"]).contains(&pid));
 
     // By process id, and it goes on; by port, and it ends.
@@ -196,7 +202,7 @@ fn a_machine_of_a_template_is_run_and_one_that_cannot_be_is_refused_by_name() {
     let needs = |machine: &[&str]| {
         let mut machine = Foreground::start(&desk, machine);
         machine.count();
-        let pid = desk.json(&["ps", "--json"])[0]["pid"].to_string();
+        let pid = desk.only_machine()["pid"].to_string();
         desk.run(&["snapshot", &pid, "state", "memory", "--halt"]);
         machine.ended();
         let inspected = desk.json(&["inspect", "state", "--json"]);

@@ -573,6 +573,15 @@ fn prepared_processes_become_forks_and_end_with_the_server() {
             .unwrap();
         assert!(first.round > now.round, "{first:?} {now:?}");
         machines.extend(fresh);
+        // A process that waits has the image that is kept.
+        let mapped = || {
+            let maps = two(&server).into_iter().filter_map(|pid| {
+                let maps = fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
+                Some(maps.contains("fermata-hot-image"))
+            });
+            maps.eq([true; 2]).then_some(())
+        };
+        wait::until("processes prepared for the image", mapped).unwrap();
     }
     machines.push(parent);
     let mut generations = BTreeSet::new();

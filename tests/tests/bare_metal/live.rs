@@ -1,6 +1,8 @@
 //! Machines go on beside their snapshots.
 
-use std::{fs, os::unix::fs::MetadataExt, process::Stdio, thread, time::Duration};
+use std::{
+    collections::BTreeMap, fs, os::unix::fs::MetadataExt, process::Stdio, thread, time::Duration,
+};
 
 use api_types::VmState;
 use rustix::process::{Pid, Signal, kill_process};
@@ -352,6 +354,69 @@ fn memory_is_copied_before_the_guest_stands_still_also_of_one_that_ends() {
     assert!(number(&still, "last_round_bytes") <= 64 << 10, "{still}");
     let copy = restored(&cli, &server, &["still"]);
     assert!(!hear(&server, copy).disturbed);
+}
+
+/// How each thread of a process is scheduled, by name: 0 is as all are of which nobody has said anything else.
+fn policies(pid: u32) -> BTreeMap<String, u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let policy = |task: fs::DirEntry| {
+        // It may have ended.
+        let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+        let (name, rest) = stat.rsplit_once(')')?;
+        // The 41st field, of which the name is the second (proc_pid_stat(5)).
+        let policy = rest.split_whitespace().nth(38)?.parse().unwrap();
+        Some((name.to_owned(), policy))
+    };
+    tasks.filter_map(|task| policy(task.unwrap())).collect()
+}
+
+#[test]
+fn no_thread_has_priority_once_the_guest_goes_on() {
+    let Some(server) = server() else { return };
+    let cli = cli(&server);
+    cli.run(&["store", "init"]).unwrap();
+    let machine = boot(&server, &bare_metal::witness());
+    hear(&server, machine);
+    let pid = machine.pid.to_string();
+    let usual = policies(machine.pid);
+    assert!(
+        usual.len() > 3 && usual.values().all(|policy| *policy == 0),
+        "{usual:?}"
+    );
+    let check = |machine: Machine, what: &str| {
+        hear(&server, machine);
+        let found = policies(machine.pid);
+        assert!(
+            found.values().all(|policy| *policy == 0),
+            "{what}: {found:?}"
+        );
+    };
+    for copy in ["copy-on-write", "stop-and-copy", "pre-copy"] {
+        cli.run(&["snapshot", &pid, copy, "--copy", copy]).unwrap();
+        check(machine, copy);
+    }
+    for _ in 0..2 {
+        cli.run(&["pause", &pid]).unwrap();
+        // Whoever is held has been given it, if that is permitted; the controller has done with it.
+        let held = policies(machine.pid);
+        let given = held.iter().filter(|(_, policy)| **policy != 0);
+        assert!(
+            given.clone().all(|(name, _)| name.contains("vcpu")),
+            "{held:?}"
+        );
+        assert!(
+            !rustix::process::geteuid().is_root() || given.count() == 1,
+            "{held:?}"
+        );
+        cli.run(&["resume", &pid]).unwrap();
+        check(machine, "pause");
+    }
+    let fork = forked(&cli, "pre-copy");
+    check(fork, "fork");
+    cli.run(&["pause", &fork.pid.to_string()]).unwrap();
+    cli.run(&["reset", &fork.pid.to_string()]).unwrap();
+    cli.run(&["resume", &fork.pid.to_string()]).unwrap();
+    check(fork, "reset");
 }
 
 #[test]

@@ -15,12 +15,15 @@ use crate::{
     error::Error,
     state::{DiskState, MachineState},
     stored_disks::StoredAs,
+    urgent::Urgent,
 };
 
 /// A machine that is held. Dropped, it lets the machine go on if it ran before.
 #[must_use = "the machine goes on when this is dropped"]
 pub(crate) struct Held<'a> {
     pub(super) machine: &'a mut Machine,
+    /// The calling thread's, while the machine stands still for what takes no longer than that can be.
+    pub(super) urgent: Option<Urgent>,
     /// Whether it ran before.
     pub(super) ran: bool,
     /// What its clocks have done meanwhile, if it goes on.
@@ -28,6 +31,11 @@ pub(crate) struct Held<'a> {
 }
 
 impl Held<'_> {
+    /// What comes now takes longer than others should wait for a CPU.
+    pub(crate) fn take_time(&mut self) {
+        self.urgent = None;
+    }
+
     /// Leaves the machine held.
     pub(crate) fn keep(mut self) {
         self.ran = false;

@@ -60,7 +60,7 @@ pub(super) fn load(
         return Ok((frame, Some(arriving)));
     }
     if let Some(frame) = prepared
-        && (frame.restored || saved.load_over(&frame.memory)?)
+        && (frame.mapped || saved.load_over(&frame.memory)?)
     {
         return Ok((frame, None));
     }
@@ -108,7 +108,7 @@ impl Machine {
         if !self.is_running() {
             return;
         }
-        if let Err((stalled, error)) = self.stand_still(BOUNDS) {
+        if let Err((stalled, error)) = self.stand_still(BOUNDS, false) {
             tracing::warn!("not all of the machine stands still: {error}");
             self.stalled = Some(stalled);
         }
@@ -136,7 +136,7 @@ impl Machine {
         if self.stalled.is_none() {
             return Ok(());
         }
-        self.stand_still(BOUNDS).map_err(|(stalled, error)| {
+        self.stand_still(BOUNDS, false).map_err(|(stalled, error)| {
             self.stalled = Some(stalled);
             // Another page, most likely.
             self.counters.lost().map_or(error, Error::Lost)
