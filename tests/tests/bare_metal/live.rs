@@ -120,7 +120,8 @@ fn all_vcpus_write_while_memory_is_given_back_and_nothing_is_torn_lost_or_leaked
         // It gives memory back, or takes it, while more of it comes.
         ballooned(&server, copy, [2, 16, 4, 12][round as usize % 4]);
         let said = hear(&server, copy);
-        assert!(!said.disturbed && said.round > before, "{round}: {said:?}");
+        // The first line of a copy has the least round of all vCPUs, in which the slowest may still have been when the crew last said so.
+        assert!(!said.disturbed && said.round >= before, "{round}: {said:?}");
         before = hear(&server, crew).round;
         done_with(&cli, copy, round);
     }
