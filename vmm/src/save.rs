@@ -268,9 +268,7 @@ fn copy_on_write(
         at_cut.finish(Outcome::SameBase);
         return Err(Error::StandsTooLong);
     }
-    let since = held.since();
-    let gone_on = held.let_go();
-    let downtime = since.elapsed();
+    let (gone_on, downtime) = held.let_go();
     work.rest.saving.stand_still(None);
     let done = beside_guest(|| work.write(&at_cut)?.publish());
     let (done, at_cut) = known(done, at_cut)?;
@@ -287,9 +285,7 @@ fn copy_on_write(
 fn stop_and_copy(mut held: Held<'_>, work: Work<'_>) -> Result<Taken, Error> {
     held.take_time();
     let in_work = work.write(held.memory())?;
-    let since = held.since();
-    let gone_on = held.let_go();
-    let downtime = since.elapsed();
+    let (gone_on, downtime) = held.let_go();
     let done = in_work.publish()?;
     // As above.
     gone_on?;

@@ -1,6 +1,6 @@
 //! A machine that stands still, to be saved or looked at.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use branch_disk::LayerRef;
 use control::GuestClock;
@@ -47,10 +47,13 @@ impl Held<'_> {
         self
     }
 
-    /// Lets the machine go on, whether it ran before or not.
-    pub(crate) fn let_go(mut self) -> Result<(), Error> {
+    /// Lets the machine go on, whether it ran before or not; tells for how long it stood still.
+    pub(crate) fn let_go(mut self) -> (Result<(), Error>, Duration) {
         self.ran = false;
-        self.machine.run(self.clock)
+        let gone_on = self.machine.run(self.clock);
+        // While this thread has its priority: without, it may wait for a CPU behind the guest that goes on.
+        let stood_still = self.since().elapsed();
+        (gone_on, stood_still)
     }
 
     /// Since when it has been standing still.
