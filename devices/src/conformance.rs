@@ -12,7 +12,7 @@ use std::{
 };
 
 use proptest::{collection::vec, prelude::*};
-use saved_state::{Kind, Section};
+use saved_state::{Kind, SavedState, Section};
 
 use crate::{BusDevice, Device, GuestRequest, InterruptLine, OnGuestRequest, sync::lock};
 
@@ -22,6 +22,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// A device under test and what is behind it. The backing is that of one device at a time.
 pub(crate) trait Subject {
     type Device: Device;
+    /// What it saves.
+    type Saved: SavedState;
     /// Addresses that the device answers for.
     const SPAN: u64;
 
@@ -51,6 +53,11 @@ macro_rules! conforms {
             #[test]
             fn a_device_that_was_in_use_saves_what_it_was_restored_from_again() {
                 used_saves_the_same::<It>();
+            }
+
+            #[test]
+            fn a_device_is_restored_from_every_version_that_can_be_read() {
+                every_version_is_restored::<It>();
             }
 
             #[test]
@@ -123,6 +130,23 @@ pub(crate) fn used_saves_the_same<S: Subject>() {
             subject.go_on(&mut device);
         }
     });
+}
+
+/// What an older version had is all there. That it was encoded like this, the golden files say.
+pub(crate) fn every_version_is_restored<S: Subject>() {
+    let subject = S::new();
+    let as_of = |section: &Section, version| {
+        let state = section.decode::<S::Saved>().unwrap();
+        golden::section(INSTANCE, &state, version)
+    };
+    let newest = worked(&subject);
+    for version in 1..=S::Saved::VERSION {
+        let section = as_of(&newest, version);
+        let mut device = subject.fresh();
+        device.restore(&section).unwrap();
+        assert_eq!(as_of(&device.save(INSTANCE).unwrap(), version), section);
+        subject.go_on(&mut device);
+    }
 }
 
 pub(crate) fn foreign_is_refused<S: Subject>() {

@@ -68,6 +68,17 @@ impl From<SavedRateLimit> for RateLimit {
     }
 }
 
+#[cfg(test)]
+impl SavedRateLimit {
+    /// One in which no two numbers are alike.
+    pub(crate) fn example(number: u64) -> Self {
+        Self {
+            bytes_per_second: number << 20,
+            operations_per_second: number,
+        }
+    }
+}
+
 /// Holds one direction of a device to its [`RateLimit`].
 pub(crate) struct Limiter {
     rates: Rates,

@@ -17,3 +17,23 @@ pub struct SavedRtc {
 impl SavedState for SavedRtc {
     const KIND: Kind = Kind(*b"CMOS");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let runs = SavedRtc {
+            index: 0x0b,
+            offset_seconds: -3600,
+            stopped_at: None,
+            registers: (0..128).collect(),
+        };
+        let stands_still = SavedRtc {
+            stopped_at: Some(1_700_000_000),
+            ..runs.clone()
+        };
+        golden::check_sections(&[&[runs, stands_still]]);
+    }
+}

@@ -39,6 +39,7 @@ struct Clock;
 
 impl Subject for Clock {
     type Device = Rtc;
+    type Saved = SavedRtc;
     const SPAN: u64 = PORTS;
 
     fn new() -> Self {

@@ -81,3 +81,25 @@ impl From<SavedSerial> for SerialState {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let saved = SavedSerial {
+            baud_divisor_low: 0x0c,
+            baud_divisor_high: 0x10,
+            interrupt_enable: 0x05,
+            interrupt_identification: 0xc4,
+            line_control: 0x03,
+            line_status: 0x61,
+            modem_control: 0x0b,
+            modem_status: 0xb0,
+            scratch: 0x5a,
+            in_buffer: b"typed ahead".to_vec(),
+        };
+        golden::check_sections(&[&[saved]]);
+    }
+}

@@ -60,6 +60,7 @@ struct Port;
 
 impl Subject for Port {
     type Device = Serial;
+    type Saved = SavedSerial;
     const SPAN: u64 = PORTS;
 
     fn new() -> Self {

@@ -40,3 +40,22 @@ impl SavedBalloon {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let saved = SavedBalloon {
+            deflate_on_oom: true,
+            free_page_reporting: false,
+            target_pages: 4096,
+            actual_pages: 4000,
+            statistics_interval_s: 5,
+            statistics_buffer: vec![7],
+            transport: SavedTransport::example(4),
+        };
+        golden::check_sections(&[&[saved]]);
+    }
+}

@@ -101,6 +101,7 @@ fn serve_all(device: &MmioTransport) {
 
 impl Subject for Host {
     type Device = MmioTransport;
+    type Saved = SavedBalloon;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {

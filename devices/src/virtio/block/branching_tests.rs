@@ -95,6 +95,7 @@ impl Bench {
 
 impl Subject for Bench {
     type Device = MmioTransport;
+    type Saved = SavedBlock;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {

@@ -43,3 +43,31 @@ impl SavedState for SavedBlock {
         map
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let newest = SavedBlock {
+            path: "/disk.raw".to_owned(),
+            capacity_sectors: 2_097_152,
+            read_only: true,
+            id: "serial".to_owned(),
+            transport: SavedTransport::example(1),
+            total_limit: SavedRateLimit::example(1),
+            read_limit: SavedRateLimit::example(2),
+            write_limit: SavedRateLimit::example(3),
+            waiting: vec![5, 4],
+        };
+        let without_limits = SavedBlock {
+            total_limit: SavedRateLimit::default(),
+            read_limit: SavedRateLimit::default(),
+            write_limit: SavedRateLimit::default(),
+            waiting: Vec::new(),
+            ..newest.clone()
+        };
+        golden::check_sections(&[&[without_limits], &[newest]]);
+    }
+}

@@ -74,6 +74,7 @@ struct Image {
 
 impl Subject for Image {
     type Device = MmioTransport;
+    type Saved = SavedBlock;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {

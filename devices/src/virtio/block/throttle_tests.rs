@@ -3,8 +3,6 @@
 use std::{fs, num::NonZeroU64, sync::Mutex, time::Duration};
 
 use tempfile::TempDir;
-use versionize::{VersionMap, Versionize, VersionizeResult};
-use versionize_derive::Versionize;
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_STATUS,
 };
@@ -154,6 +152,7 @@ fn prepare(driver: &Driver<'_>, requests: &[Request]) {
 
 impl Subject for Bench {
     type Device = MmioTransport;
+    type Saved = SavedBlock;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {
@@ -322,42 +321,6 @@ fn requests_that_wait_are_saved_and_go_on_with_the_limits_that_they_had() {
     bench.pass(&device, SECOND);
     assert_eq!(done(&driver, &requests), [true; 5]);
     assert_eq!([0, 1, 2].map(|sector| bench.on_disk(sector)), [2, 5, 4]);
-}
-
-#[test]
-fn a_state_of_before_there_were_limits_has_none() {
-    /// As version 1 was.
-    #[derive(Versionize)]
-    struct Old {
-        path: String,
-        capacity_sectors: u64,
-        read_only: bool,
-        id: String,
-        transport: SavedTransport,
-    }
-    impl SavedState for Old {
-        const KIND: Kind = SavedBlock::KIND;
-    }
-
-    let bench = Bench::with(DiskLimits::default());
-    let mut device = bench.device();
-    Driver::start(&mut device, &bench.memory, ALL);
-    let saved: SavedBlock = device.save(0).unwrap().decode().unwrap();
-    let old = Old {
-        path: saved.path,
-        capacity_sectors: saved.capacity_sectors,
-        read_only: saved.read_only,
-        id: "old".to_owned(),
-        transport: saved.transport,
-    };
-    let section = Section::encode(0, &old).unwrap();
-    assert_eq!(section.version, 1);
-    device.restore(&section).unwrap();
-    let again: SavedBlock = device.save(0).unwrap().decode().unwrap();
-    assert_eq!((again.id.as_str(), again.waiting.len()), ("old", 0));
-    for limit in [again.total_limit, again.read_limit, again.write_limit] {
-        assert_eq!(RateLimit::from(limit), RateLimit::default());
-    }
 }
 
 #[test]

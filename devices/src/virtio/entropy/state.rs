@@ -15,3 +15,14 @@ pub struct SavedEntropy {
 impl SavedState for SavedEntropy {
     const KIND: Kind = Kind(*b"VRNG");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let transport = SavedTransport::example(1);
+        golden::check_sections(&[&[SavedEntropy { transport }]]);
+    }
+}

@@ -12,6 +12,7 @@ struct Source(GuestMemory);
 
 impl Subject for Source {
     type Device = MmioTransport;
+    type Saved = SavedEntropy;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {

@@ -234,3 +234,34 @@ fn check_queue(
     }
     Ok(queue)
 }
+
+#[cfg(test)]
+impl SavedTransport {
+    /// That of a driver at work with so many queues, in which no two numbers are alike.
+    pub(crate) fn example(queues: u16) -> Self {
+        let queue = |index: u16| {
+            let page = u64::from(index) << 12;
+            SavedQueue {
+                max_size: 256,
+                next_avail: 300 + index,
+                next_used: 298 + index,
+                event_idx_enabled: true,
+                size: 128,
+                ready: index != 1,
+                desc_table: 0x10_0000 + page,
+                avail_ring: 0x20_0000 + page,
+                used_ring: 0x1_0000_0000 + page,
+            }
+        };
+        Self {
+            status: 0x0f,
+            needs_reset: true,
+            interrupt_status: 0x03,
+            device_features_sel: 1,
+            driver_features_sel: 2,
+            driver_features: 0x1_3000_0000,
+            queue_sel: 4,
+            queues: (0..queues).map(queue).collect(),
+        }
+    }
+}

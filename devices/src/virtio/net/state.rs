@@ -39,3 +39,27 @@ pub enum Attachment {
     /// A socket that was handed over when the machine was made.
     Descriptor,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let attachments = [
+            Attachment::Tap("tap0".to_owned()),
+            Attachment::Socket("/run/switch".to_owned()),
+            Attachment::Descriptor,
+        ];
+        let examples = attachments.map(|attachment| SavedNet {
+            attachment,
+            mac: [2, 3, 4, 5, 6, 7],
+            receive_limit: SavedRateLimit::example(1),
+            send_limit: SavedRateLimit::example(2),
+            link_up: true,
+            pending: vec![8, 9, 10],
+            transport: SavedTransport::example(2),
+        });
+        golden::check_sections(&[&examples]);
+    }
+}

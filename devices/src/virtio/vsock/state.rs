@@ -20,3 +20,18 @@ pub struct SavedVsock {
 impl SavedState for SavedVsock {
     const KIND: Kind = Kind(*b"VSOK");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let saved = SavedVsock {
+            cid: 0x0304_0506,
+            path: "/run/guest.vsock".to_owned(),
+            transport: SavedTransport::example(3),
+        };
+        golden::check_sections(&[&[saved]]);
+    }
+}

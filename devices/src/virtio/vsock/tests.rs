@@ -180,6 +180,7 @@ struct Listening(TempDir, GuestMemory);
 
 impl Subject for Listening {
     type Device = MmioTransport;
+    type Saved = SavedVsock;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {

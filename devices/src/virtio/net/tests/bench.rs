@@ -166,6 +166,7 @@ pub(super) struct OnScript(GuestMemory);
 
 impl Subject for OnScript {
     type Device = MmioTransport;
+    type Saved = SavedNet;
     const SPAN: u64 = MMIO_BYTES;
 
     fn new() -> Self {
