@@ -17,3 +17,11 @@ pub(crate) fn from_bytes<T: FromBytes>(what: &'static str, bytes: &[u8]) -> Resu
         expected: size_of::<T>(),
     })
 }
+
+/// As many bytes as a structure of the kernel's has: one that got another size could not be read any more.
+#[cfg(test)]
+pub(crate) fn pattern<T>(first: u8) -> Vec<u8> {
+    (0..size_of::<T>())
+        .map(|at| first.wrapping_add(at as u8))
+        .collect()
+}

@@ -322,3 +322,38 @@ fn counts_down(lapic: &kvm_lapic_state) -> bool {
         |at: usize| u32::from_le_bytes(std::array::from_fn(|i| lapic.regs[at + i] as u8));
     register(LVT_TIMER) & MODE != DEADLINE && register(INITIAL_COUNT) != 0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let msr = |index| MsrEntry {
+            index,
+            value: u64::from(index) << 32,
+        };
+        let state = VcpuState {
+            id: 31,
+            cpuid: abi::pattern::<[kvm_cpuid_entry2; 2]>(1),
+            mp_state: abi::pattern::<kvm_mp_state>(2),
+            regs: abi::pattern::<kvm_regs>(3),
+            sregs: abi::pattern::<sregs::Sregs2>(4),
+            // What it has is the host's.
+            xsave: (0..100).collect(),
+            xcrs: abi::pattern::<kvm_xcrs>(5),
+            debug_regs: abi::pattern::<kvm_debugregs>(6),
+            lapic: abi::pattern::<kvm_lapic_state>(7),
+            msrs: vec![msr(0x174), msr(0xc000_0080)],
+            events: abi::pattern::<kvm_vcpu_events>(8),
+            clock: VcpuClock {
+                tsc_khz: 2_500_000,
+                tsc_offset: u64::MAX - 9,
+                tsc: 10 << 32,
+                deadline: 11 << 32,
+            },
+        };
+        golden::check_sections(&[&[state]]);
+    }
+}

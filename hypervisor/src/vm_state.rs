@@ -108,3 +108,24 @@ impl Vm {
             .asked("set an interrupt controller")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi;
+
+    #[test]
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let chip = |first| abi::pattern::<kvm_irqchip>(first);
+        let state = VmState {
+            pic_master: chip(1),
+            pic_slave: chip(2),
+            ioapic: chip(3),
+            pit: abi::pattern::<kvm_pit_state2>(4),
+            clock: MachineClock {
+                kvmclock_ns: 0x0102_0304_0506_0708,
+            },
+        };
+        golden::check_sections(&[&[state]]);
+    }
+}

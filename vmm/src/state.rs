@@ -153,43 +153,39 @@ fn unix_ns(time: io::Result<SystemTime>) -> u64 {
 mod tests {
     use super::*;
 
-    /// As release 0.1 wrote it.
-    #[derive(Versionize)]
-    struct OldMachine {
-        disks: Vec<OldDisk>,
-    }
-
-    #[derive(Clone, Versionize)]
-    struct OldDisk {
-        path: String,
-        read_only: bool,
-        device: u64,
-        inode: u64,
-        modified_unix_ns: u64,
-    }
-
-    impl SavedState for OldMachine {
-        const KIND: Kind = MachineState::KIND;
-    }
-
     #[test]
-    fn what_an_older_release_saved_is_raw() {
-        let disk = OldDisk {
-            path: "/disk".to_owned(),
+    fn every_version_is_encoded_as_in_its_golden_file() {
+        let raw = DiskState {
+            path: "/disk.raw".to_owned(),
             read_only: true,
-            device: 1,
-            inode: 2,
-            modified_unix_ns: 3,
+            device: 0x0801,
+            inode: 4711,
+            modified_unix_ns: 1_700_000_000_000_000_001,
+            format: RAW,
+            layer: Vec::new(),
+            born_unix_ns: 1_600_000_000_000_000_002,
         };
-        let old = OldMachine { disks: vec![disk] };
-        let section = saved_state::Section::encode(0, &old).unwrap();
-        assert_eq!(section.version, 1);
-        let MachineState { disks } = section.decode().unwrap();
-        let [disk] = disks.try_into().unwrap();
-        assert_eq!((disk.device, disk.inode, disk.modified_unix_ns), (1, 2, 3));
-        assert_eq!(disk.layer(), Ok(None));
-        let config = disk.config().unwrap();
-        assert_eq!((config.format, config.read_only), (DiskFormat::Raw, true));
+        let branching = DiskState {
+            path: "/disk.layer".to_owned(),
+            read_only: false,
+            format: BRANCH,
+            layer: (1..=16).collect(),
+            ..raw.clone()
+        };
+        // Before, nobody asked when an inode was made.
+        let unborn = |disk: &DiskState| DiskState {
+            born_unix_ns: 0,
+            ..disk.clone()
+        };
+        let machine = |disks: &[DiskState]| MachineState {
+            disks: disks.to_vec(),
+        };
+        golden::check_sections(&[
+            // No disk branched.
+            &[machine(&[unborn(&raw)])],
+            &[machine(&[unborn(&raw), unborn(&branching)])],
+            &[machine(&[raw, branching])],
+        ]);
     }
 
     #[test]
@@ -252,6 +248,13 @@ mod tests {
         assert_eq!(disks, std::slice::from_ref(&state));
         assert_eq!(state.layer(), Ok(Some(layer.id)));
         assert_eq!(state.config().unwrap().path, layer.path);
+        let raw = DiskState {
+            format: RAW,
+            layer: Vec::new(),
+            ..state.clone()
+        };
+        assert_eq!(raw.layer(), Ok(None));
+        assert_eq!(raw.config().unwrap().format, DiskFormat::Raw);
         for wrong in [
             DiskState {
                 format: RAW,
