@@ -11,6 +11,8 @@ mod disk;
 mod durable;
 mod error;
 mod files;
+#[cfg(test)]
+mod golden_tests;
 mod granules;
 mod hot;
 mod image;

@@ -12,7 +12,7 @@ use crate::{Error, FORGED, durable::open_for_reading};
 pub(crate) const REFERENCE_BYTES: usize = 128;
 
 const MAGIC: [u8; 8] = *b"FERMATAR";
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 const CHECKED_BYTES: usize = 96;
 
 /// What a reference says.
@@ -64,7 +64,7 @@ impl Reference {
     }
 
     /// Reads what begins like a reference; the error completes "the file …".
-    fn from_bytes(bytes: &[u8; REFERENCE_BYTES]) -> Result<Self, String> {
+    pub(crate) fn from_bytes(bytes: &[u8; REFERENCE_BYTES]) -> Result<Self, String> {
         let version = u32::from_le_bytes(field(bytes, 8));
         if version > VERSION {
             return Err(format!(

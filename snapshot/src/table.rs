@@ -18,7 +18,7 @@ pub(crate) const GRANULE_BYTES: u64 = 64 << 10;
 pub(crate) const FOOTER_BYTES: usize = 128;
 
 const MAGIC: [u8; 8] = *b"FERMATAM";
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 const CHECKSUM_BYTES: usize = 32;
 /// A granule of zeros is a hole: it has no digest.
 pub(crate) const HOLE: u64 = 0;
