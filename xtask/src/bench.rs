@@ -31,14 +31,14 @@ pub(crate) fn io(json: &Path) -> Result<ExitCode> {
 }
 
 fn on_guests(program: &str, json: &Path) -> Result<ExitCode> {
-    let ground = Ground::prepare(build::release_programs)?;
+    let ground = Ground::prepare(&[program])?;
     let rows = ground.share.join("rows.json");
     let job = Job::new([
         ground.program(program)?.as_os_str(),
         "--json".as_ref(),
         rows.as_ref(),
     ]);
-    let status = ground.run(job.timeout(TIMEOUT))?.status;
+    let status = ground.run(job.timeout(TIMEOUT).echo())?.status;
     if status != 0 {
         bail!("the benchmark ended with status {status}; what went wrong is above");
     }
@@ -72,7 +72,7 @@ fn rows(json: &Path) -> Result<Vec<serde_json::Value>> {
 }
 
 fn here(program: &str, json: &Path) -> Result<ExitCode> {
-    let programs = build::release_programs()?;
+    let programs = build::release_programs(&[program])?;
     let status = std::process::Command::new(programs.path(program)?)
         .arg("--json")
         .arg(json)

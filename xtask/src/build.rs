@@ -33,38 +33,25 @@ pub(crate) fn cargo(arguments: impl IntoIterator<Item: AsRef<OsStr>>) -> Command
     cargo
 }
 
-/// Builds all programs of the workspace with optimisation.
-pub(crate) fn release_programs() -> Result<Programs> {
-    built_by(["build", "--release", "--workspace", "--bins"])
+/// The product's.
+const PRODUCT: [&str; 2] = ["fermata", "fermata-vmm"];
+
+/// Builds the product's programs with optimisation, and `others` of the workspace: each takes most of a minute.
+pub(crate) fn release_programs(others: &[&str]) -> Result<Programs> {
+    let wanted = PRODUCT.iter().chain(others);
+    let wanted = wanted.flat_map(|name| ["--bin", name]);
+    // Selected in the whole workspace, as the test programs are.
+    let cargo = ["build", "--release", "--workspace"].into_iter();
+    built_by(&cargo.chain(wanted).collect::<Vec<_>>())
 }
 
-/// Builds the product's programs alone, as [`release_programs`] does: what only benchmarks and demo run takes minutes.
-pub(crate) fn product_programs() -> Result<Programs> {
-    built_by([
-        "build",
-        "--release",
-        "--workspace",
-        "--bin",
-        "fermata",
-        "--bin",
-        "fermata-vmm",
-    ])
-}
-
-/// Builds the test program `name` with optimisation. It is selected in the whole workspace and not in
+/// Builds the test program `name`, from what the other tests are built of. It is selected in the whole workspace and not in
 /// its package, which would have dependencies built once more with fewer features.
 pub(crate) fn system_test(name: &str) -> Result<Programs> {
-    built_by([
-        "test",
-        "--release",
-        "--no-run",
-        "--workspace",
-        "--test",
-        name,
-    ])
+    built_by(&["test", "--no-run", "--workspace", "--test", name])
 }
 
-fn built_by<const N: usize>(arguments: [&str; N]) -> Result<Programs> {
+fn built_by(arguments: &[&str]) -> Result<Programs> {
     let line = arguments.join(" ");
     let output = cargo(arguments)
         .args(["--quiet", "--message-format", "json-render-diagnostics"])

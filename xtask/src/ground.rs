@@ -10,7 +10,7 @@ use testbed::l1::Breakdown;
 use testbed::session::Session;
 use testbed::{cache, environment, setup};
 
-use crate::build::Programs;
+use crate::build::{self, Programs};
 
 /// How many emulated machines may break down under one job, and one more.
 const MACHINES: u32 = 3;
@@ -26,13 +26,13 @@ pub(crate) struct Ground {
 }
 
 impl Ground {
-    /// Installs packages, builds the guest, and by `build` the programs, and says where guests will run.
-    pub(crate) fn prepare(build: fn() -> Result<Programs>) -> Result<Self> {
+    /// Installs packages, builds the guest, the product and the workspace's programs `others`, and says where guests will run.
+    pub(crate) fn prepare(others: &[&str]) -> Result<Self> {
         let choice = kvm::pick()?;
         setup::ensure()?;
         let guest = guest::build()?;
         println!("Building fermata");
-        let programs = build()?;
+        let programs = build::release_programs(others)?;
         let share = empty_share()?;
         println!("{}", choice.reason);
         Ok(Self {
@@ -108,18 +108,23 @@ impl Ground {
         self.programs.path(name)
     }
 
-    /// Tells `job` where everything is, and lets its output through.
+    /// Tells `job` where everything is.
     fn equip(&self, job: Job) -> Job {
-        let job = job
-            .env("RUST_BACKTRACE", "1")
-            .directory(cache::workspace())
-            .echo();
+        let job = job.env("RUST_BACKTRACE", "1").directory(cache::workspace());
         self.environment
             .iter()
             .fold(job, |job, (name, path)| job.env(*name, path))
     }
 
-    /// How many level-3 tests may run side by side: a guest has two CPUs, and an emulated one needs them.
+    /// How many machines are worth having at a time: an emulated one has one CPU, and this one is only there once.
+    pub(crate) fn machines_at_once(&self) -> usize {
+        match self.level {
+            Level::Nested => std::thread::available_parallelism().map_or(1, usize::from),
+            Level::Native => 1,
+        }
+    }
+
+    /// How many level-3 tests may run side by side on a machine: a guest has two CPUs, and an emulated one needs them.
     pub(crate) fn test_threads(&self) -> usize {
         match self.level {
             Level::Nested => 1,

@@ -3,8 +3,11 @@
 mod tally;
 
 use std::io::{BufRead, BufReader};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -28,16 +31,16 @@ const LEVEL_3_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Runs all tests. Ends with success when none failed.
 pub(crate) fn run() -> Result<ExitCode> {
     setup::ensure_packages(&[&debian::PACKAGES[..], &DEBIAN_CLIENT].concat())?;
-    let mut ground = Ground::prepare(build::product_programs)?;
+    let mut ground = Ground::prepare(&[])?;
     // It waits for the network and the disk for most of its time, which the tests need not wait for. All packages are
     // there now: nobody changes what apt knows meanwhile.
-    let debian = std::thread::spawn(debian::ensure);
+    let debian = thread::spawn(debian::ensure);
     println!("\nLevels 1 and 2: no KVM, and bare-metal guests on any KVM");
     let mut tally = workspace_tests(&ground)?;
 
     let debian = debian
         .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        .unwrap_or_else(|panic| resume_unwind(panic))
         .context("cannot make the Debian guest")?;
     ground.tell(environment::DEBIAN, debian.directory().to_owned());
     println!("\nLevel 3: Linux guests");
@@ -136,15 +139,31 @@ fn listed(program: &Path, which: Option<&str>) -> Result<Vec<String>> {
 /// Runs tests where Linux guests run. An emulated machine is booted for each: if it breaks down, no other test has to run
 /// again for it.
 fn level_3(ground: &Ground, program: &Path, names: &[String]) -> Result<Tally> {
-    let at_once = match ground.is_emulated() {
+    let to_a_machine = match ground.is_emulated() {
         true => 1,
         false => names.len().max(1),
     };
-    let mut tally = Tally::default();
-    for names in names.chunks(at_once) {
-        tally += on_machines(ground, program, names)?;
-    }
-    Ok(tally)
+    let next = Mutex::new(names.chunks(to_a_machine));
+    let one_after_another = || {
+        let mut tally = Tally::default();
+        while let Some(names) = lock(&next).next() {
+            tally += on_machines(ground, program, names)?;
+        }
+        Ok(tally)
+    };
+    thread::scope(|scope| {
+        let machines = (0..ground.machines_at_once()).map(|_| scope.spawn(one_after_another));
+        let machines: Vec<_> = machines.collect();
+        let tallies = machines.into_iter().map(|machine| machine.join());
+        tallies
+            .map(|tally| tally.unwrap_or_else(|panic| resume_unwind(panic)))
+            .sum()
+    })
+}
+
+/// What is locked is whole at any time.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs tests on a machine of their own. If that is an emulated one, whose races can stop a guest as
@@ -174,7 +193,15 @@ fn on_a_machine(ground: &Ground, program: &Path, names: &[String]) -> Result<(Ta
         .into_iter()
         .chain(["--include-ignored", "--exact"].map(AsRef::as_ref))
         .chain(names.iter().map(AsRef::as_ref));
-    let output = ground.run(Job::new(argv).timeout(LEVEL_3_TIMEOUT))?;
+    let job = Job::new(argv).timeout(LEVEL_3_TIMEOUT);
+    let output = if ground.is_emulated() {
+        // What other machines print would be between its lines.
+        let output = ground.run(job)?;
+        print!("{}{}", output.stdout, output.stderr);
+        output
+    } else {
+        ground.run(job.echo())?
+    };
 
     let tally: Tally = output.stdout.lines().map(Tally::of_line).sum();
     if output.status != 0 && tally.failed == 0 {

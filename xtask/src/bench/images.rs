@@ -31,7 +31,9 @@ pub(super) fn ensure(ground: &Ground) -> Result<PathBuf> {
     let program = ground.program("store-images")?;
     for set in missing(program, &directory)? {
         let job = Job::new([program.as_os_str(), OsStr::new("make"), OsStr::new(&set)]);
-        let status = ground.run(job.env(DISK, &disk).timeout(TIMEOUT))?.status;
+        let status = ground
+            .run(job.env(DISK, &disk).timeout(TIMEOUT).echo())?
+            .status;
         if status != 0 {
             bail!("the images of {set} were not made: status {status}; what went wrong is above");
         }

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail};
 use testbed::{debian, setup};
 
 use super::{images, rustic};
-use crate::build;
 use crate::ground::Ground;
 
 /// The peers that Debian has.
@@ -16,7 +15,7 @@ const PEERS: [&str; 3] = ["restic", "borgbackup", "casync"];
 /// Makes sure that images and peers are there, then runs the program `bench-store` on this machine.
 pub(crate) fn store(json: &Path, figures: Option<&Path>) -> Result<ExitCode> {
     setup::ensure_packages(&[&PEERS[..], &debian::PACKAGES].concat())?;
-    let ground = Ground::prepare(build::release_programs)?;
+    let ground = Ground::prepare(&["bench-store", "store-images"])?;
     let images = images::ensure(&ground)?;
     let mut bench = Command::new(ground.program("bench-store")?);
     bench.arg("run").arg("--images").arg(images);
