@@ -19,6 +19,8 @@ mod crash;
 mod disk_limits;
 #[path = "bare_metal/ends.rs"]
 mod ends;
+#[path = "bare_metal/errands.rs"]
+mod errands;
 #[path = "bare_metal/fork.rs"]
 mod fork;
 #[path = "bare_metal/generation.rs"]

@@ -18,10 +18,15 @@ pub(crate) struct Frame {
     pub(crate) vm: Vm,
     pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) threads: Threads,
-    /// Its memory is that of a hot image.
-    pub(crate) mapped: bool,
-    /// Its vCPUs are what they are in that.
-    pub(crate) vcpus_set: bool,
+    pub(crate) restored: Restored,
+}
+
+/// What of a machine is already what it is in a hot image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Restored {
+    Nothing,
+    Memory,
+    MemoryAndVcpus,
 }
 
 /// The threads of a machine, which wait for their work. If this is dropped, they end.
@@ -53,8 +58,7 @@ impl Frame {
             vcpus: vcpus?,
             vm,
             threads,
-            mapped: false,
-            vcpus_set: false,
+            restored: Restored::Nothing,
         })
     }
 
@@ -71,18 +75,21 @@ impl Frame {
 
     /// Has it be what is in the hot image `saved`, as far as that is the same for all forks and does not change while it waits for one.
     pub(crate) fn restore(&mut self, saved: &Snapshot) -> Result<(), Error> {
-        self.mapped = saved.load_over(&self.memory)?;
+        if !saved.load_over(&self.memory)? {
+            return Ok(());
+        }
+        self.restored = Restored::Memory;
         let decode = |vcpu: &Vcpu| saved.state.get(VcpuState::KIND, vcpu.id())?.decode();
         let states: Result<Vec<VcpuState>, _> = self.vcpus.iter().map(decode).collect();
         let states = states?;
         // KVM would let it count while the process waits, and go off again and again.
-        let waits = states.iter().all(|state| !state.timer_counts_down());
-        if self.mapped && waits {
-            for (vcpu, state) in self.vcpus.iter_mut().zip(&states) {
-                restore_vcpu(vcpu, state, &self.vm)?;
-            }
-            self.vcpus_set = true;
+        if states.iter().any(VcpuState::timer_counts_down) {
+            return Ok(());
         }
+        for (vcpu, state) in self.vcpus.iter_mut().zip(&states) {
+            restore_vcpu(vcpu, state, &self.vm)?;
+        }
+        self.restored = Restored::MemoryAndVcpus;
         Ok(())
     }
 

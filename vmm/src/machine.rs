@@ -20,7 +20,7 @@ use crate::{
     device_set::{Chosen, DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk},
     error::Error,
-    frame::{Frame, Threads, restore_vcpu},
+    frame::{Frame, Restored, Threads, restore_vcpu},
     limits::{addressable, confined, layout_of},
     live::Live,
     metrics::{ExitCounts, MachineCounts},
@@ -218,8 +218,7 @@ impl Machine {
             vm,
             mut vcpus,
             threads,
-            mapped: _,
-            vcpus_set: _,
+            restored: _,
         } = frame;
         let requests = &listeners.requests;
         let console::Ends { output, input } = console;
@@ -306,8 +305,7 @@ impl Machine {
             mut vm,
             mut vcpus,
             threads,
-            mapped: _,
-            vcpus_set,
+            restored,
         } = frame;
         let stored_as = saved.stored_as().map(|id| StoredAs {
             id: id.to_owned(),
@@ -327,7 +325,7 @@ impl Machine {
         let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
         for vcpu in &mut vcpus {
             let saved = state.remove(VcpuState::KIND, vcpu.id())?;
-            if !vcpus_set {
+            if restored != Restored::MemoryAndVcpus {
                 restore_vcpu(vcpu, &saved.decode()?, &vm)?;
             }
         }

@@ -10,7 +10,10 @@ use control::{LaunchSpec, UseWorkingSet};
 use snapshot::{Lost, OnDemand, Snapshot};
 
 use super::{Bounds, CLOCK_LEAD, Listeners, Machine, host_pages};
-use crate::{error::Error, frame::Frame};
+use crate::{
+    error::Error,
+    frame::{Frame, Restored},
+};
 
 /// How long a machine that lacks a page may take to stand still. Who takes longer waits for the page.
 const BOUNDS: Bounds = Bounds {
@@ -60,7 +63,7 @@ pub(super) fn load(
         return Ok((frame, Some(arriving)));
     }
     if let Some(frame) = prepared
-        && (frame.mapped || saved.load_over(&frame.memory)?)
+        && (frame.restored != Restored::Nothing || saved.load_over(&frame.memory)?)
     {
         return Ok((frame, None));
     }
