@@ -129,10 +129,27 @@ impl Rates {
             bytes_per_second,
             operations_per_second,
         } = limit;
-        let pace = |rate| Pace { rate, paid: None };
         Self {
-            bytes: bytes_per_second.map(pace),
-            operations: operations_per_second.map(pace),
+            bytes: bytes_per_second.map(Pace::new),
+            operations: operations_per_second.map(Pace::new),
+        }
+    }
+
+    /// Keeps to `limit` from now on. Of a rate that is another than it was, nothing is used up, for what was admitted at another
+    /// is neither to be paid for at this one nor to be waited for any more. Of one that is the same, what is used up stays so: nobody
+    /// gets another burst by saying it again.
+    pub(crate) fn change(&mut self, limit: RateLimit) {
+        let RateLimit {
+            bytes_per_second,
+            operations_per_second,
+        } = limit;
+        for (pace, rate) in [
+            (&mut self.bytes, bytes_per_second),
+            (&mut self.operations, operations_per_second),
+        ] {
+            if pace.as_ref().map(|pace| pace.rate) != rate {
+                *pace = rate.map(Pace::new);
+            }
         }
     }
 
@@ -220,6 +237,11 @@ struct Pace {
 }
 
 impl Pace {
+    /// Nothing is used up.
+    fn new(rate: NonZeroU64) -> Self {
+        Self { rate, paid: None }
+    }
+
     /// How long to wait at `now` for the next; zero if not at all.
     fn wait(&self, now: Instant) -> Duration {
         let ahead = self.paid.map(|paid| paid.saturating_duration_since(now));
@@ -288,6 +310,34 @@ mod tests {
         assert!(limiter.admits(Instant::now()));
     }
 
+    #[test]
+    fn of_a_rate_that_is_another_nothing_is_used_up_and_of_the_other_it_stays_so() {
+        let now = Instant::now();
+        let limit = |bytes, operations| RateLimit {
+            bytes_per_second: NonZeroU64::new(bytes),
+            operations_per_second: NonZeroU64::new(operations),
+        };
+        let mut rates = Rates::new(limit(1000, 10));
+        rates.charge(now, 9_100);
+        rates.charge(now, 0);
+        assert_eq!(rates.wait(now), Duration::from_secs(9));
+        for bytes in [10_000, 100, 0] {
+            let mut changed = Rates::new(limit(1000, 10));
+            changed.charge(now, 9_100);
+            changed.charge(now, 0);
+            changed.change(limit(bytes, 10));
+            assert_eq!(
+                changed.wait(now),
+                Duration::from_millis(100),
+                "two operations"
+            );
+        }
+        rates.change(limit(1000, 0));
+        assert_eq!(rates.wait(now), Duration::from_secs(9));
+        rates.change(limit(0, 0));
+        assert_eq!(rates.wait(now), Duration::ZERO);
+    }
+
     proptest! {
         #[test]
         fn no_amount_overflows(rate in 1u64.., amounts in prop::collection::vec(any::<u64>(), 1..8)) {
@@ -320,6 +370,39 @@ mod tests {
             }
             let may = (now - begin + BURST).as_nanos() * u128::from(rate) / 1_000_000_000;
             prop_assert!(u128::from(done - last) <= may + 200);
+        }
+
+        /// From each change on, the rate is what it is then, but for a burst and the last one admitted; to say the same again is no
+        /// change.
+        #[test]
+        fn from_a_change_on_the_new_rate_is_kept(
+            changes in prop::collection::vec(
+                (1_000u64..1_000_000, prop::collection::vec((1u64..10_000, any::<bool>()), 1..40)),
+                1..8,
+            ),
+        ) {
+            let limit = |rate| RateLimit {
+                bytes_per_second: NonZeroU64::new(rate),
+                operations_per_second: None,
+            };
+            let mut now = Instant::now();
+            let mut rates = Rates::new(RateLimit::default());
+            for (rate, sizes) in changes {
+                rates.change(limit(rate));
+                let begin = now;
+                let (mut done, mut last) = (0, 0);
+                for (size, again) in sizes {
+                    if again {
+                        rates.change(limit(rate));
+                    }
+                    now += rates.wait(now);
+                    rates.charge(now, size);
+                    done += size;
+                    last = size;
+                }
+                let may = (now - begin + BURST).as_nanos() * u128::from(rate) / 1_000_000_000;
+                prop_assert!(u128::from(done - last) <= may + 200);
+            }
         }
     }
 }

@@ -14,7 +14,7 @@ use devices::{
     virtio::{
         MmioTransport, VirtioDevice,
         balloon::{BalloonControl, BalloonOptions},
-        block::{Block, DiskSize},
+        block::{Block, DiskControl},
         entropy::Entropy,
     },
 };
@@ -48,7 +48,7 @@ pub(crate) struct DeviceSet {
     /// Those with queues, for the event loop.
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// Of each disk, in their order: its size, and where the driver reads it.
-    disks: Vec<(DiskSize, Arc<Mutex<MmioTransport>>)>,
+    disks: Vec<(DiskControl, Arc<Mutex<MmioTransport>>)>,
     /// For input.
     pub(crate) serial: Arc<Mutex<Serial>>,
     /// Says that the machine is another one than it was.
@@ -114,7 +114,7 @@ impl DeviceSet {
         let mut sizes = Vec::new();
         for disk in disks {
             let block = block(disk)?;
-            sizes.push((block.size(), builder.virtio(Box::new(block))?));
+            sizes.push((block.control(), builder.virtio(Box::new(block))?));
         }
         for (number, net) in nets.iter().enumerate() {
             builder.virtio(Box::new(nets::open(number, net)?))?;
@@ -188,7 +188,7 @@ impl DeviceSet {
     /// other disks.
     pub(crate) fn reset(&self, sections: &Container) -> Result<(), Error> {
         for (size, _) in &self.disks {
-            size.refresh();
+            size.refresh_size();
         }
         for (kind, instance, device) in self.numbered() {
             let section = sections.get(kind, instance)?;

@@ -6,7 +6,7 @@ use devices::{
     BusDevice, RateLimit, StoppedClock,
     virtio::{
         MmioTransport, VirtioDevice,
-        block::{Block, DiskError, DiskLimits, DiskSize, SECTOR_BYTES},
+        block::{Block, DiskControl, DiskError, DiskLimits, SECTOR_BYTES},
     },
 };
 use fuzz_harness::Input;
@@ -34,7 +34,7 @@ pub struct Raw {
     read_only: bool,
     keep_reads: bool,
     throttled: Throttled,
-    size: Option<DiskSize>,
+    control: Option<DiskControl>,
 }
 
 /// A disk's limits, and what tells them the time.
@@ -44,21 +44,24 @@ pub(crate) struct Throttled {
 }
 
 impl Throttled {
+    pub(crate) fn new(how: u8) -> Self {
+        Self {
+            limits: Self::limits(how),
+            clock: StoppedClock::new(),
+        }
+    }
+
     /// None, or on writes, on all requests, or on both, so that what a program asks for has to wait. Who forges what was saved may
     /// set any.
-    pub(crate) fn new(how: u8) -> Self {
+    fn limits(how: u8) -> DiskLimits {
         let limit = |on: bool, bytes, operations| RateLimit {
             bytes_per_second: NonZeroU64::new(bytes).filter(|_| on),
             operations_per_second: NonZeroU64::new(operations).filter(|_| on),
         };
-        let limits = DiskLimits {
+        DiskLimits {
             total: limit(how & 8 != 0, 20_000, 20),
             reads: RateLimit::default(),
             writes: limit(how & 4 != 0, 5_000, 10),
-        };
-        Self {
-            limits,
-            clock: StoppedClock::new(),
         }
     }
 
@@ -68,10 +71,19 @@ impl Throttled {
         block
     }
 
-    /// Lets time pass.
-    pub(crate) fn outside(&self, transport: &MmioTransport, input: &mut Input<'_>) {
-        self.clock
-            .pass(Duration::from_millis(10 * u64::from(input.byte())));
+    /// Lets time pass, or changes the limits.
+    pub(crate) fn outside(
+        &self,
+        control: &Option<DiskControl>,
+        transport: &MmioTransport,
+        input: &mut Input<'_>,
+    ) {
+        if input.flag() {
+            self.clock
+                .pass(Duration::from_millis(10 * u64::from(input.byte())));
+        } else {
+            of_device(control).set_limits(Self::limits(input.byte()));
+        }
         transport.serve(0);
     }
 
@@ -91,32 +103,32 @@ impl Subject for Raw {
             read_only: how & 1 != 0,
             keep_reads: how & 2 != 0,
             throttled: Throttled::new(how),
-            size: None,
+            control: None,
         }
     }
 
     fn device(&mut self) -> Box<dyn VirtioDevice> {
         // It has the image open.
-        self.size = None;
+        self.control = None;
         let block = Block::open(&self.path, self.read_only, "disk").expect("nobody else has it");
         let block = self.throttled.limit(block);
         if self.keep_reads {
             block.keep_reads();
         }
-        self.size = Some(block.size());
+        self.control = Some(block.control());
         Box::new(block)
     }
 
     fn compose(&mut self, _queue: u16, input: &mut Input<'_>) -> Vec<Part> {
-        compose(sectors(&self.size), input)
+        compose(sectors(&self.control), input)
     }
 
     fn outside(&mut self, transport: &MmioTransport, input: &mut Input<'_>) {
         if input.flag() {
-            return self.throttled.outside(transport, input);
+            return self.throttled.outside(&self.control, transport, input);
         }
-        let sectors = sectors(&self.size);
-        match grow(&self.size, transport, input) {
+        let sectors = sectors(&self.control);
+        match grow(&self.control, transport, input) {
             Err(DiskError::ReadOnly { .. }) => assert!(self.read_only),
             Err(error) => panic!("{error}"),
             Ok(()) => assert!(!self.read_only || sectors == SECTORS),
@@ -124,12 +136,17 @@ impl Subject for Raw {
     }
 
     fn prove(&mut self, bench: &mut Bench) {
-        prove(bench, self.read_only, sectors(&self.size), &self.throttled);
+        prove(
+            bench,
+            self.read_only,
+            sectors(&self.control),
+            &self.throttled,
+        );
     }
 
     fn finish(self) {
         let content = fs::read(&self.path).expect("it is there");
-        let bytes = sectors(&self.size) * SECTOR_BYTES;
+        let bytes = sectors(&self.control) * SECTOR_BYTES;
         assert_eq!(content.len() as u64, bytes, "the image has another size");
         if self.read_only {
             assert!(
@@ -141,23 +158,27 @@ impl Subject for Raw {
 }
 
 /// Sectors of the disk that the device has.
-pub(crate) fn sectors(size: &Option<DiskSize>) -> u64 {
-    size.as_ref().expect("there is a device").bytes() / SECTOR_BYTES
+pub(crate) fn sectors(control: &Option<DiskControl>) -> u64 {
+    of_device(control).bytes() / SECTOR_BYTES
 }
 
 /// Has the disk become larger, if it is not too large, and the driver told of it.
 pub(crate) fn grow(
-    size: &Option<DiskSize>,
+    control: &Option<DiskControl>,
     transport: &MmioTransport,
     input: &mut Input<'_>,
 ) -> Result<(), DiskError> {
-    let size = size.as_ref().expect("there is a device");
-    let bytes = size.bytes() + u64::from(input.byte()) * SECTOR_BYTES;
+    let control = of_device(control);
+    let bytes = control.bytes() + u64::from(input.byte()) * SECTOR_BYTES;
     if bytes <= MOST_SECTORS * SECTOR_BYTES {
-        size.grow(bytes)?;
+        control.grow(bytes)?;
         transport.refresh_config();
     }
     Ok(())
+}
+
+fn of_device(control: &Option<DiskControl>) -> &DiskControl {
+    control.as_ref().expect("there is a device")
 }
 
 /// A request of a disk's of so many sectors.

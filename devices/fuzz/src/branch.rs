@@ -9,7 +9,7 @@ use std::{
 use branch_disk::{Disk, Foundation, Mode, anything};
 use devices::virtio::{
     MmioTransport, VirtioDevice,
-    block::{Block, DiskSize, SECTOR_BYTES, SharedDisk},
+    block::{Block, DiskControl, SECTOR_BYTES, SharedDisk},
 };
 use fuzz_harness::Input;
 
@@ -33,7 +33,7 @@ pub struct Branching {
     cuts: u32,
     keep_reads: bool,
     throttled: Throttled,
-    size: Option<DiskSize>,
+    control: Option<DiskControl>,
 }
 
 impl Subject for Branching {
@@ -56,7 +56,7 @@ impl Subject for Branching {
             cuts: 0,
             keep_reads: how & 2 != 0,
             throttled: Throttled::new(how),
-            size: None,
+            control: None,
         }
     }
 
@@ -66,38 +66,38 @@ impl Subject for Branching {
         if self.keep_reads {
             block.keep_reads();
         }
-        self.size = Some(block.size());
+        self.control = Some(block.control());
         Box::new(block)
     }
 
     fn compose(&mut self, _queue: u16, input: &mut Input<'_>) -> Vec<Part> {
-        block::compose(block::sectors(&self.size), input)
+        block::compose(block::sectors(&self.control), input)
     }
 
     /// It is cut, as for a snapshot; or grows.
     fn outside(&mut self, transport: &MmioTransport, input: &mut Input<'_>) {
         if input.flag() {
-            return self.throttled.outside(transport, input);
+            return self.throttled.outside(&self.control, transport, input);
         }
         if self.cuts >= MOST_CUTS {
             return;
         }
         self.cuts += 1;
         if input.flag() {
-            block::grow(&self.size, transport, input).expect("there is room");
+            block::grow(&self.control, transport, input).expect("there is room");
         } else {
             cut(&mut self.disk.lock().unwrap_or_else(PoisonError::into_inner));
         }
     }
 
     fn prove(&mut self, bench: &mut Bench) {
-        let sectors = block::sectors(&self.size);
+        let sectors = block::sectors(&self.control);
         block::prove(bench, false, sectors, &self.throttled);
     }
 
     fn finish(self) {
-        let bytes = block::sectors(&self.size) * SECTOR_BYTES;
-        drop((self.disk, self.size));
+        let bytes = block::sectors(&self.control) * SECTOR_BYTES;
+        drop((self.disk, self.control));
         let rule = |path: &Path| path.starts_with("/");
         branch_disk::check(&self.path, &rule)
             .expect("the disk is in order, whatever the guest does");

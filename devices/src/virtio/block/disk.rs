@@ -362,7 +362,7 @@ impl Disk {
         }
     }
 
-    /// As [`super::DiskSize::grow`].
+    /// As [`super::DiskControl::grow`].
     pub(super) fn grow(&self, bytes: u64) -> Result<(), DiskError> {
         let (path, now) = (self.path.clone(), self.sectors() * SECTOR_BYTES);
         if bytes < now {
@@ -395,7 +395,7 @@ impl Disk {
         Ok(())
     }
 
-    /// As [`super::DiskSize::refresh`].
+    /// As [`super::DiskControl::refresh_size`].
     pub(super) fn refresh_size(&self) {
         if let Backing::Branch(disk) = &self.backing {
             let bytes = lock(disk).bytes();

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod branching_tests;
+mod control;
 mod disk;
 mod overlap;
 #[cfg(test)]
@@ -9,7 +10,6 @@ mod overlap_tests;
 mod range;
 mod ring;
 mod round;
-mod size;
 #[cfg(test)]
 mod size_tests;
 mod state;
@@ -41,13 +41,13 @@ use super::{
     DriverError, EventSource, Progress, SavedTransport, VirtioDevice, buffers::Run,
     serve::serve_round,
 };
-use crate::{Counter, Error, Metrics, StoppedClock};
+use crate::{Counter, Error, Metrics, StoppedClock, sync::lock};
+pub use control::DiskControl;
 use disk::{Disk, Peek};
 pub use disk::{DiskError, SharedDisk};
 use overlap::Overlap;
 use range::Range;
 use round::Round;
-pub use size::DiskSize;
 pub use state::SavedBlock;
 pub use throttle::DiskLimits;
 use throttle::Throttle;
@@ -140,9 +140,9 @@ impl Block {
         self.throttle.stop_clock(clock);
     }
 
-    /// The size of the disk, by which it can grow while the device is in use.
-    pub fn size(&self) -> DiskSize {
-        DiskSize::of(Arc::clone(&self.disk))
+    /// By which the disk can be changed while the device is in use.
+    pub fn control(&self) -> DiskControl {
+        DiskControl::new(Arc::clone(&self.disk), Arc::clone(self.throttle.limits()))
     }
 
     /// Has every read kept until the end of its round, as if nothing were in the host's page cache. For tests and fuzzers, whose
@@ -351,7 +351,7 @@ impl VirtioDevice for Block {
             total,
             reads,
             writes,
-        } = throttle.limits();
+        } = *lock(throttle.limits());
         let saved = SavedBlock {
             path: disk.path().to_owned(),
             capacity_sectors: disk.sectors(),

@@ -67,24 +67,24 @@ fn write_last_sector(device: &mut MmioTransport, driver: &mut Driver<'_>, bytes:
 fn a_driver_that_runs_is_told_and_can_use_what_is_new() {
     let bench = Bench::new();
     for block in [bench.raw(), bench.branch()] {
-        let size = block.size();
+        let control = block.control();
         let (mut device, line) = driver::transport(block, &bench.memory);
         let mut driver = Driver::start(&mut device, &bench.memory, VERSION_1 | FLUSH);
         let failed = VIRTIO_BLK_S_IOERR as u8;
         assert_eq!(write_last_sector(&mut device, &mut driver, LARGER), failed);
         let generation = driver::get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION);
         let edges = line.edges();
-        size.grow(LARGER).unwrap();
+        control.grow(LARGER).unwrap();
         device.refresh_config();
         assert_eq!(line.edges(), edges + 1);
         let cause = driver::get(&mut device, VIRTIO_MMIO_INTERRUPT_STATUS);
         assert_ne!(cause & VIRTIO_MMIO_INT_CONFIG, 0);
         let now = driver::get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION);
         assert_ne!(now, generation);
-        assert_eq!((capacity(&mut device), size.bytes()), (LARGER, LARGER));
+        assert_eq!((capacity(&mut device), control.bytes()), (LARGER, LARGER));
         assert_eq!(write_last_sector(&mut device, &mut driver, LARGER), 0);
         // Asked for once more, it is no news.
-        size.grow(LARGER).unwrap();
+        control.grow(LARGER).unwrap();
         device.refresh_config();
         let again = driver::get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION);
         assert_eq!(again, now);
@@ -95,9 +95,9 @@ fn a_driver_that_runs_is_told_and_can_use_what_is_new() {
 fn a_driver_that_does_not_run_yet_is_not_interrupted() {
     let bench = Bench::new();
     let block = bench.raw();
-    let size = block.size();
+    let control = block.control();
     let (mut device, line) = driver::transport(block, &bench.memory);
-    size.grow(LARGER).unwrap();
+    control.grow(LARGER).unwrap();
     device.refresh_config();
     assert_eq!((line.edges(), capacity(&mut device)), (0, LARGER));
 }
@@ -107,11 +107,11 @@ fn what_has_grown_is_saved_and_restored_so() {
     let bench = Bench::new();
     for open in [Bench::raw, Bench::branch] {
         let block = open(&bench);
-        let size = block.size();
+        let control = block.control();
         let device = driver::transport(block, &bench.memory).0;
-        size.grow(LARGER).unwrap();
+        control.grow(LARGER).unwrap();
         let section = device.save(0).unwrap();
-        drop((device, size));
+        drop((device, control));
         let mut device = driver::transport(open(&bench), &bench.memory).0;
         device.restore(&section).unwrap();
         assert_eq!(capacity(&mut device), LARGER);
@@ -122,17 +122,17 @@ fn what_has_grown_is_saved_and_restored_so() {
 fn what_cannot_be_meant_is_refused_and_changes_nothing() {
     let bench = Bench::new();
     for block in [bench.raw(), bench.branch()] {
-        let size = block.size();
+        let control = block.control();
         for bytes in [0, BYTES - 512] {
-            let refused = size.grow(bytes);
+            let refused = control.grow(bytes);
             assert!(matches!(refused, Err(DiskError::Smaller { .. })));
         }
-        let refused = size.grow(BYTES + 1);
+        let refused = control.grow(BYTES + 1);
         assert!(matches!(refused, Err(DiskError::Size { .. })));
-        assert_eq!(size.bytes(), BYTES);
+        assert_eq!(control.bytes(), BYTES);
     }
     let block = Block::open(&bench.dir.path().join("raw"), true, "").unwrap();
-    let refused = block.size().grow(LARGER);
+    let refused = block.control().grow(LARGER);
     assert!(matches!(refused, Err(DiskError::ReadOnly { .. })));
     let image = fs::metadata(bench.dir.path().join("raw")).unwrap();
     assert_eq!(image.len(), BYTES);
@@ -141,14 +141,14 @@ fn what_cannot_be_meant_is_refused_and_changes_nothing() {
 #[test]
 fn an_image_that_is_longer_already_is_neither_cut_nor_used_in_part() {
     let bench = Bench::new();
-    let size = bench.raw().size();
+    let control = bench.raw().control();
     let path = bench.dir.path().join("raw");
     let image = fs::File::options().write(true).open(&path).unwrap();
     image.set_len(2 * LARGER).unwrap();
-    let refused = size.grow(LARGER);
+    let refused = control.grow(LARGER);
     assert!(matches!(refused, Err(DiskError::MoreThere { .. })));
-    assert_eq!(size.bytes(), BYTES);
+    assert_eq!(control.bytes(), BYTES);
     assert_eq!(fs::metadata(path).unwrap().len(), 2 * LARGER);
-    size.grow(2 * LARGER).unwrap();
-    assert_eq!(size.bytes(), 2 * LARGER);
+    control.grow(2 * LARGER).unwrap();
+    assert_eq!(control.bytes(), 2 * LARGER);
 }

@@ -7,12 +7,14 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::{AsFd, BorrowedFd},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use crate::{
     RateLimit, StoppedClock,
     rate_limit::{Rates, Timer},
+    sync::lock,
 };
 
 /// The most that wait: no driver that keeps the rules can have more.
@@ -57,7 +59,10 @@ struct Waiting {
 
 /// Holds a disk to its [`DiskLimits`].
 pub(super) struct Throttle {
-    limits: DiskLimits,
+    /// Shared with who changes them. A round has those that it began with.
+    limits: Arc<Mutex<DiskLimits>>,
+    /// Whether this round has any.
+    limited: bool,
     total: Rates,
     reads: Rates,
     writes: Rates,
@@ -79,7 +84,8 @@ impl Throttle {
     pub(super) fn new() -> io::Result<Self> {
         let none = || Rates::new(RateLimit::default());
         Ok(Self {
-            limits: DiskLimits::default(),
+            limits: Arc::default(),
+            limited: false,
             total: none(),
             reads: none(),
             writes: none(),
@@ -92,21 +98,29 @@ impl Throttle {
         })
     }
 
-    pub(super) fn limits(&self) -> DiskLimits {
-        self.limits
+    pub(super) fn limits(&self) -> &Arc<Mutex<DiskLimits>> {
+        &self.limits
     }
 
-    /// Has other limits, of which nothing is used up.
+    /// Has these limits, of which nothing is used up.
     pub(super) fn set_limits(&mut self, limits: DiskLimits) {
+        *lock(&self.limits) = limits;
+        // Of a limit that is not there, nothing stays.
+        self.keep_to(DiskLimits::default());
+        self.keep_to(limits);
+    }
+
+    /// Has these limits from now on. Of those that it has already, what is used up stays so.
+    fn keep_to(&mut self, limits: DiskLimits) {
         let DiskLimits {
             total,
             reads,
             writes,
         } = limits;
-        self.limits = limits;
-        self.total = Rates::new(total);
-        self.reads = Rates::new(reads);
-        self.writes = Rates::new(writes);
+        self.limited = limits != DiskLimits::default();
+        self.total.change(total);
+        self.reads.change(reads);
+        self.writes.change(writes);
     }
 
     /// Takes the time from `clock`.
@@ -119,8 +133,10 @@ impl Throttle {
         self.timer.as_fd()
     }
 
-    /// A round begins. Those that wait are looked at again, the first ones first.
+    /// A round begins, with the limits of now. Those that wait are looked at again, the first ones first.
     pub(super) fn begin_round(&mut self) {
+        let limits = *lock(&self.limits);
+        self.keep_to(limits);
         self.next = 0;
         self.stopped = [false; 2];
         self.soonest = Duration::MAX;
@@ -143,7 +159,7 @@ impl Throttle {
         if self.stopped[way as usize] {
             return Admission::Queued;
         }
-        if self.limits == DiskLimits::default() {
+        if !self.limited {
             return Admission::Granted;
         }
         let now = self.now();

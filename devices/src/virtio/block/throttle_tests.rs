@@ -324,6 +324,119 @@ fn requests_that_wait_are_saved_and_go_on_with_the_limits_that_they_had() {
 }
 
 #[test]
+fn what_waits_goes_on_when_its_limit_is_raised_and_is_held_when_it_is_lowered() {
+    let bench = Bench::with(writes(bytes(512)));
+    let block = bench.block();
+    let control = block.control();
+    let mut device = driver::transport(block, &bench.memory).0;
+    let mut driver = Driver::start(&mut device, &bench.memory, ALL);
+    for sector in 0..4 {
+        write(&mut driver, sector, 2, 512);
+    }
+    driver.notify(&mut device);
+    assert_eq!(driver.used(), 1);
+    let mut change = |limits| {
+        control.set_limits(limits);
+        device.look_again();
+        driver::serve_notified(&mut device);
+    };
+    // What was used up at another rate is not waited for.
+    change(writes(bytes(10_240)));
+    assert_eq!(
+        driver.used(),
+        4,
+        "a burst is two, and one more begins in it"
+    );
+    write(&mut driver, 4, 2, 512);
+    write(&mut driver, 5, 2, 512);
+    // The limit is another, but not the rate of writes.
+    change(DiskLimits {
+        reads: bytes(1),
+        ..writes(bytes(10_240))
+    });
+    assert_eq!(driver.used(), 4);
+    change(writes(bytes(1)));
+    assert_eq!(driver.used(), 5);
+    change(DiskLimits::default());
+    assert_eq!(driver.used(), 6);
+    change(total(operations(1)));
+    write(&mut driver, 6, 2, 512);
+    write(&mut driver, 7, 2, 512);
+    driver.notify(&mut device);
+    assert_eq!(driver.used(), 7, "one that had no limits has one");
+}
+
+#[test]
+fn limits_are_saved_and_restored_as_they_are_by_then() {
+    let mut bench = Bench::with(writes(bytes(1)));
+    let block = bench.block();
+    let control = block.control();
+    let device = driver::transport(block, &bench.memory).0;
+    let now = DiskLimits {
+        total: operations(2),
+        reads: bytes(3),
+        writes: RateLimit::default(),
+    };
+    // Nobody has looked at the queue since.
+    control.set_limits(now);
+    let section = device.save(0).unwrap();
+    let saved = section.decode::<SavedBlock>().unwrap();
+    assert_eq!(RateLimit::from(saved.total_limit), now.total);
+    drop((device, control));
+    bench.limits = total(operations(9));
+    let block = bench.block();
+    let control = block.control();
+    let mut device = driver::transport(block, &bench.memory).0;
+    device.restore(&section).unwrap();
+    assert_eq!(control.limits(), now);
+    // A device that goes back to what it was has the limits of then.
+    control.set_limits(DiskLimits::default());
+    device.restore(&section).unwrap();
+    assert_eq!(control.limits(), now);
+}
+
+#[test]
+fn of_the_limits_that_a_device_goes_back_to_nothing_is_used_up() {
+    let bench = Bench::with(writes(operations(1)));
+    let mut device = bench.device();
+    let mut driver = Driver::start(&mut device, &bench.memory, ALL);
+    let before = device.save(0).unwrap();
+    write(&mut driver, 0, 2, 512);
+    driver.notify(&mut device);
+    device.restore(&before).unwrap();
+    // It is asked for the same once more.
+    lock(device.worker()).process(0);
+    let saved: SavedBlock = device.save(0).unwrap().decode().unwrap();
+    assert_eq!(saved.waiting, [0u16; 0]);
+}
+
+#[test]
+fn the_loop_looks_again_at_once_when_limits_are_changed() {
+    // The second write would wait for longer than anybody here does.
+    let bench = Bench::with(writes(bytes(1)));
+    let path = bench.dir.path().join("disk");
+    let block = Block::open(&path, false, "").unwrap().limited(bench.limits);
+    let control = block.control();
+    let (device, line) = driver::transport(block, &bench.memory);
+    let device = Arc::new(Mutex::new(device));
+    let (event_loop, quiesced) = EventLoop::spawn(&[Arc::clone(&device)], None).unwrap();
+    let mut driver = Driver::start(&mut lock(&device), &bench.memory, ALL);
+    for sector in 0..3 {
+        write(&mut driver, sector, 2, 512);
+    }
+    drop(quiesced);
+    while driver.used() < 1 {
+        line.wait();
+    }
+    control.set_limits(DiskLimits::default());
+    lock(&device).look_again();
+    while driver.used() < 3 {
+        line.wait();
+    }
+    event_loop.stop(PATIENCE).unwrap();
+}
+
+#[test]
 fn a_state_in_which_more_waits_than_was_asked_for_is_refused() {
     let bench = Bench::with(writes(bytes(1)));
     let mut device = bench.device();

@@ -101,6 +101,13 @@ impl MmioTransport {
         }
     }
 
+    /// Has the loop look at all queues, as if the driver had notified them: the device may now do what it could not before.
+    pub fn look_again(&self) {
+        for index in 0..self.queue_sizes.len() {
+            self.shared.signal(index);
+        }
+    }
+
     /// Serves queue `index` for one bounded round on this thread, as the [`crate::EventLoop`] does when it was notified
     /// or one of its sources has an event; returns whether there may be more to do. For who has no loop, such as a fuzzer.
     pub fn serve(&self, index: usize) -> bool {
