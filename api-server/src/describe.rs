@@ -3,8 +3,8 @@
 use std::{path::Path, time::Duration};
 
 use api_types::{
-    AttachedNet, Balloon, BalloonStatistics, Disk, DiskLimits, Reset, Runs, RunsEnd, Sent, Vm,
-    VmOrigin, VmState,
+    AttachedNet, Balloon, BalloonStatistics, Disk, DiskLimits, DiskStatus, Reset, Runs, RunsEnd,
+    Sent, Vm, VmOrigin, VmState,
 };
 use control::{
     BalloonStatus, Client, Console, MachineState, NetAttachment, NetConfig, Origin, Parent, Record,
@@ -86,6 +86,15 @@ pub(crate) fn origin(origin: &Origin) -> VmOrigin {
         Origin::Fork(Parent::Machine { pid }) => VmOrigin::Fork { of: *pid },
         // It is one of those that go on from there.
         Origin::Fork(Parent::Saved(source)) => saved(source),
+    }
+}
+
+/// A disk as clients see it.
+pub fn disk_of(status: control::DiskStatus) -> DiskStatus {
+    let control::DiskStatus { bytes, limits } = status;
+    DiskStatus {
+        size_bytes: bytes,
+        limits: disk_limits(limits),
     }
 }
 

@@ -19,7 +19,7 @@ mod routes;
 mod tree;
 
 pub use config::{Defaults, Limits, Peers, ServerConfig};
-pub use describe::{balloon_of, describe, reset_of, runs_of, status_of};
+pub use describe::{balloon_of, describe, disk_of, reset_of, runs_of, status_of};
 pub use openapi::document;
 
 use std::{io, path::Path};

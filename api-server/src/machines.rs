@@ -6,8 +6,8 @@ use std::{
 };
 
 use api_types::{
-    Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorCode,
-    GuestClock, Health, Metric, Reset, Runs, RunsRequest, Sent, Vm, VmState,
+    Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskChange, DiskStatus,
+    ErrorCode, GuestClock, Health, Metric, Reset, Runs, RunsRequest, Sent, Vm, VmState,
 };
 use control::{
     Client, ClientError, Confinement, Console, DiskConfig, LaunchSpec, Log, Origin, Prepare,
@@ -21,7 +21,7 @@ use crate::{
     ServerConfig, SetupError,
     children::{Children, why},
     describe::{
-        balloon_of, console, describe, origin, reset_of, runs_of, sent_of, status_of, text,
+        balloon_of, console, describe, disk_of, origin, reset_of, runs_of, sent_of, status_of, text,
     },
     error::ApiError,
     forks::Forks,
@@ -340,17 +340,17 @@ impl Machines {
         Ok(runs_of(report))
     }
 
-    /// Makes a disk of a machine larger.
+    /// Changes a disk of a machine, and says what it is then.
     #[instrument(skip(self))]
-    pub(crate) async fn resize_disk(
+    pub(crate) async fn change_disk(
         &self,
         pid: u32,
         disk: u32,
-        size: DiskSize,
-    ) -> Result<DiskSize, ApiError> {
+        change: DiskChange,
+    ) -> Result<DiskStatus, ApiError> {
         let client = connect(&self.record(pid)?).await?;
-        client.resize_disk(disk, size.size_bytes).await?;
-        Ok(size)
+        let change = plan::disk_change(change);
+        Ok(disk_of(client.change_disk(disk, change).await?))
     }
 
     /// Ends a machine; returns once its process is gone.

@@ -26,7 +26,7 @@ use crate::routes;
         routes::reset,
         routes::runs,
         routes::cancel_snapshot,
-        routes::resize_disk,
+        routes::change_disk,
         routes::end,
         routes::healthz,
         routes::openapi_json

@@ -1,5 +1,6 @@
 //! From a request to what a VMM is told. Nothing is started here.
 
+mod disk;
 mod fork;
 mod runs;
 mod saving;
@@ -8,9 +9,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    BalloonConfig, CpuModel, DiskConfig, DiskFormat, DiskLimits, GuestClock, MacAddress,
-    MachineConfig, NetAttachment, NetChange, NetConfig, NotAMac, Origin, RateLimit, Source,
-    UseWorkingSet,
+    BalloonConfig, CpuModel, GuestClock, MacAddress, MachineConfig, NetAttachment, NetChange,
+    NetConfig, NotAMac, Origin, RateLimit, Source, UseWorkingSet,
 };
 
 use crate::{
@@ -19,6 +19,7 @@ use crate::{
     tree::{PathError, Tree},
 };
 
+pub(crate) use disk::change as disk_change;
 pub(crate) use fork::{Fork, Forked, fork};
 pub(crate) use runs::runs;
 pub(crate) use saving::{send, snapshot};
@@ -152,21 +153,10 @@ fn boot(
     };
     let disks = match &request.disks {
         None => config.defaults.disks.clone(),
-        Some(disks) => disks
-            .iter()
-            .map(|disk| {
-                Ok(DiskConfig {
-                    path: tree.input("disks", &disk.path)?,
-                    read_only: disk.read_only,
-                    format: match disk.format {
-                        api_types::DiskFormat::Raw => DiskFormat::Raw,
-                        api_types::DiskFormat::Branch => DiskFormat::Branch,
-                    },
-                    serial: disk.serial.clone(),
-                    limits: disk_limits(disk.limits),
-                })
-            })
-            .collect::<Result<_, PathError>>()?,
+        Some(disks) => {
+            let disks = disks.iter().map(|disk| disk::attached(tree, disk));
+            disks.collect::<Result<_, _>>()?
+        }
     };
     let vcpus = request.vcpus.unwrap_or(config.defaults.vcpus);
     within("vcpus", vcpus.into(), 1, config.limits.vcpus.into())?;
@@ -190,25 +180,6 @@ fn boot(
         vsock: None,
         balloon: request.balloon.map(balloon),
     })
-}
-
-fn disk_limits(limits: api_types::DiskLimits) -> DiskLimits {
-    let api_types::DiskLimits {
-        bytes_per_second,
-        operations_per_second,
-        read_bytes_per_second,
-        read_operations_per_second,
-        write_bytes_per_second,
-        write_operations_per_second,
-    } = limits;
-    DiskLimits {
-        bytes_per_second,
-        operations_per_second,
-        read_bytes_per_second,
-        read_operations_per_second,
-        write_bytes_per_second,
-        write_operations_per_second,
-    }
 }
 
 fn balloon(options: api_types::BalloonOptions) -> BalloonConfig {
@@ -307,7 +278,7 @@ fn within(field: &str, value: u64, least: u64, most: u64) -> Result<(), ApiError
 mod tests {
     use std::{fs, num::NonZeroU64};
 
-    use control::StoreLocation;
+    use control::{DiskConfig, DiskFormat, DiskLimits, StoreLocation};
 
     use super::*;
 

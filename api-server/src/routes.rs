@@ -1,9 +1,9 @@
 //! The routes. Each says what it takes and answers, which is also what the OpenAPI document says.
 
 use api_types::{
-    Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskSize, ErrorBody,
-    ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, Reset, Runs, RunsRequest,
-    SNAPSHOT_TAKEN, SendRequest, Sent, SnapshotRequest, Vm,
+    Balloon, BalloonChange, CreateAnswer, CreateRequest, DeleteAnswer, DiskChange, DiskStatus,
+    ErrorBody, ErrorCode, ForkAnswer, ForkRequest, GuestClock, Health, Metric, Reset, Runs,
+    RunsRequest, SNAPSHOT_TAKEN, SendRequest, Sent, SnapshotRequest, Vm,
 };
 use rocket::{
     Route, State, delete, get,
@@ -33,7 +33,7 @@ pub(crate) fn all() -> Vec<Route> {
         reset,
         runs,
         cancel_snapshot,
-        resize_disk,
+        change_disk,
         end,
         healthz,
         openapi_json
@@ -335,17 +335,18 @@ async fn cancel_snapshot(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
     machines.cancel_snapshot(process_id(pid)?).await.map(Json)
 }
 
-/// Makes a disk of a machine larger, whether it runs or is held; the guest is told. Disks never become smaller.
+/// Changes a disk of a machine, whether it runs or is held: all that is asked for, or nothing. Disks only grow, which the guest is
+/// told. Of a limit that is another than it was nothing is used up, and requests that wait for it are looked at again at once.
 #[utoipa::path(
     tag = "machines",
     params(
         ("pid" = u32, Path, description = "The VMM's process id."),
         ("disk" = u32, Path, description = "The disk's number, from 0 in the order of the disks."),
     ),
-    request_body = DiskSize,
+    request_body = DiskChange,
     responses(
-        (status = 200, description = "The disk has the size.", body = DiskSize),
-        (status = 400, description = "The request cannot be meant: a smaller disk, or not of whole sectors.", body = ErrorBody),
+        (status = 200, description = "The disk as it is now.", body = DiskStatus),
+        (status = 400, description = "The request cannot be meant: nothing to change, a smaller disk, or not of whole sectors.", body = ErrorBody),
         (status = 404, description = "There is no such machine, or it has no such disk.", body = ErrorBody),
         (status = 409, description = "The machine is being saved, or has ended.", body = ErrorBody),
         (status = 413, description = "The request is too long.", body = ErrorBody),
@@ -356,14 +357,14 @@ async fn cancel_snapshot(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
     )
 )]
 #[patch("/vms/<pid>/disks/<disk>", data = "<body>")]
-async fn resize_disk(
+async fn change_disk(
     machines: &State<Machines>,
     pid: &str,
     disk: &str,
-    body: Body<'_, DiskSize>,
-) -> Answer<DiskSize> {
-    let (pid, disk, size) = (process_id(pid)?, disk_number(disk)?, meant(body)?);
-    machines.resize_disk(pid, disk, size).await.map(Json)
+    body: Body<'_, DiskChange>,
+) -> Answer<DiskStatus> {
+    let (pid, disk, change) = (process_id(pid)?, disk_number(disk)?, meant(body)?);
+    machines.change_disk(pid, disk, change).await.map(Json)
 }
 
 /// Ends a machine without asking its guest; answers once its process is gone.

@@ -8,6 +8,7 @@
 mod balloon;
 mod clock;
 mod create;
+mod disk;
 mod error;
 mod fork;
 mod reset;
@@ -22,12 +23,11 @@ pub use create::{
     CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net,
     WorkingSet,
 };
+pub use disk::{DiskChange, DiskStatus};
 pub use error::{ErrorBody, ErrorCode};
 pub use fork::{ForkAnswer, ForkRequest};
 pub use reset::Reset;
 pub use runs::{Runs, RunsEnd, RunsRequest};
 pub use send::{SendRequest, Sent};
 pub use snapshot::{MemoryCopy, SNAPSHOT_TAKEN, SnapshotRequest};
-pub use vm::{
-    AttachedNet, DeleteAnswer, DiskSize, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState,
-};
+pub use vm::{AttachedNet, DeleteAnswer, EndReason, Ended, Health, Metric, Vm, VmOrigin, VmState};

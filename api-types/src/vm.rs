@@ -47,13 +47,6 @@ pub struct Vm {
     pub ended: Option<Ended>,
 }
 
-/// How large a disk is, or is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct DiskSize {
-    /// Its bytes; a multiple of 512.
-    pub size_bytes: u64,
-}
-
 /// What a machine is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

@@ -3,9 +3,10 @@
 use std::{num::NonZeroU64, path::PathBuf};
 
 use anyhow::{Context, anyhow, bail};
-use control::{DiskConfig, DiskFormat, DiskLimits};
+use control::{DiskConfig, DiskFormat, DiskLimits, DiskLimitsChange};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 /// A disk.
 #[derive(Debug, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -116,6 +117,33 @@ pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
     Ok(disk)
 }
 
+/// Parses what is to change of a disk's limits: as they are behind its path, with commas between them and 0 for none, like
+/// `read_bytes_per_second=0,operations_per_second=NUMBER`.
+pub(crate) fn limits_change(text: &str) -> anyhow::Result<DiskLimitsChange> {
+    let limits = text.split(',').map(|limit| {
+        let (key, value) = limit.split_once('=').unwrap_or((limit, ""));
+        let wrong = |_| anyhow!("{key} is {value:?}; give a number, or 0 for no limit");
+        let number: u64 = value.parse().map_err(wrong)?;
+        Ok((key.to_owned(), number.into()))
+    });
+    let limits: Map<String, Value> = limits.collect::<anyhow::Result<_>>()?;
+    // It names those that there are when this is none of them.
+    Ok(serde_json::from_value(limits.into())?)
+}
+
+/// Limits as they are behind a disk's path.
+pub(crate) fn limits_text(limits: &api_types::DiskLimits) -> anyhow::Result<String> {
+    let limits: Map<String, Value> = serde_json::from_value(serde_json::to_value(limits)?)?;
+    let limits: Vec<_> = limits
+        .iter()
+        .map(|(key, value)| format!("{key}={value}"))
+        .collect();
+    Ok(match limits.is_empty() {
+        true => "no limits".to_owned(),
+        false => limits.join(","),
+    })
+}
+
 /// The limit of this name.
 fn limit<'l>(limits: &'l mut DiskLimits, key: &str) -> Option<&'l mut Option<NonZeroU64>> {
     Some(match key {
@@ -155,6 +183,36 @@ mod tests {
             write_operations_per_second: number(6),
         };
         assert_eq!(by_flag.limits, expected);
+    }
+
+    #[test]
+    fn limits_are_changed_by_the_keys_that_they_are_given_by() {
+        let given = "bytes_per_second=1,operations_per_second=2,read_bytes_per_second=3,\
+                     read_operations_per_second=4,write_bytes_per_second=5,\
+                     write_operations_per_second=6";
+        let change = limits_change(given).unwrap();
+        let limits = disk(&format!("/a,{given}")).unwrap().limits;
+        assert_eq!(change.of(DiskLimits::default()), limits);
+        let fewer = limits_change("bytes_per_second=0,operations_per_second=7").unwrap();
+        let expected = DiskLimits {
+            bytes_per_second: None,
+            operations_per_second: NonZeroU64::new(7),
+            ..limits
+        };
+        assert_eq!(fewer.of(limits), expected);
+        for (text, said) in [
+            ("", "give a number"),
+            ("bytes_per_second", "or 0 for no limit"),
+            ("bytes_per_second=-1", "\"-1\""),
+            ("bytes_per_second=1,", "give a number"),
+            (
+                "bytes=1",
+                "unknown field `bytes`, expected one of `bytes_per_second`",
+            ),
+        ] {
+            let error = limits_change(text).unwrap_err().to_string();
+            assert!(error.contains(said), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -10,8 +10,8 @@ use tarpc::{client::RpcError, context::Context};
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
-    BalloonChange, BalloonStatus, Failure, GuestClock, Metric, ResetReport, RunsReport,
-    RunsRequest, Secret, SnapshotReport, SnapshotRequest, Status, VmmClient,
+    BalloonChange, BalloonStatus, DiskChange, DiskStatus, Failure, GuestClock, Metric, ResetReport,
+    RunsReport, RunsRequest, Secret, SnapshotReport, SnapshotRequest, Status, VmmClient,
     wire::{self, HANDSHAKE_DEADLINE},
 };
 
@@ -154,14 +154,18 @@ impl Client {
         Ok(answer(ANSWER_DEADLINE, |context| self.0.cancel_snapshot(context)).await??)
     }
 
-    /// Has the disk of this number, from 0, have so many bytes, which are not less than it has.
+    /// Changes the disk of this number, from 0, and says what it is then.
     ///
     /// # Errors
     ///
-    /// Those of [`Client::status`], and [`ClientError::Refused`].
-    pub async fn resize_disk(&self, disk: u32, bytes: u64) -> Result<(), ClientError> {
+    /// Those of [`Client::status`], and [`ClientError::Refused`]; the disk is as it was then.
+    pub async fn change_disk(
+        &self,
+        disk: u32,
+        change: DiskChange,
+    ) -> Result<DiskStatus, ClientError> {
         Ok(answer(ANSWER_DEADLINE, |context| {
-            self.0.resize_disk(context, disk, bytes)
+            self.0.change_disk(context, disk, change)
         })
         .await??)
     }

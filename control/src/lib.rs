@@ -7,6 +7,7 @@
 
 mod balloon;
 mod client;
+mod disk;
 mod errand;
 mod exit;
 mod files;
@@ -30,6 +31,7 @@ mod wire;
 
 pub use balloon::{BalloonChange, BalloonConfig, BalloonStatistics, BalloonStatus};
 pub use client::{Client, ClientError};
+pub use disk::{DiskChange, DiskLimitsChange, DiskStatus};
 pub use errand::{Errand, receive};
 pub use exit::Exit;
 pub use files::allow_many_files;

@@ -4,7 +4,7 @@ use std::num::{NonZeroU32, NonZeroU64};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BalloonChange, BalloonStatus, Destination};
+use crate::{BalloonChange, BalloonStatus, Destination, DiskChange, DiskStatus};
 
 /// What a VMM does on request. The definition serves both sides.
 #[tarpc::service]
@@ -27,9 +27,9 @@ pub trait Vmm {
     /// Has the snapshot that is being taken not be taken, which who asked for it is told. The machine runs, or stays held if it was and
     /// has not been let go on by then. Refused when something of the snapshot may be seen already: then it is kept.
     async fn cancel_snapshot() -> Result<(), Failure>;
-    /// Has the disk of this number, from 0 in the order in which the machine was given them, have so many bytes. Disks only
-    /// grow.
-    async fn resize_disk(disk: u32, bytes: u64) -> Result<(), Failure>;
+    /// Changes the disk of this number, from 0 in the order in which the machine was given them, and says what it is then: all that
+    /// is asked for, or nothing. Disks only grow.
+    async fn change_disk(disk: u32, change: DiskChange) -> Result<DiskStatus, Failure>;
     /// Ends the machine and its process, at once and without asking the guest.
     async fn stop() -> Result<(), Failure>;
     /// Changes the machine's balloon, if anything is to change, and says how it stands with it; with statistics that the guest

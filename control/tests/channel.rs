@@ -10,8 +10,9 @@ use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use control::{
     AfterSnapshot, BalloonChange, BalloonStatus, Client, ClientError, Console, Destination,
-    Failure, FailureKind, GuestClock, MachineState, Metric, Origin, ProcessId, Record, ResetReport,
-    RunsReport, RunsRequest, Secret, SnapshotReport, SnapshotRequest, Source, Status, Stopped, Vmm,
+    DiskChange, DiskStatus, Failure, FailureKind, GuestClock, MachineState, Metric, Origin,
+    ProcessId, Record, ResetReport, RunsReport, RunsRequest, Secret, SnapshotReport,
+    SnapshotRequest, Source, Status, Stopped, Vmm,
 };
 use tarpc::context::Context;
 use tokio::{
@@ -117,10 +118,15 @@ impl Vmm for Service {
         })
     }
 
-    async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
+    async fn change_disk(
+        self,
+        _: Context,
+        disk: u32,
+        change: DiskChange,
+    ) -> Result<DiskStatus, Failure> {
         Err(Failure {
             kind: FailureKind::NotFound,
-            message: format!("{disk} {bytes}"),
+            message: format!("{disk} {change:?}"),
         })
     }
 

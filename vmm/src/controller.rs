@@ -7,8 +7,8 @@ use std::sync::{
 };
 
 use control::{
-    AfterSnapshot, Exit, Failure, GuestClock, ResetReport, RunsEnd, RunsReport, RunsRequest,
-    SnapshotReport, SnapshotRequest,
+    AfterSnapshot, DiskChange, DiskStatus, Exit, Failure, GuestClock, ResetReport, RunsEnd,
+    RunsReport, RunsRequest, SnapshotReport, SnapshotRequest,
 };
 use devices::GuestRequest;
 use snapshot::Lost;
@@ -33,8 +33,8 @@ pub(crate) enum Request {
     Pause(Reply<()>),
     Resume(GuestClock, Reply<()>),
     Snapshot(SnapshotRequest, Reply<SnapshotReport>),
-    /// The disk of this number is to have so many bytes.
-    ResizeDisk(u32, u64, Reply<()>),
+    /// The disk of this number is to be another than it was.
+    ChangeDisk(u32, DiskChange, Reply<DiskStatus>),
     /// It is to be what it was when it was made.
     Reset(GuestClock, Reply<ResetReport>),
     /// It is to be that and run, over and over.
@@ -129,15 +129,15 @@ impl Controller {
             }
             Event::Arrived(round, came) => self.arrived(round, came),
             Event::Lost(lost) => self.stall(&lost),
-            Event::Client(Request::ResizeDisk(index, bytes, reply)) => {
-                let resized = self.machine.counters().devices.resize_disk(index, bytes);
-                match &resized {
-                    Ok(()) => tracing::info!(disk = index, bytes, "a disk has grown"),
+            Event::Client(Request::ChangeDisk(index, change, reply)) => {
+                let changed = self.machine.counters().devices.change_disk(index, change);
+                match &changed {
+                    Ok(now) => tracing::info!(disk = index, ?now, "a disk has changed"),
                     Err(error) => {
-                        tracing::warn!(disk = index, bytes, %error, "a disk has not grown")
+                        tracing::warn!(disk = index, ?change, %error, "a disk has not changed")
                     }
                 }
-                answer(reply, resized.map_err(Failure::from));
+                answer(reply, changed.map_err(Failure::from));
             }
             Event::Client(Request::Reset(clock, reply)) => self.reset(clock, reply),
             Event::Client(Request::Runs(request, reply)) => self.begin_runs(request, reply),

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use control::{Metric, NetConfig, VsockConfig};
+use control::{DiskChange, DiskStatus, Metric, NetConfig, VsockConfig};
 use devices::{
     AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, RUN_PORTS, Rtc, Run, RunPort,
     Serial,
@@ -47,7 +47,7 @@ pub(crate) struct DeviceSet {
     all: Vec<(Kind, Arc<Mutex<dyn Device>>)>,
     /// Those with queues, for the event loop.
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
-    /// Of each disk, in their order: its size, and where the driver reads it.
+    /// Of each disk, in their order: what changes it, and where the driver sees it.
     disks: Vec<(DiskControl, Arc<Mutex<MmioTransport>>)>,
     /// For input.
     pub(crate) serial: Arc<Mutex<Serial>>,
@@ -111,10 +111,10 @@ impl DeviceSet {
         let serial = builder.legacy(console, requests)?;
         let generation = Generation::new(builder.line(EVENT_GSI)?);
         builder.virtio(Box::new(Entropy::new()))?;
-        let mut sizes = Vec::new();
+        let mut controls = Vec::new();
         for disk in disks {
             let block = block(disk)?;
-            sizes.push((block.control(), builder.virtio(Box::new(block))?));
+            controls.push((block.control(), builder.virtio(Box::new(block))?));
         }
         for (number, net) in nets.iter().enumerate() {
             builder.virtio(Box::new(nets::open(number, net)?))?;
@@ -135,7 +135,7 @@ impl DeviceSet {
         let set = Self {
             all,
             transports,
-            disks: sizes,
+            disks: controls,
             serial,
             generation,
             balloon,
@@ -155,16 +155,26 @@ impl DeviceSet {
             .collect()
     }
 
-    /// Has the disk at `index` have `bytes`, and tells the guest's driver.
-    pub(crate) fn resize_disk(&self, index: u32, bytes: u64) -> Result<(), Error> {
+    /// Changes the disk at `index`, and says what it is then. The guest's driver is told of another size, and what waits for a limit
+    /// is looked at again.
+    pub(crate) fn change_disk(&self, index: u32, change: DiskChange) -> Result<DiskStatus, Error> {
         let found = self.disks.get(index as usize);
-        let (size, transport) = found.ok_or(Error::NoSuchDisk {
+        let (control, transport) = found.ok_or(Error::NoSuchDisk {
             index,
             has: self.disks.len(),
         })?;
-        size.grow(bytes).map_err(devices::Error::Disk)?;
-        lock(transport).refresh_config();
-        Ok(())
+        // First, for nothing else can fail.
+        if let Some(bytes) = change.bytes {
+            control.grow(bytes).map_err(devices::Error::Disk)?;
+            lock(transport).refresh_config();
+        }
+        let limits = change.limits.of(disks::limits_of(control.limits()));
+        control.set_limits(disks::limits(limits));
+        lock(transport).look_again();
+        Ok(DiskStatus {
+            bytes: control.bytes(),
+            limits,
+        })
     }
 
     /// Saves every device. None may be at work.
@@ -187,8 +197,8 @@ impl DeviceSet {
     /// Restores every device once more from the `sections` that all were restored from before. What is behind their disks may be
     /// other disks.
     pub(crate) fn reset(&self, sections: &Container) -> Result<(), Error> {
-        for (size, _) in &self.disks {
-            size.refresh_size();
+        for (control, _) in &self.disks {
+            control.refresh_size();
         }
         for (kind, instance, device) in self.numbered() {
             let section = sections.get(kind, instance)?;
@@ -377,6 +387,8 @@ mod tests {
         let memory = MachineMemory::zeroed(Layout::new(64 << 20).unwrap()).unwrap();
         let guest = memory.guest().clone();
         let block = Box::new(block(&disk).unwrap());
+        let in_force = disks::limits_of(block.control().limits());
+        assert_eq!(in_force, disk.config.limits);
         let device = MmioTransport::new(block, guest, Arc::new(NoLine)).unwrap();
         let saved: SavedBlock = device.save(0).unwrap().decode().unwrap();
         let limits = [saved.total_limit, saved.read_limit, saved.write_limit];

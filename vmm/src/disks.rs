@@ -139,6 +139,23 @@ pub(crate) fn limits(limits: DiskLimits) -> devices::virtio::block::DiskLimits {
     }
 }
 
+/// The other way: a disk's limits as a client knows them.
+pub(crate) fn limits_of(limits: devices::virtio::block::DiskLimits) -> DiskLimits {
+    let devices::virtio::block::DiskLimits {
+        total,
+        reads,
+        writes,
+    } = limits;
+    DiskLimits {
+        bytes_per_second: total.bytes_per_second,
+        operations_per_second: total.operations_per_second,
+        read_bytes_per_second: reads.bytes_per_second,
+        read_operations_per_second: reads.operations_per_second,
+        write_bytes_per_second: writes.bytes_per_second,
+        write_operations_per_second: writes.operations_per_second,
+    }
+}
+
 /// The disks of a saved machine.
 pub(crate) fn saved(state: &Container) -> Result<Vec<DiskState>, Error> {
     let mut sections = state.sections();

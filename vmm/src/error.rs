@@ -77,6 +77,10 @@ pub(crate) enum Error {
     #[error("the machine has {has} disks, numbered from 0, and none with number {index}")]
     NoSuchDisk { index: u32, has: usize },
     #[error(
+        "nothing is said of the disk that is to change; name a size, or a limit such as bytes_per_second"
+    )]
+    NothingToChange,
+    #[error(
         "forks would all write to the disk {path}, which is a raw image; let it branch (`fermata disk create {path}.disk --base {path}`), or attach it read-only (`ro`)"
     )]
     SharedDisk { path: String },
@@ -188,6 +192,7 @@ impl Error {
             Self::DiskNotHere { .. } => FailureKind::NotFound,
             Self::Branch(e) => branch_kind(e),
             Self::NoSuchDisk { .. } => FailureKind::NotFound,
+            Self::NothingToChange => FailureKind::BadRequest,
             Self::NothingGoesOn | Self::NothingBeside => FailureKind::BadRequest,
             Self::SharedDisk { .. } | Self::NoImage | Self::NoMemfd { .. } | Self::OutOfTurn => {
                 FailureKind::BadRequest

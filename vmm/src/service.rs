@@ -6,8 +6,9 @@ use std::{
 };
 
 use control::{
-    BalloonChange, BalloonStatus, Failure, FailureKind, GuestClock, MachineState, Metric,
-    ResetReport, RunsReport, RunsRequest, SnapshotReport, SnapshotRequest, Status, Vmm,
+    BalloonChange, BalloonStatus, DiskChange, DiskStatus, Failure, FailureKind, GuestClock,
+    MachineState, Metric, ResetReport, RunsReport, RunsRequest, SnapshotReport, SnapshotRequest,
+    Status, Vmm,
 };
 use tarpc::context::Context;
 use tokio::sync::oneshot;
@@ -114,9 +115,17 @@ impl Vmm for Service {
         }
     }
 
-    async fn resize_disk(self, _: Context, disk: u32, bytes: u64) -> Result<(), Failure> {
+    async fn change_disk(
+        self,
+        _: Context,
+        disk: u32,
+        change: DiskChange,
+    ) -> Result<DiskStatus, Failure> {
+        if change == DiskChange::default() {
+            return Err(Error::NothingToChange.into());
+        }
         self.admit(lifecycle::Event::Change)?;
-        self.ask(|reply| Request::ResizeDisk(disk, bytes, reply))
+        self.ask(|reply| Request::ChangeDisk(disk, change, reply))
             .await
     }
 

@@ -1,4 +1,4 @@
-//! `fermata disk`: disks that branch, and disks that grow.
+//! `fermata disk`: disks that branch, and what is changed of a machine's disks.
 
 use std::{
     path::{Path, PathBuf},
@@ -7,10 +7,10 @@ use std::{
 
 use branch_disk::{BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, anything};
 use clap::{Subcommand, ValueEnum};
-use control::Registry;
+use control::{DiskChange, DiskLimitsChange, DiskStatus, Registry};
 use serde::Serialize;
 
-use crate::{machine, output, size};
+use crate::{disk, machine, output, size};
 
 /// The exit code when a check finds something.
 const DAMAGED: u8 = 2;
@@ -60,6 +60,18 @@ enum Command {
         /// The size that it is to have, like 20G.
         #[arg(value_parser = size::bytes)]
         size: u64,
+    },
+    /// Changes what a disk of a machine may do in a second, whether it runs or stands still. Limits that are not named stay.
+    Limit {
+        #[command(flatten)]
+        vm: machine::Name,
+        /// The number of the disk, from 0 in the order of the disks: 0 is the guest's vda.
+        #[arg(value_name = "NUMBER")]
+        disk: u32,
+        /// Limits, as behind the path of `run --disk`, with 0 for none: `bytes_per_second` and `operations_per_second`, for all
+        /// requests together, and with `read_` or `write_` before it, for those alone.
+        #[arg(value_name = "LIMIT=NUMBER,...", value_parser = disk::limits_change)]
+        limits: DiskLimitsChange,
     },
     /// Shows a disk's layers, from the top, and what each takes.
     Info {
@@ -114,10 +126,20 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
             made(&Disk::create(disk, *size, &on, &anything)?, json)
         }
         Command::Resize { vm, disk, size } => {
-            let record = vm.find(&Registry::open(run_dir)?)?;
-            let client = machine::connect(&record).await?;
-            client.resize_disk(*disk, *size).await?;
-            resized(*disk, *size, json)
+            let change = DiskChange {
+                bytes: Some(*size),
+                ..DiskChange::default()
+            };
+            let now = changed(vm, *disk, change, run_dir).await?;
+            resized(*disk, now.bytes, json)
+        }
+        Command::Limit { vm, disk, limits } => {
+            let change = DiskChange {
+                limits: *limits,
+                ..DiskChange::default()
+            };
+            let now = changed(vm, *disk, change, run_dir).await?;
+            limited(*disk, now, json)
         }
         Command::Info { disk } => info(&read(disk)?, json),
         Command::Import {
@@ -183,6 +205,18 @@ fn made(disk: &Disk, json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// A disk of a machine once it is changed.
+async fn changed(
+    vm: &machine::Name,
+    disk: u32,
+    change: DiskChange,
+    run_dir: PathBuf,
+) -> anyhow::Result<DiskStatus> {
+    let record = vm.find(&Registry::open(run_dir)?)?;
+    let client = machine::connect(&record).await?;
+    Ok(client.change_disk(disk, change).await?)
+}
+
 fn resized(disk: u32, bytes: u64, json: bool) -> anyhow::Result<ExitCode> {
     #[derive(Serialize)]
     struct Resized {
@@ -196,6 +230,17 @@ fn resized(disk: u32, bytes: u64, json: bool) -> anyhow::Result<ExitCode> {
         output::print(&format!(
             "disk {disk} has {size}; the guest has been told\n"
         ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn limited(number: u32, now: DiskStatus, json: bool) -> anyhow::Result<ExitCode> {
+    let now = api_server::disk_of(now);
+    if json {
+        output::print_json(&now)?;
+    } else {
+        let limits = disk::limits_text(&now.limits)?;
+        output::print(&format!("disk {number}: {limits}\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
