@@ -6,11 +6,13 @@
 
 mod crew;
 mod runner;
+mod writer;
 
 use std::{arch::global_asm, slice};
 
 pub use crew::crew;
 pub use runner::{RUN_ENDLESS, RUN_PAGES, RUN_POWER_OFF, RUN_RESULT, WENT_ON, runner, shouter};
+pub use writer::writer;
 
 /// Guest-physical address that the guests are loaded at.
 const LOAD_ADDRESS: u64 = 0x10_0000;
