@@ -21,6 +21,7 @@ mod tree;
 pub use config::{Defaults, Limits, Peers, ServerConfig};
 pub use describe::{balloon_of, describe, disk_of, reset_of, runs_of, status_of};
 pub use openapi::document;
+pub use plan::cpu_model;
 
 use std::{io, path::Path};
 

@@ -1,5 +1,6 @@
 //! From a request to what a VMM is told. Nothing is started here.
 
+mod cpu;
 mod disk;
 mod fork;
 mod runs;
@@ -9,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    BalloonConfig, CpuModel, GuestClock, MacAddress, MachineConfig, NetAttachment, NetChange,
-    NetConfig, NotAMac, Origin, RateLimit, Source, UseWorkingSet,
+    BalloonConfig, GuestClock, MacAddress, MachineConfig, NetAttachment, NetChange, NetConfig,
+    NotAMac, Origin, RateLimit, Source, UseWorkingSet,
 };
 
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     tree::{PathError, Tree},
 };
 
+pub use cpu::cpu_model;
 pub(crate) use disk::change as disk_change;
 pub(crate) use fork::{Fork, Forked, fork};
 pub(crate) use runs::runs;
@@ -171,7 +173,7 @@ fn boot(
     Ok(MachineConfig {
         vcpus,
         memory_mib,
-        cpu: request.cpu.map_or(CpuModel::Host, cpu_model),
+        cpu: cpu::checked(request.cpu.as_ref())?,
         kernel,
         initrd,
         cmdline: cmdline.unwrap_or(&config.defaults.cmdline).clone(),
@@ -235,14 +237,6 @@ fn use_working_set(asked: Option<api_types::WorkingSet>) -> UseWorkingSet {
     }
 }
 
-fn cpu_model(model: api_types::CpuModel) -> CpuModel {
-    match model {
-        api_types::CpuModel::Host => CpuModel::Host,
-        api_types::CpuModel::V2 => CpuModel::V2,
-        api_types::CpuModel::V3 => CpuModel::V3,
-    }
-}
-
 pub(crate) fn guest_clock(clock: api_types::GuestClock) -> GuestClock {
     match clock {
         api_types::GuestClock::StandStill => GuestClock::StandStill,
@@ -278,7 +272,10 @@ fn within(field: &str, value: u64, least: u64, most: u64) -> Result<(), ApiError
 mod tests {
     use std::{fs, num::NonZeroU64};
 
-    use control::{DiskConfig, DiskFormat, DiskLimits, StoreLocation};
+    use control::{
+        CpuModel, CpuTemplate, CpuidChange, CpuidRegister, DiskConfig, DiskFormat, DiskLimits,
+        MsrChange, StoreLocation,
+    };
 
     use super::*;
 
@@ -387,6 +384,43 @@ mod tests {
             .create(r#"{"kernel_path": "kernel", "resume": false, "initrd_path": ""}"#)
             .unwrap();
         assert!(matches!(plan.origin, Origin::Boot(machine) if machine.initrd.is_none()));
+    }
+
+    #[test]
+    fn a_template_is_taken_as_it_is_and_one_that_says_two_things_is_refused() {
+        let bench = Bench::new();
+        let cpu =
+            |cpu: &str| format!(r#"{{"kernel_path": "kernel", "resume": false, "cpu": {cpu}}}"#);
+        let plan = bench.create(&cpu(
+            r#"{"base": "x86-64-v2", "cpuid": [{"leaf": "0x7", "subleaf": 1, "register": "edx", "set": 4}],
+                "msr": [{"index": 16, "clear": "0xf000_0000_0000_0000", "set": 1}]}"#,
+        ));
+        let expected = CpuTemplate {
+            base: CpuModel::V2,
+            cpuid: vec![CpuidChange {
+                leaf: 7,
+                subleaf: 1,
+                register: CpuidRegister::Edx,
+                clear: 0,
+                set: 4,
+            }],
+            msrs: vec![MsrChange {
+                index: 16,
+                clear: 0xf << 60,
+                set: 1,
+            }],
+        };
+        let Origin::Boot(machine) = plan.unwrap().origin else {
+            panic!("it boots")
+        };
+        assert_eq!(machine.cpu, CpuModel::Template(Box::new(expected)));
+        let both = cpu(r#"{"msr": [{"index": 16, "clear": 3, "set": 2}]}"#);
+        let (status, said) = bench.refusal(&both);
+        assert_eq!(status, 400);
+        assert!(
+            said.starts_with("cpu: MSR 0x10: 0x2 is both cleared and set"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use crate::{BalloonOptions, GuestClock};
+use crate::{BalloonOptions, CpuModel, GuestClock};
 
 /// Asks for a machine: booted afresh, or restored.
 ///
@@ -44,7 +44,8 @@ pub struct CreateRequest {
     pub on_demand: bool,
     /// What is done with the pages that such a machine touches in its first second: `bring` if nothing is said.
     pub working_set: Option<WorkingSet>,
-    /// What its CPUs are: `host` if nothing is said. A machine of a level can be restored on any host of that level.
+    /// What its CPUs are: a level, or a template that changes what guests see of one; `host` if nothing is said. A machine of a
+    /// level can be restored on any host of that level.
     pub cpu: Option<CpuModel>,
     /// The initial RAM disk to boot with; an empty string for none. The server has a default.
     pub initrd_path: Option<String>,
@@ -72,20 +73,6 @@ pub enum WorkingSet {
     Record,
     /// Neither.
     Ignore,
-}
-
-/// What a machine's CPUs are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub enum CpuModel {
-    /// All that the host has.
-    #[serde(rename = "host")]
-    Host,
-    /// Level 2 of the x86-64 psABI: SSE4.2.
-    #[serde(rename = "x86-64-v2")]
-    V2,
-    /// Level 3: AVX2.
-    #[serde(rename = "x86-64-v3")]
-    V3,
 }
 
 /// A disk.

@@ -7,6 +7,7 @@
 
 mod balloon;
 mod clock;
+mod cpu;
 mod create;
 mod disk;
 mod error;
@@ -19,9 +20,12 @@ mod vm;
 
 pub use balloon::{Balloon, BalloonChange, BalloonOptions, BalloonStatistics};
 pub use clock::GuestClock;
+pub use cpu::{
+    Bits, Bits32, Bits64, Contradiction, CpuLevel, CpuModel, CpuTemplate, CpuidChange,
+    CpuidRegister, MsrChange,
+};
 pub use create::{
-    CpuModel, CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net,
-    WorkingSet,
+    CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net, WorkingSet,
 };
 pub use disk::{DiskChange, DiskStatus};
 pub use error::{ErrorBody, ErrorCode};

@@ -13,6 +13,8 @@ mod balloon;
 mod branching;
 #[path = "bare_metal/command_line.rs"]
 mod command_line;
+#[path = "bare_metal/cpu_template.rs"]
+mod cpu_template;
 #[path = "bare_metal/crash.rs"]
 mod crash;
 #[path = "bare_metal/disk_limits.rs"]

@@ -212,6 +212,13 @@ impl Error {
             Self::Boot(e) => boot_kind(e),
             Self::MissingFeatures(_) => FailureKind::NotASnapshot,
             Self::Hypervisor(Kvm::VcpuCount(_)) => FailureKind::BadRequest,
+            // CPUs that cannot be had here.
+            Self::Hypervisor(
+                Kvm::CpuLevel { .. }
+                | Kvm::TemplateBits { .. }
+                | Kvm::TemplateLeaf(_)
+                | Kvm::TemplateMsr(_),
+            ) => FailureKind::BadRequest,
             Self::Hypervisor(Kvm::SavedSize { .. } | Kvm::Msr { .. } | Kvm::TscRate { .. }) => {
                 FailureKind::NotASnapshot
             }
