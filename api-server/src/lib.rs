@@ -34,7 +34,7 @@ use rocket::{
 
 use crate::{machines::Machines, tree::Tree};
 
-/// The longest request body in KiB. The longest that is meant holds a command line and some disks.
+/// The longest request body in KiB. The longest that is meant holds a command line, some disks and a CPU template.
 const MAX_BODY_KIB: u32 = 256;
 
 /// Why the server cannot be made.

@@ -336,7 +336,8 @@ async fn cancel_snapshot(machines: &State<Machines>, pid: &str) -> Answer<Vm> {
 }
 
 /// Changes a disk of a machine, whether it runs or is held: all that is asked for, or nothing. Disks only grow, which the guest is
-/// told. Of a limit that is another than it was nothing is used up, and requests that wait for it are looked at again at once.
+/// told. Of a limit that is another than it was nothing is used up, and requests that wait for it are looked at again at once. A reset has
+/// the machine have the limits again that it is reset to.
 #[utoipa::path(
     tag = "machines",
     params(

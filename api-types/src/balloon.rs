@@ -21,6 +21,7 @@ pub struct BalloonOptions {
 
 /// What is to change of a balloon; what is left out stays as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[schema(example = json!({"target_mib": 128}))]
 pub struct BalloonChange {
     /// Memory that is to be in it, in MiB. The guest may take its time, or not find so much.

@@ -111,10 +111,18 @@ pub type Bits32 = Bits<u32>;
 /// A register of 64 bits, or some of it.
 pub type Bits64 = Bits<u64>;
 
-/// A template that says two things of one bit.
+/// The most changes of CPUID, and of model-specific registers, that a template has: KVM has no more leaves.
+const MAX_CHANGES: usize = 256;
+
+/// What a template cannot mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Contradiction {
-    /// Of CPUID.
+pub enum InvalidTemplate {
+    /// More changes than a CPU has what can be changed.
+    #[error(
+        "a template has at most {MAX_CHANGES} changes of CPUID and as many of MSRs, and not {0}; put those of one register into one"
+    )]
+    TooLong(usize),
+    /// Two things of one bit of CPUID.
     #[error("CPUID leaf {leaf:#x}: {bits:#x} is both cleared and set; leave one out")]
     Cpuid {
         /// The leaf.
@@ -122,7 +130,7 @@ pub enum Contradiction {
         /// The bits.
         bits: u32,
     },
-    /// Of a model-specific register.
+    /// Two things of one bit of a model-specific register.
     #[error("MSR {index:#x}: {bits:#x} is both cleared and set; leave one out")]
     Msr {
         /// Its number.
@@ -133,22 +141,26 @@ pub enum Contradiction {
 }
 
 impl CpuTemplate {
-    /// Whether each change says one thing.
+    /// Whether each change says one thing, and there are not too many.
     ///
     /// # Errors
     ///
-    /// [`Contradiction`] names the first that does not.
-    pub fn check(&self) -> Result<(), Contradiction> {
+    /// [`InvalidTemplate`] names the first that does not.
+    pub fn check(&self) -> Result<(), InvalidTemplate> {
+        let changes = self.cpuid.len().max(self.msr.len());
+        if changes > MAX_CHANGES {
+            return Err(InvalidTemplate::TooLong(changes));
+        }
         for change in &self.cpuid {
             let (leaf, bits) = (change.leaf.0, change.clear.0 & change.set.0);
             if bits != 0 {
-                return Err(Contradiction::Cpuid { leaf, bits });
+                return Err(InvalidTemplate::Cpuid { leaf, bits });
             }
         }
         for change in &self.msr {
             let (index, bits) = (change.index.0, change.clear.0 & change.set.0);
             if bits != 0 {
-                return Err(Contradiction::Msr { index, bits });
+                return Err(InvalidTemplate::Msr { index, bits });
             }
         }
         Ok(())
@@ -346,12 +358,23 @@ mod tests {
     fn a_bit_is_cleared_or_set() {
         let check = |json: &str| serde_json::from_str::<CpuTemplate>(json).unwrap().check();
         let cpuid = r#"{"cpuid": [{"leaf": 7, "register": "ecx", "clear": 3, "set": 6}]}"#;
-        let contradiction = Contradiction::Cpuid { leaf: 7, bits: 2 };
+        let contradiction = InvalidTemplate::Cpuid { leaf: 7, bits: 2 };
         assert_eq!(check(cpuid), Err(contradiction));
         let msr =
             r#"{"msr": [{"index": 1, "clear": 1, "set": 2}, {"index": 2, "clear": 4, "set": 4}]}"#;
-        let contradiction = Contradiction::Msr { index: 2, bits: 4 };
+        let contradiction = InvalidTemplate::Msr { index: 2, bits: 4 };
         assert_eq!(check(msr), Err(contradiction));
         assert_eq!(check("{}"), Ok(()));
+    }
+
+    #[test]
+    fn a_template_has_no_more_changes_than_a_cpu_has_leaves() {
+        let of = |changes| CpuTemplate {
+            msr: vec![serde_json::from_str(r#"{"index": 1}"#).unwrap(); changes],
+            ..CpuTemplate::default()
+        };
+        assert_eq!(of(MAX_CHANGES).check(), Ok(()));
+        let refused = of(MAX_CHANGES + 1).check();
+        assert_eq!(refused, Err(InvalidTemplate::TooLong(MAX_CHANGES + 1)));
     }
 }

@@ -7,6 +7,7 @@ use crate::DiskLimits;
 
 /// What is to change of a disk: at least one thing. What is left out, or null, stays as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[schema(example = json!({"size_bytes": 21474836480_u64, "write_bytes_per_second": 20000000, "operations_per_second": 0}))]
 pub struct DiskChange {
     /// The bytes that it is to have; a multiple of 512, and not less than it has.

@@ -21,8 +21,8 @@ mod vm;
 pub use balloon::{Balloon, BalloonChange, BalloonOptions, BalloonStatistics};
 pub use clock::GuestClock;
 pub use cpu::{
-    Bits, Bits32, Bits64, Contradiction, CpuLevel, CpuModel, CpuTemplate, CpuidChange,
-    CpuidRegister, MsrChange,
+    Bits, Bits32, Bits64, CpuLevel, CpuModel, CpuTemplate, CpuidChange, CpuidRegister,
+    InvalidTemplate, MsrChange,
 };
 pub use create::{
     CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net, WorkingSet,

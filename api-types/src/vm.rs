@@ -75,7 +75,7 @@ pub enum VmOrigin {
         initrd_path: Option<String>,
         /// The kernel's command line.
         cmdline: String,
-        /// The disks.
+        /// The disks, as it was booted with them.
         disks: Vec<Disk>,
         /// The network devices.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -120,14 +120,18 @@ pub(crate) fn disk(text: &str) -> anyhow::Result<DiskConfig> {
 /// Parses what is to change of a disk's limits: as they are behind its path, with commas between them and 0 for none, like
 /// `read_bytes_per_second=0,operations_per_second=NUMBER`.
 pub(crate) fn limits_change(text: &str) -> anyhow::Result<DiskLimitsChange> {
-    let limits = text.split(',').map(|limit| {
-        let (key, value) = limit.split_once('=').unwrap_or((limit, ""));
+    let mut limits = Map::new();
+    for limit in text.split(',') {
+        let (key, value) = limit
+            .split_once('=')
+            .with_context(|| format!("{limit:?} is no limit; give NAME=NUMBER, with 0 for none"))?;
         let wrong = |_| anyhow!("{key} is {value:?}; give a number, or 0 for no limit");
         let number: u64 = value.parse().map_err(wrong)?;
-        Ok((key.to_owned(), number.into()))
-    });
-    let limits: Map<String, Value> = limits.collect::<anyhow::Result<_>>()?;
-    // It names those that there are when this is none of them.
+        if limits.insert(key.to_owned(), number.into()).is_some() {
+            bail!("{key} is given twice; leave one out");
+        }
+    }
+    // It names those that there are when one is none of them.
     Ok(serde_json::from_value(limits.into())?)
 }
 
@@ -201,10 +205,12 @@ mod tests {
         };
         assert_eq!(fewer.of(limits), expected);
         for (text, said) in [
-            ("", "give a number"),
-            ("bytes_per_second", "or 0 for no limit"),
+            ("", "give NAME=NUMBER"),
+            ("bytes_per_second", "give NAME=NUMBER"),
             ("bytes_per_second=-1", "\"-1\""),
-            ("bytes_per_second=1,", "give a number"),
+            ("bytes_per_second=", "or 0 for no limit"),
+            ("bytes_per_second=1,", "give NAME=NUMBER"),
+            ("bytes_per_second=1,bytes_per_second=2", "given twice"),
             (
                 "bytes=1",
                 "unknown field `bytes`, expected one of `bytes_per_second`",

@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::{Confinement, LaunchSpec, Shape, Source};
 
-/// The longest that is read. It has a few paths and a command line.
+/// The longest that is read. It has a few paths, a command line and a CPU template.
 const MAX_BYTES: usize = 1 << 20;
 
 /// What a VMM process does.

@@ -2,6 +2,8 @@
 //!
 //! A template stands on a level, or on all that the host has, and can add to it only what the host has.
 
+use std::collections::BTreeSet;
+
 use crate::{
     CpuLevel, Error, GuestCpuid, MsrEntry, Vcpu, compat::Register, cpuid::find, feature_names,
     msrs, probe::open,
@@ -61,7 +63,7 @@ impl GuestCpuid {
         if let Some(CpuidChange { leaf, .. }) = fixed {
             return Err(Error::TemplateLeaf(*leaf));
         }
-        let missing: Vec<_> = cpuid.iter().flat_map(|it| it.missing(self)).collect();
+        let missing: BTreeSet<_> = cpuid.iter().flat_map(|it| it.missing(self)).collect();
         if !missing.is_empty() {
             return Err(Error::TemplateBits { missing });
         }
@@ -216,7 +218,7 @@ mod tests {
         let template = change(1, Register::Ecx, 0, aes);
         let error = host(&[leaf(1, 0, 0, 0)]).of_template(&template);
         assert!(
-            matches!(&error, Err(Error::TemplateBits { missing }) if missing == &["aes"]),
+            matches!(&error, Err(Error::TemplateBits { missing }) if missing.iter().eq(["aes"])),
             "{error:?}"
         );
         assert!(host(&[]).of_template(&template).is_err());

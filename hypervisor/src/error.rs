@@ -1,7 +1,11 @@
 //! Why KVM could not do as it was asked.
 
+use std::{collections::BTreeSet, io};
+
 use crate::CpuLevel;
-use std::io;
+
+/// How much of what is missing an error names.
+const NAMED: usize = 10;
 
 /// An error of the hypervisor.
 #[derive(Debug, thiserror::Error)]
@@ -37,11 +41,11 @@ pub enum Error {
     /// The host lacks what a CPU template sets.
     #[error(
         "this host's KVM does not give guests all that the CPU template sets: it lacks {}; leave that out of the template",
-        .missing.join(", ")
+        some_of(.missing)
     )]
     TemplateBits {
         /// What it lacks, by name.
-        missing: Vec<String>,
+        missing: BTreeSet<String>,
     },
     /// A CPU template changes a leaf of CPUID that belongs to the machine.
     #[error(
@@ -106,5 +110,27 @@ impl<T> Asked<T> for Result<T, kvm_ioctls::Error> {
             what,
             source: io::Error::from_raw_os_error(e.errno()),
         })
+    }
+}
+
+/// What is missing, in a sentence that can be read.
+fn some_of(missing: &BTreeSet<String>) -> String {
+    let named: Vec<&str> = missing.iter().map(String::as_str).take(NAMED).collect();
+    match missing.len() - named.len() {
+        0 => named.join(", "),
+        more => format!("{} and {more} more", named.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_as_far_as_it_can_be_read() {
+        let of = |count| some_of(&(0..count).map(|bit| format!("b{bit}")).collect());
+        assert_eq!(of(2), "b0, b1");
+        assert!(of(NAMED).ends_with(", b9"));
+        assert!(of(1000).ends_with(" and 990 more"));
     }
 }

@@ -77,13 +77,24 @@ impl Options {
 #[derive(Debug)]
 pub struct Breakdown {
     what: String,
+    /// What the job under way had said, where nobody heard it yet.
+    said: String,
     /// The ends of QEMU's and the console's logs.
     last_words: String,
 }
 
 impl fmt::Display for Breakdown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n{}", self.what, self.last_words)
+        let Self {
+            what,
+            said,
+            last_words,
+        } = self;
+        write!(f, "{what}\n{last_words}")?;
+        if said.is_empty() {
+            return Ok(());
+        }
+        write!(f, "--- the job\n{said}")
     }
 }
 
@@ -201,11 +212,37 @@ impl L1 {
             .context("cannot write a job's script")?;
         let mut stdout = Tail::create(&file("out"))?;
         let mut stderr = Tail::create(&file("err"))?;
-        let mut follow = || {
+        let follow = || {
             stdout.advance(job.echo.then(std::io::stdout))?;
             stderr.advance(job.echo.then(std::io::stderr))
         };
+        let ended = self.wait_for(job, number, follow);
+        let (stdout, stderr) = (stdout.text(), stderr.text());
+        match ended {
+            Ok(status) => Ok(Output {
+                status,
+                stdout,
+                stderr,
+            }),
+            Err(error) if job.echo => Err(error),
+            Err(error) => Err(match error.downcast::<Breakdown>() {
+                Ok(breakdown) => Breakdown {
+                    said: stdout + &stderr,
+                    ..breakdown
+                }
+                .into(),
+                Err(other) => other,
+            }),
+        }
+    }
 
+    /// Has job `number` run, and returns its exit status; `follow` looks for what it has written.
+    fn wait_for(
+        &mut self,
+        job: &Job,
+        number: u32,
+        mut follow: impl FnMut() -> Result<()>,
+    ) -> Result<i32> {
         let requests = self.requests.as_mut().context("L1 was told to quit")?;
         if writeln!(requests, "run {number}").is_err() {
             return self.broke_down("L1 is gone");
@@ -226,16 +263,12 @@ impl L1 {
         };
         // All that the job wrote was in its files before the agent replied.
         follow()?;
-        let Some(status) = parse_exit(&reply, number) else {
-            return self.broke_down(format!(
+        match parse_exit(&reply, number) {
+            Some(status) => Ok(status),
+            None => self.broke_down(format!(
                 "L1 said {reply:?} where the exit of job {number} was expected"
-            ));
-        };
-        Ok(Output {
-            status,
-            stdout: stdout.text(),
-            stderr: stderr.text(),
-        })
+            )),
+        }
     }
 
     /// Whether programs have run in it within the last minutes.
@@ -268,6 +301,7 @@ impl L1 {
     fn broke_down<T>(&self, what: impl Into<String>) -> Result<T> {
         Err(Breakdown {
             what: what.into(),
+            said: String::new(),
             last_words: self.last_words(),
         }
         .into())

@@ -85,7 +85,13 @@ fn no_crate_knows_of_more_than_is_drawn() {
     for package in packages {
         let allowed = drawn[name(package).as_str()];
         for dependency in package["dependencies"].as_array().unwrap() {
+            let kind = &dependency["kind"];
             let dependency = name(dependency);
+            assert!(
+                dependency != "golden" || kind == "dev",
+                "{} -> golden is for tests alone",
+                name(package)
+            );
             let drawn = !ours.contains(&dependency) || allowed.contains(&dependency.as_str());
             assert!(drawn, "{} -> {dependency} is not drawn", name(package));
         }

@@ -77,7 +77,7 @@ pub(crate) enum Error {
     #[error("the machine has {has} disks, numbered from 0, and none with number {index}")]
     NoSuchDisk { index: u32, has: usize },
     #[error(
-        "nothing is said of the disk that is to change; name a size, or a limit such as bytes_per_second"
+        "the request changes nothing of the disk; name a size, or a limit such as bytes_per_second"
     )]
     NothingToChange,
     #[error(

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use testbed::guest;
 use testbed::job::{Job, Output};
 use testbed::kvm::{self, Level};
-use testbed::l1::Breakdown;
+use testbed::l1::{self, Breakdown};
 use testbed::session::Session;
 use testbed::{cache, environment, setup};
 
@@ -14,6 +14,9 @@ use crate::build::{self, Programs};
 
 /// How many emulated machines may break down under one job, and one more.
 const MACHINES: u32 = 3;
+
+/// What an emulated machine takes besides its memory, and others meanwhile.
+const BESIDE_MIB: u32 = 1024;
 
 /// Everything set up, nothing booted yet.
 pub(crate) struct Ground {
@@ -116,10 +119,16 @@ impl Ground {
             .fold(job, |job, (name, path)| job.env(*name, path))
     }
 
-    /// How many machines are worth having at a time: an emulated one has one CPU, and this one is only there once.
+    /// How many machines are worth having at a time: an emulated one has one CPU and must have its memory, and this one is only there
+    /// once.
     pub(crate) fn machines_at_once(&self) -> usize {
         match self.level {
-            Level::Nested => std::thread::available_parallelism().map_or(1, usize::from),
+            Level::Nested => {
+                let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+                let each = l1::Options::new(&self.share).memory_mib + BESIDE_MIB;
+                let fit = available_mib().unwrap_or(0) / u64::from(each);
+                cpus.min(fit as usize).max(1)
+            }
             Level::Native => 1,
         }
     }
@@ -133,6 +142,16 @@ impl Ground {
             }
         }
     }
+}
+
+/// Memory that programs can have before others lose theirs, as the kernel estimates it: `MemAvailable` of proc_meminfo(5).
+fn available_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib >> 10)
 }
 
 fn empty_share() -> Result<PathBuf> {

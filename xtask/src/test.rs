@@ -1,12 +1,12 @@
 //! `cargo xtask test`: all three levels, and one line that sums them up.
 
+mod side_by_side;
 mod tally;
 
 use std::io::{BufRead, BufReader};
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use testbed::job::Job;
 use testbed::{debian, environment, setup};
 
+use self::side_by_side::side_by_side;
 use self::tally::Tally;
 use crate::build;
 use crate::ground::Ground;
@@ -143,27 +144,10 @@ fn level_3(ground: &Ground, program: &Path, names: &[String]) -> Result<Tally> {
         true => 1,
         false => names.len().max(1),
     };
-    let next = Mutex::new(names.chunks(to_a_machine));
-    let one_after_another = || {
-        let mut tally = Tally::default();
-        while let Some(names) = lock(&next).next() {
-            tally += on_machines(ground, program, names)?;
-        }
-        Ok(tally)
-    };
-    thread::scope(|scope| {
-        let machines = (0..ground.machines_at_once()).map(|_| scope.spawn(one_after_another));
-        let machines: Vec<_> = machines.collect();
-        let tallies = machines.into_iter().map(|machine| machine.join());
-        tallies
-            .map(|tally| tally.unwrap_or_else(|panic| resume_unwind(panic)))
-            .sum()
+    let jobs: Vec<&[String]> = names.chunks(to_a_machine).collect();
+    side_by_side(&jobs, ground.machines_at_once(), |names| {
+        on_machines(ground, program, names).with_context(|| names.join(" "))
     })
-}
-
-/// What is locked is whole at any time.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Runs tests on a machine of their own. If that is an emulated one, whose races can stop a guest as
@@ -175,8 +159,8 @@ fn on_machines(ground: &Ground, program: &Path, names: &[String]) -> Result<Tall
         return Ok(first);
     }
     println!(
-        "\n{} failed on an emulated machine, and run again on a fresh one",
-        first.failed
+        "\nfailed on an emulated machine, and run again on a fresh one: {}",
+        failures.join(" ")
     );
     let (second, _) = on_a_machine(ground, program, &failures)?;
     Ok(Tally {

@@ -181,6 +181,12 @@ fn changes_of_a_disk_that_cannot_be_meant_change_nothing() {
             "not the JSON that is meant",
         ),
         (
+            "0",
+            json!({"size_bytes": BYTES * 2, "write_byte_per_second": 1}),
+            400,
+            "not the JSON that is meant",
+        ),
+        (
             "1",
             json!({"bytes_per_second": 1}),
             404,

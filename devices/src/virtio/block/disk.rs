@@ -371,11 +371,11 @@ impl Disk {
         if !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::Size { bytes });
         }
-        if self.read_only {
-            return Err(DiskError::ReadOnly { path });
-        }
         if bytes == now {
             return Ok(());
+        }
+        if self.read_only {
+            return Err(DiskError::ReadOnly { path });
         }
         match &self.backing {
             Backing::Raw { file, .. } => grow_raw(file, path, bytes)?,
