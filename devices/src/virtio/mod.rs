@@ -152,6 +152,9 @@ pub enum DriverError {
     /// A descriptor chain ends in a descriptor that says it goes on, or does not begin.
     #[error("a descriptor chain is broken or loops")]
     BrokenChain,
+    /// More chains are made available than the queue has entries.
+    #[error("more buffers are made available than the queue has entries, {0}")]
+    TooManyBuffers(u16),
     /// A chain has more descriptors than the queue has entries.
     #[error("a descriptor chain has more than {0} descriptors")]
     LongChain(usize),

@@ -144,11 +144,32 @@ fn serve_next<'m>(
     if let Some(kept) = handler.handle_kept(queue) {
         return kept.map(Some);
     }
-    let Some(chain) = queue.iter(memory)?.next() else {
+    let Some(chain) = take_chain(queue, memory)? else {
         return Ok(None);
     };
     let head = chain.head_index();
     Ok(Some((head, handler.handle(chain)?)))
+}
+
+/// Takes the next chain that is available, if there is one.
+///
+/// # Errors
+///
+/// Also when the driver makes more available than the queue has entries, while the device has not given them back: a state with
+/// more in use would not be believed, and so that driver's machine could not be restored.
+pub(crate) fn take_chain<'m>(
+    queue: &mut Queue,
+    memory: &'m GuestMemory,
+) -> Result<Option<DescriptorChain<&'m GuestMemory>>, DriverError> {
+    let in_use = queue.next_avail().wrapping_sub(queue.next_used());
+    let Some(chain) = queue.iter(memory)?.next() else {
+        return Ok(None);
+    };
+    if in_use >= queue.size() {
+        queue.go_to_previous_position();
+        return Err(DriverError::TooManyBuffers(queue.size()));
+    }
+    Ok(Some(chain))
 }
 
 #[cfg(test)]
@@ -213,6 +234,32 @@ mod tests {
         .unwrap();
         assert!(!round.more && round.interrupt);
         assert_eq!((queue.next_avail(), queue.next_used()), (1, 1));
+    }
+
+    #[test]
+    fn no_more_is_taken_than_the_queue_has_entries() {
+        struct Keeps;
+        impl<'m> Handler<'m> for Keeps {
+            fn handle(
+                &mut self,
+                _: DescriptorChain<&'m GuestMemory>,
+            ) -> Result<Outcome, DriverError> {
+                Ok(Outcome::Kept)
+            }
+            fn finish(&mut self) -> Vec<(u16, u32)> {
+                Vec::new()
+            }
+        }
+        let memory = driver::memory();
+        let mut queue = queue(&memory, 2);
+        queue.set_size(2);
+        let mut round = || serve_round(&mut queue, &memory, &mut Keeps);
+        assert!(!round().unwrap().more);
+        memory.write_obj(3u16, AVAILABLE_INDEX).unwrap();
+        for _ in 0..2 {
+            assert!(matches!(round(), Err(DriverError::TooManyBuffers(2))));
+        }
+        assert_eq!((queue.next_avail(), queue.next_used()), (2, 0));
     }
 
     #[test]

@@ -20,11 +20,12 @@ use std::{io, ops::Range, os::fd::AsFd, sync::Arc};
 use memory::{Discarder, GuestMemory};
 use saved_state::{Kind, SavedState, Section};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 
 use super::{
-    DriverError, EventSource, Progress, SavedTransport, VirtioDevice, buffers::Buffers,
-    serve::serve,
+    DriverError, EventSource, Progress, SavedTransport, VirtioDevice,
+    buffers::Buffers,
+    serve::{serve, take_chain},
 };
 use crate::{Error, Metrics};
 use control::take;
@@ -181,7 +182,7 @@ impl Balloon {
         let mut more = true;
         queue.disable_notification(memory)?;
         for _ in 0..ROUND_STATISTICS {
-            if let Some(chain) = queue.iter(memory)?.next() {
+            if let Some(chain) = take_chain(queue, memory)? {
                 let head = chain.head_index();
                 let told = Buffers::of(chain, memory, QUEUE_ENTRIES.into())?.readable;
                 self.control.set_statistics(statistics::read(&told));

@@ -98,11 +98,8 @@ impl<'b, 'm> Round<'b, 'm> {
             }
             Admission::Queued => {}
         }
-        Some(match throttle.put_off(head, way) {
-            true => Outcome::Kept,
-            // When one of those that wait goes on, the queue is looked at again.
-            false => Outcome::Later,
-        })
+        throttle.put_off(head, way);
+        Some(Outcome::Kept)
     }
 
     /// Whether it is a read that may wait for the end of the round.

@@ -17,9 +17,6 @@ use crate::{
     sync::lock,
 };
 
-/// The most that wait: no driver that keeps the rules can have more.
-const MOST_WAITING: usize = super::QUEUE_ENTRIES as usize;
-
 /// The most that a disk may do in a second. Bytes are those of reads and writes; whatever is asked of the disk is an operation.
 /// Discards and zeroes have no bytes, for no data moves.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -180,15 +177,12 @@ impl Throttle {
         Admission::Refused
     }
 
-    /// Has the request with this head wait, where this round has come to. `false` if there are too many.
-    pub(super) fn put_off(&mut self, head: u16, way: Way) -> bool {
-        let room = self.waiting.len() < MOST_WAITING;
-        if room {
-            let way = Some(way);
-            self.waiting.insert(self.next, Waiting { head, way });
-            self.next += 1;
-        }
-        room
+    /// Has the request with this head wait, where this round has come to. There are never more than the queue has entries, for no more
+    /// is taken off its ring.
+    pub(super) fn put_off(&mut self, head: u16, way: Way) {
+        let way = Some(way);
+        self.waiting.insert(self.next, Waiting { head, way });
+        self.next += 1;
     }
 
     /// The heads of those that wait, in the order in which they came.

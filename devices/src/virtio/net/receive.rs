@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use memory::GuestMemory;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 
 use super::{
     HEADER_BYTES, MAX_FRAME_BYTES, MERGEABLE, MIN_FRAME_BYTES, Net, QUEUE_ENTRIES,
@@ -16,6 +16,7 @@ use super::{
 use crate::virtio::{
     DriverError, Progress,
     buffers::{Buffers, Run},
+    serve::take_chain,
     used,
 };
 
@@ -209,7 +210,7 @@ fn room_for<'m>(
         if chains.len() == most {
             break;
         }
-        let chain = queue.iter(memory)?.next();
+        let chain = take_chain(queue, memory)?;
         if let Some(chain) = chain {
             let head = chain.head_index();
             let run = Buffers::of(chain, memory, QUEUE_ENTRIES.into())?.writable;
