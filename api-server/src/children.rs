@@ -157,6 +157,7 @@ mod tests {
             memory_mib: None,
             uptime_ms: None,
             lost_memory: None,
+            disks: None,
             release: None,
             origin: VmOrigin::Restore {
                 cpu_snapshot_path: String::new(),

@@ -51,7 +51,8 @@ pub fn describe(registry: &Registry, record: &Record, status: Option<Status>) ->
         lost_memory: status
             .as_ref()
             .and_then(|status| status.lost_memory.clone()),
-        release: status.map(|status| status.release),
+        release: status.as_ref().map(|status| status.release.clone()),
+        disks: status.map(|status| status.disks.into_iter().map(disk_of).collect()),
         origin: origin(&record.origin),
         console: console(&record.console),
         log: text(&registry.log_of(pid)),

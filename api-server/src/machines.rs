@@ -186,6 +186,7 @@ impl Machines {
             uptime_ms: None,
             release: None,
             lost_memory: None,
+            disks: None,
             origin: origin(&spec.origin),
             console: console(&spec.console),
             log: text(&self.registry.log_of(pid)),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::Disk;
+use crate::{Disk, DiskStatus};
 
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -32,6 +32,10 @@ pub struct Vm {
     /// waits for it, the machine is paused, and to resume it is to try again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost_memory: Option<String>,
+    /// Its disks as they are now, in the order in which it was given them, by which they are numbered from 0; missing when it does
+    /// not answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskStatus>>,
     /// Where it came from.
     pub origin: VmOrigin,
     /// The file that its serial console is written to; missing when that is a terminal.

@@ -68,6 +68,9 @@ pub struct Status {
     pub memory_mib: u64,
     /// Milliseconds since the process began.
     pub uptime_ms: u64,
+    /// Its disks as they are now, in the order in which the machine was given them.
+    #[serde(default)]
+    pub disks: Vec<DiskStatus>,
     /// A page of its memory that is to come and cannot be had, and why. If its guest waits for it, the machine stands still;
     /// to let it go on is to try again.
     #[serde(default)]

@@ -50,6 +50,7 @@ impl Vmm for Service {
             vcpus: 2,
             memory_mib: 256,
             uptime_ms: 1,
+            disks: Vec::new(),
             lost_memory: None,
         }
     }

@@ -155,6 +155,14 @@ impl DeviceSet {
             .collect()
     }
 
+    /// The disks as they are now.
+    pub(crate) fn disks(&self) -> Vec<DiskStatus> {
+        self.disks
+            .iter()
+            .map(|(control, _)| disks::status(control))
+            .collect()
+    }
+
     /// Changes the disk at `index`, and says what it is then. The guest's driver is told of another size, and what waits for a limit
     /// is looked at again.
     pub(crate) fn change_disk(&self, index: u32, change: DiskChange) -> Result<DiskStatus, Error> {
@@ -171,10 +179,7 @@ impl DeviceSet {
         let limits = change.limits.of(disks::limits_of(control.limits()));
         control.set_limits(disks::limits(limits));
         lock(transport).look_again();
-        Ok(DiskStatus {
-            bytes: control.bytes(),
-            limits,
-        })
+        Ok(disks::status(control))
     }
 
     /// Saves every device. None may be at work.

@@ -7,8 +7,11 @@ use std::{
 };
 
 use branch_disk::{Cut, Disk, Frozen, LayerId, LayerRef, Mode, Next};
-use control::{Confinement, DiskConfig, DiskFormat, DiskLimits};
-use devices::{RateLimit, virtio::block::SharedDisk};
+use control::{Confinement, DiskConfig, DiskFormat, DiskLimits, DiskStatus};
+use devices::{
+    RateLimit,
+    virtio::block::{DiskControl, SharedDisk},
+};
 use saved_state::{Container, SavedState};
 use snapshot::Snapshot;
 
@@ -153,6 +156,14 @@ pub(crate) fn limits_of(limits: devices::virtio::block::DiskLimits) -> DiskLimit
         read_operations_per_second: reads.operations_per_second,
         write_bytes_per_second: writes.bytes_per_second,
         write_operations_per_second: writes.operations_per_second,
+    }
+}
+
+/// A disk as it is now, as a client knows it.
+pub(crate) fn status(control: &DiskControl) -> DiskStatus {
+    DiskStatus {
+        bytes: control.bytes(),
+        limits: limits_of(control.limits()),
     }
 }
 

@@ -61,6 +61,7 @@ impl Vmm for Service {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             uptime_ms: self.begun.elapsed().as_millis() as u64,
+            disks: self.counters.devices.disks(),
             lost_memory: self.counters.lost().map(|lost| lost.to_string()),
         }
     }
