@@ -22,6 +22,7 @@
 
 #![forbid(unsafe_code)]
 
+mod aligned;
 mod annotation;
 pub mod backend;
 mod bytes;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::frames::FrameReader;
 use super::{ImageReader, not_there};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pack::Pack;
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
@@ -25,8 +26,9 @@ pub enum Zeros {
 /// list of a window's chunks takes 6 MiB for each GiB.
 const WINDOW_BYTES: usize = 1 << 30;
 
-/// Frames that a thread takes at a time.
-const FRAMES: usize = 8;
+/// Bytes of the frames that a thread takes at a time, if they are one behind the other in a pack. What goes to one place in a file is
+/// written at once: the kernel lets one thread write to a file at a time, and to wait for that takes longer than to write a frame.
+const GROUP_BYTES: u32 = 128 << 10;
 
 impl ImageReader {
     /// Loads the whole image into memory, `memory.len()` being its size. Each byte is verified on the way.
@@ -159,29 +161,32 @@ impl ImageReader {
         put: impl Fn(usize, &mut D, &[u8]) -> Result<()> + Sync,
     ) -> Result<()> {
         let config = &self.shared.config;
-        let (pack_slots, frame_chunks) = (config.pack_slots(), config.frame_chunks());
-        let frame_of = |place: Place| {
+        let (pack_slots, group_chunks) = (config.pack_slots(), group_chunks(config));
+        let group_of = |place: Place| {
             place
                 .get(pack_slots)
-                .map(|(pack, slot)| (pack, slot / frame_chunks))
+                .map(|(pack, slot)| (pack, slot / group_chunks))
         };
-        let frames = chunks.chunk_by_mut(|(a, _), (b, _)| frame_of(*a) == frame_of(*b));
-        let frames = Mutex::new(frames);
+        let groups = chunks.chunk_by_mut(|(a, _), (b, _)| group_of(*a) == group_of(*b));
+        let groups = Mutex::new(groups);
         threads::on(self.shared.threads, || {
             let mut loader = Loader::new(self)?;
             loop {
-                let some: Vec<&mut [(Place, D)]> = lock(&frames).by_ref().take(FRAMES).collect();
-                if some.is_empty() {
+                // A statement of its own, as above.
+                let next = lock(&groups).next();
+                let Some(chunks) = next else {
                     return Ok(());
-                }
-                for chunks in some {
-                    if let Some((pack, frame)) = frame_of(chunks[0].0) {
-                        loader.load(pack, frame, chunks, &follows, &put)?;
-                    }
-                }
+                };
+                loader.load(chunks, &follows, &put)?;
             }
         })
     }
+}
+
+/// Chunks of as many frames as a thread takes at a time.
+fn group_chunks(config: &Config) -> u32 {
+    let frame_bytes = config.frame_chunks() * config.chunk_size;
+    (GROUP_BYTES / frame_bytes).max(1) * config.frame_chunks()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -192,8 +197,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Loader<'r> {
     image: &'r ImageReader,
     frame: FrameReader,
+    /// Room for the frames of a group.
     plain: Vec<u8>,
-    /// Which frame that is, and how many bytes.
+    /// Which frame was decoded to its beginning, and how many bytes.
     decoded: Option<(u32, u32, usize)>,
     pack: Option<(u32, Arc<Pack>)>,
 }
@@ -204,37 +210,47 @@ impl<'r> Loader<'r> {
         Ok(Loader {
             image,
             frame: FrameReader::new()?,
-            plain: vec![0; (config.frame_chunks() * config.chunk_size) as usize],
+            plain: vec![0; (group_chunks(config) * config.chunk_size) as usize],
             decoded: None,
             pack: None,
         })
     }
 
-    /// Decodes a frame and puts chunks of it where they go.
+    /// Decodes the frames of a group that chunks are in, and puts those where they go.
     fn load<D>(
         &mut self,
-        pack: u32,
-        frame: u32,
         chunks: &mut [(Place, D)],
         follows: impl Fn(&D, &D) -> bool,
         put: impl Fn(usize, &mut D, &[u8]) -> Result<()>,
     ) -> Result<()> {
         let config = &self.image.shared.config;
-        let len = self.decode(pack, frame)?;
-        let runs = chunks.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
-        for run in runs {
-            let slot = run[0]
-                .0
-                .get(config.pack_slots())
-                .map_or(0, |(_, slot)| slot);
-            let first = (slot % config.frame_chunks()) as usize;
-            let from = first * config.chunk_size as usize;
-            let to = (first + run.len()) * config.chunk_size as usize;
-            if to > len {
+        let (pack_slots, frame_chunks) = (config.pack_slots(), config.frame_chunks());
+        let (chunk_size, group_chunks) = (config.chunk_size as usize, group_chunks(config));
+        let at = |place: Place| place.get(pack_slots).unwrap_or_default();
+        let in_group = |place: Place| (at(place).1 % group_chunks) as usize * chunk_size;
+        let mut decoded = None;
+        let mut end = 0;
+        for (place, _) in &*chunks {
+            let (pack, slot) = at(*place);
+            let frame = slot / frame_chunks;
+            if decoded != Some(frame) {
+                let begin = in_group(*place) - (slot % frame_chunks) as usize * chunk_size;
+                end = begin + self.decode_to(begin, pack, frame)?;
+                decoded = Some(frame);
+            }
+            if in_group(*place) + chunk_size > end {
                 return Err(not_there(self.image.recipe.directory.packs[pack as usize]));
             }
+        }
+        let runs = chunks.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
+        for run in runs {
+            let from = in_group(run[0].0);
             let count = run.len();
-            put(count, &mut run[0].1, &self.plain[from..to])?;
+            put(
+                count,
+                &mut run[0].1,
+                &self.plain[from..][..count * chunk_size],
+            )?;
         }
         Ok(())
     }
@@ -257,8 +273,15 @@ impl<'r> Loader<'r> {
         }
     }
 
-    /// Decodes a frame; gives the number of bytes.
+    /// Decodes a frame to the beginning of what [`Loader::plain`] gives; says how many bytes.
     pub(super) fn decode(&mut self, number: u32, frame: u32) -> Result<usize> {
+        let len = self.decode_to(0, number, frame)?;
+        self.decoded = Some((number, frame, len));
+        Ok(len)
+    }
+
+    /// Decodes a frame to the bytes `begin` and following; says how many.
+    fn decode_to(&mut self, begin: usize, number: u32, frame: u32) -> Result<usize> {
         self.decoded = None;
         let shared = &self.image.shared;
         let pack = match &self.pack {
@@ -270,13 +293,52 @@ impl<'r> Loader<'r> {
                 pack
             }
         };
-        let len = pack.read_frame(
+        pack.read_frame(
             frame,
             &mut self.frame.decoder,
             &mut self.frame.stored,
-            &mut self.plain,
-        )?;
-        self.decoded = Some((number, frame, len));
-        Ok(len)
+            &mut self.plain[begin..],
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::CreateOptions;
+    use crate::backend::Memory;
+    use crate::store::{OpenOptions, Store};
+
+    /// A recipe can be made up by whoever can write to the store.
+    #[test]
+    fn a_slot_that_its_frame_does_not_have_is_not_there() {
+        let backend = Arc::new(Memory::new());
+        let store =
+            Store::create(backend, &CreateOptions::default(), OpenOptions::default()).unwrap();
+        let mut writer = store.writer("name", None).unwrap();
+        let mut image = writer.image("image").unwrap();
+        let chunks = [[1; 4096], [2; 4096], [3; 4096]].concat();
+        image.write(&chunks).unwrap();
+        image.finish().unwrap();
+        writer.commit().unwrap();
+        let image = store.image("name", "image").unwrap();
+        let pack_slots = image.shared.config.pack_slots();
+        let load = |slots: Range<u32>| {
+            let loaded = Mutex::new(Vec::new());
+            let mut places: Vec<_> = slots
+                .map(|slot| (Place::new(0, slot, pack_slots), ()))
+                .collect();
+            let put = |_, _: &mut (), plain: &[u8]| {
+                lock(&loaded).extend_from_slice(plain);
+                Ok(())
+            };
+            image.load(&mut places, |(), ()| true, put)?;
+            Ok(loaded.into_inner().unwrap())
+        };
+        assert_eq!(load(0..3).unwrap(), chunks);
+        let beyond: Result<_> = load(2..4);
+        assert!(matches!(beyond, Err(Error::Damaged { .. })), "{beyond:?}");
     }
 }

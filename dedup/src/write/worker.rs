@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::session::{BlockAt, Run, Session};
+use crate::aligned::Aligned;
 use crate::error::Result;
 use crate::frame::Encoder;
 use crate::hash::{ChunkId, is_zero};
@@ -30,7 +31,7 @@ pub(super) struct Worker {
     bucket: Box<BucketBuffer>,
     hints: Vec<Hint>,
     /// Room for what is read from a file.
-    buffer: Vec<u8>,
+    buffer: Aligned,
 }
 
 /// A frame that is being filled.
@@ -76,7 +77,7 @@ impl<'a> Source<'a> {
     }
 
     /// Some of the bytes, in `buffer` if they have to be read; `None` in a hole.
-    fn read<'b>(&self, at: usize, len: usize, buffer: &'b mut Vec<u8>) -> Result<Option<&'b [u8]>>
+    fn read<'b>(&self, at: usize, len: usize, buffer: &'b mut Aligned) -> Result<Option<&'b [u8]>>
     where
         'a: 'b,
     {
@@ -93,9 +94,9 @@ impl<'a> Source<'a> {
                 if extents.get(next).is_none_or(|extent| extent.start >= to) {
                     return Ok(None);
                 }
-                buffer.resize(len, 0);
-                read(from, buffer)?;
-                Ok(Some(buffer))
+                let bytes = buffer.first(len);
+                read(from, bytes)?;
+                Ok(Some(bytes))
             }
         }
     }
@@ -130,7 +131,7 @@ impl Worker {
             expected: None,
             bucket: Box::new(EMPTY_BUCKET),
             hints: Vec::new(),
-            buffer: Vec::new(),
+            buffer: Aligned::default(),
         })
     }
 
