@@ -26,8 +26,8 @@ pub const SETTINGS: [(i32, &str); 3] = [
     (0, "raw, 4 KiB"),
 ];
 
-/// The smallest that the store becomes, and how long that takes is not the point.
-const SMALLEST: (i32, &str) = (19, "zstd 19, 4 KiB");
+/// The smallest that the store becomes, and how long that takes is not the point: once is enough.
+pub const SMALLEST: (i32, &str) = (19, "zstd 19, 4 KiB");
 
 /// What the program that has the library in it is asked for.
 #[derive(Debug, Subcommand)]

@@ -19,7 +19,7 @@ pub use borg::Borg;
 pub use bound::Bounds;
 pub use casync::Casync;
 pub use chunk_sizes::{ChunkSize, sweep};
-pub use fermata::{Fermata, SETTINGS, Task};
+pub use fermata::{Fermata, SETTINGS, SMALLEST, Task};
 pub use figures::draw;
 pub use race::Race;
 pub use restic::Restic;
