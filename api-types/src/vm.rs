@@ -38,7 +38,7 @@ pub struct Vm {
     pub disks: Option<Vec<DiskStatus>>,
     /// Where it came from.
     pub origin: VmOrigin,
-    /// The file that its serial console is written to; missing when that is a terminal.
+    /// The file that its console is written to; missing when that is a terminal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub console: Option<String>,
     /// The file that the VMM's own messages are written to.

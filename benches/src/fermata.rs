@@ -218,6 +218,7 @@ impl Monitor for Fermata {
             nets: Vec::new(),
             vsock: None,
             balloon: None,
+            console_device: control::ConsoleDevice::default(),
         };
         self.start(Origin::Boot(config), console)
     }

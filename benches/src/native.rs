@@ -154,6 +154,7 @@ pub(crate) fn config(memory_mib: u64, kernel: &Path) -> MachineConfig {
         nets: Vec::new(),
         vsock: None,
         balloon: None,
+        console_device: control::ConsoleDevice::default(),
     }
 }
 

@@ -17,7 +17,7 @@ pub struct LaunchSpec {
     pub secret: Secret,
     /// Where the machine comes from.
     pub origin: Origin,
-    /// Where its serial console goes.
+    /// Where its console goes.
     pub console: Console,
     /// The directory in which it registers itself while it lives; see [`Registry`](crate::Registry).
     pub registry: PathBuf,
@@ -213,6 +213,20 @@ pub struct MachineConfig {
     /// Memory that its guest gives back.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// The device of its console.
+    #[serde(default)]
+    pub console_device: ConsoleDevice,
+}
+
+/// The device of a machine's console. The serial port is there in any case, and writes to the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsoleDevice {
+    /// The serial port, `ttyS0`.
+    #[default]
+    Serial,
+    /// A virtio console, `hvc0`.
+    Virtio,
 }
 
 /// A vsock device.
@@ -298,7 +312,7 @@ pub enum DiskFormat {
     Branch,
 }
 
-/// Where a machine's serial console goes.
+/// Where a machine's console goes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Console {

@@ -37,9 +37,9 @@ pub use exit::Exit;
 pub use files::allow_many_files;
 pub use hot_image::{HotImage, ImageError};
 pub use launch::{
-    Confinement, Console, CpuModel, CpuTemplate, CpuidChange, CpuidRegister, DiskConfig,
-    DiskFormat, DiskLimits, LaunchSpec, Launched, MachineConfig, MsrChange, Origin, Parent, Shape,
-    UseWorkingSet, VsockChange, VsockConfig,
+    Confinement, Console, ConsoleDevice, CpuModel, CpuTemplate, CpuidChange, CpuidRegister,
+    DiskConfig, DiskFormat, DiskLimits, LaunchSpec, Launched, MachineConfig, MsrChange, Origin,
+    Parent, Shape, UseWorkingSet, VsockChange, VsockConfig,
 };
 pub use net::{MacAddress, NetAttachment, NetChange, NetConfig, NotAMac, RateLimit};
 pub use own::{NotTheirOwn, of_their_own};

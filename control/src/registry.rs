@@ -64,7 +64,7 @@ pub struct Record {
     pub secret: Secret,
     /// Where its machine came from.
     pub origin: Origin,
-    /// Where its serial console goes.
+    /// Where its console goes.
     pub console: Console,
     /// Number of vCPUs.
     pub vcpus: u32,
@@ -225,7 +225,7 @@ impl Registry {
         self.dir.join(pid.to_string()).with_extension(LOG)
     }
 
-    /// A file for the serial console of a VMM that is to be started.
+    /// A file for the console of a VMM that is to be started.
     ///
     /// # Errors
     ///

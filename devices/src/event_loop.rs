@@ -16,7 +16,7 @@ use event_manager::{
 };
 
 use crate::{
-    serial::{InputEvents, SerialInput},
+    console_input::{ConsoleInput, InputEvents},
     sync::lock,
     virtio::{MmioTransport, QueueEvents, Worker},
 };
@@ -56,7 +56,7 @@ pub enum EventLoopError {
     Ended,
 }
 
-/// The thread that serves virtqueues and serial input.
+/// The thread that serves virtqueues and the console's input.
 pub struct EventLoop {
     endpoint: RemoteEndpoint<Subscriber>,
     workers: Workers,
@@ -133,7 +133,7 @@ impl EventLoop {
     /// [`EventLoopError::Start`], [`EventLoopError::Events`].
     pub fn spawn(
         transports: &[Arc<Mutex<MmioTransport>>],
-        input: Option<SerialInput>,
+        input: Option<ConsoleInput>,
     ) -> Result<(Self, Quiesced), EventLoopError> {
         Self::start_on(LoopThread::spawn()?, transports, input)
     }
@@ -146,7 +146,7 @@ impl EventLoop {
     pub fn start_on(
         thread: LoopThread,
         transports: &[Arc<Mutex<MmioTransport>>],
-        input: Option<SerialInput>,
+        input: Option<ConsoleInput>,
     ) -> Result<(Self, Quiesced), EventLoopError> {
         let workers: Workers = transports
             .iter()

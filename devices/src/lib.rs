@@ -12,6 +12,7 @@ mod acpi_pm;
 mod bus;
 #[cfg(test)]
 mod conformance;
+mod console_input;
 mod device;
 mod event_loop;
 mod i8042;
@@ -25,6 +26,7 @@ pub mod virtio;
 
 pub use acpi_pm::{AcpiPm, SLEEP_TYPE_S5};
 pub use bus::{Bus, BusDevice, Overlap};
+pub use console_input::{ConsoleInput, InputPort};
 pub use device::{Device, Error, GuestRequest, InterruptLine, OnGuestRequest};
 pub use event_loop::{EventLoop, EventLoopError, LoopThread, Quiesced, THREAD_NAME};
 pub use i8042::I8042;
@@ -32,4 +34,4 @@ pub use metrics::{Counter, Metrics};
 pub use rate_limit::{RateLimit, SavedRateLimit, StoppedClock};
 pub use rtc::Rtc;
 pub use run_port::{RUN_PORTS, Run, RunPort};
-pub use serial::{Serial, SerialInput};
+pub use serial::Serial;

@@ -1,13 +1,16 @@
-//! Where a machine's serial console goes.
+//! A machine's console: where it goes, and by which device.
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
     os::fd::AsFd,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
-use control::Console;
+use control::{Console, ConsoleDevice};
+use devices::virtio::console::SavedConsole;
+use saved_state::{Container, SavedState};
 
 /// A console file is put aside when it has this many bytes; one that was put aside is kept. A guest
 /// can so fill no more than twice as much of the host's disk.
@@ -16,25 +19,56 @@ const FILE_BYTES: u64 = 1 << 20;
 /// The two ends of a console.
 pub(crate) struct Ends {
     /// Takes what the guest writes.
-    pub(crate) output: Box<dyn Write + Send>,
+    pub(crate) output: Output,
     /// Gives what the guest is to read, if there is anybody who could type.
     pub(crate) input: Option<File>,
+}
+
+/// Where what the guest writes goes, of each device that it writes to.
+#[derive(Clone)]
+pub(crate) struct Output(Arc<Mutex<dyn Write + Send>>);
+
+impl Output {
+    fn new(to: impl Write + Send + 'static) -> Self {
+        Self(Arc::new(Mutex::new(to)))
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        to.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        to.flush()
+    }
 }
 
 /// Opens the console.
 pub(crate) fn open(console: &Console) -> io::Result<Ends> {
     match console {
         Console::File(path) => Ok(Ends {
-            output: Box::new(BoundedFile::open(path)?),
+            output: Output::new(BoundedFile::open(path)?),
             input: None,
         }),
         Console::Terminal => {
             let terminal = File::from(io::stderr().as_fd().try_clone_to_owned()?);
             Ok(Ends {
-                output: Box::new(terminal.try_clone()?),
+                output: Output::new(terminal.try_clone()?),
                 input: Some(terminal),
             })
         }
+    }
+}
+
+/// The device of a saved machine's console.
+pub(crate) fn saved_device(container: &Container) -> ConsoleDevice {
+    let mut sections = container.sections();
+    match sections.any(|section| section.kind == SavedConsole::KIND) {
+        true => ConsoleDevice::Virtio,
+        false => ConsoleDevice::Serial,
     }
 }
 

@@ -2,19 +2,20 @@
 
 use std::{
     collections::BTreeMap,
-    io::Write,
+    fs::File,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use control::{DiskChange, DiskStatus, Metric, NetConfig, VsockConfig};
+use control::{ConsoleDevice, DiskChange, DiskStatus, Metric, NetConfig, VsockConfig};
 use devices::{
-    AcpiPm, Bus, Device, I8042, InterruptLine, OnGuestRequest, RUN_PORTS, Rtc, Run, RunPort,
-    Serial,
+    AcpiPm, Bus, ConsoleInput, Device, I8042, InputPort, InterruptLine, OnGuestRequest, RUN_PORTS,
+    Rtc, Run, RunPort, Serial,
     virtio::{
         MmioTransport, VirtioDevice,
         balloon::{BalloonControl, BalloonOptions},
         block::{Block, DiskControl},
+        console::Console,
         entropy::Entropy,
     },
 };
@@ -25,6 +26,7 @@ use saved_state::{Container, Kind};
 use crate::{
     balloons,
     boot::MmioDevice,
+    console::Output,
     disks::{self, AttachedDisk},
     error::Error,
     generation::Generation,
@@ -38,7 +40,8 @@ use crate::{
     vsocks,
 };
 
-/// The most disks, network and vsock devices and balloons a machine can have: every virtio device but the source of entropy.
+/// The most disks, network and vsock devices, balloons and virtio consoles a machine can have: every virtio device but the source
+/// of entropy.
 pub(crate) const MAX_DEVICES: usize = MAX_VIRTIO - 1;
 
 /// A machine's devices.
@@ -49,8 +52,8 @@ pub(crate) struct DeviceSet {
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// Of each disk, in their order: what changes it, and where the driver sees it.
     disks: Vec<(DiskControl, Arc<Mutex<MmioTransport>>)>,
-    /// For input.
-    pub(crate) serial: Arc<Mutex<Serial>>,
+    /// Takes what is typed.
+    input: Arc<dyn InputPort>,
     /// Says that the machine is another one than it was.
     pub(crate) generation: Generation,
     /// Has the guest give memory back, if it can.
@@ -66,6 +69,7 @@ pub(crate) struct Chosen<'a> {
     pub(crate) nets: &'a [NetConfig],
     pub(crate) vsock: Option<&'a VsockConfig>,
     pub(crate) balloon: Option<BalloonOptions>,
+    pub(crate) console: ConsoleDevice,
 }
 
 /// The devices while they are being made.
@@ -78,13 +82,13 @@ struct Builder<'a> {
 }
 
 impl DeviceSet {
-    /// Makes the devices and the buses that vCPUs reach them by. What the guest writes to its console
-    /// goes to `console`; `requests` is told when it wants to be switched off or reset.
+    /// Makes the devices and the buses that vCPUs reach them by. What the guest writes to its consoles
+    /// goes to `output`; `requests` is told when it wants to be switched off or reset.
     pub(crate) fn new(
         vm: &Vm,
         memory: &MachineMemory,
         chosen: Chosen<'_>,
-        console: Box<dyn Write + Send>,
+        output: Output,
         requests: &OnGuestRequest,
     ) -> Result<(Self, Buses), Error> {
         let Chosen {
@@ -92,9 +96,14 @@ impl DeviceSet {
             nets,
             vsock,
             balloon,
+            console,
         } = chosen;
-        let single = usize::from(vsock.is_some()) + usize::from(balloon.is_some());
-        if disks.len() + nets.len() + single > MAX_DEVICES {
+        let single = [
+            vsock.is_some(),
+            balloon.is_some(),
+            console == ConsoleDevice::Virtio,
+        ];
+        if disks.len() + nets.len() + single.map(usize::from).iter().sum::<usize>() > MAX_DEVICES {
             return Err(Error::TooManyDevices);
         }
         let mut builder = Builder {
@@ -108,7 +117,7 @@ impl DeviceSet {
             all: Vec::new(),
             transports: Vec::new(),
         };
-        let serial = builder.legacy(console, requests)?;
+        let serial = builder.legacy(output.clone(), requests)?;
         let generation = Generation::new(builder.line(EVENT_GSI)?);
         builder.virtio(Box::new(Entropy::new()))?;
         let mut controls = Vec::new();
@@ -126,6 +135,10 @@ impl DeviceSet {
             Some(options) => Some(builder.balloon(options, memory)?),
             None => None,
         };
+        let input: Arc<dyn InputPort> = match console {
+            ConsoleDevice::Serial => serial,
+            ConsoleDevice::Virtio => builder.console(output)?,
+        };
         let Builder {
             buses,
             all,
@@ -136,7 +149,7 @@ impl DeviceSet {
             all,
             transports,
             disks: controls,
-            serial,
+            input,
             generation,
             balloon,
             run: Arc::clone(&buses.run),
@@ -161,6 +174,12 @@ impl DeviceSet {
             .iter()
             .map(|(control, _)| disks::status(control))
             .collect()
+    }
+
+    /// What has its guest get what is typed at `source`.
+    pub(crate) fn console_input(&self, source: File) -> ConsoleInput {
+        let port = Arc::clone(&self.input);
+        ConsoleInput { source, port }
     }
 
     /// Changes the disk at `index`, and says what it is then. The guest's driver is told of another size, and what waits for a limit
@@ -253,10 +272,11 @@ impl Builder<'_> {
     /// The devices of a PC.
     fn legacy(
         &mut self,
-        console: Box<dyn Write + Send>,
+        output: Output,
         requests: &OnGuestRequest,
     ) -> Result<Arc<Mutex<Serial>>, Error> {
-        let serial = Arc::new(Mutex::new(Serial::new(self.line(COM1_IRQ)?, console)?));
+        let line = self.line(COM1_IRQ)?;
+        let serial = Arc::new(Mutex::new(Serial::new(line, Box::new(output))?));
         self.put(serial.clone());
         let rtc = Arc::new(Mutex::new(Rtc::new()));
         self.put(rtc.clone());
@@ -304,6 +324,14 @@ impl Builder<'_> {
         let control = Arc::clone(balloon.control());
         self.virtio(Box::new(balloon))?;
         Ok(control)
+    }
+
+    /// Puts the console on the next transport; returns what takes its input.
+    fn console(&mut self, output: Output) -> Result<Arc<dyn InputPort>, Error> {
+        let console = Console::new(Box::new(output)).map_err(devices::Error::EventFd)?;
+        let input = console.input();
+        self.virtio(Box::new(console))?;
+        Ok(input)
     }
 
     fn put(&mut self, device: Arc<Mutex<dyn Device>>) {

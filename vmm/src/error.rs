@@ -17,7 +17,7 @@ pub(crate) enum Error {
     HostTooSmall { guest_mib: u64, host_mib: u64 },
     #[error("this host lacks CPU features that the guest uses: {}; restore it on a host that has them", .0.join(", "))]
     MissingFeatures(Vec<String>),
-    #[error("a machine can have {max} disks, network and vsock devices and balloons together; leave some out", max = crate::device_set::MAX_DEVICES)]
+    #[error("a machine can have {max} disks, network and vsock devices, balloons and virtio consoles together; leave some out", max = crate::device_set::MAX_DEVICES)]
     TooManyDevices,
     #[error(
         "a CPU with {bits} bits of physical address cannot reach {mib} MiB of memory; give the machine less, or a CPU with all that the host has"

@@ -7,7 +7,7 @@ use std::{
 };
 
 use control::{GuestClock, LaunchSpec, MachineConfig, Origin};
-use devices::{EventLoop, OnGuestRequest, Quiesced, SerialInput};
+use devices::{EventLoop, OnGuestRequest, Quiesced};
 use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState};
 use memory::{HostPages, MachineMemory, PAGE_BYTES};
 use saved_state::SavedState;
@@ -231,6 +231,7 @@ impl Machine {
             balloon: balloon
                 .map(|balloon| balloons::options(balloon, &memory))
                 .transpose()?,
+            console: config.console_device,
         };
         let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
         let registers = boot::load(&memory, config, &devices.described())?;
@@ -321,6 +322,7 @@ impl Machine {
             nets: &nets,
             vsock: vsock.as_ref(),
             balloon,
+            console: console::saved_device(&state),
         };
         let (devices, buses) = DeviceSet::new(&vm, &memory, chosen, output, requests)?;
         for vcpu in &mut vcpus {
@@ -374,10 +376,7 @@ impl Machine {
             arriving,
             baseline,
         } = parts;
-        let input = input.map(|source| SerialInput {
-            source,
-            serial: Arc::clone(&devices.serial),
-        });
+        let input = input.map(|source| devices.console_input(source));
         let (event_loop, quiesced) =
             EventLoop::start_on(threads.devices, &devices.transports, input)?;
         let exits = Arc::new(ExitCounts::default());

@@ -80,6 +80,7 @@ impl Bench {
             nets: Vec::new(),
             vsock: None,
             balloon: None,
+            console_device: control::ConsoleDevice::default(),
         };
         let mut worker = self.start(Origin::Boot(config), 0)?;
         let ready = "bench-guest: ready.";

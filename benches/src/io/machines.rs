@@ -163,6 +163,7 @@ fn fermata(
         }],
         vsock: None,
         balloon: None,
+        console_device: control::ConsoleDevice::default(),
     };
     let mut console = Console::create(console)?;
     let machine = Fermata::new(scratch)?.start(Origin::Boot(config), console.path())?;

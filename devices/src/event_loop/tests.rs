@@ -206,9 +206,9 @@ fn input_waits_for_room_and_arrives_in_order() {
     let line = Arc::new(Line::default());
     let serial = Serial::new(line.clone(), Box::new(io::sink())).unwrap();
     let serial = Arc::new(Mutex::new(serial));
-    let source = SerialInput {
+    let source = ConsoleInput {
         source: File::from(OwnedFd::from(output)),
-        serial: Arc::clone(&serial),
+        port: Arc::clone(&serial) as _,
     };
     let (event_loop, quiesced) = EventLoop::spawn(&[], Some(source)).unwrap();
     drop(quiesced);

@@ -1,6 +1,5 @@
 //! The serial port: a 16550A whose line ends in a sink on the host.
 
-mod input;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -11,7 +10,7 @@ use std::{
     io::{self, Write},
     mem,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -20,9 +19,7 @@ use saved_state::{Kind, SavedState, Section};
 use vm_superio::{Trigger, serial::SerialEvents};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::{BusDevice, Counter, Device, Error, InterruptLine};
-pub(crate) use input::InputEvents;
-pub use input::SerialInput;
+use crate::{BusDevice, Counter, Device, Error, InputPort, InterruptLine, sync::lock};
 pub use state::SavedSerial;
 
 /// Ports of a 16550A.
@@ -91,15 +88,25 @@ impl Serial {
         }
         self.uart.fifo_capacity()
     }
+}
 
-    /// Asks for a signal on [`Serial::room`] once there is room for input again.
-    pub(crate) fn wait_for_room(&self) {
-        self.events.input_waits.store(true, Ordering::Relaxed);
+impl InputPort for Mutex<Serial> {
+    fn input_room(&self) -> usize {
+        let mut serial = lock(self);
+        let room = serial.input_room();
+        if room == 0 {
+            // Under the same lock as the look at the FIFO, so that no reader comes in between.
+            serial.events.input_waits.store(true, Ordering::Relaxed);
+        }
+        room
     }
 
-    /// Signalled when there may be room for input again, if somebody waits for it.
-    pub(crate) fn room(&self) -> io::Result<EventFd> {
-        self.events.room.try_clone()
+    fn input(&self, bytes: &[u8]) -> usize {
+        lock(self).input(bytes)
+    }
+
+    fn room(&self) -> io::Result<EventFd> {
+        lock(self).events.room.try_clone()
     }
 }
 

@@ -11,6 +11,7 @@ pub mod balloon;
 pub mod block;
 mod buffers;
 mod chain;
+pub mod console;
 #[cfg(test)]
 pub(crate) mod driver;
 pub mod entropy;

@@ -65,6 +65,7 @@ fn saved_on(server: &Server, switch: &Switch) {
         }],
         vsock: None,
         balloon: None,
+        console_device: control::ConsoleDevice::default(),
     };
     let spec = LaunchSpec {
         secret: secret.clone(),

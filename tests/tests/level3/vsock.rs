@@ -74,6 +74,7 @@ fn boot(server: &Server, path: &Path) -> (u16, Secret, console::Console) {
                 path: path.to_owned(),
             }),
             balloon: None,
+            console_device: control::ConsoleDevice::default(),
         }),
         console: Console::File(file.clone()),
         registry: server.run_directory(),
