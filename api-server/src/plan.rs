@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use api_types::{CreateRequest, ErrorCode, Net};
 use control::{
-    BalloonConfig, GuestClock, MacAddress, MachineConfig, NetAttachment, NetChange, NetConfig,
-    NotAMac, Origin, RateLimit, Source, UseWorkingSet,
+    BalloonConfig, ConsoleDevice, GuestClock, MacAddress, MachineConfig, NetAttachment, NetChange,
+    NetConfig, NotAMac, Origin, RateLimit, Source, UseWorkingSet,
 };
 
 use crate::{
@@ -183,6 +183,7 @@ fn boot(
         nets,
         vsock: None,
         balloon: request.balloon.map(balloon),
+        console_device: console_device(request.console_device.unwrap_or_default()),
     })
 }
 
@@ -198,6 +199,13 @@ fn balloon(options: api_types::BalloonOptions) -> BalloonConfig {
         deflate_on_oom,
         free_page_reporting,
         statistics_interval_s,
+    }
+}
+
+fn console_device(asked: api_types::ConsoleDevice) -> ConsoleDevice {
+    match asked {
+        api_types::ConsoleDevice::Serial => ConsoleDevice::Serial,
+        api_types::ConsoleDevice::Virtio => ConsoleDevice::Virtio,
     }
 }
 
@@ -220,6 +228,7 @@ fn notes(request: &CreateRequest) -> Vec<String> {
         ("cmdline", request.cmdline.is_some()),
         ("disks", request.disks.is_some()),
         ("balloon", request.balloon.is_some()),
+        ("console_device", request.console_device.is_some()),
     ];
     for (field, given) in shape {
         if request.resume && given {

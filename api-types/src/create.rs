@@ -58,9 +58,23 @@ pub struct CreateRequest {
     pub nets: Option<Vec<Net>>,
     /// A balloon to boot with: memory that the guest gives back. A restored machine has one if it was saved with one.
     pub balloon: Option<BalloonOptions>,
+    /// The device of the console of a machine to boot: `serial` if nothing is said. With `virtio` it has a virtio console beside the
+    /// serial port, and both write to the same file; its kernel uses it if the command line has `console=hvc0`.
+    pub console_device: Option<ConsoleDevice>,
     /// What the clocks of a restored machine have done since it was saved.
     #[serde(default)]
     pub clock: GuestClock,
+}
+
+/// The device of a machine's console.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ConsoleDevice {
+    /// The serial port, `ttyS0`. Each byte costs the guest an exit.
+    #[default]
+    Serial,
+    /// A virtio console, `hvc0`, beside the serial port.
+    Virtio,
 }
 
 /// What is done with a snapshot's working set, the pages that its machine touches in its first second, which is kept beside it in the store.

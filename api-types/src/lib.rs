@@ -25,7 +25,8 @@ pub use cpu::{
     InvalidTemplate, MsrChange,
 };
 pub use create::{
-    CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net, WorkingSet,
+    ConsoleDevice, CreateAnswer, CreateRequest, Disk, DiskFormat, DiskLimits, GuestConfig, Net,
+    WorkingSet,
 };
 pub use disk::{DiskChange, DiskStatus};
 pub use error::{ErrorBody, ErrorCode};

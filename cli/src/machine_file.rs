@@ -9,7 +9,9 @@ use control::{DiskConfig, NetConfig};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::{balloon::Balloon, cpu::Cpu, disk::Disk, net::Net, text_file, vsock::Vsock};
+use crate::{
+    balloon::Balloon, console::Console, cpu::Cpu, disk::Disk, net::Net, text_file, vsock::Vsock,
+};
 
 /// A machine. Paths are relative to the file's directory; what is left out is as the flags have it.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -43,6 +45,8 @@ pub(crate) struct MachineFile {
     pub(crate) vsock: Option<Vsock>,
     /// Memory that the guest gives back.
     pub(crate) balloon: Option<Balloon>,
+    /// The device of the console.
+    pub(crate) console_device: Option<Console>,
 }
 
 impl MachineFile {

@@ -4,6 +4,7 @@
 
 mod balloon;
 mod commands;
+mod console;
 mod cpu;
 mod disk;
 mod doctor;

@@ -72,7 +72,8 @@ fn what_a_request_says_is_taken() {
     let plan = bench
         .create(
             r#"{"kernel_path": "kernel", "resume": false, "vcpus": 4, "memory_mib": 512, "cpu": "x86-64-v3",
-                "initrd_path": "initrd", "cmdline": "quiet", "balloon": {"deflate_on_oom": true}, "disks": [
+                "initrd_path": "initrd", "cmdline": "quiet", "balloon": {"deflate_on_oom": true},
+                "console_device": "virtio", "disks": [
                 {"path": "disk", "write_bytes_per_second": 9}, {"path": "disk", "format": "branch", "serial": "s"}]}"#,
         )
         .unwrap();
@@ -108,6 +109,7 @@ fn what_a_request_says_is_taken() {
             deflate_on_oom: true,
             ..BalloonConfig::default()
         }),
+        console_device: ConsoleDevice::Virtio,
     };
     assert_eq!(plan.origin, Origin::Boot(expected));
     let plan = bench

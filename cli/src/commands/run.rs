@@ -8,15 +8,13 @@ use control::{BalloonConfig, DiskConfig, MachineConfig, NetConfig, Origin, Regis
 
 use crate::{
     balloon,
+    console::Console,
     cpu::Cpu,
     disk, foreground,
     machine::{self, Changes},
     machine_file::MachineFile,
     net, vsock,
 };
-
-/// The console is the serial line; a panic or a reboot ends the machine.
-const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 #[derive(clap::Args)]
 #[command(after_help = foreground::EXIT_CODES)]
@@ -31,7 +29,8 @@ pub(crate) struct Args {
     /// The initial RAM disk.
     #[arg(long, value_name = "FILE", value_parser = machine::absolute())]
     initrd: Option<PathBuf>,
-    /// The kernel's command line [default: console=ttyS0 reboot=k panic=-1].
+    /// The kernel's command line [default: console=ttyS0 reboot=k panic=-1], with console=hvc0 behind the first if the console is a
+    /// virtio console.
     #[arg(long)]
     cmdline: Option<String>,
     /// The number of vCPUs [default: 2].
@@ -64,6 +63,9 @@ pub(crate) struct Args {
     /// `statistics_interval_s=NUMBER`.
     #[arg(long, value_name = "OPTION,...", value_parser = balloon::balloon)]
     balloon: Option<BalloonConfig>,
+    /// The device of the console [default: serial]. What is typed here goes to it.
+    #[arg(long, value_name = "DEVICE", value_enum)]
+    console_device: Option<Console>,
 }
 
 impl Args {
@@ -78,6 +80,7 @@ impl Args {
         let nets = file.nets()?;
         let vsock = self.vsock.or(file.vsock.take().map(VsockConfig::from));
         let balloon = self.balloon.or(file.balloon.map(BalloonConfig::from));
+        let console = (self.console_device.or(file.console_device)).unwrap_or_default();
         let changes = Changes {
             hugepages: self.hugepages || file.hugepages,
             ..Changes::default()
@@ -88,7 +91,8 @@ impl Args {
             cpu: self.cpu.or(file.cpu.take()).unwrap_or_default().model()?,
             kernel: kernel.context("there is no kernel: name one in the file or as an argument")?,
             initrd: self.initrd.or(file.initrd.take()),
-            cmdline: (self.cmdline.or(file.cmdline.take())).unwrap_or_else(|| CMDLINE.to_owned()),
+            cmdline: (self.cmdline.or(file.cmdline.take()))
+                .unwrap_or_else(|| console.cmdline().to_owned()),
             disks: if self.disks.is_empty() {
                 file.disks()
             } else {
@@ -101,6 +105,7 @@ impl Args {
             },
             vsock,
             balloon,
+            console_device: console.into(),
         };
         Ok((machine, changes))
     }
@@ -116,6 +121,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test may")]
 
     use clap::Parser;
+    use control::ConsoleDevice;
 
     use super::*;
 
@@ -134,7 +140,7 @@ mod tests {
     fn flags_mean_the_same_as_the_file_and_come_first() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("m.toml");
-        let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\n[[disks]]\npath = \"/d\"\n\
+        let text = "kernel = \"/k\"\nmemory_mib = 512\nvcpus = 4\nconsole_device = \"virtio\"\n[[disks]]\npath = \"/d\"\n\
                     read_bytes_per_second = 7\n\
                     [[nets]]\ntap = \"t\"\n[[nets]]\nsocket = \"s\"\n\
                     [vsock]\ncid = 3\npath = \"/v\"\n[balloon]\ntarget_mib = 9\n";
@@ -160,9 +166,13 @@ mod tests {
             "cid=3,path=/v",
             "--balloon",
             "target_mib=9",
+            "--console-device",
+            "virtio",
         ];
         let by_flags = machine(&[&flags[..], &nets].concat()).unwrap();
         assert_eq!(by_file, by_flags);
+        assert_eq!(by_file.console_device, ConsoleDevice::Virtio);
+        assert!(by_file.cmdline.contains("console=hvc0 "));
         let both = machine(&["/other", "--config", config, "--vcpus", "3"]).unwrap();
         assert_eq!((both.kernel, both.vcpus), ("/other".into(), 3));
         assert_eq!((both.memory_mib, both.disks.len()), (512, 1));
@@ -193,7 +203,7 @@ mod tests {
         for default in [
             vcpus.to_string(),
             memory_mib.to_string(),
-            CMDLINE.to_owned(),
+            Console::Serial.cmdline().to_owned(),
         ] {
             assert!(help.contains(&format!("[default: {default}]")), "{help}");
         }
