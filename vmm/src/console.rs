@@ -115,7 +115,42 @@ impl Write for BoundedFile {
 
 #[cfg(test)]
 mod tests {
+    use saved_state::{CpuIdentity, Header, Section, SnapshotId};
+
     use super::*;
+
+    #[test]
+    fn what_each_device_writes_goes_to_the_same_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let mut first = open(&Console::File(path.clone())).unwrap().output;
+        let mut second = first.clone();
+        first.write_all(b"one ").unwrap();
+        second.write_all(b"two ").unwrap();
+        first.write_all(b"three").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one two three");
+    }
+
+    #[test]
+    fn a_saved_machine_has_the_device_of_which_there_is_a_section() {
+        let mut container = Container::new(Header {
+            id: SnapshotId([1; 16]),
+            release: "0".to_owned(),
+            created_unix_ns: 1,
+            host_cpu: CpuIdentity::default(),
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+        });
+        assert_eq!(saved_device(&container), ConsoleDevice::Serial);
+        let section = Section {
+            kind: SavedConsole::KIND,
+            instance: 0,
+            version: 1,
+            payload: Vec::new(),
+        };
+        container.insert(section).unwrap();
+        assert_eq!(saved_device(&container), ConsoleDevice::Virtio);
+    }
 
     #[test]
     fn a_console_file_is_bounded_and_goes_on() {

@@ -188,6 +188,45 @@ fn a_machine_is_run_saved_restored_and_stopped() {
 }
 
 #[test]
+fn what_is_typed_at_a_virtio_console_and_not_read_is_saved_and_restored() {
+    let Some(desk) = Desk::new(&bare_metal::counter()) else {
+        return;
+    };
+    // Its guest has no driver for a virtio console, and counts on the serial port.
+    let run = ["run", "kernel", "--vcpus", "1", "--memory", "64"];
+    let console = ["--console-device", "virtio"];
+    let mut machine = Foreground::start(&desk, &[&run[..], &console].concat());
+    // How large its console's state is.
+    let saved = |machine: &Value| {
+        let pid = machine["pid"].to_string();
+        desk.run(&["snapshot", &pid, "state", "memory"]);
+        let inspected = desk.json(&["inspect", "state", "--json"]);
+        let sections = inspected["sections"].as_array().unwrap();
+        let section = sections.iter().find(|section| section["kind"] == "VCON");
+        section.unwrap()["bytes"].as_u64().unwrap()
+    };
+    machine.count();
+    let vm = desk.only_machine();
+    let nothing_typed = saved(&vm);
+    machine.keys.write_all(b"typed ahead").unwrap();
+    let typed = nothing_typed + 11;
+    wait::until("what is typed to be saved", || {
+        (saved(&vm) == typed).then_some(())
+    })
+    .unwrap();
+    desk.run(&["stop", &vm["pid"].to_string()]);
+    machine.ended();
+
+    let machine = Foreground::start(&desk, &["restore", "state", "memory", "--foreground"]);
+    machine.count();
+    let vm = desk.only_machine();
+    assert_eq!(saved(&vm), typed);
+    // And so has who goes on beside it.
+    let forks = desk.json(&["fork", &vm["pid"].to_string(), "--json"]);
+    assert_eq!(saved(&forks[0]), typed);
+}
+
+#[test]
 fn a_machine_of_a_template_is_run_and_one_that_cannot_be_is_refused_by_name() {
     let Some(desk) = Desk::new(&bare_metal::counter()) else {
         return;

@@ -215,10 +215,7 @@ impl VirtioDevice for Console {
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
         match index {
-            RECEIVE => {
-                self.typed.heed();
-                serve_until_later(queue, memory, |chain| self.give(chain, memory))
-            }
+            RECEIVE => serve_until_later(queue, memory, |chain| self.give(chain, memory)),
             TRANSMIT => self.take_round(queue, memory),
             _ => Ok(Progress::default()),
         }

@@ -2,7 +2,10 @@ use std::{fs::File, io::Write, os::fd::OwnedFd, sync::Mutex};
 
 use virtio_bindings::{
     virtio_config::VIRTIO_CONFIG_S_DRIVER_OK,
-    virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_STATUS},
+    virtio_mmio::{
+        VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_READY,
+        VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
+    },
 };
 
 use super::*;
@@ -180,9 +183,14 @@ fn what_a_driver_takes_back_keeps_nobody_busy_and_a_new_queue_begins_with_its_ow
     transmit.offer(&[Part::Out(&long_text())]);
     assert!(serve(&device, TRANSMIT));
     let before = written.all().len();
-    let [_, mut transmit] = drivers(&mut device, &memory);
-    transmit.request(&mut device, &[Part::Out(b"anew")]);
-    assert_eq!(written.all()[before..], *b"anew");
+    set(&mut device, VIRTIO_MMIO_QUEUE_SEL, TRANSMIT as u32);
+    for ready in [0, 1] {
+        set(&mut device, VIRTIO_MMIO_QUEUE_READY, ready);
+    }
+    transmit.describe(0, 0xb_0000, 4, 0, 0);
+    transmit.store(index, [1u16, 0]);
+    transmit.notify(&mut device);
+    assert_eq!(written.all().len(), before + 4);
 }
 
 #[test]
@@ -240,10 +248,14 @@ fn what_was_typed_outlives_a_reset_and_a_restore() {
     let memory = driver::memory();
     let (mut device, input) = console(io::sink(), &memory);
     input.input(b"typed ahead");
-    let [mut receive, _] = drivers(&mut device, &memory);
+    let [mut receive, mut transmit] = drivers(&mut device, &memory);
     receive.request(&mut device, &[Part::In(5)]);
+    transmit.offer(&[Part::Out(&long_text())]);
+    assert!(serve(&device, TRANSMIT));
     set(&mut device, VIRTIO_MMIO_STATUS, 0);
     let section = device.save(0).unwrap();
+    let saved: SavedConsole = section.decode().unwrap();
+    assert_eq!((saved.written_bytes, &saved.input[..]), (0, &b" ahead"[..]));
 
     let (mut restored, input) = console(io::sink(), &memory);
     input.input(b"of another time");
@@ -305,7 +317,6 @@ fn all_that_is_typed_arrives_in_order_however_late_the_driver_begins() {
         .map(|i| (i ^ (i >> 8)) as u8)
         .collect();
     typist.write_all(&sent).unwrap();
-    drop(typist);
     let mut receive = Driver::prepare(&mut lock(&device), &memory, VERSION_1);
     // It has its first buffers there before it begins, and never notifies for them.
     let mut places: Vec<_> = (0..3)
@@ -333,6 +344,14 @@ fn all_that_is_typed_arrives_in_order_however_late_the_driver_begins() {
         set(&mut lock(&device), VIRTIO_MMIO_QUEUE_NOTIFY, RECEIVE as u32);
     }
     assert_eq!(received, sent);
+    // There is room already when this comes, and no notification.
+    let nth = receive.used();
+    typist.write_all(b"more").unwrap();
+    while receive.used() == nth {
+        assert!(start.elapsed() < PATIENCE, "it does not hear of it");
+        std::thread::yield_now();
+    }
+    assert_eq!(receive.bytes(places[usize::from(nth)], 4), b"more");
     event_loop.stop(PATIENCE).unwrap();
 }
 

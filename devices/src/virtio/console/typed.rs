@@ -21,7 +21,7 @@ pub(super) const TYPED_BYTES: usize = 4096;
 #[derive(Debug)]
 pub(super) struct Typed {
     kept: Mutex<Kept>,
-    /// Readable once there is something for the guest.
+    /// Written to when there is something for the guest. Each time is an event (`EPOLLET`), so that nobody need read it.
     arrived: OwnedFd,
     /// Readable once there is room, for who found none.
     room: EventFd,
@@ -44,15 +44,9 @@ impl Typed {
         })
     }
 
-    /// Readable once there is something for the guest.
+    /// Has an event when there is something for the guest.
     pub(super) fn arrived(&self) -> BorrowedFd<'_> {
         self.arrived.as_fd()
-    }
-
-    /// What has arrived until now is looked at.
-    pub(super) fn heed(&self) {
-        // It fails when nothing has.
-        let _ = rustix::io::read(&self.arrived, &mut [0; 8]);
     }
 
     /// Has the device look whether there is something for the guest.
