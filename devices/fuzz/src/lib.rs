@@ -9,6 +9,7 @@
 mod balloon;
 mod block;
 mod branch;
+mod console;
 mod entropy;
 mod guest;
 mod line;
@@ -23,6 +24,7 @@ mod vsock;
 pub use balloon::Pages;
 pub use block::Raw;
 pub use branch::Branching;
+pub use console::Terminal;
 pub use entropy::Random;
 pub use guest::{Guest, Part};
 pub use net::Wire;
