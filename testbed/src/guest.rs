@@ -17,13 +17,14 @@ pub const READY: &str = "fermata-guest: ready";
 const INIT: &str = include_str!("../../resources/guest/init");
 
 /// fermata's bus is virtio-mmio; QEMU's machines offer PCI.
-const MODULES: [&str; 7] = [
+const MODULES: [&str; 8] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
     "virtio_balloon",
+    "virtio_console",
     "vmw_vsock_virtio_transport",
 ];
 
@@ -47,6 +48,8 @@ pub enum Role {
     Vsock,
     /// Fills memory, frees it once its balloon takes some, and tells what it has.
     Balloon,
+    /// Prints and repeats what is typed, by its virtio console.
+    Console,
     /// Tells how often its kernel has noticed that it is a copy.
     Generation,
     /// Powers off through ACPI.
@@ -68,6 +71,7 @@ impl fmt::Display for Role {
             Self::Net => "net",
             Self::Vsock => "vsock",
             Self::Balloon => "balloon",
+            Self::Console => "console",
             Self::Generation => "generation",
             Self::PowerOff => "poweroff",
             Self::Reboot => "reboot",
@@ -84,7 +88,7 @@ pub fn command_line(role: Role) -> String {
         Role::Reboot => " reboot=k",
         Role::Panic => " reboot=t panic=-1",
         Role::Counter | Role::Clocks | Role::Cpu | Role::Net | Role::Vsock => "",
-        Role::Balloon | Role::Generation | Role::PowerOff | Role::Shell => "",
+        Role::Balloon | Role::Console | Role::Generation | Role::PowerOff | Role::Shell => "",
     };
     format!("console=ttyS0 quiet{reboot} fermata.role={role}")
 }
@@ -214,6 +218,7 @@ mod tests {
             Role::Net,
             Role::Vsock,
             Role::Balloon,
+            Role::Console,
             Role::Generation,
             Role::PowerOff,
             Role::Reboot,

@@ -38,5 +38,7 @@ mod resize;
 mod same_again;
 #[path = "level3/stored.rs"]
 mod stored;
+#[path = "level3/virtio_console.rs"]
+mod virtio_console;
 #[path = "level3/vsock.rs"]
 mod vsock;

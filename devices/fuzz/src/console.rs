@@ -114,7 +114,10 @@ impl Subject for Terminal {
         assert_eq!(port.input(b"hello"), 5);
         bench.device().serve(RECEIVE.into());
         let (len, got) = bench.guest.outcome(&offered).expect("it is not given");
-        assert_eq!((len, &got[0][..], &got[1][..3]), (5, &b"he"[..], &b"llo"[..]));
+        assert_eq!(
+            (len, &got[0][..], &got[1][..3]),
+            (5, &b"he"[..], &b"llo"[..])
+        );
 
         let before = self.output.bytes();
         let parts = [Part::Out(b"what is ".to_vec()), Part::Out(b"said".to_vec())];

@@ -2,6 +2,7 @@
 //!
 //! A UART costs its guest an exit for each byte. Here a driver makes a buffer of any length available and notifies once, by
 //! an eventfd that the kernel signals: many KiB are printed by one exit or few, and nobody's vCPU waits in one for the sink.
+//! How long buffers are is up to the guest; Linux's terminal makes two of each line unless it is told to leave line ends alone.
 //! Bytes one by one, for a guest that has no driver yet, are there, too (`VIRTIO_CONSOLE_F_EMERG_WRITE`).
 
 mod metrics;
