@@ -56,7 +56,7 @@ impl Desk {
 
     /// The machine that is there, once it is: its guest runs before it is registered.
     fn only_machine(&self) -> Value {
-        let listed = || Some(self.json(&["ps", "--json"])[0].take()).filter(Value::is_object);
+        let listed = || self.json(&["ps", "--json"]).as_array()?.first().cloned();
         wait::until("the machine to be listed", listed).unwrap()
     }
 
