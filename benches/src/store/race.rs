@@ -22,6 +22,8 @@ pub struct Race {
     place: Place,
     names: Vec<String>,
     bytes: u64,
+    /// Whether all free memory is touched before what takes much of it is timed.
+    warms_all: bool,
     /// By subject, in the order in which they were given.
     figures: BTreeMap<(Bench, usize), Vec<f64>>,
 }
@@ -51,8 +53,17 @@ impl Race {
             place,
             names,
             bytes,
+            warms_all: false,
             figures: BTreeMap::new(),
         })
+    }
+
+    /// The same, with all memory that is free touched before each save and each load, and not only as much as the images have: what is
+    /// given out next need not be what was given back last. `scratch` must be in memory.
+    #[must_use]
+    pub fn warming_all(mut self) -> Self {
+        self.warms_all = true;
+        self
     }
 
     /// The directory with the images and nothing else.
@@ -121,9 +132,14 @@ impl Race {
         place.clear()
     }
 
-    /// Makes room for all images as they are, which is more than anyone writes in a step.
+    /// Has memory be at hand for all images as they are, which is more than anyone writes in a step.
     fn warm(&self) -> Result<()> {
-        pages::warm(&self.place.loaded, self.bytes)
+        let bytes = if self.warms_all {
+            self.bytes.max(pages::free_memory()?)
+        } else {
+            self.bytes
+        };
+        pages::warm(&self.place.loaded, bytes)
     }
 
     /// Fails unless all that was loaded is as it was.
