@@ -85,8 +85,7 @@ impl Run {
         let scratch =
             tempfile::tempdir_in(&self.scratch).context("cannot make a scratch directory")?;
         let images = images::measured(&self.images);
-        let race = Race::new(self.subjects()?, &images, &scratch.path().join("race"))?;
-        let mut race = race.warming_all();
+        let mut race = Race::new(self.subjects()?, &images, &scratch.path().join("race"))?;
         let kinds = [SETTINGS[0], QUICK];
         let mut bounds = Vec::new();
         let (mut four, mut course) = (Vec::new(), Vec::new());

@@ -32,26 +32,6 @@ pub(super) fn bytes_under(path: &Path) -> Result<u64> {
     files(path)?.iter().map(|entry| bytes_under(entry)).sum()
 }
 
-/// What is left alone when all free memory is touched.
-const RESERVE: u64 = 1 << 30;
-
-/// Bytes of memory that nobody uses, but for some.
-pub(super) fn free_memory() -> Result<u64> {
-    let path = "/proc/meminfo";
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
-    let free = free_of(&text).with_context(|| format!("{path} does not say how much is free"))?;
-    Ok(free.saturating_sub(RESERVE))
-}
-
-/// What `/proc/meminfo` (proc(5)) says that is free, in bytes.
-fn free_of(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemFree:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    kib.checked_mul(1 << 10)
-}
-
 /// Has the kernel touch this much memory, by a file in `directory`, which must be one in memory. A virtual machine's
 /// host takes memory back that lies idle, and a page that it has to find anew costs several times what it does else:
 /// who comes first would pay for all.
@@ -99,15 +79,6 @@ pub(super) fn on_all_cpus<T: Sync, R: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn free_memory_is_read_as_the_kernel_writes_it() {
-        let text =
-            "MemTotal:       24684084 kB\nMemFree:         7236000 kB\nMemAvailable:    1 kB\n";
-        assert_eq!(free_of(text), Some(7_236_000 << 10));
-        assert_eq!(free_of("MemAvailable:    1 kB\n"), None);
-        assert!(free_memory().is_ok());
-    }
 
     #[test]
     fn one_bit_is_not_zero() {

@@ -22,8 +22,6 @@ pub struct Race {
     place: Place,
     names: Vec<String>,
     bytes: u64,
-    /// Whether all free memory is touched before what takes much of it is timed.
-    warms_all: bool,
     /// By subject, in the order in which they were given.
     figures: BTreeMap<(Bench, usize), Vec<f64>>,
 }
@@ -53,17 +51,8 @@ impl Race {
             place,
             names,
             bytes,
-            warms_all: false,
             figures: BTreeMap::new(),
         })
-    }
-
-    /// The same, with all memory that is free touched before each save and each load, and not only as much as the images have: what is
-    /// given out next need not be what was given back last. `scratch` must be in memory.
-    #[must_use]
-    pub fn warming_all(mut self) -> Self {
-        self.warms_all = true;
-        self
     }
 
     /// The directory with the images and nothing else.
@@ -93,16 +82,21 @@ impl Race {
 
     fn measure(&mut self, number: usize, round: usize) -> Result<()> {
         let (place, subject) = (&self.place, &self.subjects[number]);
-        place.clear()?;
-        subject::run(subject.create(place))?;
         let all = self.bytes as f64 / MB;
         let one = &self.names[round % self.names.len()];
 
-        self.warm()?;
+        if !subject.once() {
+            self.rehearse(number)?;
+        }
+        place.clear()?;
+        subject::run(subject.create(place))?;
         let save = timed(|| subject::run(subject.save(place, "first")))?;
         let size = pages::bytes_under(&place.store)? as f64 / MIB;
         let again = timed(|| subject::run(subject.save(place, "again")))?;
-        self.warm()?;
+        if !subject.once() {
+            subject::run(subject.load(place, "first"))?;
+            place.clear_loaded()?;
+        }
         let load = timed(|| subject::run(subject.load(place, "first")))?;
         if round == 0 {
             self.compare()?;
@@ -132,14 +126,14 @@ impl Race {
         place.clear()
     }
 
-    /// Has memory be at hand for all images as they are, which is more than anyone writes in a step.
-    fn warm(&self) -> Result<()> {
-        let bytes = if self.warms_all {
-            self.bytes.max(pages::free_memory()?)
-        } else {
-            self.bytes
-        };
-        pages::warm(&self.place.loaded, bytes)
+    /// Saves once without looking at the time. A virtual machine's host takes memory back that lies idle, and a page that it has to
+    /// find anew costs several times what it does else: who comes first would pay for all. What was given back a moment ago is given
+    /// out again.
+    fn rehearse(&self, number: usize) -> Result<()> {
+        let (place, subject) = (&self.place, &self.subjects[number]);
+        place.clear()?;
+        subject::run(subject.create(place))?;
+        subject::run(subject.save(place, "rehearsed"))
     }
 
     /// Fails unless all that was loaded is as it was.
