@@ -115,9 +115,10 @@ impl Write for BoundedFile {
 
 #[cfg(test)]
 mod tests {
-    use saved_state::{CpuIdentity, Header, Section, SnapshotId};
+    use saved_state::Section;
 
     use super::*;
+    use crate::state;
 
     #[test]
     fn what_each_device_writes_goes_to_the_same_file() {
@@ -133,14 +134,7 @@ mod tests {
 
     #[test]
     fn a_saved_machine_has_the_device_of_which_there_is_a_section() {
-        let mut container = Container::new(Header {
-            id: SnapshotId([1; 16]),
-            release: "0".to_owned(),
-            created_unix_ns: 1,
-            host_cpu: CpuIdentity::default(),
-            vcpus: 1,
-            memory_bytes: 64 << 20,
-        });
+        let mut container = state::empty_container();
         assert_eq!(saved_device(&container), ConsoleDevice::Serial);
         let section = Section {
             kind: SavedConsole::KIND,

@@ -208,7 +208,6 @@ mod tests {
     use rustix::net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
     };
-    use saved_state::{CpuIdentity, Header, SnapshotId};
 
     use super::*;
 
@@ -232,14 +231,7 @@ mod tests {
     /// What a machine saves that has a network device on each of `paths`.
     fn container(paths: &[&Path], mac: [u8; 6]) -> Container {
         let memory = MachineMemory::zeroed(Layout::new(64 << 20).unwrap()).unwrap();
-        let mut container = Container::new(Header {
-            id: SnapshotId([1; 16]),
-            release: "0".to_owned(),
-            created_unix_ns: 1,
-            host_cpu: CpuIdentity::default(),
-            vcpus: 1,
-            memory_bytes: 64 << 20,
-        });
+        let mut container = crate::state::empty_container();
         for (path, instance) in paths.iter().zip(0..) {
             let options = NetOptions {
                 mac,

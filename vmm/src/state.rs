@@ -149,6 +149,19 @@ fn unix_ns(time: io::Result<SystemTime>) -> u64 {
         .unwrap_or(0)
 }
 
+/// The state of a saved machine of 64 MiB that nothing has been put into yet.
+#[cfg(test)]
+pub(crate) fn empty_container() -> saved_state::Container {
+    saved_state::Container::new(saved_state::Header {
+        id: saved_state::SnapshotId([1; 16]),
+        release: "0".to_owned(),
+        created_unix_ns: 1,
+        host_cpu: saved_state::CpuIdentity::default(),
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

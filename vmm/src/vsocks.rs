@@ -94,7 +94,6 @@ mod tests {
     use control::{Failure, FailureKind};
     use devices::{Device, InterruptLine, virtio::MmioTransport};
     use memory::{Layout, MachineMemory};
-    use saved_state::{CpuIdentity, Header, SnapshotId};
 
     use super::*;
 
@@ -110,14 +109,7 @@ mod tests {
     /// What a machine saves that has a vsock device at `path`, or none.
     fn container(path: Option<&Path>) -> Container {
         let memory = MachineMemory::zeroed(Layout::new(64 << 20).unwrap()).unwrap();
-        let mut container = Container::new(Header {
-            id: SnapshotId([1; 16]),
-            release: "0".to_owned(),
-            created_unix_ns: 1,
-            host_cpu: CpuIdentity::default(),
-            vcpus: 1,
-            memory_bytes: 64 << 20,
-        });
+        let mut container = crate::state::empty_container();
         if let Some(path) = path {
             let vsock = Vsock::listen(7, path).unwrap();
             let guest = memory.guest().clone();

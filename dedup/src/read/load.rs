@@ -27,7 +27,7 @@ pub enum Zeros {
 const WINDOW_BYTES: usize = 1 << 30;
 
 /// Bytes of the frames that a thread takes at a time, if they are one behind the other in a pack. What goes to one place in a file is
-/// written at once: the kernel lets one thread write to a file at a time, and to wait for that takes longer than to write a frame.
+/// written at once: the kernel lets one thread write to a file at a time, and the others wait.
 const GROUP_BYTES: u32 = 128 << 10;
 
 impl ImageReader {
