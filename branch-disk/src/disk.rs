@@ -235,11 +235,13 @@ impl Disk {
 
     /// The first byte at or after `offset` that may be other than zero; the disk's end, if none is.
     pub(crate) fn next_data(&self, offset: u64) -> u64 {
+        if offset >= self.bytes() {
+            return self.bytes();
+        }
         let base = self.bottom.as_ref().map_or(0, |base| base.bytes);
         let end = self.geometry.sectors();
         let run = self.map.run_at(offset / SECTOR_BYTES, end);
         match run.owner {
-            _ if offset >= self.bytes() => self.bytes(),
             BOTTOM if offset >= base => run.end * SECTOR_BYTES,
             _ => offset,
         }

@@ -1,20 +1,17 @@
 //! Which file of a chain owns which sector: one map, asked once, whatever the depth.
 //!
-//! Sectors are gathered into blocks of 4 KiB and blocks into regions of 256 KiB. Neighbouring regions of one owner are
-//! one span; a region with several has an owner for each block, and only a block with several one for each sector.
-
-use std::collections::BTreeMap;
+//! A tree in which each node has 64 parts, from blocks of 4 KiB up to all of the largest disk. A part with one owner is told
+//! in two bytes; only one with several has a node of its own, or a block an owner for each sector.
 
 /// 0: what is below all layers. *n*: the layer of depth *n*.
 pub(crate) type Owner = u16;
 
 pub(crate) const BOTTOM: Owner = 0;
-/// In a block whose sectors have several owners. No chain is so long.
+/// Of a part that has several owners. No chain is so long.
 const MIXED: Owner = Owner::MAX;
 
 const BLOCK_SECTORS: u64 = 8;
-const REGION_BLOCKS: u64 = 64;
-const REGION_SECTORS: u64 = BLOCK_SECTORS * REGION_BLOCKS;
+const PARTS: u64 = 64;
 
 /// Sectors from `start` to before `end` that have one owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,47 +21,63 @@ pub(crate) struct Run {
     pub(crate) owner: Owner,
 }
 
-#[derive(Debug)]
-struct Blocks {
-    owners: [Owner; REGION_BLOCKS as usize],
-    mixed: BTreeMap<u8, [Owner; BLOCK_SECTORS as usize]>,
-}
-
-#[derive(Debug)]
-enum Content {
-    Uniform(Owner),
-    /// Always of one region.
-    Blocks(Box<Blocks>),
-}
-
-/// Regions up to before `end`.
-#[derive(Debug)]
-struct Span {
-    end: u32,
-    content: Content,
-}
-
 /// The owners of all sectors of a disk.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Map {
-    /// By their first regions. What is in no span is [`BOTTOM`]'s.
-    spans: BTreeMap<u32, Span>,
+    root: Root,
+}
+
+/// The owners of 4 KiB.
+type Block = [Owner; BLOCK_SECTORS as usize];
+/// Of 1 GiB. Between are 256 KiB and 16 MiB.
+type Gibibyte = Node<Node<Node<Block>>>;
+/// Of 256 TiB, which is more than a disk has: between are 64 GiB and 4 TiB.
+type Root = Node<Node<Node<Gibibyte>>>;
+
+/// Sectors that lie one behind the other, as many in every one of a kind. They are counted from its first.
+trait Part {
+    const SECTORS: u64;
+
+    /// All of one owner.
+    fn of(owner: Owner) -> Self;
+
+    /// The owner of `at`, and the first sector behind it of another, or `end`.
+    fn run(&self, at: u64, end: u64) -> (Owner, u64);
+
+    /// Makes `owner` the owner of the sectors from `start` to before `end`.
+    fn set(&mut self, start: u64, end: u64, owner: Owner);
+
+    /// The owner of all, if it is one.
+    fn uniform(&self) -> Option<Owner>;
+}
+
+/// Parts of one kind.
+#[derive(Debug)]
+struct Node<P> {
+    /// Of each part.
+    owners: [Owner; PARTS as usize],
+    /// A bit for each part whose owner is [`MIXED`].
+    mixed: u64,
+    /// Those parts, in order.
+    parts: Vec<P>,
+}
+
+impl Default for Map {
+    fn default() -> Self {
+        Self {
+            root: Root::of(BOTTOM),
+        }
+    }
 }
 
 impl Map {
-    /// The run that `sector` is in, as far as `end`.
+    /// The run that `sector` is in, as far as `end`, which is behind it.
     pub(crate) fn run_at(&self, sector: u64, end: u64) -> Run {
-        let (owner, mut to) = self.piece_at(sector);
-        while to < end {
-            let (next, next_to) = self.piece_at(to);
-            if next != owner {
-                break;
-            }
-            to = next_to;
-        }
+        debug_assert!(sector < end);
+        let (owner, end) = self.root.run(sector, end);
         Run {
             start: sector,
-            end: to.min(end),
+            end,
             owner,
         }
     }
@@ -81,170 +94,120 @@ impl Map {
         })
     }
 
-    /// The owner of `sector`, and up to where that is told in one place.
-    fn piece_at(&self, sector: u64) -> (Owner, u64) {
-        let region = region_of(sector);
-        let Some((first, span)) = self.spans.range(..=region).next_back() else {
-            return (BOTTOM, self.next_span(region));
-        };
-        if span.end <= region {
-            return (BOTTOM, self.next_span(region));
-        }
-        match &span.content {
-            Content::Uniform(owner) => (*owner, u64::from(span.end) * REGION_SECTORS),
-            Content::Blocks(blocks) => {
-                let first = u64::from(*first) * REGION_SECTORS;
-                let block = (sector - first) / BLOCK_SECTORS;
-                let owner = blocks.owners[block as usize];
-                let block_at = first + block * BLOCK_SECTORS;
-                match blocks.mixed.get(&(block as u8)) {
-                    Some(sectors) if owner == MIXED => {
-                        (sectors[(sector - block_at) as usize], sector + 1)
-                    }
-                    _ => (owner, block_at + BLOCK_SECTORS),
-                }
-            }
-        }
-    }
-
-    /// The first sector of the span after `region`, or the end of all sectors.
-    fn next_span(&self, region: u32) -> u64 {
-        let next = self.spans.range(region..).next();
-        next.map_or(u64::MAX, |(first, _)| u64::from(*first) * REGION_SECTORS)
-    }
-
     /// Makes `owner`, which is not [`BOTTOM`], the owner of the sectors from `start` to before `end`.
     pub(crate) fn set(&mut self, start: u64, end: u64, owner: Owner) {
-        if start >= end {
-            return;
+        if start < end {
+            self.root.set(start, end, owner);
         }
-        let whole_from = start.div_ceil(REGION_SECTORS);
-        let whole_to = end / REGION_SECTORS;
-        if whole_from > whole_to {
-            // Within one region.
-            return self.set_within(region_of(start), start, end, owner);
-        }
-        let (from, to) = (whole_from * REGION_SECTORS, whole_to * REGION_SECTORS);
-        if start < from {
-            self.set_within(region_of(start), start, from, owner);
-        }
-        if to < end {
-            self.set_within(region_of(to), to, end, owner);
-        }
-        if from < to {
-            self.set_uniform(whole_from as u32, whole_to as u32, owner);
-        }
-    }
-
-    /// As [`Map::set`], for sectors of one region, not all of them.
-    fn set_within(&mut self, region: u32, start: u64, end: u64, owner: Owner) {
-        let first = u64::from(region) * REGION_SECTORS;
-        let (start, end) = (start - first, end - first);
-        let blocks = self.blocks(region);
-        let mut at = start;
-        while at < end {
-            let block = at / BLOCK_SECTORS;
-            let block_at = block * BLOCK_SECTORS;
-            let to = end.min(block_at + BLOCK_SECTORS);
-            blocks.set(block as u8, at - block_at, to - block_at, owner);
-            at = to;
-        }
-        if blocks.uniform() == Some(owner) {
-            self.set_uniform(region, region + 1, owner);
-        }
-    }
-
-    /// The blocks of `region`, which becomes a span of its own.
-    fn blocks(&mut self, region: u32) -> &mut Blocks {
-        self.split(region);
-        self.split(region + 1);
-        let span = self.spans.entry(region).or_insert(Span {
-            end: region + 1,
-            content: Content::Uniform(BOTTOM),
-        });
-        if let Content::Uniform(owner) = span.content {
-            span.content = Content::Blocks(Box::new(Blocks {
-                owners: [owner; REGION_BLOCKS as usize],
-                mixed: BTreeMap::new(),
-            }));
-        }
-        match &mut span.content {
-            Content::Blocks(blocks) => blocks,
-            Content::Uniform(_) => unreachable!("it was made of blocks above"),
-        }
-    }
-
-    fn set_uniform(&mut self, mut from: u32, mut to: u32, owner: Owner) {
-        self.split(from);
-        self.split(to);
-        while let Some((&first, _)) = self.spans.range(from..to).next() {
-            self.spans.remove(&first);
-        }
-        let alike = |span: &Span| matches!(span.content, Content::Uniform(other) if other == owner);
-        if let Some((&first, span)) = self.spans.range(..from).next_back()
-            && span.end == from
-            && alike(span)
-        {
-            from = first;
-        }
-        if let Some(span) = self.spans.get(&to)
-            && alike(span)
-        {
-            let end = span.end;
-            self.spans.remove(&to);
-            to = end;
-        }
-        let content = Content::Uniform(owner);
-        self.spans.insert(from, Span { end: to, content });
-    }
-
-    /// Makes a span begin at `region`, if one goes across.
-    fn split(&mut self, region: u32) {
-        if let Some((&first, span)) = self.spans.range_mut(..region).next_back()
-            && span.end > region
-            && let Content::Uniform(owner) = span.content
-        {
-            let end = std::mem::replace(&mut span.end, region);
-            debug_assert!(first < region);
-            let content = Content::Uniform(owner);
-            self.spans.insert(region, Span { end, content });
-        }
-    }
-
-    /// Spans, blocks in them, and blocks with several owners: what the map's memory is made of.
-    #[cfg(test)]
-    pub(crate) fn weight(&self) -> (usize, usize, usize) {
-        let blocks = self.spans.values().filter_map(|span| match &span.content {
-            Content::Blocks(blocks) => Some(blocks.mixed.len()),
-            Content::Uniform(_) => None,
-        });
-        let mixed: Vec<usize> = blocks.collect();
-        (self.spans.len(), mixed.len(), mixed.iter().sum())
     }
 }
 
-impl Blocks {
-    /// Sets sectors `from` to before `to` of one block.
-    fn set(&mut self, block: u8, from: u64, to: u64, owner: Owner) {
-        let whole = &mut self.owners[usize::from(block)];
-        if from == 0 && to == BLOCK_SECTORS {
-            if *whole == MIXED {
-                self.mixed.remove(&block);
-            }
-            *whole = owner;
-        } else if *whole != owner {
-            let before = [*whole; BLOCK_SECTORS as usize];
-            let sectors = self.mixed.entry(block).or_insert(before);
-            sectors[from as usize..to as usize].fill(owner);
-            *whole = MIXED;
-            if sectors.iter().all(|sector| *sector == owner) {
-                self.mixed.remove(&block);
-                *whole = owner;
-            }
+impl Part for Block {
+    const SECTORS: u64 = BLOCK_SECTORS;
+
+    fn of(owner: Owner) -> Self {
+        [owner; BLOCK_SECTORS as usize]
+    }
+
+    fn run(&self, at: u64, end: u64) -> (Owner, u64) {
+        let owner = self[at as usize];
+        let others = &self[at as usize..end as usize];
+        let alike = others.iter().take_while(|other| **other == owner).count();
+        (owner, at + alike as u64)
+    }
+
+    fn set(&mut self, start: u64, end: u64, owner: Owner) {
+        self[start as usize..end as usize].fill(owner);
+    }
+
+    fn uniform(&self) -> Option<Owner> {
+        let first = self[0];
+        self.iter().all(|owner| *owner == first).then_some(first)
+    }
+}
+
+impl<P: Part> Node<P> {
+    /// Where in `parts` the mixed part `number` is, or would be.
+    fn place(&self, number: u64) -> usize {
+        (self.mixed & ((1 << number) - 1)).count_ones() as usize
+    }
+
+    /// As [`Part::run`], of the part `number`.
+    fn run_in(&self, number: u64, at: u64, end: u64) -> (Owner, u64) {
+        match self.owners[number as usize] {
+            MIXED => self.parts[self.place(number)].run(at, end),
+            owner => (owner, end),
         }
     }
 
-    /// The owner of all, if it is one.
+    /// As [`Part::set`], of some of the part `number`.
+    fn set_in(&mut self, number: u64, start: u64, end: u64, owner: Owner) {
+        let before = self.owners[number as usize];
+        if before == owner {
+            return;
+        }
+        let place = self.place(number);
+        if before != MIXED {
+            self.parts.insert(place, P::of(before));
+            self.mixed |= 1 << number;
+            self.owners[number as usize] = MIXED;
+        }
+        let part = &mut self.parts[place];
+        part.set(start, end, owner);
+        if part.uniform() == Some(owner) {
+            self.set_whole(number, owner);
+        }
+    }
+
+    fn set_whole(&mut self, number: u64, owner: Owner) {
+        if self.owners[number as usize] == MIXED {
+            self.parts.remove(self.place(number));
+            self.mixed &= !(1 << number);
+        }
+        self.owners[number as usize] = owner;
+    }
+}
+
+impl<P: Part> Part for Node<P> {
+    const SECTORS: u64 = PARTS * P::SECTORS;
+
+    fn of(owner: Owner) -> Self {
+        Self {
+            owners: [owner; PARTS as usize],
+            mixed: 0,
+            parts: Vec::new(),
+        }
+    }
+
+    fn run(&self, at: u64, end: u64) -> (Owner, u64) {
+        let mut number = at / P::SECTORS;
+        let mut first = number * P::SECTORS;
+        let (owner, mut to) = self.run_in(number, at - first, P::SECTORS.min(end - first));
+        while first + to < end && to == P::SECTORS {
+            (number, first) = (number + 1, first + P::SECTORS);
+            match self.run_in(number, 0, P::SECTORS.min(end - first)) {
+                (next, next_to) if next == owner => to = next_to,
+                _ => return (owner, first),
+            }
+        }
+        (owner, first + to)
+    }
+
+    fn set(&mut self, start: u64, end: u64, owner: Owner) {
+        let mut at = start;
+        while at < end {
+            let number = at / P::SECTORS;
+            let first = number * P::SECTORS;
+            let to = end.min(first + P::SECTORS);
+            if to - at == P::SECTORS {
+                self.set_whole(number, owner);
+            } else {
+                self.set_in(number, at - first, to - first, owner);
+            }
+            at = to;
+        }
+    }
+
     fn uniform(&self) -> Option<Owner> {
         let first = self.owners[0];
         let all = first != MIXED && self.owners.iter().all(|owner| *owner == first);
@@ -252,18 +215,15 @@ impl Blocks {
     }
 }
 
-/// The largest disk has 2^25 regions.
-fn region_of(sector: u64) -> u32 {
-    (sector / REGION_SECTORS) as u32
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
+    use crate::layout::{MAX_BYTES, SECTOR_BYTES};
 
-    const SECTORS: u64 = 6 * REGION_SECTORS + 100;
+    const SECTORS: u64 = 6 * PARTS * BLOCK_SECTORS + 100;
+    const GIB: u64 = 2 << 20;
 
     fn range() -> impl Strategy<Value = (u64, u64)> {
         let small = (0..SECTORS, 1..20u64);
@@ -274,44 +234,80 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_map_is_what_an_array_is(changes in vec((range(), 1..5u16), 0..60)) {
+        fn a_map_is_what_an_array_is(
+            // Where parts of each kind meet, too.
+            base in prop_oneof![Just(0), Just(GIB - SECTORS / 2), Just(64 * GIB - SECTORS / 2)],
+            changes in vec((range(), 1..5u16), 0..60),
+        ) {
             let mut map = Map::default();
             let mut array = vec![BOTTOM; SECTORS as usize];
             for ((start, end), owner) in changes {
-                map.set(start, end, owner);
+                map.set(base + start, base + end, owner);
                 array[start as usize..end as usize].fill(owner);
                 let mut at = 0;
                 let mut last = None;
-                for run in map.runs(0, SECTORS) {
-                    prop_assert_eq!(run.start, at);
+                for run in map.runs(base, base + SECTORS) {
+                    let (start, end) = (run.start - base, run.end - base);
+                    prop_assert_eq!(start, at);
                     prop_assert_ne!(Some(run.owner), last);
-                    prop_assert!(array[at as usize..run.end as usize].iter().all(|o| *o == run.owner));
+                    prop_assert!(array[at as usize..end as usize].iter().all(|o| *o == run.owner));
                     last = Some(run.owner);
-                    at = run.end;
+                    at = end;
                 }
                 prop_assert_eq!(at, SECTORS);
+                prop_assert_eq!(map.run_at(base + SECTORS, base + SECTORS + 1).owner, BOTTOM);
             }
-            let some = map.run_at(SECTORS / 2, SECTORS / 2 + 9);
-            prop_assert!(some.end <= SECTORS / 2 + 9 && some.start < some.end);
+            let some = map.run_at(base + SECTORS / 2, base + SECTORS / 2 + 9);
+            prop_assert!(some.end <= base + SECTORS / 2 + 9 && some.start < some.end);
+        }
+    }
+
+    /// How many parts have a node or a block of their own: what the map's memory is made of.
+    trait Weight {
+        fn weight(&self) -> usize;
+    }
+
+    impl Weight for Block {
+        fn weight(&self) -> usize {
+            1
+        }
+    }
+
+    impl<P: Weight> Weight for Node<P> {
+        fn weight(&self) -> usize {
+            1 + self.parts.iter().map(Weight::weight).sum::<usize>()
         }
     }
 
     #[test]
     fn what_is_alike_costs_nothing() {
         let mut map = Map::default();
-        // A terabyte, a block at a time at its end, and a sector at a time once.
-        map.set(0, 2 << 30, 1);
-        assert_eq!(map.weight(), (1, 0, 0));
-        for block in 0..1000 {
-            let at = (2u64 << 30) + block * 8;
-            map.set(at, at + 8, 1);
+        let mut weight = |start, end, owner| {
+            map.set(start, end, owner);
+            map.root.weight()
+        };
+        // 64 GiB and a block, which lies in a part of each kind.
+        assert_eq!(weight(0, 64 * GIB, 1), 2);
+        assert_eq!(weight(64 * GIB, 64 * GIB + 8, 1), 6);
+        for block in 1..1000 {
+            assert!(weight(64 * GIB + block * 8, 64 * GIB + block * 8 + 8, 1) <= 6);
         }
-        assert_eq!(map.weight(), (2, 1, 0));
-        map.set(100, 101, 2);
-        assert_eq!(map.weight(), (3, 2, 1));
-        for sector in 96..104 {
-            map.set(sector, sector + 1, 1);
-        }
-        assert_eq!(map.weight(), (2, 1, 0));
+        // A sector of another owner, which then has its whole block, and again has nothing.
+        assert_eq!(weight(100, 101, 2), 11);
+        assert_eq!(weight(96, 104, 2), 10);
+        assert_eq!(weight(96, 104, 1), 6);
+    }
+
+    #[test]
+    fn the_largest_disk_has_room() {
+        let sectors = MAX_BYTES / SECTOR_BYTES;
+        let mut map = Map::default();
+        map.set(sectors - 1, sectors, 1);
+        let run = |start, end, owner| Run { start, end, owner };
+        let runs: Vec<Run> = map.runs(0, sectors).collect();
+        assert_eq!(
+            runs,
+            [run(0, sectors - 1, BOTTOM), run(sectors - 1, sectors, 1)]
+        );
     }
 }
