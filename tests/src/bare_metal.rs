@@ -61,6 +61,17 @@ global_asm!(
     "jb 13b",
     "jmp 10b",
     "guest_counter_end:",
+    // Prints the digits from 0 to 7, over and over, as fast as it can.
+    ".globl guest_babbler, guest_babbler_end",
+    "guest_babbler:",
+    "mov dx, 0x3f8",
+    "mov al, 48",
+    "25:",
+    "out dx, al",
+    "inc al",
+    "and al, 55",
+    "jmp 25b",
+    "guest_babbler_end:",
     ".globl guest_spinner, guest_spinner_end",
     "guest_spinner:",
     "20:",
@@ -431,6 +442,8 @@ macro_rules! guests {
 guests! {
     /// Counts on the serial console, and writes each count to the next of 1024 pages.
     counter: guest_counter..guest_counter_end;
+    /// Prints `01234567` over and over, as fast as it can.
+    babbler: guest_babbler..guest_babbler_end;
     /// Prints the largest step that its TSC makes between two readings: see [`clock_step`].
     clock: guest_clock..guest_clock_end;
     /// Prints the first part of the machine's generation, which [`count`] reads, again and again.

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use control::{Exit, Registry};
+use control::{Client, Exit, Metric, Registry};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal, kill_process},
@@ -347,6 +347,61 @@ fn terminal() -> (File, OwnedFd) {
     let flags = OFlags::RDWR | OFlags::NOCTTY;
     let programs = rustix::fs::open(name.as_c_str(), flags, Mode::empty()).unwrap();
     (user.into(), programs)
+}
+
+/// What the only machine's serial port has taken.
+fn printed(desk: &Desk) -> u64 {
+    let record = desk.registry().list().unwrap().pop().unwrap();
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().build().unwrap();
+    let metrics = runtime.block_on(async {
+        let client = Client::connect(record.port, &record.secret).await.unwrap();
+        client.metrics().await.unwrap()
+    });
+    let serial = |metric: &&Metric| metric.name.ends_with("_output_bytes_total");
+    metrics
+        .iter()
+        .filter(serial)
+        .map(|metric| metric.value)
+        .sum()
+}
+
+#[test]
+fn nothing_waits_for_a_terminal_that_is_stopped_and_it_gets_all_when_it_goes_on() {
+    let Some(desk) = Desk::new(&bare_metal::babbler()) else {
+        return;
+    };
+    let (mut user, programs) = terminal();
+    let mut command = desk
+        .command(&["run", "kernel", "--vcpus", "1", "--memory", "64"])
+        .stdin(programs.try_clone().unwrap())
+        .stdout(programs.try_clone().unwrap())
+        .stderr(programs)
+        .spawn()
+        .unwrap();
+    let pid = desk.only_machine()["pid"].to_string();
+    // Nobody reads: far more than what is between the machine and its user holds.
+    const PRINTED: usize = 500_000;
+    wait::until("the guest to print", || {
+        (printed(&desk) > PRINTED as u64).then_some(())
+    })
+    .unwrap();
+    desk.run(&["snapshot", &pid, "state", "memory"]);
+
+    let mut seen = BufReader::new(user.try_clone().unwrap());
+    let mut greeting = Vec::new();
+    seen.read_until(b'\n', &mut greeting).unwrap();
+    let mut digits = vec![0; PRINTED];
+    seen.read_exact(&mut digits).unwrap();
+    let expected = (b'0'..=b'7').cycle();
+    assert!(
+        expected
+            .zip(&digits)
+            .all(|(expected, digit)| expected == *digit)
+    );
+    user.write_all(b"\x01x").unwrap();
+    thread::spawn(move || std::io::copy(&mut seen, &mut std::io::sink()));
+    wait::until("the command to end", || command.try_wait().unwrap()).unwrap();
 }
 
 #[test]
