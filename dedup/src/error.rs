@@ -73,6 +73,10 @@ pub enum Error {
     #[error("there is a snapshot or tag {0:?} already: choose another name or remove it")]
     NameTaken(String),
 
+    /// Two images of a snapshot would have this name.
+    #[error("two images of the snapshot would be called {0:?}: give one of them another name")]
+    ImageTaken(String),
+
     /// A file's bytes are not what the format allows.
     #[error("{file} is damaged ({what}): run `fsck`, which names the snapshots it hits")]
     Damaged {

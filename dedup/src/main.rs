@@ -1,13 +1,16 @@
 //! `dedup`: a store of files on the command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use dedup::backend::LocalDir;
-use dedup::{CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, GcOptions, Key, OpenOptions, Store};
+use dedup::{
+    CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, FILE_IMAGE, GcOptions, Key, OpenOptions,
+    Saved, Store,
+};
 use serde::Serialize;
 
 /// Keeps files in a store in which nothing is stored twice.
@@ -44,19 +47,20 @@ enum Command {
         #[arg(long, default_value_t = DEFAULT_LEVEL, allow_negative_numbers = true)]
         level: i32,
     },
-    /// Save a file as a snapshot.
+    /// Save a file, or several, as a snapshot.
     Save {
         /// The snapshot's name.
         name: String,
-        /// The file, or a block device.
-        file: PathBuf,
+        /// The file, or a block device. Of several, each is kept by the last part of its path.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
     },
-    /// Load a snapshot into a file.
+    /// Load a snapshot.
     Load {
         /// The snapshot: its name, tag or id.
         snapshot: String,
-        /// The file, which is replaced.
-        file: PathBuf,
+        /// The file, which is replaced; of a snapshot of several, a directory for them.
+        path: PathBuf,
     },
     /// List the snapshots, newest first.
     Ls,
@@ -139,8 +143,11 @@ fn run(args: &Args) -> Result<ExitCode> {
             let store = Store::create_dir(&args.store, &create, options.clone())?;
             say(&store.stat()?, format!("created {}", args.store.display()));
         }
-        Command::Save { name, file } => {
-            let saved = open()?.save_file(name, file)?;
+        Command::Save { name, files } => {
+            let saved = match files.as_slice() {
+                [file] => open()?.save_file(name, file)?,
+                files => save_files(&open()?, name, files)?,
+            };
             let stored = saved.pack_bytes + saved.snapshot_bytes;
             let size: u64 = saved.images.iter().map(|image| image.size).sum();
             say(
@@ -153,12 +160,12 @@ fn run(args: &Args) -> Result<ExitCode> {
                 ),
             );
         }
-        Command::Load { snapshot, file } => {
+        Command::Load { snapshot, path } => {
             let store = open()?;
-            store.load_file(snapshot, file)?;
+            load(&store, snapshot, path)?;
             say(
                 &store.show(snapshot)?,
-                format!("loaded {snapshot} into {}", file.display()),
+                format!("loaded {snapshot} into {}", path.display()),
             );
         }
         Command::Ls => {
@@ -328,4 +335,30 @@ fn bytes(bytes: u64) -> String {
         bytes as f64 / f64::from(1u32 << 10).powi(unit as i32),
         UNITS[unit as usize]
     )
+}
+
+/// Saves files, each as an image that is called as it is.
+fn save_files(store: &Store, name: &str, files: &[PathBuf]) -> Result<Saved> {
+    let named: Option<Vec<(&str, &Path)>> = files
+        .iter()
+        .map(|file| Some((file.file_name()?.to_str()?, file.as_path())))
+        .collect();
+    let named =
+        named.context("a file has no name, or one that is not UTF-8: copy it to another")?;
+    let mut writer = store.writer(name, None)?;
+    writer.images_from_files(&named)?;
+    Ok(writer.commit()?)
+}
+
+/// Loads the file of a snapshot, or all of them into a directory.
+fn load(store: &Store, snapshot: &str, path: &Path) -> Result<()> {
+    let images = store.snapshot(snapshot)?;
+    if images.images().eq([FILE_IMAGE]) {
+        return Ok(images.image(FILE_IMAGE)?.load_file(path)?);
+    }
+    std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+    for image in images.images() {
+        images.image(image)?.load_file(&path.join(image))?;
+    }
+    Ok(())
 }

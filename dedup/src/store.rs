@@ -293,7 +293,7 @@ impl Store {
     /// As [`Store::writer`]; the file cannot be read.
     pub fn save_file(&self, name: &str, path: impl AsRef<Path>) -> Result<Saved> {
         let mut writer = self.writer(name, None)?;
-        writer.image_from_file(FILE_IMAGE, path.as_ref())?;
+        writer.images_from_files(&[(FILE_IMAGE, path.as_ref())])?;
         writer.commit()
     }
 

@@ -63,6 +63,28 @@ fn files_are_saved_listed_loaded_and_removed() {
 }
 
 #[test]
+fn several_files_are_one_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::create_dir(dir.join("in")).unwrap();
+    let images = [("in/memory", image(700, 1)), ("disk", image(1500, 2))];
+    for (file, image) in &images {
+        std::fs::write(dir.join(file), image).unwrap();
+    }
+    json(dir, &["init"]);
+    let saved = json(dir, &["save", "both", "in/memory", "disk"]);
+    assert_eq!(saved["images"][0]["name"], "memory");
+    json(dir, &["load", "both", "out"]);
+    for (name, (_, image)) in ["memory", "disk"].iter().zip(&images) {
+        assert!(std::fs::read(dir.join("out").join(name)).unwrap() == *image);
+    }
+    std::fs::write(dir.join("in/disk"), "another").unwrap();
+    let output = dedup(dir, &["save", "twice", "disk", "in/disk"]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("would be called \"disk\""), "{said}");
+}
+
+#[test]
 fn errors_say_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let missing = dedup(dir.path(), &["ls"]);

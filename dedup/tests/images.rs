@@ -141,7 +141,7 @@ fn several_images_and_a_manifest_make_a_snapshot() {
         writer.write(image).unwrap();
         writer.finish().unwrap();
     }
-    assert!(matches!(writer.image("memory"), Err(Error::NameTaken(_))));
+    assert!(matches!(writer.image("memory"), Err(Error::ImageTaken(_))));
     writer.set_manifest(b"cpus: 2".to_vec());
     writer.commit().unwrap();
 
@@ -192,6 +192,73 @@ fn files_come_back_with_their_holes() {
         store.save_file("absent", dir.path().join("absent")),
         Err(Error::Io { .. })
     ));
+}
+
+/// More than are open at a time, of all lengths, and what they are called.
+fn many_files(dir: &std::path::Path) -> Vec<(String, std::path::PathBuf)> {
+    let files = (0..70u64).map(|number| {
+        let name = format!("{number}");
+        let path = dir.join(&name);
+        let pages = image(if number == 3 { 5000 } else { 20 }, number / 2);
+        std::fs::write(&path, &pages[..pages.len() - number as usize * 300]).unwrap();
+        (name, path)
+    });
+    files.collect()
+}
+
+#[test]
+fn files_that_are_saved_together_are_what_each_is_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = many_files(dir.path());
+    let store = create(Memory::new());
+    let together = |name: &str, parent: Option<&str>| {
+        let named: Vec<_> = files.iter().map(|(n, path)| (&**n, &**path)).collect();
+        let mut writer = store.writer(name, parent).unwrap();
+        let stats = writer.images_from_files(&named).unwrap();
+        assert!(
+            stats
+                .iter()
+                .map(|s| &s.name)
+                .eq(files.iter().map(|(n, _)| n))
+        );
+        writer.commit().unwrap()
+    };
+    let saved = together("together", None);
+    assert!(saved.images[3].new_chunks > 1000);
+    // What the others have already is stored once.
+    let (first, same) = (&saved.images[40], &saved.images[41]);
+    assert!(first.new_chunks + same.new_chunks <= 21 + support::left_out());
+    let again = together("again", Some("together"));
+    let new: u64 = again.images.iter().map(|image| image.new_chunks).sum();
+    assert!(new <= support::left_out(), "{new}");
+    for snapshot in ["together", "again"] {
+        for (name, path) in &files {
+            let image = store.image(snapshot, name).unwrap();
+            let bytes = std::fs::read(path).unwrap();
+            let mut loaded = vec![0; bytes.len()];
+            assert_eq!(image.size(), bytes.len() as u64);
+            image.read_at(0, &mut loaded).unwrap();
+            assert!(loaded == bytes, "{name} of {snapshot}");
+        }
+    }
+}
+
+#[test]
+fn of_files_that_cannot_be_saved_together_nothing_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = many_files(dir.path());
+    let store = create(Memory::new());
+    let (path, absent) = (files[0].1.as_path(), dir.path().join("absent"));
+    let mut writer = store.writer("bad", None).unwrap();
+    writer.images_from_files(&[("one", path)]).unwrap();
+    let refused = writer.images_from_files(&[("two", path), ("two", path)]);
+    assert!(matches!(refused, Err(Error::ImageTaken(name)) if name == "two"));
+    let refused = writer.images_from_files(&[("one", path)]);
+    assert!(matches!(refused, Err(Error::ImageTaken(name)) if name == "one"));
+    let refused = writer.images_from_files(&[("two", path), ("three", &absent)]);
+    assert!(matches!(refused, Err(Error::Io { .. })));
+    drop(writer);
+    assert!(store.list().unwrap().snapshots.is_empty());
 }
 
 #[test]

@@ -163,10 +163,16 @@ impl Task {
                 images,
             } => {
                 let mut writer = open(store)?.writer(name, None)?;
-                for path in super::pages::files(images)? {
-                    let image = path.file_name().unwrap_or_default().to_string_lossy();
-                    writer.image_from_file(&image, &path)?;
-                }
+                let paths = super::pages::files(images)?;
+                let names: Vec<_> = paths
+                    .iter()
+                    .map(|path| path.file_name().unwrap_or_default().to_string_lossy())
+                    .collect();
+                let named = names.iter().zip(&paths);
+                let files: Vec<_> = named
+                    .map(|(name, path)| (&**name, path.as_path()))
+                    .collect();
+                writer.images_from_files(&files)?;
                 writer.commit()?;
             }
             Self::Load {

@@ -1,32 +1,34 @@
 //! Writing one image: from a stream of bytes, zeros and chunks kept from the parent.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::Writer;
-use super::file::data_extents;
+use super::blocks::{Task, Work, encode_all};
 use super::parent::Parent;
-use super::session::{BlockAt, Session};
-use super::worker::{Block, EncodedBlock, Read, Source, Worker, packs_of};
+use super::session::BlockAt;
+use super::worker::{EncodedBlock, Read, Source};
 use crate::error::{Error, Result};
-use crate::recipe::{BLOCK_CHUNKS, Place};
+use crate::recipe::BLOCK_CHUNKS;
 use crate::snapshot::ImageDraft;
 
 /// An image in work, written from its beginning to its end.
 pub struct ImageWriter<'w> {
     writer: &'w mut Writer,
-    parent: Option<Parent>,
-    image: ImageDraft,
-    packs: BTreeSet<u32>,
+    image: Image,
     /// Blocks that wait until there is one for each thread; the last may be unfinished.
     pending: Vec<Pending>,
     chunk_size: usize,
+}
+
+/// What is known so far of an image in work.
+pub(super) struct Image {
+    /// The parent's image of the same name.
+    pub(super) parent: Option<Parent>,
+    pub(super) draft: ImageDraft,
+    /// Numbers of the packs that it refers to.
+    pub(super) packs: BTreeSet<u32>,
 }
 
 /// A block that is being filled.
@@ -35,18 +37,6 @@ struct Pending {
     bytes: Vec<u8>,
     /// For each chunk that is begun, whether it is kept from the parent.
     kept: Vec<bool>,
-}
-
-/// What there is to do for a block.
-enum Work<'a> {
-    Encode {
-        source: Source<'a>,
-        kept: Option<&'a [bool]>,
-    },
-    Zeros {
-        chunks: u64,
-    },
-    Keep,
 }
 
 /// What became of an image.
@@ -77,15 +67,15 @@ impl ImageStats {
     }
 }
 
-impl<'w> ImageWriter<'w> {
-    pub(super) fn new(writer: &'w mut Writer, name: &str) -> Result<Self> {
+impl Image {
+    pub(super) fn new(writer: &Writer, name: &str) -> Result<Self> {
         let parent = match &writer.parent {
             Some(parent) => Parent::open(&writer.session, parent, name)?,
             None => None,
         };
-        Ok(ImageWriter {
+        Ok(Image {
             parent,
-            image: ImageDraft {
+            draft: ImageDraft {
                 name: name.to_owned(),
                 size: 0,
                 zero_chunks: 0,
@@ -94,6 +84,22 @@ impl<'w> ImageWriter<'w> {
                 blocks: Vec::new(),
             },
             packs: BTreeSet::new(),
+        })
+    }
+
+    /// Appends a block.
+    pub(super) fn add(&mut self, block: EncodedBlock) {
+        self.draft.zero_chunks += block.zero_chunks;
+        self.draft.new_chunks += block.new_chunks;
+        self.packs.extend(block.packs);
+        self.draft.blocks.push(block.stored);
+    }
+}
+
+impl<'w> ImageWriter<'w> {
+    pub(super) fn new(writer: &'w mut Writer, name: &str) -> Result<Self> {
+        Ok(ImageWriter {
+            image: Image::new(writer, name)?,
             pending: Vec::new(),
             chunk_size: writer.session.shared.config.chunk_size as usize,
             writer,
@@ -102,7 +108,10 @@ impl<'w> ImageWriter<'w> {
 
     /// Bytes of the image of this name in the parent; `None` when there is none. What is in there can be kept.
     pub fn parent_size(&self) -> Option<u64> {
-        self.parent.as_ref().map(|parent| parent.reader().size())
+        self.image
+            .parent
+            .as_ref()
+            .map(|parent| parent.reader().size())
     }
 
     fn block_bytes(&self) -> usize {
@@ -111,7 +120,7 @@ impl<'w> ImageWriter<'w> {
 
     /// Bytes until the next block begins; 0 at its beginning.
     fn to_next_block(&self) -> usize {
-        let filled = (self.image.size % self.block_bytes() as u64) as usize;
+        let filled = (self.image.draft.size % self.block_bytes() as u64) as usize;
         if filled == 0 {
             0
         } else {
@@ -138,7 +147,7 @@ impl<'w> ImageWriter<'w> {
                     kept: None,
                 })
                 .collect();
-            self.image.size += batches.len() as u64;
+            self.image.draft.size += batches.len() as u64;
             self.encode(&works)?;
         }
         tail.chunks(self.block_bytes())
@@ -163,14 +172,15 @@ impl<'w> ImageWriter<'w> {
     pub fn keep(&mut self, len: u64) -> Result<()> {
         let parent_size = self.parent_size();
         let refused = |why: &str| Err(Error::Parameter(format!("cannot keep {len} bytes: {why}")));
-        let (Some(parent_size), Some(end)) = (parent_size, self.image.size.checked_add(len)) else {
+        let (Some(parent_size), Some(end)) = (parent_size, self.image.draft.size.checked_add(len))
+        else {
             return refused("there is no such image in a parent");
         };
         if end > parent_size {
             return refused("the parent's image ends before");
         }
         let chunk_size = self.chunk_size as u64;
-        if !self.image.size.is_multiple_of(chunk_size)
+        if !self.image.draft.size.is_multiple_of(chunk_size)
             || !(end.is_multiple_of(chunk_size) || end == parent_size)
         {
             return refused("they are not whole chunks");
@@ -178,8 +188,8 @@ impl<'w> ImageWriter<'w> {
         self.skip(len - len % chunk_size, true)?;
         // A short last chunk may go on with other bytes: take its content, not its place.
         let mut short = vec![0; (len % chunk_size) as usize];
-        if let Some(parent) = &self.parent {
-            parent.reader().read_at(self.image.size, &mut short)?;
+        if let Some(parent) = &self.image.parent {
+            parent.reader().read_at(self.image.draft.size, &mut short)?;
         }
         self.write(&short)
     }
@@ -200,22 +210,13 @@ impl<'w> ImageWriter<'w> {
             let mut left = blocks;
             while left > 0 {
                 let now = left.min(batch.len() as u64);
-                self.image.size += now * self.block_bytes() as u64;
+                self.image.draft.size += now * self.block_bytes() as u64;
                 self.encode(&batch[..now as usize])?;
                 left -= now;
             }
         }
         let tail = (len - head) % self.block_bytes() as u64;
         self.fill_with_zeros(tail as usize, keep)
-    }
-
-    /// Saves a whole file. Must be all there is in the image.
-    pub(super) fn write_file(&mut self, path: &Path) -> Result<()> {
-        let failed = || Error::io(format!("read {}", path.display()));
-        let file = File::open(path).map_err(failed())?;
-        let (size, extents) = data_extents(&file).map_err(failed())?;
-        let read = |at, buf: &mut [u8]| file.read_exact_at(buf, at).map_err(failed());
-        self.encode_read(0..size, &extents, &read)
     }
 
     /// Appends `len` bytes that `read` gives: it is called with an offset from the first of them on and with a buffer
@@ -272,7 +273,7 @@ impl<'w> ImageWriter<'w> {
                 kept: None,
             })
             .collect();
-        self.image.size += part.end - part.start;
+        self.image.draft.size += part.end - part.start;
         self.encode(&works)
     }
 
@@ -283,7 +284,7 @@ impl<'w> ImageWriter<'w> {
     /// As [`ImageWriter::write`].
     pub fn finish(mut self) -> Result<ImageStats> {
         self.encode_pending()?;
-        Ok(self.writer.add_image(self.image, &self.packs))
+        Ok(self.writer.add_image(self.image))
     }
 
     fn threads(&self) -> usize {
@@ -303,7 +304,7 @@ impl<'w> ImageWriter<'w> {
                 .kept
                 .resize(block.bytes.len().div_ceil(self.chunk_size), false);
         }
-        self.image.size += bytes.len() as u64;
+        self.image.draft.size += bytes.len() as u64;
         Ok(())
     }
 
@@ -326,7 +327,7 @@ impl<'w> ImageWriter<'w> {
                 .kept
                 .resize(block.bytes.len().div_ceil(self.chunk_size), keep);
         }
-        self.image.size += len as u64;
+        self.image.draft.size += len as u64;
         Ok(())
     }
 
@@ -355,190 +356,23 @@ impl<'w> ImageWriter<'w> {
 
     /// Encodes the next blocks, on all threads.
     fn encode(&mut self, works: &[Work<'_>]) -> Result<()> {
-        let first_block = self.image.blocks.len();
-        let (writer, parent) = (&*self.writer, self.parent.as_ref());
-        let next = AtomicUsize::new(0);
-        let failed = AtomicBool::new(false);
-        let done: Mutex<Vec<(usize, EncodedBlock)>> = Mutex::new(Vec::with_capacity(works.len()));
-        let work_on = || -> Result<()> {
-            let mut worker = writer.take_worker()?;
-            let mut mine = Vec::new();
-            while let Some((at, work)) = {
-                let at = next.fetch_add(1, Ordering::Relaxed);
-                works
-                    .get(at)
-                    .filter(|_| !failed.load(Ordering::Relaxed))
-                    .map(|work| (at, work))
-            } {
-                let at_block = BlockAt {
-                    image: writer.images.len() as u32,
-                    block: (first_block + at) as u64,
-                };
-                let encoded = encode_one(&mut worker, &writer.session, parent, at_block, work);
-                mine.push((
-                    at,
-                    encoded.inspect_err(|_| failed.store(true, Ordering::Relaxed))?,
-                ));
-            }
-            writer.return_worker(worker);
-            done.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .append(&mut mine);
-            Ok(())
-        };
-        let threads = self.writer.session.shared.threads.min(works.len());
-        if let Err(error) = crate::threads::on(threads, work_on) {
-            self.writer.failed = true;
-            return Err(error);
-        }
-        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-        done.sort_unstable_by_key(|(at, _)| *at);
-        for (_, block) in done {
-            self.image.zero_chunks += block.zero_chunks;
-            self.image.new_chunks += block.new_chunks;
-            self.packs.extend(block.packs);
-            self.image.blocks.push(block.stored);
+        let first_block = self.image.draft.blocks.len();
+        let (image, parent) = (self.writer.images.len(), self.image.parent.as_ref());
+        let tasks: Vec<Task<'_>> = (first_block..)
+            .zip(works)
+            .map(|(block, work)| Task {
+                at: BlockAt {
+                    image: image as u32,
+                    block: block as u64,
+                },
+                parent,
+                work,
+            })
+            .collect();
+        let encoded = encode_all(self.writer, &tasks);
+        for block in encoded.inspect_err(|_| self.writer.failed = true)? {
+            self.image.add(block);
         }
         Ok(())
     }
-}
-
-fn encode_one(
-    worker: &mut Worker,
-    session: &Session,
-    parent: Option<&Parent>,
-    at_block: BlockAt,
-    work: &Work<'_>,
-) -> Result<EncodedBlock> {
-    let block = at_block.block as usize;
-    let parent = parent.filter(|parent| parent.block_chunks(block) > 0);
-    match *work {
-        Work::Zeros { chunks } => Ok(EncodedBlock {
-            stored: Vec::new(),
-            packs: Vec::new(),
-            zero_chunks: chunks,
-            new_chunks: 0,
-        }),
-        Work::Encode { source, kept } => {
-            let kept = kept.filter(|kept| kept.contains(&true));
-            encode_source(worker, session, parent, at_block, source, kept)
-        }
-        Work::Keep => {
-            let kept = [true; BLOCK_CHUNKS];
-            let Some(parent) = parent else {
-                unreachable!("`keep` has checked that there is one")
-            };
-            let (form, places) = parent.block(session, block, &mut worker.coder)?;
-            let all: Option<Vec<Place>> = places.iter().copied().collect();
-            match all.filter(|_| parent.has_same_numbers()) {
-                Some(places) => {
-                    check_there(session, &places)?;
-                    Ok(EncodedBlock {
-                        packs: packs_of(&places, session.shared.config.pack_slots()),
-                        zero_chunks: places.iter().filter(|place| place.is_zero()).count() as u64,
-                        new_chunks: 0,
-                        stored: session.seal_block(at_block, form)?,
-                    })
-                }
-                None => {
-                    let zeros = vec![0; BLOCK_CHUNKS * session.shared.config.chunk_size as usize];
-                    let source = Source::Bytes(&zeros);
-                    encode_source(worker, session, Some(parent), at_block, source, Some(&kept))
-                }
-            }
-        }
-    }
-}
-
-/// Encodes a block of which some chunks may be kept.
-fn encode_source(
-    worker: &mut Worker,
-    session: &Session,
-    parent: Option<&Parent>,
-    at: BlockAt,
-    source: Source<'_>,
-    kept: Option<&[bool]>,
-) -> Result<EncodedBlock> {
-    let Some(parent) = parent else {
-        let (kept, parent) = (None, None);
-        return worker.encode(
-            session,
-            &Block {
-                at,
-                source,
-                kept,
-                parent,
-            },
-        );
-    };
-    let (_, places) = match parent.block(session, at.block as usize, &mut worker.coder) {
-        // What cannot be read was to be a guess alone.
-        Err(_) if kept.is_none() => {
-            return encode_source(worker, session, None, at, source, None);
-        }
-        other => other?,
-    };
-    let guesses: Vec<Place> = places
-        .iter()
-        .map(|place| place.unwrap_or(Place::ZERO))
-        .collect();
-    let guesses = Some(guesses.as_slice());
-    let (Some(kept), Source::Bytes(bytes)) = (kept, source) else {
-        let (kept, parent) = (None, guesses);
-        return worker.encode(
-            session,
-            &Block {
-                at,
-                source,
-                kept,
-                parent,
-            },
-        );
-    };
-    let is_kept = |at: usize| kept.get(at) == Some(&true);
-    let kept_places: Vec<Place> = (places.iter().enumerate())
-        .filter(|(at, _)| is_kept(*at))
-        .filter_map(|(_, place)| *place)
-        .collect();
-    check_there(session, &kept_places)?;
-    // Chunks that a collection is about to take are still there to be read: store them again.
-    let mut kept = kept.to_vec();
-    let mut bytes = std::borrow::Cow::Borrowed(bytes);
-    let chunk_size = session.shared.config.chunk_size as usize;
-    for number in (0..kept.len())
-        .filter(|&number| kept[number] && places[number].is_none())
-        .collect::<Vec<_>>()
-    {
-        let end = ((number + 1) * chunk_size).min(bytes.len());
-        let chunk = &mut bytes.to_mut()[number * chunk_size..end];
-        let offset = (at.block as usize * BLOCK_CHUNKS + number) as u64 * chunk_size as u64;
-        parent.reader().read_at(offset, chunk)?;
-        kept[number] = false;
-    }
-    let block = Block {
-        at,
-        source: Source::Bytes(&bytes),
-        kept: Some(&kept),
-        parent: guesses,
-    };
-    worker.encode(session, &block)
-}
-
-/// Checks that chunks which are to be referred to unseen are there.
-fn check_there(session: &Session, places: &[Place]) -> Result<()> {
-    let pack_slots = session.shared.config.pack_slots();
-    let mut looked_at = None;
-    for (pack, slot) in places.iter().filter_map(|place| place.get(pack_slots)) {
-        let ids = match &looked_at {
-            Some((number, ids)) if *number == pack => ids,
-            _ => &looked_at.insert((pack, session.ids(pack))).1,
-        };
-        if ids.as_ref().and_then(|ids| ids.get(slot)).is_none() {
-            return Err(Error::Damaged {
-                file: "the parent".into(),
-                what: "a chunk that is to be kept is not there; save without a parent instead",
-            });
-        }
-    }
-    Ok(())
 }

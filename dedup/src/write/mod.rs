@@ -1,6 +1,8 @@
 //! Saving.
 
+mod blocks;
 mod file;
+mod files;
 mod image;
 mod known;
 mod parent;
@@ -8,13 +10,13 @@ mod publisher;
 mod session;
 mod worker;
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use image::{ImageStats, ImageWriter};
 
+use image::Image;
 use session::Session;
 use worker::Worker;
 
@@ -92,22 +94,23 @@ impl Writer {
     /// The name is impossible, or the snapshot has an image of this name; the parent's image cannot be read.
     pub fn image(&mut self, name: &str) -> Result<ImageWriter<'_>> {
         self.check_whole()?;
-        check_name(name)?;
-        if self.images.iter().any(|image| image.name == name) {
-            return Err(Error::NameTaken(name.to_owned()));
-        }
+        self.check_image_name(name)?;
         ImageWriter::new(self, name)
     }
 
-    /// Saves a whole file, or a block device, as an image. Holes are not read.
+    /// Saves whole files, or block devices, as an image each. Holes are not read. All threads work on all of the
+    /// files: none waits for the others where one ends.
     ///
     /// # Errors
     ///
-    /// As [`Writer::image`]; the file cannot be read. The snapshot in work is then useless.
-    pub fn image_from_file(&mut self, name: &str, path: &Path) -> Result<ImageStats> {
-        let mut image = self.image(name)?;
-        image.write_file(path)?;
-        image.finish()
+    /// As [`Writer::image`]; a file cannot be read. The snapshot in work is then useless.
+    pub fn images_from_files(&mut self, files: &[(&str, &Path)]) -> Result<Vec<ImageStats>> {
+        self.check_whole()?;
+        let mut stats = Vec::with_capacity(files.len());
+        for some in files.chunks(files::MAX_OPEN) {
+            stats.extend(files::save(self, some)?);
+        }
+        Ok(stats)
     }
 
     /// Sets the opaque bytes that the snapshot carries besides its images.
@@ -207,11 +210,20 @@ impl Writer {
             .push(worker);
     }
 
-    /// Adds a complete recipe.
-    fn add_image(&mut self, mut image: ImageDraft, packs: &BTreeSet<u32>) -> ImageStats {
-        image.packs = self.session.table(packs);
-        let stats = ImageStats::of(&image, self.session.shared.config.chunk_size);
-        self.images.push(image);
+    fn check_image_name(&self, name: &str) -> Result<()> {
+        check_name(name)?;
+        if self.images.iter().any(|image| image.name == name) {
+            return Err(Error::ImageTaken(name.to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Adds an image that is complete.
+    fn add_image(&mut self, image: Image) -> ImageStats {
+        let mut draft = image.draft;
+        draft.packs = self.session.table(&image.packs);
+        let stats = ImageStats::of(&draft, self.session.shared.config.chunk_size);
+        self.images.push(draft);
         stats
     }
 }
