@@ -1,5 +1,7 @@
 //! `fermata receive`.
 
+mod callers;
+
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
@@ -17,6 +19,8 @@ use control::StoreLocation;
 use dedup::Key;
 use snapshot::{Caller, Keep, Place, Received};
 
+use callers::Callers;
+
 use crate::{
     machine, output,
     peer_key::{PeerKeyArgs, read_or_make},
@@ -25,8 +29,6 @@ use crate::{
 
 /// More are not received at once.
 const MAX_SENDERS: usize = 64;
-/// More are not greeted at once: each has ten seconds.
-const MAX_CALLERS: usize = 256;
 /// After the host had no descriptor or no memory for a sender, the next is waited for so long.
 const SHORTAGE: Duration = Duration::from_millis(200);
 
@@ -57,9 +59,8 @@ struct Host {
     place: Kept,
     memory_bytes: u64,
     disk_bytes: u64,
-    /// Who has connected and has not shown yet that it has the key.
-    callers: Arc<AtomicUsize>,
-    /// Who has.
+    callers: Arc<Callers>,
+    /// Who has shown that it has the key.
     senders: Arc<AtomicUsize>,
 }
 
@@ -112,9 +113,9 @@ pub(crate) fn receive(args: &Args) -> anyhow::Result<ExitCode> {
 impl Host {
     /// Greets who has connected, and receives from it, in a thread of its own.
     fn serve(self: &Arc<Self>, caller: TcpStream, from: SocketAddr) {
-        let Some(place) = Taken::new(&self.callers, MAX_CALLERS) else {
-            eprintln!("fermata: {from} was not heard: {MAX_CALLERS} others are being greeted");
-            return;
+        let place = match self.callers.greet(&caller) {
+            Ok(place) => place,
+            Err(error) => return eprintln!("fermata: {from} was not heard: {error}"),
         };
         let host = Arc::clone(self);
         let receiving = move || {
@@ -133,7 +134,7 @@ impl Host {
     }
 
     /// `greeting` is the caller's place among those that have not shown yet that they have the key.
-    fn receive(&self, caller: TcpStream, greeting: Taken) -> anyhow::Result<Received> {
+    fn receive(&self, caller: TcpStream, greeting: callers::Place) -> anyhow::Result<Received> {
         let caller = Caller::greet(caller, &self.key)?;
         drop(greeting);
         let Some(_place) = Taken::new(&self.senders, MAX_SENDERS) else {
