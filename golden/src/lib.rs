@@ -11,6 +11,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::expect_used, clippy::unwrap_used)] // a test that cannot go on should stop
 
+mod tree;
+
 use std::{
     fmt::{Debug, Write as _},
     fs::{self, File},
@@ -19,6 +21,7 @@ use std::{
 };
 
 use saved_state::{SavedState, Section};
+pub use tree::tree;
 
 /// The environment variable that has files written that are missing.
 pub const WRITE: &str = "FERMATA_WRITE_GOLDEN";
@@ -77,10 +80,14 @@ pub fn section<T: SavedState>(instance: u32, state: &T, version: u16) -> Section
 /// When they are not, when there are none, and when there is no such file and none is to be written.
 pub fn check(name: &str, version: u32, examples: &[impl AsRef<[u8]>]) {
     assert!(!examples.is_empty(), "{name} version {version}: no example");
-    let writes = std::env::var_os(WRITE).is_some_and(|value| value == "1");
     let text = to_text(name, version, examples);
-    let kept = kept(&path(name, version), &text, writes);
+    let kept = kept(&path(name, version), &text, writes());
     compare(name, version, &kept, examples);
+}
+
+/// Whether files are written that are missing.
+fn writes() -> bool {
+    std::env::var_os(WRITE).is_some_and(|value| value == "1")
 }
 
 /// What a file has; if it is missing and `writes` is set, it is made of `text`. One that is there stays as it is, for what

@@ -14,7 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "benches",
         &["branch-disk", "control", "dedup", "system-tests", "testbed"],
     ),
-    ("branch-disk", &[]),
+    ("branch-disk", &["golden"]),
     (
         "cli",
         &[
@@ -29,7 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("control", &[]),
-    ("dedup", &[]),
+    ("dedup", &["golden"]),
     (
         "devices",
         &["branch-disk", "golden", "memory", "saved-state"],

@@ -13,6 +13,9 @@ use std::{
 
 /// Those of formats that are no section's.
 const OTHERS: &[&str] = &[
+    "branch-disk/golden/disk-1.hex",
+    "dedup/golden/encrypted-store-2.hex",
+    "dedup/golden/store-2.hex",
     "snapshot/golden/memory-file-1.hex",
     "snapshot/golden/reference-1.hex",
     "snapshot/golden/state-file-1.hex",
