@@ -248,17 +248,28 @@ fn of_files_that_cannot_be_saved_together_nothing_is_there() {
     let dir = tempfile::tempdir().unwrap();
     let files = many_files(dir.path());
     let store = create(Memory::new());
-    let (path, absent) = (files[0].1.as_path(), dir.path().join("absent"));
+    let absent = dir.path().join("absent");
+    let path = files[0].1.as_path();
     let mut writer = store.writer("bad", None).unwrap();
     writer.images_from_files(&[("one", path)]).unwrap();
     let refused = writer.images_from_files(&[("two", path), ("two", path)]);
     assert!(matches!(refused, Err(Error::ImageTaken(name)) if name == "two"));
     let refused = writer.images_from_files(&[("one", path)]);
     assert!(matches!(refused, Err(Error::ImageTaken(name)) if name == "one"));
-    let refused = writer.images_from_files(&[("two", path), ("three", &absent)]);
-    assert!(matches!(refused, Err(Error::Io { .. })));
-    drop(writer);
-    assert!(store.list().unwrap().snapshots.is_empty());
+    // A name that is refused leaves what there is as it was.
+    writer.commit().unwrap();
+    for bad in [absent.as_path(), dir.path()] {
+        let mut writer = store.writer("worse", None).unwrap();
+        let mut named: Vec<_> = files.iter().map(|(n, path)| (&**n, &**path)).collect();
+        named.push(("bad", bad));
+        let refused = writer.images_from_files(&named);
+        assert!(matches!(
+            refused,
+            Err(Error::Io { .. } | Error::Parameter(_))
+        ));
+        assert!(writer.commit().is_err(), "of a part there is no snapshot");
+    }
+    assert_eq!(store.list().unwrap().snapshots.len(), 1);
 }
 
 #[test]

@@ -328,8 +328,7 @@ impl Builder<'_> {
 
     /// Puts the console on the next transport; returns what takes its input.
     fn console(&mut self, output: Output) -> Result<Arc<dyn InputPort>, Error> {
-        let room = output.room().map_err(devices::Error::EventFd)?;
-        let console = Console::new(Box::new(output), room).map_err(devices::Error::EventFd)?;
+        let console = Console::new(Box::new(output)).map_err(devices::Error::EventFd)?;
         let input = console.input();
         self.virtio(Box::new(console))?;
         Ok(input)

@@ -32,6 +32,7 @@ mod save;
 mod service;
 mod state;
 mod stored_disks;
+pub mod terminal;
 mod urgent;
 mod vcpu;
 mod vcpus;

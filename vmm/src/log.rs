@@ -7,7 +7,6 @@ use std::{
     cell::RefCell,
     collections::BTreeMap,
     fmt::{self, Write as _},
-    io::Write as _,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -72,8 +71,7 @@ pub(crate) struct StandardError;
 
 impl Lines for StandardError {
     fn line(&self, line: &str) {
-        // There is nobody left to tell if this fails.
-        let _ = std::io::stderr().write_all(line.as_bytes());
+        vmm::terminal::say(line);
     }
 }
 

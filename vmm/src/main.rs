@@ -41,5 +41,6 @@ fn main() -> ExitCode {
             let _ = io::stdout().write_all(&line);
         }
     });
+    vmm::terminal::finish();
     ExitCode::from(exit.code())
 }

@@ -33,6 +33,7 @@ use crate::{
     place,
     service::Service,
     state::DiskState,
+    terminal,
 };
 
 /// Does `errand` with the descriptor that came with it, and those that follow it on `errands`: makes a machine, lets it run, and
@@ -438,6 +439,7 @@ fn listeners(events: &Sender<Event>, flags: &Flags, answer: &Arc<Answer>) -> Lis
             // The thread that starts the machine may wait for this page, and nothing else can end that.
             if answer.end(&Launched::Failed(Error::from(lost.clone()).into())) {
                 tracing::error!("the machine cannot be started: {lost}");
+                terminal::finish();
                 std::process::exit(Exit::Failed.code().into());
             }
             // The controller has ended.

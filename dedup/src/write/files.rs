@@ -1,9 +1,8 @@
 //! Whole files as images.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
 use super::Writer;
@@ -32,6 +31,14 @@ impl<'a> Input<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         let failed = || Error::io(format!("read {}", path.display()));
         let file = File::open(path).map_err(failed())?;
+        // Of directories and devices that are no disks, some have no end.
+        let kind = file.metadata().map_err(failed())?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::Parameter(format!(
+                "{} is neither a file nor a block device",
+                path.display()
+            )));
+        }
         let (size, extents) = data_extents(&file).map_err(failed())?;
         Ok(Input {
             path,
@@ -51,16 +58,11 @@ impl<'a> Input<'a> {
 pub(super) fn save(writer: &mut Writer, files: &[(&str, &Path)]) -> Result<Vec<ImageStats>> {
     let mut images = Vec::with_capacity(files.len());
     let mut inputs = Vec::with_capacity(files.len());
-    let mut names = HashSet::new();
     for &(name, path) in files {
-        writer.check_image_name(name)?;
-        if !names.insert(name) {
-            return Err(Error::ImageTaken(name.to_owned()));
-        }
         images.push(Image::new(writer, name)?);
         inputs.push(Input::open(path)?);
     }
-    let blocks = encode(writer, &images, &inputs).inspect_err(|_| writer.failed = true)?;
+    let blocks = encode(writer, &images, &inputs)?;
     for (image, block) in blocks {
         images[image].add(block);
     }

@@ -10,6 +10,7 @@ mod publisher;
 mod session;
 mod worker;
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -103,12 +104,21 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// As [`Writer::image`]; a file cannot be read. The snapshot in work is then useless.
+    /// As [`Writer::image`], before anything is done; a file cannot be read, or is neither a file nor a block device. The
+    /// snapshot in work is then useless.
     pub fn images_from_files(&mut self, files: &[(&str, &Path)]) -> Result<Vec<ImageStats>> {
         self.check_whole()?;
+        let mut names = HashSet::new();
+        for (name, _) in files {
+            self.check_image_name(name)?;
+            if !names.insert(name) {
+                return Err(Error::ImageTaken((*name).to_owned()));
+            }
+        }
         let mut stats = Vec::with_capacity(files.len());
         for some in files.chunks(files::MAX_OPEN) {
-            stats.extend(files::save(self, some)?);
+            let saved = files::save(self, some);
+            stats.extend(saved.inspect_err(|_| self.failed = true)?);
         }
         Ok(stats)
     }

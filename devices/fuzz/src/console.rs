@@ -68,7 +68,7 @@ impl Subject for Terminal {
 
     fn device(&mut self) -> Box<dyn VirtioDevice> {
         let sink = Box::new(self.output.clone());
-        let console = Console::new(sink, None).expect("there are descriptors");
+        let console = Console::new(sink).expect("there are descriptors");
         self.input = Some(console.input());
         Box::new(console)
     }

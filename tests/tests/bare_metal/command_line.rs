@@ -358,21 +358,21 @@ fn printed(desk: &Desk) -> u64 {
         let client = Client::connect(record.port, &record.secret).await.unwrap();
         client.metrics().await.unwrap()
     });
-    let serial = |metric: &&Metric| metric.name.ends_with("_output_bytes_total");
+    let taken = |metric: &&Metric| metric.name == "fermata_device_output_bytes_total";
     metrics
         .iter()
-        .filter(serial)
+        .filter(taken)
         .map(|metric| metric.value)
         .sum()
 }
 
-#[test]
-fn nothing_waits_for_a_terminal_that_is_stopped_and_it_gets_all_when_it_goes_on() {
-    let Some(desk) = Desk::new(&bare_metal::babbler()) else {
-        return;
-    };
-    let (mut user, programs) = terminal();
-    let mut command = desk
+/// Far more than what is between a machine and a terminal that nobody reads holds.
+const PRINTED: usize = 200_000;
+
+/// A machine at a terminal that nobody reads, once its guest has printed so much.
+fn unread(desk: &Desk) -> (File, Child, String) {
+    let (user, programs) = terminal();
+    let command = desk
         .command(&["run", "kernel", "--vcpus", "1", "--memory", "64"])
         .stdin(programs.try_clone().unwrap())
         .stdout(programs.try_clone().unwrap())
@@ -380,12 +380,17 @@ fn nothing_waits_for_a_terminal_that_is_stopped_and_it_gets_all_when_it_goes_on(
         .spawn()
         .unwrap();
     let pid = desk.only_machine()["pid"].to_string();
-    // Nobody reads: far more than what is between the machine and its user holds.
-    const PRINTED: usize = 500_000;
-    wait::until("the guest to print", || {
-        (printed(&desk) > PRINTED as u64).then_some(())
-    })
-    .unwrap();
+    let enough = || (printed(desk) > PRINTED as u64).then_some(());
+    wait::until("the guest to print", enough).unwrap();
+    (user, command, pid)
+}
+
+#[test]
+fn nothing_waits_for_a_terminal_that_is_not_read_and_it_gets_all_once_it_is() {
+    let Some(desk) = Desk::new(&bare_metal::babbler()) else {
+        return;
+    };
+    let (mut user, mut command, pid) = unread(&desk);
     desk.run(&["snapshot", &pid, "state", "memory"]);
 
     let mut seen = BufReader::new(user.try_clone().unwrap());
@@ -402,6 +407,20 @@ fn nothing_waits_for_a_terminal_that_is_stopped_and_it_gets_all_when_it_goes_on(
     user.write_all(b"\x01x").unwrap();
     thread::spawn(move || std::io::copy(&mut seen, &mut std::io::sink()));
     wait::until("the command to end", || command.try_wait().unwrap()).unwrap();
+}
+
+#[test]
+fn a_machine_whose_terminal_is_not_read_stops_by_itself() {
+    let Some(desk) = Desk::new(&bare_metal::babbler()) else {
+        return;
+    };
+    let (user, mut command, pid) = unread(&desk);
+    let said = desk.run(&["stop", &pid]);
+    assert!(said.contains("has stopped"), "{said}");
+    // The command waits until somebody reads.
+    command.kill().unwrap();
+    command.wait().unwrap();
+    drop(user);
 }
 
 #[test]

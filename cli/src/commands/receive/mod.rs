@@ -3,6 +3,7 @@
 mod callers;
 
 use std::{
+    io,
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     process::ExitCode,
@@ -98,16 +99,17 @@ pub(crate) fn receive(args: &Args) -> anyhow::Result<ExitCode> {
     let listener = listener.with_context(|| format!("cannot listen on {}", args.listen))?;
     let address = listener.local_addr()?;
     output::print(&format!("fermata receives on {address} into {where_to}\n"))?;
-    for sender in listener.incoming() {
-        match sender.and_then(|sender| Ok((sender.peer_addr()?, sender))) {
-            Ok((from, sender)) => host.serve(sender, from),
+    loop {
+        match listener.accept() {
+            Ok((sender, from)) => host.serve(sender, from),
+            // Who hangs up before it is heard holds nobody up.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 eprintln!("fermata: a sender could not be heard: {error}");
                 thread::sleep(SHORTAGE);
             }
         }
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 impl Host {

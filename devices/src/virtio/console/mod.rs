@@ -11,11 +11,7 @@ mod state;
 mod tests;
 mod typed;
 
-use std::{
-    io,
-    os::fd::{AsFd, OwnedFd},
-    sync::Arc,
-};
+use std::{io, sync::Arc};
 
 use memory::GuestMemory;
 use saved_state::{Kind, SavedState, Section};
@@ -53,8 +49,6 @@ const WRITE_BYTES: usize = 64 << 10;
 /// A console.
 pub struct Console {
     sink: Sink,
-    /// Of a sink that may say `WouldBlock`.
-    room: Option<OwnedFd>,
     typed: Arc<Typed>,
     /// Bytes that are written of the chain that is next in the transmit queue.
     written: u64,
@@ -64,16 +58,14 @@ pub struct Console {
 
 impl Console {
     /// A console whose output goes to `sink`. One that fails loses the guest's bytes and never stops the guest; it must not
-    /// block for long, for all that the event loop serves waits meanwhile. One that has no room says `WouldBlock`, and adds to the
-    /// eventfd `room` once it has some: until then what the guest prints waits in its memory. Without `room`, it is lost.
+    /// block for long, for all that the event loop serves waits meanwhile.
     ///
     /// # Errors
     ///
     /// When the host has no descriptors left.
-    pub fn new(sink: Sink, room: Option<OwnedFd>) -> io::Result<Self> {
+    pub fn new(sink: Sink) -> io::Result<Self> {
         Ok(Self {
             sink,
-            room,
             typed: Arc::new(Typed::new()?),
             written: 0,
             buffer: vec![0; WRITE_BYTES].into(),
@@ -103,28 +95,22 @@ impl Console {
         Ok(Outcome::Used(given))
     }
 
-    /// Writes the next piece of a chain; it stays available if that is not its last, or not all of it can be written now.
+    /// Writes the next piece of a chain; it stays available if that is not its last.
     fn take(
         &mut self,
         chain: DescriptorChain<&GuestMemory>,
         memory: &GuestMemory,
-    ) -> Result<Taken, DriverError> {
+    ) -> Result<Outcome, DriverError> {
         let mut text = Buffers::of(chain, memory, QUEUE_ENTRIES.into())?.readable;
         let rest = text.split_off(self.written);
         let len = rest.copy_to(&mut self.buffer);
-        let bytes = &self.buffer[..len];
-        let unwritten = write(&mut self.sink, bytes, &self.metrics);
-        if unwritten > 0 && self.room.is_some() {
-            self.written += (len - unwritten) as u64;
-            return Ok(Taken::Blocked);
-        }
-        self.metrics.lost_output_bytes.add(unwritten as u64);
+        write(&mut self.sink, &self.buffer[..len], &self.metrics);
         if (len as u64) < rest.len() {
             self.written += len as u64;
-            return Ok(Taken::Piece);
+            return Ok(Outcome::Later);
         }
         self.written = 0;
-        Ok(Taken::All)
+        Ok(Outcome::Used(0))
     }
 
     fn take_round(
@@ -135,31 +121,17 @@ impl Console {
         // Not asked of `written`: a driver may take back what it has made available, and a round without it has nothing to do.
         let mut unfinished = false;
         let mut progress = serve_until_later(queue, memory, |chain| {
-            let taken = self.take(chain, memory)?;
-            unfinished = matches!(taken, Taken::Piece);
-            Ok(match taken {
-                Taken::All => Outcome::Used(0),
-                Taken::Piece | Taken::Blocked => Outcome::Later,
-            })
+            let outcome = self.take(chain, memory)?;
+            unfinished = matches!(outcome, Outcome::Later);
+            Ok(outcome)
         })?;
         progress.more |= unfinished;
         Ok(progress)
     }
 }
 
-/// What has become of a chain that is printed.
-enum Taken {
-    /// It is done with.
-    All,
-    /// There is more of it, for the next round.
-    Piece,
-    /// The sink has no room, and tells when it has.
-    Blocked,
-}
-
-/// Writes `bytes`, as far as `sink` takes them. Returns how many it has not taken and may yet take: those that it fails with
-/// are lost, and counted.
-fn write(sink: &mut Sink, mut bytes: &[u8], metrics: &ConsoleMetrics) -> usize {
+/// Writes `bytes`, as far as `sink` takes them.
+fn write(sink: &mut Sink, mut bytes: &[u8], metrics: &ConsoleMetrics) {
     while !bytes.is_empty() {
         match sink.write(bytes) {
             Ok(0) => break,
@@ -168,7 +140,6 @@ fn write(sink: &mut Sink, mut bytes: &[u8], metrics: &ConsoleMetrics) -> usize {
                 bytes = &bytes[taken..];
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return bytes.len(),
             Err(error) => {
                 tracing::debug!(%error, "the console takes no output");
                 break;
@@ -178,7 +149,6 @@ fn write(sink: &mut Sink, mut bytes: &[u8], metrics: &ConsoleMetrics) -> usize {
     metrics.lost_output_bytes.add(bytes.len() as u64);
     // What it has not taken is counted.
     let _ = sink.flush();
-    0
 }
 
 impl VirtioDevice for Console {
@@ -207,21 +177,16 @@ impl VirtioDevice for Console {
         if offset == EMERGENCY
             && let Some(byte) = data.first()
         {
-            let lost = write(&mut self.sink, &[*byte], &self.metrics);
-            self.metrics.lost_output_bytes.add(lost as u64);
+            write(&mut self.sink, &[*byte], &self.metrics);
         }
     }
 
     fn sources(&self) -> Vec<EventSource<'_>> {
-        let source = |descriptor, queue| EventSource {
-            descriptor,
-            readable: Some(queue),
+        vec![EventSource {
+            descriptor: self.typed.arrived(),
+            readable: Some(RECEIVE),
             writable: None,
-        };
-        let typed = source(self.typed.arrived(), RECEIVE);
-        let room = self.room.as_ref();
-        let room = room.map(|room| source(room.as_fd(), TRANSMIT));
-        std::iter::once(typed).chain(room).collect()
+        }]
     }
 
     fn holds_requests(&self, index: usize) -> bool {
@@ -264,7 +229,6 @@ impl VirtioDevice for Console {
     ) -> Result<Section, saved_state::Error> {
         let Self {
             sink: _,
-            room: _,
             typed,
             written,
             buffer: _,

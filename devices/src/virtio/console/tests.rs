@@ -62,7 +62,7 @@ fn console(
     sink: impl Write + Send + 'static,
     memory: &GuestMemory,
 ) -> (MmioTransport, Arc<dyn InputPort>) {
-    let console = Console::new(Box::new(sink), None).unwrap();
+    let console = Console::new(Box::new(sink)).unwrap();
     let input = console.input();
     (driver::transport(console, memory).0, input)
 }
@@ -203,66 +203,6 @@ fn a_broken_sink_loses_bytes_and_nothing_else() {
     }
     assert_eq!(metric(&device, "output_bytes"), 25);
     assert_eq!(metric(&device, "lost_output_bytes"), 175);
-}
-
-/// Has room for so many bytes, and then for none.
-struct Full(Arc<Mutex<(usize, Written)>>);
-
-impl Write for Full {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let (room, written) = &mut *lock(&self.0);
-        let taken = bytes.len().min(*room);
-        if taken == 0 {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        *room -= taken;
-        written.write(&bytes[..taken])
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[test]
-fn what_a_sink_has_no_room_for_waits_until_it_has() {
-    let memory = driver::memory();
-    let sink = Arc::new(Mutex::new((10, Written::default())));
-    let room = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
-    let console = Console::new(
-        Box::new(Full(Arc::clone(&sink))),
-        Some(room.try_clone().unwrap()),
-    );
-    let device = driver::transport(console.unwrap(), &memory).0;
-    let device = Arc::new(Mutex::new(device));
-    let (event_loop, quiesced) = EventLoop::spawn(&[Arc::clone(&device)], None).unwrap();
-    drop(quiesced);
-    let [mut receive, mut transmit] = drivers(&mut lock(&device), &memory);
-    transmit.offer(&[Part::Out(b"no room for all of it")]);
-    transmit.notify(&mut lock(&device));
-    let start = std::time::Instant::now();
-    let wait_for = |done: &dyn Fn() -> bool| {
-        while !done() {
-            assert!(start.elapsed() < PATIENCE);
-            std::thread::yield_now();
-        }
-    };
-    wait_for(&|| lock(&sink).0 == 0);
-    // Neither does the loop wait, nor a save, and a byte without a driver does not either.
-    drop(event_loop.quiesce(PATIENCE).unwrap());
-    set(&mut lock(&device), VIRTIO_MMIO_CONFIG + 8, u32::from(b'?'));
-    assert_eq!(metric(&lock(&device), "lost_output_bytes"), 1);
-    let section = lock(&device).save(0).unwrap();
-    let saved: SavedConsole = section.decode().unwrap();
-    assert_eq!((saved.written_bytes, transmit.used()), (10, 0));
-    receive.offer(&[Part::In(1)]);
-
-    lock(&sink).0 = 100;
-    rustix::io::write(&room, &1u64.to_ne_bytes()).unwrap();
-    wait_for(&|| transmit.used() == 1);
-    assert_eq!(lock(&sink).1.all(), b"no room for all of it");
-    assert_eq!(metric(&lock(&device), "output_bytes"), 21);
-    event_loop.stop(PATIENCE).unwrap();
 }
 
 #[test]

@@ -1,11 +1,9 @@
 //! A machine's console: where it goes, and by which device.
 
-mod terminal;
-
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -13,7 +11,8 @@ use std::{
 use control::{Console, ConsoleDevice};
 use devices::virtio::console::SavedConsole;
 use saved_state::{Container, SavedState};
-use terminal::Terminal;
+
+use crate::terminal;
 
 /// A console file is put aside when it has this many bytes; one that was put aside is kept. A guest
 /// can so fill no more than twice as much of the host's disk.
@@ -29,34 +28,22 @@ pub(crate) struct Ends {
 
 /// Where what the guest writes goes, of each device that it writes to.
 #[derive(Clone)]
-pub(crate) struct Output {
-    to: Arc<Mutex<dyn Write + Send>>,
-    room: Option<Arc<OwnedFd>>,
-}
+pub(crate) struct Output(Arc<Mutex<dyn Write + Send>>);
 
 impl Output {
     fn new(to: impl Write + Send + 'static) -> Self {
-        Self {
-            to: Arc::new(Mutex::new(to)),
-            room: None,
-        }
-    }
-
-    /// An eventfd that is added to when there is room again, of an output that may say `WouldBlock`.
-    pub(crate) fn room(&self) -> io::Result<Option<OwnedFd>> {
-        let room = self.room.as_ref();
-        room.map(|room| room.try_clone()).transpose()
+        Self(Arc::new(Mutex::new(to)))
     }
 }
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         to.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         to.flush()
     }
 }
@@ -69,14 +56,10 @@ pub(crate) fn open(console: &Console) -> io::Result<Ends> {
             input: None,
         }),
         Console::Terminal => {
-            let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
-            let terminal = Terminal::start(file.try_clone()?)?;
+            let input = File::from(io::stderr().as_fd().try_clone_to_owned()?);
             Ok(Ends {
-                output: Output {
-                    room: Some(Arc::new(terminal.room()?)),
-                    ..Output::new(terminal)
-                },
-                input: Some(file),
+                output: Output::new(terminal::open(input.try_clone()?)?),
+                input: Some(input),
             })
         }
     }
