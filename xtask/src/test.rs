@@ -47,7 +47,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     println!("\nLevel 3: Linux guests");
     let programs = build::system_test(LEVEL_3)?;
     let program = programs.path(LEVEL_3)?;
-    let tests = tests_of(&ground, program)?;
+    let tests = tests_of(program)?;
     let (elsewhere, here): (Vec<String>, Vec<String>) =
         tests.into_iter().partition(|name| name.contains(ELSEWHERE));
     tally += level_3(&ground, program, &here)?;
@@ -114,22 +114,10 @@ fn counted(ground: &Ground, arguments: &[&str]) -> Result<Tally> {
     Ok(tally)
 }
 
-/// The names of a program's tests that can run where the guests do.
-fn tests_of(ground: &Ground, program: &Path) -> Result<Vec<String>> {
-    let all = listed(program, None)?;
-    // What an emulated machine cannot run is ignored there, and says why.
-    let ignored = match ground.is_emulated() {
-        true => listed(program, Some("--ignored"))?,
-        false => Vec::new(),
-    };
-    let runs = all.into_iter().filter(|name| !ignored.contains(name));
-    Ok(runs.collect())
-}
-
-fn listed(program: &Path, which: Option<&str>) -> Result<Vec<String>> {
+/// The names of a program's tests.
+fn tests_of(program: &Path) -> Result<Vec<String>> {
     let listing = Command::new(program)
         .args(["--list", "--format", "terse"])
-        .args(which)
         .output()
         .with_context(|| format!("cannot run {}", program.display()))?;
     let lines = String::from_utf8_lossy(&listing.stdout);
@@ -175,7 +163,7 @@ fn on_a_machine(ground: &Ground, program: &Path, names: &[String]) -> Result<(Ta
     let threads = format!("--test-threads={}", ground.test_threads());
     let argv = [program.as_os_str(), threads.as_ref()]
         .into_iter()
-        .chain(["--include-ignored", "--exact"].map(AsRef::as_ref))
+        .chain(["--exact".as_ref()])
         .chain(names.iter().map(AsRef::as_ref));
     let job = Job::new(argv).timeout(LEVEL_3_TIMEOUT);
     let output = if ground.is_emulated() {
