@@ -258,7 +258,10 @@ fn of_files_that_cannot_be_saved_together_nothing_is_there() {
     assert!(matches!(refused, Err(Error::ImageTaken(name)) if name == "one"));
     // A name that is refused leaves what there is as it was.
     writer.commit().unwrap();
-    for bad in [absent.as_path(), dir.path()] {
+    let pipe = dir.path().join("pipe");
+    let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, fifo, mode, 0).unwrap();
+    for bad in [absent.as_path(), dir.path(), &pipe] {
         let mut writer = store.writer("worse", None).unwrap();
         let mut named: Vec<_> = files.iter().map(|(n, path)| (&**n, &**path)).collect();
         named.push(("bad", bad));

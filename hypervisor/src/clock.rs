@@ -362,28 +362,23 @@ impl Vm {
         };
         let passed = u64::try_from(start.passed.as_nanos()).unwrap_or(u64::MAX);
         let at_start = kvmclock_ns.saturating_add(passed);
-        // What it takes to set the clock if nothing holds the thread up, once that is known.
-        let mut least: Option<u64> = None;
+        let mut setting = Setting::default();
         for _ in 0..TRIES {
+            let lead = setting.lead();
             let before = HostTsc::now();
             let clock = kvm_clock_data {
-                // Ahead by as much, so that guest time does not go back.
-                clock: start.clock_at(at_start, before) + least.unwrap_or(0),
+                // Ahead by what setting takes, so that guest time does not go back.
+                clock: start.clock_at(at_start, before).saturating_add(lead),
                 // Without `KVM_CLOCK_REALTIME`, with which the time since would be added.
                 ..Default::default()
             };
             self.fd.set_clock(&clock).asked("set kvmclock")?;
             let took = nanoseconds(HostTsc::now().since(before), start.host_khz);
-            // The thread may have been off its CPU between looking at the time and setting the clock.
             let now = self.fd.get_clock().asked("tell kvmclock")?;
-            let error = match looked_at(&now) {
-                Some(at) => now.clock.abs_diff(start.clock_at(at_start, at)),
-                None => took,
-            };
-            if error < ERROR_NS || least.is_some_and(|least| took < 2 * least) {
+            let right = looked_at(&now).map(|at| start.clock_at(at_start, at));
+            if setting.is_right(took, right.map(|right| now.clock.abs_diff(right))) {
                 break;
             }
-            least = Some(least.map_or(took, |least| least.min(took)));
         }
         self.stopped_clock = None;
         Ok(())
@@ -396,6 +391,34 @@ impl Vm {
                 kvmclock_ns: self.fd.get_clock().asked("tell kvmclock")?.clock,
             }),
         }
+    }
+}
+
+/// What is known while kvmclock is set: the thread may be off its CPU between looking at the time and setting the clock.
+#[derive(Debug, Default)]
+struct Setting {
+    /// The least, in nanoseconds, that setting it has taken.
+    least: Option<u64>,
+}
+
+impl Setting {
+    /// How far ahead it is to be set.
+    fn lead(&self) -> u64 {
+        self.least.unwrap_or(0)
+    }
+
+    /// Whether it is right once it was set with that lead, which took `took` nanoseconds; `error` is how far it is off, if KVM tells.
+    fn is_right(&mut self, took: u64, error: Option<u64>) -> bool {
+        let (lead, before) = (self.lead(), self.least);
+        let least = before.map_or(took, |least| least.min(took));
+        self.least = Some(least);
+        // No more can be had where it takes long each time: KVM looks at the clock somewhere in it, and may not tell where.
+        let bound = match (before, error) {
+            (None, _) => ERROR_NS,
+            (Some(_), Some(_)) => ERROR_NS.max(least),
+            (Some(_), None) => ERROR_NS.max(least / 2),
+        };
+        error.unwrap_or(took.abs_diff(lead)) < bound
     }
 }
 
@@ -485,6 +508,34 @@ mod tests {
             ahead <= hour_ticks && ahead > hour_ticks / 100 * 99,
             "{ahead}"
         );
+    }
+
+    /// How often kvmclock is set, where that takes so many nanoseconds, and how far ahead it is then.
+    fn set(took: &[u64], told: bool) -> (usize, i64) {
+        let mut setting = Setting::default();
+        for (tries, took) in (1..).zip(took) {
+            let ahead = setting.lead() as i64 - *took as i64;
+            let error = told.then_some(ahead.unsigned_abs());
+            if setting.is_right(*took, error) {
+                return (tries, ahead);
+            }
+        }
+        panic!("it is not right");
+    }
+
+    #[test]
+    fn kvmclock_is_set_again_until_it_is_right() {
+        for told in [true, false] {
+            assert_eq!(set(&[900], told), (1, -900));
+            assert_eq!(set(&[5_000, 5_100], told), (2, -100));
+            // Off its CPU the first time, and the second.
+            assert_eq!(set(&[4_000_000, 5_000, 5_000], told), (3, 0));
+            assert_eq!(set(&[5_000, 4_000_000, 6_000], told), (3, -1_000));
+        }
+        // Where it takes long, and never the same, nobody waits for better.
+        for told in [true, false] {
+            assert_eq!(set(&[40_000, 30_000], told), (2, 10_000));
+        }
     }
 
     #[test]

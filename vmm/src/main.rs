@@ -23,6 +23,13 @@ fn main() -> ExitCode {
         // Nobody else can have set one.
         eprintln!("fermata-vmm: nothing will be said of what is done");
     }
+    // As all that is said, it keeps nobody waiting.
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("without a name");
+        let trace = std::backtrace::Backtrace::capture();
+        vmm::terminal::say(&format!("fermata-vmm: thread {name}: {panic}\n{trace}\n"));
+    }));
     let span = tracing::info_span!("vmm", pid = std::process::id());
     let _entered = span.enter();
     let (errand, with) = match control::receive(stdin()) {

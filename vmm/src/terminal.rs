@@ -6,14 +6,21 @@ use std::{
     io::{self, Write},
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-/// What is kept of what has been written while the terminal takes none of it; the rest is lost.
+/// What is kept of what the guest has printed while the terminal takes none of it; the rest is lost.
 const KEPT_BYTES: usize = 1 << 20;
+/// More is kept of what the VMM says: a guest that floods the terminal does not displace it.
+const SAID_BYTES: usize = 64 << 10;
 
-/// How long the end of a machine waits for its terminal.
-const END_BOUND: Duration = Duration::from_secs(1);
+/// What is written at once: a slow reader is so known from one who does not read.
+const PIECE_BYTES: usize = 4 << 10;
+
+/// How long the end of a machine waits for a terminal that takes nothing,
+const STOPPED_BOUND: Duration = Duration::from_secs(1);
+/// and for one that is slow: less than who stops a machine waits for it.
+const END_BOUND: Duration = Duration::from_secs(5);
 
 static OF_PROCESS: OnceLock<Terminal> = OnceLock::new();
 
@@ -21,7 +28,7 @@ static OF_PROCESS: OnceLock<Terminal> = OnceLock::new();
 pub fn say(line: &str) {
     // There is nobody left to tell if this fails.
     let _ = match OF_PROCESS.get() {
-        Some(terminal) => terminal.clone().write_all(line.as_bytes()),
+        Some(terminal) => terminal.say(line.as_bytes()),
         None => io::stderr().write_all(line.as_bytes()),
     };
 }
@@ -54,6 +61,8 @@ struct Queue {
     kept: Vec<u8>,
     /// The thread writes what it has taken from here.
     busy: bool,
+    /// Pieces that the terminal has taken.
+    pieces: u64,
     /// The terminal is gone.
     failed: bool,
 }
@@ -75,15 +84,18 @@ impl Terminal {
     /// Passes on what comes, until the terminal is gone.
     fn pass_on(&self, mut file: File) {
         loop {
-            let bytes = self.take();
-            let failed = file.write_all(&bytes).is_err();
-            let mut queue = self.lock();
-            queue.busy = false;
-            queue.failed = failed;
-            self.0.changed.notify_all();
-            if failed {
-                return;
+            for piece in self.take().chunks(PIECE_BYTES) {
+                let failed = file.write_all(piece).is_err();
+                let mut queue = self.lock();
+                queue.pieces += 1;
+                queue.failed = failed;
+                self.0.changed.notify_all();
+                if failed {
+                    return;
+                }
             }
+            self.lock().busy = false;
+            self.0.changed.notify_all();
         }
     }
 
@@ -96,27 +108,49 @@ impl Terminal {
         std::mem::take(&mut queue.kept)
     }
 
+    /// Keeps bytes as far as there is room for them within `bound`; tells how many.
+    fn keep(&self, bytes: &[u8], bound: usize) -> io::Result<usize> {
+        let mut queue = self.lock();
+        if queue.failed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let kept = bytes.len().min(bound.saturating_sub(queue.kept.len()));
+        if kept == 0 && !bytes.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        queue.kept.extend_from_slice(&bytes[..kept]);
+        self.0.changed.notify_all();
+        Ok(kept)
+    }
+
+    fn say(&self, line: &[u8]) -> io::Result<()> {
+        self.keep(line, KEPT_BYTES + SAID_BYTES).map(drop)
+    }
+
     fn finish(&self) {
-        let unwritten = |queue: &mut Queue| !queue.failed && (queue.busy || !queue.kept.is_empty());
-        // What it does not take by then is lost.
-        let changed = &self.0.changed;
-        drop(changed.wait_timeout_while(self.lock(), END_BOUND, unwritten));
+        let end = Instant::now() + END_BOUND;
+        let unwritten = |queue: &Queue| !queue.failed && (queue.busy || !queue.kept.is_empty());
+        let mut queue = self.lock();
+        while unwritten(&queue) && Instant::now() < end {
+            let pieces = queue.pieces;
+            let same = |queue: &mut Queue| queue.pieces == pieces && unwritten(queue);
+            let waited = self
+                .0
+                .changed
+                .wait_timeout_while(queue, STOPPED_BOUND, same);
+            let (now, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+            // What it does not take by then is lost.
+            if waited.timed_out() {
+                return;
+            }
+            queue = now;
+        }
     }
 }
 
 impl Write for Terminal {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut queue = self.lock();
-        if queue.failed {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        let taken = bytes.len().min(KEPT_BYTES - queue.kept.len());
-        if taken == 0 && !bytes.is_empty() {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        queue.kept.extend_from_slice(&bytes[..taken]);
-        self.0.changed.notify_all();
-        Ok(taken)
+        self.keep(bytes, KEPT_BYTES)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -126,7 +160,7 @@ impl Write for Terminal {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Read, os::fd::OwnedFd, time::Instant};
+    use std::{io::Read, os::fd::OwnedFd};
 
     use rustix::pipe::fcntl_setpipe_size;
 
@@ -154,6 +188,9 @@ mod tests {
             assert!(written.len() <= 2 * KEPT_BYTES);
         };
         assert_eq!(refused.kind(), io::ErrorKind::WouldBlock);
+        // What the VMM says then is not lost.
+        terminal.say(b"the last word").unwrap();
+        written.extend(b"the last word");
         let mut read = vec![0; written.len()];
         reader.read_exact(&mut read).unwrap();
         assert!(read == written);
@@ -171,18 +208,37 @@ mod tests {
         terminal.write_all(&[b'x'; 10_000]).unwrap();
         let begun = Instant::now();
         terminal.finish();
-        assert!(begun.elapsed() >= END_BOUND);
+        assert!(begun.elapsed() >= STOPPED_BOUND);
         drop(reader);
+    }
+
+    #[test]
+    fn a_terminal_that_is_slow_gets_all_of_what_it_was_written() {
+        let (mut terminal, mut reader) = terminal();
+        terminal.write_all(&[b'x'; 20_000]).unwrap();
+        let reads = thread::spawn(move || {
+            let mut pieces = 0;
+            let mut page = [0; 4096];
+            // Longer in all than one that takes nothing is waited for.
+            while pieces < 20_000 {
+                thread::sleep(STOPPED_BOUND / 4);
+                pieces += reader.read(&mut page).unwrap();
+            }
+        });
+        terminal.finish();
+        assert!(terminal.lock().kept.is_empty() && !terminal.lock().busy);
+        reads.join().unwrap();
     }
 
     #[test]
     fn a_terminal_that_is_gone_says_so() {
         let (mut terminal, reader) = terminal();
         drop(reader);
+        terminal.write_all(b"?").unwrap();
         let refused = loop {
-            match terminal.write_all(b"?") {
-                Ok(()) => thread::yield_now(),
-                Err(error) => break error,
+            match terminal.write_all(b"") {
+                Ok(()) if !terminal.lock().failed => thread::yield_now(),
+                _ => break terminal.write_all(b"?").unwrap_err(),
             }
         };
         assert_eq!(refused.kind(), io::ErrorKind::BrokenPipe);

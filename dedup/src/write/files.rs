@@ -2,8 +2,10 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 use super::Writer;
 use super::blocks::{Task, Work, encode_all};
@@ -30,7 +32,10 @@ struct Input<'a> {
 impl<'a> Input<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         let failed = || Error::io(format!("read {}", path.display()));
-        let file = File::open(path).map_err(failed())?;
+        // Not to wait for who writes to it, if it is a pipe.
+        let mut open = File::options();
+        open.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
+        let file = open.open(path).map_err(failed())?;
         // Of directories and devices that are no disks, some have no end.
         let kind = file.metadata().map_err(failed())?.file_type();
         if !kind.is_file() && !kind.is_block_device() {

@@ -104,8 +104,8 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// As [`Writer::image`], before anything is done; a file cannot be read, or is neither a file nor a block device. The
-    /// snapshot in work is then useless.
+    /// As [`Writer::image`], for a name before anything is done; a file cannot be read, or is neither a file nor a block
+    /// device. The snapshot in work is then useless.
     pub fn images_from_files(&mut self, files: &[(&str, &Path)]) -> Result<Vec<ImageStats>> {
         self.check_whole()?;
         let mut names = HashSet::new();

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use control::{Client, Exit, Metric, Registry};
+use control::{Client, Exit, LOG_VARIABLE, Metric, Registry};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal, kill_process},
@@ -369,11 +369,12 @@ fn printed(desk: &Desk) -> u64 {
 /// Far more than what is between a machine and a terminal that nobody reads holds.
 const PRINTED: usize = 200_000;
 
-/// A machine at a terminal that nobody reads, once its guest has printed so much.
-fn unread(desk: &Desk) -> (File, Child, String) {
+/// A machine at a terminal that nobody reads, once its guest has printed so much. Its VMM says what `log` asks for.
+fn unread(desk: &Desk, log: &str) -> (File, Child, String) {
     let (user, programs) = terminal();
     let command = desk
         .command(&["run", "kernel", "--vcpus", "1", "--memory", "64"])
+        .env(LOG_VARIABLE, log)
         .stdin(programs.try_clone().unwrap())
         .stdout(programs.try_clone().unwrap())
         .stderr(programs)
@@ -390,7 +391,7 @@ fn nothing_waits_for_a_terminal_that_is_not_read_and_it_gets_all_once_it_is() {
     let Some(desk) = Desk::new(&bare_metal::babbler()) else {
         return;
     };
-    let (mut user, mut command, pid) = unread(&desk);
+    let (mut user, mut command, pid) = unread(&desk, "warn");
     desk.run(&["snapshot", &pid, "state", "memory"]);
 
     let mut seen = BufReader::new(user.try_clone().unwrap());
@@ -414,7 +415,8 @@ fn a_machine_whose_terminal_is_not_read_stops_by_itself() {
     let Some(desk) = Desk::new(&bare_metal::babbler()) else {
         return;
     };
-    let (user, mut command, pid) = unread(&desk);
+    // Of its end the VMM says a word, which nobody takes.
+    let (user, mut command, pid) = unread(&desk, "info");
     let said = desk.run(&["stop", &pid]);
     assert!(said.contains("has stopped"), "{said}");
     // The command waits until somebody reads.

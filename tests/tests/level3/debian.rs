@@ -27,7 +27,7 @@ load() {
     ("$@"; echo $? >$name.status) >$name.log 2>&1 </dev/null &
 }
 load fio fio --name=load --filename=/var/tmp/load --size=16m --rw=randwrite --bs=4k --ioengine=libaio --direct=1 \
-    --iodepth=4 --rate_iops=150 --fsync=64 --verify=crc32c --verify_fatal=1
+    --iodepth=4 --rate_iops=100 --fsync=64 --verify=crc32c --verify_fatal=1
 load stress stress-ng --cpu 4 --vm 2 --vm-bytes 16m --verify --timeout 900s --metrics-brief
 load out socat -u FILE:"$(echo /boot/vmlinuz-6.1.*)" TCP:10.77.1.1:7011
 load in socat -u TCP:10.77.1.1:7012 CREATE:received
