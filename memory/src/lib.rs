@@ -4,6 +4,7 @@
 //! guest sees it. Its *image offset* is where it lies in a memory image: the regions one after the
 //! other, without the hole. [`Layout`] translates between them.
 
+mod abort;
 mod arrivals;
 mod backed;
 mod discard;

@@ -1,16 +1,11 @@
 //! How guest memory is mapped into the process, replaced and given back: all that is asked of the kernel for it.
 
-use std::{
-    fs::File,
-    io::{self, Write},
-    ops::Range,
-    process, ptr,
-};
+use std::{fs::File, io, ops::Range, ptr};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
-use crate::{Error, HostPages, Region};
+use crate::{Error, HostPages, Region, abort::abort};
 
 /// Guest memory begins at such a boundary of the host's address space, so that the kernel can back
 /// and KVM can map it with huge pages.
@@ -176,11 +171,9 @@ pub(crate) fn renew(host: *mut u8, bytes: u64) {
         )
     };
     if let Err(error) = renewed {
-        let _ = writeln!(
-            io::stderr(),
+        abort(format_args!(
             "the host cannot replace {bytes} bytes of guest memory, of which some may be gone: {error}"
-        );
-        process::abort();
+        ));
     }
     ask_for_huge_pages(host, bytes);
 }

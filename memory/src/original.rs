@@ -7,10 +7,11 @@
 //!
 //! What the guest gave back ([`Discarder`](crate::Discarder)) is mapped anew.
 
-use std::{fmt, io, io::Write, ops::Range, process};
+use std::{fmt, io, ops::Range};
 
 use crate::{
     Error, MachineMemory, PAGE_BYTES,
+    abort::abort,
     backed::Backed,
     host::{Host, Image},
     map::{ask_for_small_pages, forget, map_image, map_to_read, unmap},
@@ -132,8 +133,7 @@ impl Original {
         for range in Backed::put_back(&mut backed, all) {
             if let Err(error) = map_image(self.host.at(0), &self.content.image.file, &range) {
                 // Before Linux 6.12, some of guest memory may be mapped no more: nobody sees that.
-                let _ = writeln!(io::stderr(), "a machine cannot be brought back: {error}");
-                process::abort();
+                abort(format_args!("a machine cannot be brought back: {error}"));
             }
         }
         missing
