@@ -16,36 +16,44 @@ use system_tests::{
 /// What its kernel may say.
 const KERNEL_LOG: &str = include_str!("debian_kernel_log.txt");
 
-/// Starts the loads, each of which leaves its exit status when it is done. What goes over the network is a file that the
-/// host has too.
-const START: &str = r#"
-mkdir /run/load
+/// Has a load leave its exit status when it is done.
+const LOAD: &str = r#"
+mkdir -p /run/load
 cd /run/load
 load() {
     name=$1
     shift
     ("$@"; echo $? >$name.status) >$name.log 2>&1 </dev/null &
 }
-load fio fio --name=load --filename=/var/tmp/load --size=16m --rw=randwrite --bs=4k --ioengine=libaio --direct=1 \
-    --iodepth=4 --rate_iops=100 --fsync=64 --verify=crc32c --verify_fatal=1
+"#;
+
+/// Starts what goes on until it is told to end, or until the host is done. What goes over the network is a file that the host
+/// has too.
+const START: &str = r#"
 load stress stress-ng --cpu 4 --vm 2 --vm-bytes 16m --verify --timeout 900s --metrics-brief
 load out socat -u FILE:"$(echo /boot/vmlinuz-6.1.*)" TCP:10.77.1.1:7011
 load in socat -u TCP:10.77.1.1:7012 CREATE:received
 load echo socat -t 60 VSOCK-LISTEN:5000,fork PIPE
 "#;
 
-/// Waits until fio has written a good part of what it is to write, and every CPU has done work for stress-ng.
+/// Waits until every CPU has done work for stress-ng.
 const AT_WORK: &str = r#"
-cd /run/load
-writes() { awk '{ print $5 }' /sys/block/vda/stat; }
 busy() { sed -n 's/^cpu[0-9][0-9]* *\([0-9]*\) .*/\1/p' /proc/stat; }
 worked() {
     busy >now
     paste -d ' ' before now | awk '$2 - $1 < 20 { idle = 1 } END { exit idle }'
 }
 busy >before
-enough=$(($(writes) + 400))
-until [ "$(writes)" -gt $enough ] && worked; do sleep 0.2; done
+until worked; do sleep 0.2; done
+"#;
+
+/// Starts fio, last, for it ends by itself, after a minute at the least; and waits until it writes.
+const WRITES: &str = r#"
+writes() { awk '{ print $5 }' /sys/block/vda/stat; }
+enough=$(($(writes) + 100))
+load fio fio --name=load --filename=/var/tmp/load --size=16m --rw=randwrite --bs=4k --ioengine=libaio --direct=1 \
+    --iodepth=4 --rate_iops=60 --fsync=64 --verify=crc32c --verify_fatal=1
+until [ "$(writes)" -gt $enough ]; do sleep 0.2; done
 "#;
 
 /// Says what has ended.
@@ -163,7 +171,7 @@ fn debian_under_load_is_saved_and_goes_on() {
     let machine = up(&host, "6.12", &mut watch);
 
     let listeners = [7011, 7012].map(|port| TcpListener::bind((HOST, port)).unwrap());
-    host.command(START).unwrap();
+    host.command(&[LOAD, START].concat()).unwrap();
     let file = debian::read(&host.guest().kernel("6.1")).unwrap();
     let half = file.len() / 2;
     let [mut from_guest, mut to_guest] = listeners.each_ref().map(accept);
@@ -174,7 +182,7 @@ fn debian_under_load_is_saved_and_goes_on() {
     cut.write_all(&file[..1 << 16]).unwrap();
     cut.read_exact(&mut [0; 1 << 16]).unwrap();
     cut.write_all(&file[..1 << 16]).unwrap();
-    host.command(AT_WORK).unwrap();
+    host.command(&[LOAD, AT_WORK, WRITES].concat()).unwrap();
     host.command("echo fermata: cut >/dev/kmsg").unwrap();
     watch.lap("every load at work");
     assert_eq!(
