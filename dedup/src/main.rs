@@ -352,13 +352,13 @@ fn save_files(store: &Store, name: &str, files: &[PathBuf]) -> Result<Saved> {
 
 /// Loads the file of a snapshot, or all of them into a directory.
 fn load(store: &Store, snapshot: &str, path: &Path) -> Result<()> {
-    let images = store.snapshot(snapshot)?;
-    if images.images().eq([FILE_IMAGE]) {
-        return Ok(images.image(FILE_IMAGE)?.load_file(path)?);
+    let snapshot = store.snapshot(snapshot)?;
+    if snapshot.images().eq([FILE_IMAGE]) {
+        return Ok(snapshot.image(FILE_IMAGE)?.load_file(path)?);
     }
     std::fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
-    for image in images.images() {
-        images.image(image)?.load_file(&path.join(image))?;
+    for image in snapshot.images() {
+        snapshot.image(image)?.load_file(&path.join(image))?;
     }
     Ok(())
 }

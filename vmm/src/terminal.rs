@@ -36,7 +36,7 @@ pub fn say(line: &str) {
 /// Waits until the terminal has taken what was written to it, though not for long.
 pub fn finish() {
     if let Some(terminal) = OF_PROCESS.get() {
-        terminal.finish();
+        terminal.finish(STOPPED_BOUND, END_BOUND);
     }
 }
 
@@ -127,17 +127,15 @@ impl Terminal {
         self.keep(line, KEPT_BYTES + SAID_BYTES).map(drop)
     }
 
-    fn finish(&self) {
-        let end = Instant::now() + END_BOUND;
+    /// Waits until all is written, for no longer than `stopped` while nothing is taken, and than `bound` in all.
+    fn finish(&self, stopped: Duration, bound: Duration) {
+        let end = Instant::now() + bound;
         let unwritten = |queue: &Queue| !queue.failed && (queue.busy || !queue.kept.is_empty());
         let mut queue = self.lock();
         while unwritten(&queue) && Instant::now() < end {
             let pieces = queue.pieces;
             let same = |queue: &mut Queue| queue.pieces == pieces && unwritten(queue);
-            let waited = self
-                .0
-                .changed
-                .wait_timeout_while(queue, STOPPED_BOUND, same);
+            let waited = self.0.changed.wait_timeout_while(queue, stopped, same);
             let (now, waited) = waited.unwrap_or_else(PoisonError::into_inner);
             // What it does not take by then is lost.
             if waited.timed_out() {
@@ -165,6 +163,8 @@ mod tests {
     use rustix::pipe::fcntl_setpipe_size;
 
     use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     /// A terminal that has room for a page, and the end where it is read.
     fn terminal() -> (Terminal, io::PipeReader) {
@@ -196,7 +196,7 @@ mod tests {
         assert!(read == written);
         // It goes on as before.
         terminal.write_all(b"there is room").unwrap();
-        terminal.finish();
+        terminal.finish(PATIENCE, PATIENCE);
         let mut rest = [0; 13];
         reader.read_exact(&mut rest).unwrap();
         assert_eq!(&rest, b"there is room");
@@ -207,13 +207,15 @@ mod tests {
         let (mut terminal, reader) = terminal();
         terminal.write_all(&[b'x'; 10_000]).unwrap();
         let begun = Instant::now();
-        terminal.finish();
-        assert!(begun.elapsed() >= STOPPED_BOUND);
+        terminal.finish(STOPPED_BOUND, PATIENCE);
+        assert!((STOPPED_BOUND..PATIENCE).contains(&begun.elapsed()));
         drop(reader);
     }
 
     #[test]
     fn a_terminal_that_is_slow_gets_all_of_what_it_was_written() {
+        // Whole seconds, for a thread that sleeps may wake up late.
+        const STOPPED: Duration = Duration::from_secs(4);
         let (mut terminal, mut reader) = terminal();
         terminal.write_all(&[b'x'; 20_000]).unwrap();
         let reads = thread::spawn(move || {
@@ -221,11 +223,11 @@ mod tests {
             let mut page = [0; 4096];
             // Longer in all than one that takes nothing is waited for.
             while pieces < 20_000 {
-                thread::sleep(STOPPED_BOUND / 4);
+                thread::sleep(STOPPED / 4);
                 pieces += reader.read(&mut page).unwrap();
             }
         });
-        terminal.finish();
+        terminal.finish(STOPPED, PATIENCE);
         assert!(terminal.lock().kept.is_empty() && !terminal.lock().busy);
         reads.join().unwrap();
     }
@@ -242,6 +244,6 @@ mod tests {
             }
         };
         assert_eq!(refused.kind(), io::ErrorKind::BrokenPipe);
-        terminal.finish();
+        terminal.finish(PATIENCE, PATIENCE);
     }
 }

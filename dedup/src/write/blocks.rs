@@ -112,22 +112,22 @@ fn encode_source(
     source: Source<'_>,
     kept: Option<&[bool]>,
 ) -> Result<EncodedBlock> {
+    let looked_for = |worker: &mut Worker, parent| {
+        let block = Block {
+            at,
+            source,
+            kept: None,
+            parent,
+        };
+        worker.encode(session, &block)
+    };
     let Some(parent) = parent else {
-        let (kept, parent) = (None, None);
-        return worker.encode(
-            session,
-            &Block {
-                at,
-                source,
-                kept,
-                parent,
-            },
-        );
+        return looked_for(worker, None);
     };
     let (_, places) = match parent.block(session, at.block as usize, &mut worker.coder) {
         // What cannot be read was to be a guess alone.
         Err(_) if kept.is_none() => {
-            return encode_source(worker, session, None, at, source, None);
+            return looked_for(worker, None);
         }
         other => other?,
     };
@@ -137,16 +137,7 @@ fn encode_source(
         .collect();
     let guesses = Some(guesses.as_slice());
     let (Some(kept), Source::Bytes(bytes)) = (kept, source) else {
-        let (kept, parent) = (None, guesses);
-        return worker.encode(
-            session,
-            &Block {
-                at,
-                source,
-                kept,
-                parent,
-            },
-        );
+        return looked_for(worker, guesses);
     };
     let is_kept = |at: usize| kept.get(at) == Some(&true);
     let kept_places: Vec<Place> = (places.iter().enumerate())
