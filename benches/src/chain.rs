@@ -13,10 +13,16 @@ use crate::{Bench, Figures, System};
 const DISK_BYTES: u64 = 256 << 20;
 
 /// Layers of the deep chain.
-const DEPTH: u64 = 50;
+pub(crate) const DEPTH: u64 = 50;
 
-/// What was written in one go, and so lies in one layer.
-const EXTENTS: [(&str, u64); 2] = [("1 MiB", 1 << 20), ("64 KiB", 64 << 10)];
+/// The least that was written in one go, and so lies in one layer,
+pub(crate) const SMALL: u64 = 64 << 10;
+
+/// and the others.
+const EXTENTS: [(&str, u64); 2] = [("1 MiB", 1 << 20), ("64 KiB", SMALL)];
+
+/// The names of both disks with small extents in the results.
+pub(crate) const SMALL_SETTINGS: [&str; 2] = ["1 layer, 64 KiB", "50 layers, 64 KiB"];
 
 /// Requests of one measurement, and their bytes.
 const RANDOM: (u64, usize) = (50_000, 4096);
@@ -42,7 +48,7 @@ impl Chains {
         for (extent, bytes) in EXTENTS {
             for (depth, name) in [(1, "1 layer"), (DEPTH, "50 layers")] {
                 let path = scratch.join(format!("{extent}, {name}.disk").replace(' ', "-"));
-                let disk = disk(&path, depth, bytes)
+                let disk = disk(&path, DISK_BYTES, depth, bytes)
                     .with_context(|| format!("cannot make {}", path.display()))?;
                 disks.push((setting(extent, depth), disk));
             }
@@ -104,18 +110,20 @@ fn setting(extent: &str, depth: u64) -> &'static str {
     match (extent, depth == 1) {
         ("1 MiB", true) => "1 layer, 1 MiB",
         ("1 MiB", false) => "50 layers, 1 MiB",
-        (_, true) => "1 layer, 64 KiB",
-        (_, false) => "50 layers, 64 KiB",
+        (_, true) => SMALL_SETTINGS[0],
+        (_, false) => SMALL_SETTINGS[1],
     }
 }
 
-/// A disk of `depth` layers, in which each extent lies in any of them, on nothing.
-fn disk(path: &Path, depth: u64, extent: u64) -> Result<Disk> {
-    let mut disk = Disk::create(path, Some(DISK_BYTES), &Foundation::Nothing, &anything)?;
+/// A disk of `bytes` and `depth` layers, in which each extent lies in any of them, on nothing.
+///
+/// # Errors
+///
+/// When it cannot be written.
+pub(crate) fn disk(path: &Path, bytes: u64, depth: u64, extent: u64) -> Result<Disk> {
+    let mut disk = Disk::create(path, Some(bytes), &Foundation::Nothing, &anything)?;
     let mut random = Random(7);
-    let owners: Vec<u64> = (0..DISK_BYTES / extent)
-        .map(|_| random.next() % DEPTH)
-        .collect();
+    let owners: Vec<u64> = (0..bytes / extent).map(|_| random.next() % DEPTH).collect();
     let content = vec![0xa5; extent as usize];
     for layer in 0..DEPTH {
         for (at, owner) in owners.iter().enumerate() {

@@ -134,12 +134,42 @@ pub fn io_table(rows: &[Row]) -> String {
     table
 }
 
+/// The rows of chains of layers as a table in Markdown: of one layer beside those of many with the same extents, and what part
+/// of the first the second are.
+pub fn chain_table(rows: &[Row]) -> String {
+    let mut table = String::from(
+        "| row | extents | 1 layer | 50 layers | 50 / 1 |\n|---|---|---:|---:|---:|\n",
+    );
+    for one in rows {
+        let Some(extent) = setting(one).strip_prefix("1 layer, ") else {
+            continue;
+        };
+        let is_deep = |row: &&Row| {
+            row.bench == one.bench && setting(row).strip_prefix("50 layers, ") == Some(extent)
+        };
+        let Some(deep) = rows.iter().find(is_deep) else {
+            continue;
+        };
+        let _ = writeln!(
+            table,
+            "| `{}`, {} | {extent} | {} | {} | {:.2} |",
+            one.bench,
+            one.unit,
+            cell(one),
+            cell(deep),
+            deep.median / one.median
+        );
+    }
+    table
+}
+
+fn setting(row: &Row) -> &str {
+    row.setting.as_deref().unwrap_or_default()
+}
+
 /// Whether a row of ours is what a row of QEMU's is held against: a qcow2 is the peer of a disk that branches.
 fn is_peer(ours: &Row, theirs: &Row) -> bool {
-    let layered = |row: &Row, word: &str| {
-        let setting = row.setting.as_deref().unwrap_or_default();
-        setting.starts_with(word)
-    };
+    let layered = |row: &Row, word: &str| setting(row).starts_with(word);
     ours.system == System::Fermata
         && ours.bench == theirs.bench
         && layered(ours, "branch") == layered(theirs, "qcow2")
@@ -309,6 +339,27 @@ mod tests {
             .collect();
         assert_eq!(times, ["3.00", "2.50", "10.00"]);
         assert!(table.contains("| branch: 30.0 (30.0–30.0) | qcow2, threads: 10.0 (10.0–10.0) |"));
+    }
+
+    #[test]
+    fn a_chain_is_held_against_one_layer_with_the_same_extents() {
+        let row = |bench, setting: &str, figure| {
+            let row = Row::of(bench, System::Fermata, 0, &[figure]).unwrap();
+            row.at(setting)
+        };
+        let rows = [
+            row(Bench::ChainRandRead, "1 layer, 1 MiB", 10.0),
+            row(Bench::ChainRandRead, "1 layer, 64 KiB", 20.0),
+            row(Bench::ChainRandRead, "50 layers, 64 KiB", 15.0),
+            row(Bench::ChainSeqRead, "1 layer, 64 KiB", 40.0),
+            row(Bench::ChainSeqRead, "50 layers, 64 KiB", 38.0),
+            row(Bench::SeqRead, "raw", 38.0),
+        ];
+        let table = chain_table(&rows);
+        let lines: Vec<_> = table.lines().skip(2).collect();
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0].starts_with("| `chain-rand-read`, MB/s | 64 KiB | 20.0 "));
+        assert!(lines[0].ends_with(" | 0.75 |") && lines[1].ends_with(" | 0.95 |"));
     }
 
     #[test]

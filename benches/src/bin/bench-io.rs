@@ -23,7 +23,7 @@ struct Arguments {
     /// How often each is measured
     #[arg(long, default_value_t = 5)]
     runs: u32,
-    /// Seconds of each of fio's four
+    /// Seconds of each of fio's jobs
     #[arg(long, default_value_t = 1)]
     fio: u32,
     /// Seconds of each direction of iperf3
@@ -44,6 +44,7 @@ fn main() -> Result<()> {
     let rows = figures.rows(MEMORY_MIB[0]);
     report::write_json(&rows, &arguments.json)?;
     println!("\n{}", report::io_table(&rows));
+    println!("{}", report::chain_table(&rows));
     Ok(())
 }
 

@@ -43,6 +43,7 @@ fn main() -> Result<()> {
     let mut rows = samples.rows();
     println!("\n{}", report::table(&rows));
     let mut others = chains(arguments.runs, scratch.path())?;
+    println!("{}", report::chain_table(&others));
     for (ms, rounds) in HOLDS {
         let hold = Duration::from_millis(ms);
         others.extend(native::clock_steps(&fermata, hold, rounds, scratch.path())?);

@@ -11,6 +11,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use testbed::environment;
 
+use crate::chain;
+
 /// The size of each.
 pub(super) const DISK_MIB: usize = 128;
 
@@ -23,6 +25,8 @@ pub struct Disks {
     pub(super) branch: PathBuf,
     /// A qcow2 without a base.
     pub(super) qcow2: PathBuf,
+    /// The heads of two disks with the same content in small extents: in one layer, and in many.
+    pub(super) chains: [PathBuf; 2],
 }
 
 impl Disks {
@@ -49,7 +53,17 @@ impl Disks {
         run(Command::new("qemu-img")
             .args(["convert", "-f", "raw", "-O", "qcow2"])
             .args([base.as_os_str(), OsStr::new(&qcow2)]))?;
-        Ok(Self { raw, branch, qcow2 })
+        let chains = ["flat.disk", "deep.disk"].map(of);
+        for (path, depth) in chains.iter().zip([1, chain::DEPTH]) {
+            chain::disk(path, (DISK_MIB as u64) << 20, depth, chain::SMALL)
+                .with_context(|| format!("cannot make {}", path.display()))?;
+        }
+        Ok(Self {
+            raw,
+            branch,
+            qcow2,
+            chains,
+        })
     }
 }
 

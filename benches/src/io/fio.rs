@@ -11,33 +11,47 @@ const READ_KIB_PER_SECOND: usize = 6;
 const WRITE_KIB_PER_SECOND: usize = 47;
 
 /// What fio is asked for: the name of a pattern, the bytes of a request, and how many are under way.
-const JOBS: [(Bench, &str, &str, u32); 4] = [
+type Job = (Bench, &'static str, &'static str, u32);
+
+/// Of a disk that may be written to.
+pub(super) const BOTH_WAYS: [Job; 4] = [
     (Bench::SeqRead, "read", "128k", 4),
     (Bench::SeqWrite, "write", "128k", 4),
     (Bench::RandRead, "randread", "4k", 16),
     (Bench::RandWrite, "randwrite", "4k", 16),
 ];
 
-/// Runs the four for so many `seconds` each on the guest's disk of that serial number; MB/s.
-pub(super) fn run(worker: &Worker, serial: &str, seconds: u32) -> Result<Vec<(Bench, f64)>> {
-    let answer = worker.ask(&script(serial, seconds))?;
+/// Of a disk whose layers are to stay as they are.
+pub(super) const CHAIN: [Job; 2] = [
+    (Bench::ChainSeqRead, "read", "128k", 4),
+    (Bench::ChainRandRead, "randread", "4k", 16),
+];
+
+/// Runs `jobs` for so many `seconds` each on the guest's disk of that serial number; MB/s.
+pub(super) fn run(
+    worker: &Worker,
+    serial: &str,
+    jobs: &[Job],
+    seconds: u32,
+) -> Result<Vec<(Bench, f64)>> {
+    let answer = worker.ask(&script(serial, jobs, seconds))?;
     let lines: Vec<_> = answer
         .lines()
         .filter(|line| line.starts_with("3;"))
         .collect();
-    ensure!(lines.len() == JOBS.len(), "fio said {answer:?}");
-    let jobs = JOBS.iter().zip(lines);
+    ensure!(lines.len() == jobs.len(), "fio said {answer:?}");
+    let jobs = jobs.iter().zip(lines);
     jobs.map(|((bench, ..), line)| Ok((*bench, figure(*bench, line)?)))
         .collect()
 }
 
 /// One run of fio after another in one process: starting it takes an emulated guest longer than measuring.
-fn script(serial: &str, seconds: u32) -> String {
+fn script(serial: &str, jobs: &[Job], seconds: u32) -> String {
     let mut job = format!(
         "[global]\nfilename=DISK\ndirect=1\nioengine=libaio\nthread\n\
         time_based\nruntime={seconds}\nrandrepeat=0\nnorandommap\n"
     );
-    for (_, pattern, bytes, depth) in JOBS {
+    for (_, pattern, bytes, depth) in jobs {
         job += &format!(
             "[{pattern}]\nstonewall\nrw={pattern}\nbs={bytes}\niodepth={depth}\n\
             iodepth_batch_complete_min=1\niodepth_batch_complete_max={depth}\n"
@@ -65,8 +79,8 @@ fn figure(bench: Bench, line: &str) -> Result<f64> {
         field(ERROR)?
     );
     let at = match bench {
-        Bench::SeqRead | Bench::RandRead => READ_KIB_PER_SECOND,
-        _ => WRITE_KIB_PER_SECOND,
+        Bench::SeqWrite | Bench::RandWrite => WRITE_KIB_PER_SECOND,
+        _ => READ_KIB_PER_SECOND,
     };
     let figure = field(at)? * 1024.0 / 1e6;
     ensure!(figure > 0.0, "fio did nothing: {line:?}");

@@ -17,6 +17,7 @@ use testbed::environment;
 use super::{Disks, Place, archive, worker::Worker};
 use crate::{
     Console, Fermata, System, VCPUS,
+    chain::SMALL_SETTINGS,
     fermata::FermataMachine,
     qemu::{PROGRAM, QemuMachine},
 };
@@ -29,9 +30,11 @@ const READY: &str = "bench-guest: ready.";
 const RAW: &str = "raw";
 const LAYERED: &str = "layered";
 const RAW_URING: &str = "raw-uring";
+const FLAT: &str = "flat";
+const DEEP: &str = "deep";
 
 /// What is measured of fermata,
-const FERMATA: [Place; 3] = [
+const FERMATA: [Place; 5] = [
     Place::Disk {
         serial: RAW,
         setting: "raw",
@@ -41,6 +44,14 @@ const FERMATA: [Place; 3] = [
         setting: "branch",
     },
     Place::Net,
+    Place::Chain {
+        serial: FLAT,
+        setting: SMALL_SETTINGS[0],
+    },
+    Place::Chain {
+        serial: DEEP,
+        setting: SMALL_SETTINGS[1],
+    },
 ];
 
 /// and what of QEMU.
@@ -116,9 +127,9 @@ impl Machines {
 fn order(run: u32) -> Vec<(System, Place)> {
     let ours = FERMATA.map(|place| (System::Fermata, place));
     let theirs = QEMU.map(|place| (System::Qemu, place));
-    // Our raw image, theirs; our branching disk, their qcow2; their other raw image; our network, theirs.
+    // Our raw image, theirs; our branching disk, their qcow2; their other raw image; our network, theirs; one layer, many.
     let mut order = vec![
-        ours[0], theirs[0], ours[1], theirs[1], theirs[2], ours[2], theirs[3],
+        ours[0], theirs[0], ours[1], theirs[1], theirs[2], ours[2], theirs[3], ours[3], ours[4],
     ];
     if run % 2 == 1 {
         order.reverse();
@@ -139,7 +150,7 @@ fn fermata(
 ) -> Result<FermataMachine> {
     let disk = |path: &Path, format, serial: &str| DiskConfig {
         path: path.to_owned(),
-        read_only: false,
+        read_only: [FLAT, DEEP].contains(&serial),
         format,
         serial: Some(serial.to_owned()),
         limits: DiskLimits::default(),
@@ -154,6 +165,8 @@ fn fermata(
         disks: vec![
             disk(&disks.raw[0], DiskFormat::Raw, RAW),
             disk(&disks.branch, DiskFormat::Branch, LAYERED),
+            disk(&disks.chains[0], DiskFormat::Branch, FLAT),
+            disk(&disks.chains[1], DiskFormat::Branch, DEEP),
         ],
         nets: vec![NetConfig {
             attachment: NetAttachment::Tap(tap.name().to_owned()),
@@ -237,6 +250,7 @@ mod tests {
                     *of == system
                         && match place {
                             Place::Disk { setting, .. } => *setting == wanted,
+                            Place::Chain { .. } => false,
                             Place::Net => wanted == "net",
                         }
                 })

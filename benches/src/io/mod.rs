@@ -23,7 +23,7 @@ pub use pss::measure as measure_idle;
 /// How long each figure is measured.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
-    /// Of one of fio's four, in seconds.
+    /// Of one job of fio's, in seconds.
     pub fio: u32,
     /// Of one direction of iperf3, in seconds.
     pub iperf: u32,
@@ -34,6 +34,11 @@ pub struct Times {
 enum Place {
     /// A disk: its serial number in the guest, and its name in the results.
     Disk {
+        serial: &'static str,
+        setting: &'static str,
+    },
+    /// A disk in small extents, by the same; it is only read.
+    Chain {
         serial: &'static str,
         setting: &'static str,
     },
@@ -59,12 +64,15 @@ pub fn measure(scratch: &Path, runs: u32, times: Times, figures: &mut Figures) -
         };
         for (system, place) in machines.order(run) {
             let worker = machines.worker(system);
-            match place {
-                Place::Disk { serial, setting } => {
-                    for (bench, figure) in fio::run(worker, serial, times.fio)? {
-                        figures.add(bench, system, setting, figure);
-                    }
+            let mut disk = |serial, setting, jobs| -> Result<()> {
+                for (bench, figure) in fio::run(worker, serial, jobs, times.fio)? {
+                    figures.add(bench, system, setting, figure);
                 }
+                Ok(())
+            };
+            match place {
+                Place::Disk { serial, setting } => disk(serial, setting, &fio::BOTH_WAYS)?,
+                Place::Chain { serial, setting } => disk(serial, setting, &fio::CHAIN)?,
                 Place::Net => {
                     for bench in [Bench::TcpToGuest, Bench::TcpFromGuest] {
                         let figure = iperf::run(worker, bench, times.iperf)?;
