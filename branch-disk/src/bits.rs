@@ -292,21 +292,6 @@ fn ones(count: u64) -> u64 {
 }
 
 impl Media {
-    /// Where the next data is from `at` on and before `end`, if there is any; rounded down to a page.
-    fn next_data(&self, at: u64, end: u64) -> Result<Option<u64>, Error> {
-        if at >= end {
-            return Ok(None);
-        }
-        let found = match rustix::fs::seek(self.file(), rustix::fs::SeekFrom::Data(at)) {
-            Ok(found) => found.max(at),
-            Err(rustix::io::Errno::NXIO) => return Ok(None),
-            // A file system that does not know: everything may be data.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
-            Err(errno) => return Err(Error::errno("look for data in", self.path())(errno)),
-        };
-        Ok((found < end).then_some(found))
-    }
-
     fn read(&self, page: &mut page::Raw, at: u64) -> Result<(), Error> {
         let read = self.file().read_exact_at(page, at);
         read.map_err(Error::io("read", self.path()))

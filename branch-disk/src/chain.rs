@@ -12,7 +12,7 @@ use crate::{
     error::Error,
     header::{Header, Parent, RawBase},
     layer::Layer,
-    layout::SECTOR_BYTES,
+    layout::{MAX_DEPTH, SECTOR_BYTES},
     map::{Map, Owner},
     media::{Lock, Media},
     stored_map,
@@ -47,7 +47,7 @@ pub(crate) struct Bottom {
 #[derive(Debug)]
 pub(crate) struct Chain {
     pub(crate) bottom: Option<Bottom>,
-    /// By depth, from 1 on.
+    /// By depth, the lowest first.
     pub(crate) layers: Vec<Arc<Layer>>,
 }
 
@@ -123,7 +123,7 @@ fn below(
             });
         }
         // So a chain ends, whoever made it.
-        if layer.header.depth + 1 != header.depth || layer.header.geometry.bytes() != bytes {
+        if layer.header.depth != header.below || layer.header.geometry.bytes() != bytes {
             return Err(Error::damaged(&path, "its parent contradicts it"));
         }
         let sealed = layer.sealed()?;
@@ -137,6 +137,9 @@ fn below(
         header = layer.header.clone();
         path = parent;
         layers.push(Arc::new(layer));
+        if layers.len() >= MAX_DEPTH {
+            return Err(Error::TooDeep { path });
+        }
     };
     layers.reverse();
     Ok((bottom, layers))

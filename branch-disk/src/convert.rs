@@ -14,7 +14,7 @@ use crate::{chain::Rule, create::Foundation, disk::Disk, error::Error, layout::S
 /// Copied at a time, in bytes.
 const PIECE_BYTES: u64 = 1 << 20;
 /// Where this much is zero, nothing is written.
-const BLOCK_BYTES: usize = 4096;
+pub(crate) const BLOCK_BYTES: usize = 4096;
 
 /// How much was copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

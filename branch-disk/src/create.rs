@@ -16,6 +16,7 @@ use crate::{
     disk::Disk,
     error::Error,
     header::{Header, LayerId, MAX_PATH_BYTES, Parent},
+    layer::Layer,
     layout::{Geometry, MAX_DEPTH},
     media::{Lock, Media, sync_directory_of},
     name,
@@ -49,8 +50,8 @@ impl Disk {
             return Err(Error::NotAllowed { path });
         }
         // What it stands on stays locked until it is locked through the new disk.
-        let mut depth = 1;
-        let (parent, _chain, _base) = match on {
+        let mut below = 0;
+        let (parent, chain, _base) = match on {
             Foundation::Nothing => (Parent::Nothing, None, None),
             Foundation::Raw(base) => {
                 let base = open_base(base, None, rule)?;
@@ -60,8 +61,8 @@ impl Disk {
             }
             Foundation::Layer(parent, id) => {
                 let chain = Chain::open(parent, Mode::Read, rule)?;
-                let (parent, below) = on_layer(&path, &chain, *id)?;
-                depth = below + 1;
+                let (parent, depth) = on_layer(&path, &chain, *id)?;
+                below = depth;
                 (parent, Some(chain), None)
             }
         };
@@ -74,10 +75,14 @@ impl Disk {
         let header = Header {
             id: new_id(&path)?,
             geometry: geometry.ok_or(Error::Size(bytes))?,
-            depth,
+            depth: below + 1,
+            below,
             parent,
         };
         let draft = Draft::write(&path, &header)?;
+        if let Some(below) = chain.as_ref().and_then(|chain| chain.layers.last()) {
+            keep(below, &path, header.id);
+        }
         draft.publish(&path)?;
         Self::open(&path, Mode::Write, rule)
     }
@@ -115,7 +120,7 @@ fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, 
             path: parent.to_owned(),
         });
     }
-    if layer.header.depth >= MAX_DEPTH {
+    if chain.layers.len() >= MAX_DEPTH || layer.header.depth == u32::MAX {
         return Err(Error::TooDeep {
             path: path.to_owned(),
         });
@@ -128,8 +133,20 @@ fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, 
     Ok((reference, layer.header.depth))
 }
 
+/// Has `layer` stay for its child at `path` in another directory, where whoever merges layers does not look for it: by a second
+/// name. Who may not give it one has no part in what is merged there.
+fn keep(layer: &Layer, path: &Path, child: LayerId) {
+    if layer.path().parent() == path.parent() {
+        return;
+    }
+    let name = name::kept(layer.path(), child);
+    if let Err(error) = link(&layer.media, &name) {
+        tracing::debug!(path = %name.display(), "a layer has no second name: {error}");
+    }
+}
+
 /// How a layer at `path` names `other`: both are absolute.
-fn reference(path: &Path, other: &Path) -> PathBuf {
+pub(crate) fn reference(path: &Path, other: &Path) -> PathBuf {
     match other.file_name() {
         Some(name) if path.parent() == other.parent() => name.into(),
         _ => other.to_owned(),
@@ -189,6 +206,7 @@ impl Draft {
             path: draft,
         };
         if let Some(media) = &draft.media {
+            media.lock(Lock::Alone)?;
             let bytes = header.geometry.map_at();
             media
                 .file()
@@ -206,7 +224,6 @@ impl Draft {
                 .map_err(Error::io("make durable", path))?;
             #[cfg(test)]
             crate::tape::synced(media.file());
-            media.lock(Lock::Alone)?;
         }
         Ok(draft)
     }

@@ -126,6 +126,12 @@ impl Disk {
         self.layers.last().map(|head| head.header.id)
     }
 
+    /// The ids of the layers below its head, the lowest first.
+    pub fn sealed_layers(&self) -> Vec<LayerId> {
+        let below = &self.layers[..self.layers.len().saturating_sub(1)];
+        below.iter().map(|layer| layer.header.id).collect()
+    }
+
     /// Whether it is open for reading only.
     pub fn read_only(&self) -> bool {
         self.mode == Mode::Read

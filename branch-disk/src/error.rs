@@ -120,7 +120,7 @@ pub enum Error {
     #[error("a disk that stands on nothing needs a size")]
     NoSize,
     /// The chain is as long as it can be.
-    #[error("{} stands on {MAX_DEPTH} layers, the most there can be; export it, and import it as one", path.display())]
+    #[error("{} stands on {MAX_DEPTH} layers, the most there can be; merge them with `fermata disk merge`", path.display())]
     TooDeep {
         /// The disk.
         path: PathBuf,

@@ -3,12 +3,18 @@
 use std::{fmt, path::PathBuf};
 
 use crate::{
-    layout::{Geometry, MAX_DEPTH, PAGE_BYTES, SECTOR_BYTES},
+    layout::{Geometry, PAGE_BYTES, SECTOR_BYTES},
     page::{self, DIGEST_BYTES, Raw},
 };
 
 const MAGIC: [u8; 8] = *b"FERMDISK";
+/// Of a layer that stands on the one of the depth before its own, as nearly all do.
 const VERSION: u32 = 1;
+/// Of one that does not, and says on which.
+const VERSION_WITH_GAP: u32 = 2;
+/// The greatest depth that version 1 knows.
+const MAX_DEPTH_1: u32 = 1000;
+const BELOW_AT: usize = 96;
 const PATH_AT: usize = 128;
 /// The longest path of a parent, in bytes.
 pub(crate) const MAX_PATH_BYTES: usize = 3584;
@@ -80,6 +86,8 @@ pub(crate) struct Header {
     pub(crate) geometry: Geometry,
     /// From 1.
     pub(crate) depth: u32,
+    /// The depth of the layer that it stands on; 0 when there is none. What is between the two has been merged into this.
+    pub(crate) below: u32,
     pub(crate) parent: Parent,
 }
 
@@ -102,7 +110,11 @@ impl Header {
             Parent::Layer { .. } => 2,
         };
         put(0, &MAGIC);
-        put(8, &VERSION.to_le_bytes());
+        let version = self.version();
+        put(8, &version.to_le_bytes());
+        if version == VERSION_WITH_GAP {
+            put(BELOW_AT, &self.below.to_le_bytes());
+        }
         put(12, &kind.to_le_bytes());
         put(16, &self.id.0);
         put(32, &self.geometry.bytes().to_le_bytes());
@@ -134,6 +146,15 @@ impl Header {
         Some(page)
     }
 
+    /// The oldest that has room for what there is to say.
+    fn version(&self) -> u32 {
+        if self.below + 1 == self.depth && self.depth <= MAX_DEPTH_1 {
+            VERSION
+        } else {
+            VERSION_WITH_GAP
+        }
+    }
+
     pub(crate) fn decode(page: &Raw) -> Result<Self, NoHeader> {
         if page[..8] != MAGIC {
             return Err(NoHeader::Magic);
@@ -144,9 +165,12 @@ impl Header {
         let half = |at: usize| u32::from_le_bytes(page[at..at + 4].try_into().unwrap_or_default());
         let word = |at: usize| u64::from_le_bytes(page[at..at + 8].try_into().unwrap_or_default());
         let id = |at: usize| LayerId(page[at..at + 16].try_into().unwrap_or_default());
-        if half(8) != VERSION {
-            return Err(NoHeader::Version(half(8)));
-        }
+        let depth = half(40);
+        let below = match half(8) {
+            VERSION => depth.saturating_sub(1),
+            VERSION_WITH_GAP => half(BELOW_AT),
+            newer => return Err(NoHeader::Version(newer)),
+        };
         let path_len = half(44) as usize;
         if path_len > MAX_PATH_BYTES {
             return Err(NoHeader::Damaged("its parent's path is too long"));
@@ -175,7 +199,8 @@ impl Header {
         let header = Self {
             id: id(16),
             geometry,
-            depth: half(40),
+            depth,
+            below,
             parent,
         };
         header.plausible()?;
@@ -190,11 +215,8 @@ impl Header {
     }
 
     fn plausible(&self) -> Result<(), NoHeader> {
-        let depth = match self.parent {
-            Parent::Layer { .. } => 2..=MAX_DEPTH,
-            _ => 1..=1,
-        };
-        if !depth.contains(&self.depth) {
+        let on_a_layer = matches!(self.parent, Parent::Layer { .. });
+        if self.below >= self.depth || on_a_layer != (self.below > 0) {
             return Err(NoHeader::Damaged("its depth is impossible"));
         }
         let below = self.parent.bytes();
@@ -210,19 +232,21 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn header(parent: Parent) -> Header {
+        let below = match parent {
+            Parent::Layer { .. } => 6,
+            _ => 0,
+        };
         Header {
             id: LayerId([3; 16]),
             geometry: Geometry::of(1 << 30).unwrap(),
-            depth: if matches!(parent, Parent::Layer { .. }) {
-                7
-            } else {
-                1
-            },
+            depth: below + 1,
+            below,
             parent,
         }
     }
 
-    fn all() -> [Header; 3] {
+    /// The last two have gaps below them.
+    fn all() -> [Header; 5] {
         let raw = RawBase {
             path: "/images/base.raw".into(),
             bytes: 1 << 29,
@@ -235,10 +259,16 @@ pub(crate) mod tests {
             id: LayerId([4; 16]),
             bytes: 1 << 30,
         };
+        let gap = |parent| Header {
+            depth: 2000,
+            ..header(parent)
+        };
         [
             header(Parent::Nothing),
-            header(Parent::Raw(raw)),
-            header(layer),
+            header(Parent::Raw(raw.clone())),
+            header(layer.clone()),
+            gap(Parent::Raw(raw)),
+            gap(layer),
         ]
     }
 
@@ -270,15 +300,20 @@ pub(crate) mod tests {
             page[DIGEST_AT..].copy_from_slice(&digest);
             Header::decode(&page).unwrap_err()
         };
-        assert_eq!(resealed(&|page| page[8] = 2), NoHeader::Version(2));
+        assert_eq!(resealed(&|page| page[8] = 3), NoHeader::Version(3));
         type Change<'a> = &'a dyn Fn(&mut Raw);
-        let changes: [(&str, Change<'_>); 6] = [
+        let changes: [(&str, Change<'_>); 9] = [
             ("kind", &|page| page[12] = 9),
             ("size", &|page| page[32] = 1),
             ("depth", &|page| page[40] = 0),
             ("path", &|page| page[44..46].copy_from_slice(&[0xff; 2])),
             ("parent", &|page| page[71] = 1),
             ("spare", &|page| page[100] = 1),
+            ("a gap without its version", &|page| page[96] = 3),
+            ("its version without a gap", &|page| {
+                (page[8], page[96]) = (2, 6)
+            }),
+            ("on nothing, above a layer", &|page| page[8] = 2),
         ];
         for (what, change) in changes {
             assert!(matches!(resealed(change), NoHeader::Damaged(_)), "{what}");

@@ -1,6 +1,6 @@
 //! What there is to say of a disk.
 
-use std::{os::unix::fs::MetadataExt, path::PathBuf};
+use std::path::PathBuf;
 
 use crate::{
     bits::Bits, disk::Disk, error::Error, header::LayerId, layer::Layer, layout::SECTOR_BYTES,
@@ -68,18 +68,13 @@ impl Disk {
 
 fn describe(layer: &Layer) -> Result<LayerInfo, Error> {
     let path = layer.path().to_owned();
-    let metadata = layer
-        .media
-        .file()
-        .metadata()
-        .map_err(Error::io("look at", &path))?;
     let bits = Bits::load(&layer.media, &layer.header)?;
     let sealed = layer.sealed()?;
     Ok(LayerInfo {
         id: layer.header.id,
         bytes: layer.header.geometry.bytes(),
         owned_bytes: bits.count() * SECTOR_BYTES,
-        allocated_bytes: metadata.blocks() * SECTOR_BYTES,
+        allocated_bytes: layer.media.allocated_bytes()?,
         sealed,
         mapped: sealed && layer.descriptor()?.is_some(),
         path,

@@ -32,6 +32,7 @@ pub(crate) struct Descriptor {
 impl Layer {
     pub(crate) fn open(path: &Path, write: bool, lock: Lock) -> Result<Self, Error> {
         let media = Media::open(path, write, lock, false)?;
+        media.has_a_name()?;
         let mut page = [0; PAGE_BYTES];
         let read = media.file().read_exact_at(&mut page, 0);
         if read

@@ -5,7 +5,7 @@ pub const SECTOR_BYTES: u64 = 512;
 /// The largest disk, in bytes.
 pub const MAX_BYTES: u64 = 8 << 40;
 /// The most layers in a chain.
-pub const MAX_DEPTH: u32 = 1000;
+pub const MAX_DEPTH: usize = 1000;
 
 pub(crate) const PAGE_BYTES: usize = 4096;
 /// Sectors that a pair of bitmap pages tells of: the bits of a page's content.

@@ -47,6 +47,9 @@ trait Part {
     /// Makes `owner` the owner of the sectors from `start` to before `end`.
     fn set(&mut self, start: u64, end: u64, owner: Owner);
 
+    /// Has each owner be another.
+    fn renumber(&mut self, to: &impl Fn(Owner) -> Owner);
+
     /// The owner of all, if it is one.
     fn uniform(&self) -> Option<Owner>;
 }
@@ -94,6 +97,11 @@ impl Map {
         })
     }
 
+    /// Has each owner be what `to` gives for it, which goes through all of the map.
+    pub(crate) fn renumber(&mut self, to: impl Fn(Owner) -> Owner) {
+        self.root.renumber(&to);
+    }
+
     /// Makes `owner`, which is not [`BOTTOM`], the owner of the sectors from `start` to before `end`.
     pub(crate) fn set(&mut self, start: u64, end: u64, owner: Owner) {
         if start < end {
@@ -118,6 +126,10 @@ impl Part for Block {
 
     fn set(&mut self, start: u64, end: u64, owner: Owner) {
         self[start as usize..end as usize].fill(owner);
+    }
+
+    fn renumber(&mut self, to: &impl Fn(Owner) -> Owner) {
+        *self = self.map(to);
     }
 
     fn uniform(&self) -> Option<Owner> {
@@ -208,6 +220,22 @@ impl<P: Part> Part for Node<P> {
         }
     }
 
+    fn renumber(&mut self, to: &impl Fn(Owner) -> Owner) {
+        for number in 0..PARTS {
+            let before = self.owners[number as usize];
+            if before != MIXED {
+                self.owners[number as usize] = to(before);
+                continue;
+            }
+            let place = self.place(number);
+            let part = &mut self.parts[place];
+            part.renumber(to);
+            if let Some(owner) = part.uniform() {
+                self.set_whole(number, owner);
+            }
+        }
+    }
+
     fn uniform(&self) -> Option<Owner> {
         let first = self.owners[0];
         let all = first != MIXED && self.owners.iter().all(|owner| *owner == first);
@@ -259,6 +287,27 @@ mod tests {
             }
             let some = map.run_at(base + SECTORS / 2, base + SECTORS / 2 + 9);
             prop_assert!(some.end <= base + SECTORS / 2 + 9 && some.start < some.end);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn owners_that_become_one_are_as_if_they_had_been(
+            changes in vec((range(), 1..5u16), 0..60),
+            to in vec(1..5u16, 4),
+        ) {
+            let renumbered = |owner: Owner| match owner {
+                BOTTOM => BOTTOM,
+                owner => to[usize::from(owner) - 1],
+            };
+            let (mut map, mut expected) = (Map::default(), Map::default());
+            for ((start, end), owner) in changes {
+                map.set(start, end, owner);
+                expected.set(start, end, renumbered(owner));
+            }
+            map.renumber(renumbered);
+            prop_assert!(map.runs(0, SECTORS).eq(expected.runs(0, SECTORS)));
+            prop_assert!(map.root.weight() <= expected.root.weight());
         }
     }
 

@@ -8,13 +8,17 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::{
+    fs::{Mode, OFlags, SeekFrom as Seeked},
+    io::Errno,
+};
 
 #[cfg(test)]
 use crate::tape::Call;
 use crate::{
     error::Error,
     io::{Sink, Source, Space, zero_range},
+    layout::SECTOR_BYTES,
 };
 
 /// How a file is locked.
@@ -103,6 +107,42 @@ impl Media {
             .metadata()
             .map_err(Error::io("look at", &self.path))?;
         Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// Where the next data is from `at` on and before `end`, if there is any; rounded down to a page.
+    pub(crate) fn next_data(&self, at: u64, end: u64) -> Result<Option<u64>, Error> {
+        if at >= end {
+            return Ok(None);
+        }
+        let found = match rustix::fs::seek(self.file(), Seeked::Data(at)) {
+            Ok(found) => found.max(at),
+            Err(Errno::NXIO) => return Ok(None),
+            // A file system that does not know: everything may be data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(errno) => return Err(Error::errno("look for data in", self.path())(errno)),
+        };
+        Ok((found < end).then_some(found))
+    }
+
+    /// Fails if it was removed after it was opened, and before it was locked.
+    pub(crate) fn has_a_name(&self) -> Result<(), Error> {
+        match self.names()? {
+            0 => Err(Error::errno("open", &self.path)(Errno::NOENT)),
+            _ => Ok(()),
+        }
+    }
+
+    /// How many names it has.
+    pub(crate) fn names(&self) -> Result<u64, Error> {
+        let metadata = self.file.metadata();
+        Ok(metadata.map_err(Error::io("look at", &self.path))?.nlink())
+    }
+
+    /// Bytes that it takes on the host.
+    pub(crate) fn allocated_bytes(&self) -> Result<u64, Error> {
+        let metadata = self.file.metadata();
+        let metadata = metadata.map_err(Error::io("look at", &self.path))?;
+        Ok(metadata.blocks() * SECTOR_BYTES)
     }
 
     /// How often data was read from it.

@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsString,
+    fs::File,
     path::{Path, PathBuf},
 };
 
@@ -10,6 +11,7 @@ use crate::{error::Error, header::LayerId};
 const LAYER: &str = ".layer";
 const HEAD: &str = ".head";
 const PARTIAL: &str = ".partial";
+const KEPT: &str = ".kept";
 const ID_DIGITS: usize = 32;
 
 /// The name that a head called `path` gets when it is sealed.
@@ -20,6 +22,13 @@ pub(crate) fn sealed(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
 /// A name for a head on the sealed layer `path`.
 pub(crate) fn head_on(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
     named(path, |stem| format!("{stem}.{id}{HEAD}"))
+}
+
+/// A second name for the layer `path`, for its child with that id.
+pub(crate) fn kept(path: &Path, child: LayerId) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{child}{KEPT}"));
+    path.with_file_name(name)
 }
 
 fn named(path: &Path, name: impl FnOnce(&str) -> String) -> Result<PathBuf, Error> {
@@ -49,7 +58,7 @@ pub(crate) fn draft(path: &Path, id: LayerId) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Removes the drafts of `path` that a crash has left. Only who has locked `path` may do so.
+/// Removes the drafts of `path` that a crash has left: those that nobody has locked. Only who has locked `path` may do so.
 pub(crate) fn sweep(path: &Path) {
     let Some((directory, name)) = path.parent().zip(path.file_name()) else {
         return;
@@ -62,10 +71,15 @@ pub(crate) fn sweep(path: &Path) {
         let found = entry.file_name();
         let middle = found.as_encoded_bytes().strip_prefix(prefix.as_slice());
         let id = middle.and_then(|middle| middle.strip_suffix(PARTIAL.as_bytes()));
-        if id.and_then(|id| str::from_utf8(id).ok()).is_some_and(is_id) {
+        if id.and_then(|id| str::from_utf8(id).ok()).is_some_and(is_id) && is_left(&entry.path()) {
             discard(&entry.path());
         }
     }
+}
+
+/// Whether nobody is at work on this draft.
+fn is_left(draft: &Path) -> bool {
+    File::open(draft).is_ok_and(|file| file.try_lock().is_ok())
 }
 
 /// Removes a file that nobody needs any more.

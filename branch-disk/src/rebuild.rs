@@ -37,6 +37,7 @@ pub fn rebuild(
         id,
         geometry,
         depth: 1,
+        below: 0,
         parent: Parent::Nothing,
     };
     let draft = Draft::write(&path, &header)?;

@@ -82,7 +82,7 @@ impl Plan {
         let Some(head) = layers.last() else {
             return Err(Error::damaged(&path, "it has no layers"));
         };
-        if head.header.depth >= MAX_DEPTH {
+        if layers.len() >= MAX_DEPTH || head.header.depth == u32::MAX {
             return Err(Error::TooDeep { path });
         }
         name::sweep(&path);
@@ -104,6 +104,7 @@ impl Plan {
             header: Header {
                 id: new_id(&path)?,
                 depth: head.header.depth + 1,
+                below: head.header.depth,
                 geometry,
                 parent,
             },
@@ -235,7 +236,7 @@ impl Seal {
         if !self.is_finished() {
             let media = &self.sealed.media;
             let map = whole_map(&self.layers)?;
-            let descriptor = stored_map::write(&self.sealed, media, &map)?;
+            let descriptor = stored_map::write(&self.layers, media, &map)?;
             media.sync()?;
             self.sealed.write_descriptor(media, descriptor)?;
             media.sync()?;

@@ -14,8 +14,20 @@ use crate::{
 /// Two varints of at most ten bytes each.
 const MAX_RUN_BYTES: usize = 20;
 
-/// Writes `map` through `media`, which is the layer's file.
-pub(crate) fn write(layer: &Layer, media: &Media, map: &Map) -> Result<Descriptor, Error> {
+/// Writes `map`, the one of `layers`, through `media`, which is the last's file.
+pub(crate) fn write(
+    layers: &[impl AsRef<Layer>],
+    media: &Media,
+    map: &Map,
+) -> Result<Descriptor, Error> {
+    let Some(layer) = layers.last().map(AsRef::as_ref) else {
+        return Err(Error::damaged(media.path(), "it has no layers"));
+    };
+    let depth_of = |owner: Owner| {
+        let owner = usize::from(owner).checked_sub(1);
+        let layer = owner.and_then(|index| layers.get(index));
+        layer.map_or(0, |layer| layer.as_ref().header.depth)
+    };
     let geometry = layer.header.geometry;
     let mut content = Vec::with_capacity(CONTENT_BYTES);
     let mut descriptor = Descriptor { pages: 0, runs: 0 };
@@ -35,7 +47,7 @@ pub(crate) fn write(layer: &Layer, media: &Media, map: &Map) -> Result<Descripto
             content.extend(run.start.to_le_bytes());
         }
         put_varint(&mut content, run.end - run.start);
-        put_varint(&mut content, run.owner.into());
+        put_varint(&mut content, depth_of(run.owner).into());
         descriptor.runs += 1;
     }
     put(&mut content, descriptor.pages)?;
@@ -43,7 +55,7 @@ pub(crate) fn write(layer: &Layer, media: &Media, map: &Map) -> Result<Descripto
     Ok(descriptor)
 }
 
-/// Reads the map of `layers`' last, the first of which has depth 1.
+/// Reads the map of `layers`' last.
 pub(crate) fn load(layers: &[impl AsRef<Layer>], descriptor: Descriptor) -> Result<Map, Error> {
     let mut map = Map::default();
     let Some(layer) = layers.last().map(AsRef::as_ref) else {
@@ -51,12 +63,15 @@ pub(crate) fn load(layers: &[impl AsRef<Layer>], descriptor: Descriptor) -> Resu
     };
     let geometry = layer.header.geometry;
     let damaged = |what| Error::damaged(layer.path(), what);
-    let sizes: Vec<u64> = layers
+    let owners: Vec<_> = layers
         .iter()
-        .map(|layer| layer.as_ref().header.geometry.sectors())
+        .map(|layer| {
+            let header = &layer.as_ref().header;
+            (header.depth, header.geometry.sectors())
+        })
         .collect();
     let mut reader = Reader {
-        sizes: &sizes,
+        owners: &owners,
         at: 0,
         end: geometry.sectors(),
         last: None,
@@ -86,11 +101,12 @@ pub(crate) fn load(layers: &[impl AsRef<Layer>], descriptor: Descriptor) -> Resu
 
 /// Where the reading of a map has come to.
 struct Reader<'a> {
-    /// Sectors of each layer, from depth 1 on.
-    sizes: &'a [u64],
+    /// The depth of each layer, ever greater, and its sectors.
+    owners: &'a [(u32, u64)],
     at: u64,
     end: u64,
-    last: Option<Owner>,
+    /// The depth of the last run's owner.
+    last: Option<u32>,
     runs: u64,
 }
 
@@ -114,21 +130,28 @@ impl Reader<'_> {
     fn run(&mut self, rest: &mut &[u8]) -> Result<Run, &'static str> {
         let bad = "its map has an impossible run";
         let count = take_varint(rest).ok_or(bad)?;
-        let owner = take_varint(rest).and_then(|owner| Owner::try_from(owner).ok());
-        let owner = owner.ok_or(bad)?;
-        let size = match owner.checked_sub(1) {
-            None => self.end,
-            Some(index) => *self.sizes.get(usize::from(index)).ok_or(bad)?,
+        let depth = take_varint(rest).and_then(|depth| u32::try_from(depth).ok());
+        let depth = depth.ok_or(bad)?;
+        let (owner, size) = match depth {
+            0 => (BOTTOM, self.end),
+            depth => self.owner(depth).ok_or(bad)?,
         };
         let end = self.at.checked_add(count).filter(|end| *end <= self.end);
         let end = end.ok_or(bad)?;
-        if count == 0 || end > size || self.last == Some(owner) {
+        if count == 0 || end > size || self.last == Some(depth) {
             return Err(bad);
         }
         let start = std::mem::replace(&mut self.at, end);
-        self.last = Some(owner);
+        self.last = Some(depth);
         self.runs += 1;
         Ok(Run { start, end, owner })
+    }
+
+    /// The layer of that depth, or that into which it was merged, and its sectors.
+    fn owner(&self, depth: u32) -> Option<(Owner, u64)> {
+        let index = self.owners.partition_point(|(of, _)| *of < depth);
+        let (_, sectors) = *self.owners.get(index)?;
+        Some((Owner::try_from(index + 1).ok()?, sectors))
     }
 }
 
@@ -181,9 +204,10 @@ mod tests {
         }
     }
 
-    fn reader(sizes: &[u64]) -> Reader<'_> {
+    /// Of layers of these depths and sectors.
+    fn reader(owners: &[(u32, u64)]) -> Reader<'_> {
         Reader {
-            sizes,
+            owners,
             at: 0,
             end: 100,
             last: None,
@@ -193,7 +217,7 @@ mod tests {
 
     fn read(runs: &[u8]) -> Result<(), &'static str> {
         let content = [&[0; 8], runs].concat();
-        reader(&[50, 100]).page(&content, &mut Map::default())
+        reader(&[(1, 50), (2, 100)]).page(&content, &mut Map::default())
     }
 
     #[test]
@@ -210,14 +234,32 @@ mod tests {
             assert!(read(runs).is_err(), "{what}");
         }
         let later = [&[1, 0, 0, 0, 0, 0, 0, 0][..], &[50, 1]].concat();
-        assert!(reader(&[100]).page(&later, &mut Map::default()).is_err());
+        let other = reader(&[(1, 100)]).page(&later, &mut Map::default());
+        assert!(other.is_err());
+    }
+
+    #[test]
+    fn what_was_merged_is_the_layer_s_that_took_it_in() {
+        // Layers 2 to 5 are one, and as large as that.
+        let owners = [(1, 50), (5, 80), (6, 100)];
+        let runs = [10, 1, 10, 2, 10, 5, 10, 3, 40, 6, 20, 0];
+        let content = [&[0; 8][..], &runs].concat();
+        let mut map = Map::default();
+        reader(&owners).page(&content, &mut map).unwrap();
+        let found: Vec<_> = map.runs(0, 100).map(|run| (run.end, run.owner)).collect();
+        assert_eq!(found, [(10, 1), (40, 2), (80, 3), (100, BOTTOM)]);
+        for (what, runs) in [("nobody's", [10, 7]), ("beyond its end", [81, 4])] {
+            let content = [&[0; 8][..], &runs].concat();
+            let read = reader(&owners).page(&content, &mut Map::default());
+            assert!(read.is_err(), "{what}");
+        }
     }
 
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = read(&bytes);
-            let _ = reader(&[100]).page(&bytes, &mut Map::default());
+            let _ = reader(&[(1, 100)]).page(&bytes, &mut Map::default());
         }
     }
 }

@@ -51,6 +51,8 @@ pub(crate) enum Told {
     Flushed,
     /// This layer can be relied upon, and has this content.
     Snapshot { layer: PathBuf, content: Vec<u32> },
+    /// This layer is not relied upon any more.
+    Gone { layer: PathBuf },
     /// The host refused something.
     Refused,
 }

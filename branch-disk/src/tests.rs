@@ -3,6 +3,7 @@
 mod branch;
 mod crash;
 mod hostile;
+mod merge;
 mod model;
 
 use std::path::{Path, PathBuf};

@@ -32,6 +32,37 @@ fn content(layers: usize) -> Vec<u8> {
     content
 }
 
+/// A disk whose first two layers were merged once the third was there, which knows them both.
+fn make_merged(directory: &Path) {
+    make(directory);
+    let name = |number: usize| {
+        let name = std::fs::read_to_string(directory.join(format!("{number}.name"))).unwrap();
+        directory.join(name)
+    };
+    let mut disk = Disk::open(&name(2), Mode::Write, &anything).unwrap();
+    let sealed = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+    disk.write(5 * 512, &mut &[9; 512][..]).unwrap();
+    disk.flush().unwrap();
+    let [lowest, topmost, third] = *disk.sealed_layers() else {
+        panic!("it has other layers");
+    };
+    assert_eq!(third, sealed.id);
+    let merged = disk
+        .merge(lowest, topmost)
+        .unwrap()
+        .write(&|| true)
+        .unwrap();
+    assert!(disk.adopt(&merged));
+    merged.remove_rest(&|_| true).unwrap();
+    std::fs::rename(directory.join("2.name"), directory.join("3.name")).unwrap();
+    std::fs::remove_file(directory.join("0.name")).unwrap();
+    std::fs::write(
+        directory.join("2.name"),
+        sealed.path.file_name().unwrap().as_encoded_bytes(),
+    )
+    .unwrap();
+}
+
 fn make(directory: &Path) {
     let path = directory.join("head.disk");
     let mut disk = Disk::create(&path, Some(BYTES), &Foundation::Nothing, &anything).unwrap();
@@ -94,4 +125,29 @@ fn a_disk_of_version_1_is_whole() {
     holds(&head, &expected);
     let branch = Disk::branch(&layer(1), None, &anything).unwrap();
     holds(&branch, &content(2));
+}
+
+#[test]
+fn a_disk_of_version_2_is_whole() {
+    let kept = golden::tree("disk", 2, make_merged);
+    let layer = |number: usize| {
+        let name = std::fs::read_to_string(kept.path().join(format!("{number}.name"))).unwrap();
+        kept.path().join(name)
+    };
+    let mut head = content(3);
+    head[5 * 512..6 * 512].fill(9);
+    for (number, layers, expected) in [(1, 1, content(2)), (2, 2, content(3)), (3, 3, head)] {
+        let checked = check(&layer(number), &anything).unwrap();
+        assert_eq!((checked.layers, checked.without_map), (layers, 0));
+        assert!(checked.problems.is_empty(), "{:?}", checked.problems);
+        let disk = Disk::open(&layer(number), Mode::Read, &anything).unwrap();
+        holds(&disk, &expected);
+    }
+
+    // It goes on as one of today.
+    let mut disk = Disk::open(&layer(3), Mode::Write, &anything).unwrap();
+    disk.write(6 * 512, &mut &[1; 512][..]).unwrap();
+    let cut = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+    let branch = Disk::branch(&cut.path, Some(cut.id), &anything).unwrap();
+    assert_eq!(branch.sealed_layers().len(), 3);
 }

@@ -14,6 +14,7 @@ use std::{
 /// Those of formats that are no section's.
 const OTHERS: &[&str] = &[
     "branch-disk/golden/disk-1.hex",
+    "branch-disk/golden/disk-2.hex",
     "dedup/golden/encrypted-store-2.hex",
     "dedup/golden/store-2.hex",
     "snapshot/golden/memory-file-1.hex",

@@ -29,6 +29,8 @@ enum Op {
     /// Finishes the cuts so far.
     Finish,
     Reopen,
+    /// Merges all sealed layers, once they are finished, and removes those that no snapshot has.
+    Merge,
     /// After so many more writes of what is not data there is no space for one.
     NoSpace(u32),
 }
@@ -43,6 +45,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Cut),
         2 => Just(Op::Finish),
         1 => Just(Op::Reopen),
+        2 => Just(Op::Merge),
         2 => (0..5u32).prop_map(Op::NoSpace),
     ]
 }
@@ -136,6 +139,12 @@ fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
                 cuts.push((disk.cut(disk.prepare().unwrap()).unwrap(), content.clone()));
             }
             Op::Finish => finish(&mut cuts),
+            Op::Merge => {
+                tape::permit();
+                permitted = true;
+                finish(&mut cuts);
+                merge(&mut disk);
+            }
             Op::NoSpace(skip) => {
                 tape::fail(|call| call == Call::Write, skip, ErrorKind::StorageFull);
                 permitted = false;
@@ -154,6 +163,26 @@ fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
     let events = tape::stop();
     drop(disk);
     events
+}
+
+/// Merges the sealed layers of `disk`, and has those go that are one now.
+fn merge(disk: &mut Disk) {
+    let ids: Vec<_> = disk.layers().iter().map(|layer| layer.header.id).collect();
+    let [lowest, .., topmost, _] = *ids else {
+        return;
+    };
+    let merged = disk
+        .merge(lowest, topmost)
+        .unwrap()
+        .write(&|| true)
+        .unwrap();
+    assert!(disk.adopt(&merged));
+    for layer in merged.rest() {
+        let layer = layer.file_name().unwrap().into();
+        tape::note(Event::Told(Told::Gone { layer }));
+    }
+    let rest = merged.remove_rest(&|_| true).unwrap();
+    assert_eq!(rest.kept, [] as [PathBuf; 0]);
 }
 
 /// What of a file is on the disk, and what may be.
@@ -303,6 +332,7 @@ fn expected(events: &[Event]) -> Expected {
                 possible = content.iter().map(|stamp| [*stamp].into()).collect();
             }
             Told::Snapshot { layer, content } => snapshots.push((layer.clone(), content.clone())),
+            Told::Gone { layer } => snapshots.retain(|(name, _)| name != layer),
             Told::Refused => {}
         }
     }
@@ -377,6 +407,28 @@ proptest! {
             crash_and_look(&events, begin + at.index(events.len() + 1 - begin), seed);
         }
     }
+}
+
+#[test]
+fn every_point_of_a_merge_can_be_the_last() {
+    let ops = [
+        Op::Write(3, 9),
+        Op::Cut,
+        Op::Write(8, 20),
+        Op::Zero(4, 2, Space::Free),
+        Op::Cut,
+        Op::Write(5, 5),
+        Op::Merge,
+        Op::Write(6, 1),
+        Op::Cut,
+        Op::Merge,
+        Op::Write(7, 1),
+    ];
+    let dir = in_memory();
+    let events = work(dir.path(), &ops);
+    let gone = |event: &&Event| matches!(event, Event::Told(Told::Gone { .. }));
+    assert_eq!(events.iter().filter(gone).count(), 2);
+    everywhere(&events);
 }
 
 #[test]

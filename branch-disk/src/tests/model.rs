@@ -20,6 +20,8 @@ enum Op {
     Grow(u64),
     /// Goes on with a branch of one of the layers so far.
     Branch(prop::sample::Index),
+    /// Merges the layers of the chain from one to another, if those are two.
+    Merge(prop::sample::Index, prop::sample::Index),
 }
 
 fn range() -> impl Strategy<Value = (u64, u64)> {
@@ -37,6 +39,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Cut),
         1 => (0..700u64).prop_map(Op::Grow),
         1 => any::<prop::sample::Index>().prop_map(Op::Branch),
+        2 => any::<(prop::sample::Index, prop::sample::Index)>()
+            .prop_map(|(one, other)| Op::Merge(one, other)),
     ]
 }
 
@@ -87,6 +91,15 @@ proptest! {
                     content = then.clone();
                 }
                 Op::Branch(_) => {}
+                Op::Merge(one, other) => {
+                    let ids: Vec<_> = disk.layers().iter().map(|layer| layer.header.id).collect();
+                    if let Some(merge) = disk.merge(*one.get(&ids), *other.get(&ids)) {
+                        let count = disk.layers().len();
+                        let merged = merge.write(&|| true).unwrap();
+                        prop_assert!(disk.adopt(&merged));
+                        prop_assert!(disk.layers().len() < count);
+                    }
+                }
             }
             prop_assert!(all(&disk) == content);
         }

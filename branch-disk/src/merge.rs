@@ -1,0 +1,230 @@
+//! Sealed layers that lie one on the other become one, while the disk is in use.
+
+use std::{
+    io::{self, ErrorKind},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use crate::{
+    bits::Bits,
+    chain::{Bottom, whole_map},
+    convert::BLOCK_BYTES,
+    create::{Draft, reference},
+    disk::Disk,
+    error::Error,
+    header::{Header, LayerId, Parent},
+    layer::Layer,
+    layout::SECTOR_BYTES,
+    map::{Owner, Run},
+    media::{Lock, sync_directory_of},
+    seal::{Seal, is},
+};
+
+/// Copied at a time, in bytes.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Sealed layers that are to become one, which takes the place of the topmost of them: it has the id and the name of that, and
+/// what stands on that stands on it.
+#[derive(Debug)]
+pub struct Merge {
+    /// The disk's head.
+    path: PathBuf,
+    bottom: Option<Arc<Bottom>>,
+    /// Those that are to be merged, and all below them.
+    layers: Vec<Arc<Layer>>,
+    /// How many are below them.
+    below: usize,
+}
+
+/// Layers that are one.
+#[derive(Debug)]
+pub struct Merged {
+    pub(crate) layer: Arc<Layer>,
+    /// What it was made of, the lowest first.
+    pub(crate) parts: Vec<Arc<Layer>>,
+}
+
+impl Disk {
+    /// Its sealed layers from the one with the id `lowest` up to that with the id `topmost`, to be merged without holding this disk up.
+    /// `None` when its chain has no two such layers, one above the other.
+    pub fn merge(&self, lowest: LayerId, topmost: LayerId) -> Option<Merge> {
+        let below_head = &self.layers()[..self.layers().len().saturating_sub(1)];
+        let at = |id| below_head.iter().position(|layer| layer.header.id == id);
+        let (lowest, topmost) = (at(lowest)?, at(topmost)?);
+        (lowest < topmost).then(|| Merge {
+            path: self.path().to_owned(),
+            bottom: self.bottom.clone(),
+            layers: below_head[..=topmost].to_vec(),
+            below: lowest,
+        })
+    }
+
+    /// Uses the one layer instead of those that it was made of. Gives whether it does: they may not be its own any more.
+    /// Their files stay open for as long as `merged` is there: who has begun to read from them may go on until then.
+    pub fn adopt(&mut self, merged: &Merged) -> bool {
+        let Some(lowest) = merged.parts.first() else {
+            return false;
+        };
+        let begin = |layer: &Arc<Layer>| Arc::ptr_eq(layer, lowest);
+        let Some(first) = self.layers.iter().position(begin) else {
+            return false;
+        };
+        let parts = first..first + merged.parts.len();
+        let theirs = self.layers.get(parts.clone());
+        let same = |theirs: &[Arc<Layer>]| {
+            let mut both = theirs.iter().zip(&merged.parts);
+            both.all(|(one, other)| Arc::ptr_eq(one, other))
+        };
+        if !theirs.is_some_and(same) {
+            return false;
+        }
+        self.layers
+            .splice(parts.clone(), [Arc::clone(&merged.layer)]);
+        let one = (first + 1) as Owner;
+        let fewer = (merged.parts.len() - 1) as Owner;
+        self.map.renumber(|owner| match usize::from(owner) {
+            below if below <= first => owner,
+            part if part <= parts.end => one,
+            _ => owner - fewer,
+        });
+        true
+    }
+}
+
+impl Merge {
+    /// What the layers that are to be merged take on the host, in bytes, the lowest first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn allocated_bytes(&self) -> Result<Vec<u64>, Error> {
+        let parts = self.layers[self.below..].iter();
+        parts.map(|layer| layer.media.allocated_bytes()).collect()
+    }
+
+    /// Makes the one layer, and has it take the place of the topmost. It is durable then. The disk may be in use meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; of the kind [`ErrorKind::Interrupted`] once `wanted` says no. The disk is as it was then, for whoever opens it.
+    pub fn write(self, wanted: &dyn Fn() -> bool) -> Result<Merged, Error> {
+        let Self {
+            path,
+            bottom,
+            layers,
+            below,
+        } = self;
+        let (under, parts) = layers.split_at(below);
+        let (Some(lowest), Some(topmost)) = (parts.first(), parts.last()) else {
+            return Err(Error::damaged(&path, "it has no layers"));
+        };
+        let place = topmost.path().to_owned();
+        if !topmost.sealed()? || topmost.descriptor()?.is_none() {
+            return Err(Error::NotSealed { path: place });
+        }
+        let header = Header {
+            depth: topmost.header.depth,
+            below: lowest.header.below,
+            id: topmost.header.id,
+            geometry: topmost.header.geometry,
+            parent: parent_of(lowest, bottom.as_deref(), under.last(), &place),
+        };
+        // Called after the head, so that what a crash leaves goes when its next is made.
+        let own = path
+            .file_name()
+            .ok_or_else(|| Error::Path { path: path.clone() })?;
+        let draft = Draft::write(&place.with_file_name(own), &header)?;
+        draft.lock(Lock::Shared)?;
+        let layer = Arc::new(Layer::open(draft.path(), true, Lock::Not)?);
+        let bits = copy(&layers, below, &layer, wanted)?;
+        let chain = [under, &[Arc::clone(&layer)]].concat();
+        Seal::new(chain, layer, draft.path().to_owned(), bits).finish()?;
+        // Whatever somebody has put in its place is not to be replaced.
+        if !is(&place, topmost)? {
+            return Err(Error::OtherLayer {
+                path: place,
+                expected: header.id,
+            });
+        }
+        let media = draft.replace(&place).map_err(|(error, _)| error)?;
+        sync_directory_of(&place)?;
+        let layer = Layer::new(media, header);
+        layer.rename(&place);
+        Ok(Merged {
+            layer: Arc::new(layer),
+            parts: parts.to_vec(),
+        })
+    }
+}
+
+/// What `lowest` stands on, as a layer at `place` names it.
+fn parent_of(
+    lowest: &Layer,
+    bottom: Option<&Bottom>,
+    under: Option<&Arc<Layer>>,
+    place: &Path,
+) -> Parent {
+    let mut parent = lowest.header.parent.clone();
+    match (&mut parent, under, bottom) {
+        (Parent::Layer { path, .. }, Some(under), _) => *path = reference(place, under.path()),
+        (Parent::Raw(base), _, Some(bottom)) => base.path = reference(place, bottom.media.path()),
+        _ => {}
+    }
+    parent
+}
+
+/// Copies what the layers from `below` on have to `to`, and gives what that owns then.
+fn copy(
+    layers: &[Arc<Layer>],
+    below: usize,
+    to: &Layer,
+    wanted: &dyn Fn() -> bool,
+) -> Result<Bits, Error> {
+    let geometry = to.header.geometry;
+    let mut bits = Bits::none(geometry);
+    let mut buffer = vec![0; PIECE_BYTES as usize];
+    for run in whole_map(layers)?.runs(0, geometry.sectors()) {
+        let owner = usize::from(run.owner).checked_sub(1);
+        let from = owner.filter(|index| *index >= below);
+        if let Some(from) = from.and_then(|index| layers.get(index)) {
+            bits.set(run.start, run.end);
+            copy_run(from, to, run, &mut buffer, wanted)?;
+        }
+    }
+    Ok(bits)
+}
+
+/// Copies what `from` has of `run`. Zeros are holes.
+fn copy_run(
+    from: &Layer,
+    to: &Layer,
+    run: Run,
+    buffer: &mut [u8],
+    wanted: &dyn Fn() -> bool,
+) -> Result<(), Error> {
+    let [theirs, ours] = [from, to].map(|layer| layer.header.geometry.data_at());
+    let end = run.end * SECTOR_BYTES;
+    let mut at = run.start * SECTOR_BYTES;
+    while let Some(data) = from.media.next_data(theirs + at, theirs + end)? {
+        if !wanted() {
+            let interrupted = io::Error::from(ErrorKind::Interrupted);
+            return Err(Error::io("merge into", to.path())(interrupted));
+        }
+        at = (data - theirs) / SECTOR_BYTES * SECTOR_BYTES;
+        let len = PIECE_BYTES.min(end - at);
+        let piece = &mut buffer[..len as usize];
+        from.media
+            .fill(&mut &mut *piece, theirs + at, len)
+            .map_err(Error::io("read", from.path()))?;
+        for block in piece.chunks(BLOCK_BYTES) {
+            if block.iter().any(|byte| *byte != 0) {
+                to.media
+                    .drain(&mut &*block, ours + at)
+                    .map_err(Error::io("write to", to.path()))?;
+            }
+            at += block.len() as u64;
+        }
+    }
+    Ok(())
+}
