@@ -31,6 +31,8 @@ mod generation;
 mod huge_pages;
 #[path = "bare_metal/live.rs"]
 mod live;
+#[path = "bare_metal/merging.rs"]
+mod merging;
 #[path = "bare_metal/network.rs"]
 mod network;
 #[path = "bare_metal/on_demand.rs"]

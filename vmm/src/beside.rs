@@ -4,17 +4,22 @@ use std::thread;
 
 use crate::error::Error;
 
-/// Of the threads that save a machine while its guest runs. Where both want all CPUs, the kernel's weights for it and for 0
+/// Of the threads that save a machine while its guest runs, or merge its layers. Where both want all CPUs, the kernel's weights for it and for 0
 /// give them a sixth.
 const NICENESS: i32 = 7;
+
+/// Has the calling thread, and those that it makes from here on, let the guest have the CPUs first.
+pub(crate) fn yield_to_guest() {
+    // Nobody is refused to be nicer.
+    let _ = rustix::process::setpriority_process(None, NICENESS);
+}
 
 /// Does `work`, and lets the guest have the CPUs first.
 pub(crate) fn beside_guest<T: Send>(
     work: impl FnOnce() -> Result<T, Error> + Send,
 ) -> Result<T, Error> {
     let work = || {
-        // Threads that are made from here on inherit it. Nobody is refused to be nicer.
-        let _ = rustix::process::setpriority_process(None, NICENESS);
+        yield_to_guest();
         work()
     };
     thread::scope(|scope| {

@@ -269,6 +269,13 @@ impl Cuts {
         self.0.get(index)?.as_ref()?.cut.as_ref().map(Cut::layer)
     }
 
+    /// What ended, of all disks.
+    pub(crate) fn layers(&self) -> Vec<LayerId> {
+        let cuts = self.0.iter().flatten();
+        let cuts = cuts.filter_map(|disk| disk.cut.as_ref());
+        cuts.map(|cut| cut.layer().id).collect()
+    }
+
     /// Makes durable what ended, and gives what the disks were, in their order; the machine may run meanwhile.
     pub(crate) fn finish(self) -> Result<Vec<Option<Frozen>>, Error> {
         let finish = |disk: AtCut| {
@@ -308,7 +315,7 @@ pub(crate) fn sync(images: &[PathBuf]) -> Result<(), Error> {
     Ok(())
 }
 
-fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {
+pub(crate) fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {
     // A disk whose code panicked answers as well as it can.
     disk.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -21,6 +21,7 @@ mod lifecycle;
 mod limits;
 mod live;
 mod machine;
+mod merging;
 mod metrics;
 mod nets;
 mod place;

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use branch_disk::LayerId;
 use control::{GuestClock, LaunchSpec, MachineConfig, Origin};
 use devices::{EventLoop, OnGuestRequest, Quiesced};
 use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState};
@@ -23,6 +24,7 @@ use crate::{
     frame::{Frame, Restored, Threads, restore_vcpu},
     limits::{addressable, confined, layout_of},
     live::Live,
+    merging::Merging,
     metrics::{ExitCounts, MachineCounts},
     nets,
     state::MachineState,
@@ -150,6 +152,8 @@ pub(crate) struct Machine {
     pub(crate) stored_as: Option<StoredAs>,
     /// What is written to its memory, once that has to be known.
     pub(crate) live: Option<Live>,
+    /// How many layers its disks have.
+    merging: Merging,
     /// What it can be again, if it can.
     baseline: Option<Baseline>,
 }
@@ -388,6 +392,7 @@ impl Machine {
             vm,
             memory,
             vcpu_count,
+            merging: Merging::new(&disks),
             disks,
             vcpus,
             event_loop,
@@ -425,6 +430,12 @@ impl Machine {
     /// Its disks.
     pub(crate) fn disks(&self) -> &[AttachedDisk] {
         &self.disks
+    }
+
+    /// A snapshot of it has been taken, which needs the layers that its disks ended with, if they are given.
+    pub(crate) fn has_been_saved(&mut self, needed: &[LayerId]) {
+        self.merging.need(needed.iter().copied());
+        self.merging.look(&self.disks, self.stored_as.as_ref());
     }
 
     /// Number of vCPUs.

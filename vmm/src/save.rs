@@ -190,6 +190,7 @@ pub(crate) fn take_snapshot(
     }
     let images = disks::writable_images(held.disks());
     let cuts = next_heads.cut(held.disks())?;
+    let ended = cuts.layers();
     let work = Work {
         draft,
         state: held.save(id, &cuts)?,
@@ -227,12 +228,18 @@ pub(crate) fn take_snapshot(
     if let (Some(live), Some(at_cut)) = (&mut machine.live, at_cut) {
         live.saved(at_cut, stored.as_ref().map(|stored| stored.id.as_str()));
     }
+    // One whose disks were not saved with it needs their layers.
+    let needed = match layers.is_empty() {
+        true => ended,
+        false => Vec::new(),
+    };
     if let Some(stored) = &stored {
         machine.stored_as = Some(StoredAs {
             id: stored.id.clone(),
             layers,
         });
     }
+    machine.has_been_saved(&needed);
     Ok(SnapshotReport {
         id: id.to_string(),
         state_bytes,

@@ -87,6 +87,7 @@ impl Held<'_> {
             lost: _,
             stored_as: _,
             live: _,
+            merging: _,
             baseline: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(id, vm, memory, *vcpu_count, *cut));

@@ -1,0 +1,275 @@
+//! Layers of a machine's disks become fewer, beside it.
+//!
+//! Each snapshot ends a layer of each disk that was written to. What is in a store, or with a peer, has the content of its disks there, and needs its layers
+//! no more; those that lie one on the other become one (`docs/decisions/layers-become-one.md`).
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use branch_disk::{Disk, LayerId, Merge, Merged};
+use devices::virtio::block::SharedDisk;
+
+use crate::{
+    beside,
+    disks::{AttachedDisk, lock},
+    stored_disks::StoredAs,
+};
+
+/// As many layers in a row, none of which but the topmost is needed by itself, become fewer.
+const MANY: usize = 64;
+
+/// The layers of a machine's disks.
+pub(crate) struct Merging {
+    /// By disk, the topmost of those that were there before the machine.
+    found: Vec<Option<LayerId>>,
+    /// Those of snapshots that need them.
+    needed: HashSet<LayerId>,
+    /// Cleared when the machine ends.
+    wanted: Arc<AtomicBool>,
+    at_work: Option<JoinHandle<Vec<Merged>>>,
+    /// What is done. A round of requests that a device had begun before may still read the old files.
+    done: Vec<Merged>,
+}
+
+/// A disk some of whose layers are to become one.
+struct Task {
+    number: usize,
+    disk: SharedDisk,
+    merge: Merge,
+}
+
+impl Merging {
+    /// Of a machine that is made.
+    pub(crate) fn new(disks: &[AttachedDisk]) -> Self {
+        let topmost = |disk: &AttachedDisk| {
+            let branch = disk.branch.as_ref()?;
+            lock(branch).sealed_layers().last().copied()
+        };
+        Self {
+            found: disks.iter().map(topmost).collect(),
+            needed: HashSet::new(),
+            wanted: Arc::new(AtomicBool::new(true)),
+            at_work: None,
+            done: Vec::new(),
+        }
+    }
+
+    /// A snapshot has been taken that needs these layers.
+    pub(crate) fn need(&mut self, layers: impl IntoIterator<Item = LayerId>) {
+        self.needed.extend(layers);
+    }
+
+    /// Begins to merge what has become many, if nothing is merged yet. `last` is what the machine was last in a store, from which
+    /// the next snapshot is told. The machine has been held since this was last called, or since it was made.
+    pub(crate) fn look(&mut self, disks: &[AttachedDisk], last: Option<&StoredAs>) {
+        let done = std::mem::take(&mut self.done);
+        if let Some(thread) = self.at_work.take_if(|thread| thread.is_finished()) {
+            self.done = thread.join().unwrap_or_default();
+        }
+        let tasks = match self.at_work {
+            Some(_) => Vec::new(),
+            None => self.tasks(disks, last),
+        };
+        if done.is_empty() && tasks.is_empty() {
+            return;
+        }
+        let wanted = Arc::clone(&self.wanted);
+        let merge = move || {
+            beside::yield_to_guest();
+            // Files that have no name any more end here, which may take a while.
+            drop(done);
+            let merge = |task: Task| task.run(&|| wanted.load(Ordering::Relaxed));
+            tasks.into_iter().filter_map(merge).collect()
+        };
+        match thread::Builder::new()
+            .name("merger".to_owned())
+            .spawn(merge)
+        {
+            Ok(thread) => self.at_work = Some(thread),
+            Err(error) => tracing::warn!("layers of disks stay as many as they are: {error}"),
+        }
+    }
+
+    fn tasks(&self, disks: &[AttachedDisk], last: Option<&StoredAs>) -> Vec<Task> {
+        let mut tasks = Vec::new();
+        for (number, (attached, found)) in disks.iter().zip(&self.found).enumerate() {
+            let Some(disk) = attached
+                .branch
+                .as_ref()
+                .filter(|_| !attached.config.read_only)
+            else {
+                continue;
+            };
+            let stays = last.and_then(|last| *last.layers.get(number)?);
+            let stays = |id: &LayerId| Some(*id) == stays || self.needed.contains(id);
+            let held = lock(disk);
+            tasks.extend(merges(&held, *found, &stays).map(|merge| Task {
+                number,
+                disk: Arc::clone(disk),
+                merge,
+            }));
+        }
+        tasks
+    }
+}
+
+impl Drop for Merging {
+    fn drop(&mut self) {
+        self.wanted.store(false, Ordering::Relaxed);
+        if let Some(thread) = self.at_work.take() {
+            // It says itself if it fails.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Task {
+    fn run(self, wanted: &dyn Fn() -> bool) -> Option<Merged> {
+        let Self {
+            number,
+            disk,
+            merge,
+        } = self;
+        let merged = match merge.write(wanted) {
+            Ok(merged) => merged,
+            // They go on as they are.
+            Err(error) => {
+                tracing::warn!(
+                    disk = number,
+                    "layers of a disk stay as many as they are: {error}"
+                );
+                return None;
+            }
+        };
+        let adopted = lock(&disk).adopt(&merged);
+        match merged.remove_rest(&|_| true) {
+            Ok(rest) => tracing::info!(
+                disk = number,
+                adopted,
+                removed = rest.removed.len(),
+                kept = rest.kept.len(),
+                "layers of a disk have become one"
+            ),
+            Err(error) => tracing::warn!(disk = number, "layers that were merged stay: {error}"),
+        }
+        Some(merged)
+    }
+}
+
+/// What of a disk's chain above the layer `found` is to be merged. Those that `stays` says are needed may be the topmost of what is.
+fn merges(
+    disk: &Disk,
+    found: Option<LayerId>,
+    stays: &dyn Fn(&LayerId) -> bool,
+) -> impl Iterator<Item = Merge> {
+    let sealed = disk.sealed_layers();
+    let ours = match found {
+        None => &sealed[..],
+        Some(found) => match sealed.iter().position(|id| *id == found) {
+            Some(at) => &sealed[at + 1..],
+            // It was reset to something else.
+            None => &[],
+        },
+    };
+    let rows: Vec<_> = ours.split_inclusive(stays).collect();
+    let many = rows.into_iter().filter_map(|row| {
+        let whole = disk.merge(*row.first()?, *row.last()?)?;
+        if row.len() < MANY {
+            return None;
+        }
+        let from = worth(&whole.allocated_bytes().ok()?);
+        disk.merge(*row.get(from)?, *row.last()?)
+    });
+    many.collect::<Vec<_>>().into_iter()
+}
+
+/// From which on layers that take so many bytes, the lowest first, are to become one: the upper half, and those below it
+/// that are not much more than all above them. So what is merged again and again grows each time, and every byte is copied
+/// only as often as sizes can double.
+fn worth(bytes: &[u64]) -> usize {
+    let half = bytes.len() / 2;
+    let mut above: u64 = bytes[half..].iter().sum();
+    let below = bytes[..half].iter().rev();
+    let taken_in = below.take_while(|bytes| {
+        let fits = **bytes <= above.saturating_mul(2);
+        above = above.saturating_add(**bytes);
+        fits
+    });
+    half - taken_in.count()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use branch_disk::{Foundation, anything};
+
+    use super::*;
+
+    #[test]
+    fn what_is_large_is_not_copied_for_what_is_small() {
+        assert_eq!(worth(&[1; 64]), 0);
+        let mut bytes = vec![1; 64];
+        bytes[0] = 1000;
+        assert_eq!(worth(&bytes), 1);
+        bytes[0] = 2 * 63;
+        assert_eq!(worth(&bytes), 0);
+        bytes[20] = 1000;
+        assert_eq!(worth(&bytes), 21);
+    }
+
+    #[test]
+    fn every_byte_is_copied_a_few_times_however_many_snapshots_there_are() {
+        let (mut layers, mut copied) = (Vec::new(), 0);
+        for snapshots in 1..=10_000u64 {
+            layers.push(1);
+            if layers.len() >= MANY {
+                let one = layers.split_off(worth(&layers)).iter().sum();
+                copied += one;
+                layers.push(one);
+            }
+            assert!(layers.len() < MANY);
+            let doublings = u64::from(snapshots.ilog2());
+            assert!(copied <= snapshots * doublings.max(1));
+        }
+    }
+
+    fn disk_of(directory: &Path, layers: usize) -> Disk {
+        let path = directory.join("d");
+        let on = Foundation::Nothing;
+        let mut disk = Disk::create(&path, Some(1 << 20), &on, &anything).unwrap();
+        for layer in 0..layers {
+            disk.write(512 * layer as u64, &mut &[1; 512][..]).unwrap();
+            disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+        }
+        disk
+    }
+
+    fn directory() -> tempfile::TempDir {
+        let memory = tempfile::tempdir_in("/dev/shm");
+        memory.or_else(|_| tempfile::tempdir()).unwrap()
+    }
+
+    #[test]
+    fn needed_layers_and_those_that_were_there_before_are_never_below_the_top() {
+        let directory = directory();
+        let disk = disk_of(directory.path(), 2 * MANY);
+        let sealed = disk.sealed_layers();
+        let count = |found, stays: &[LayerId]| {
+            let stays = |id: &LayerId| stays.contains(id);
+            merges(&disk, found, &stays).count()
+        };
+        assert_eq!(count(None, &[]), 1);
+        assert_eq!(count(Some(sealed[MANY - 1]), &[]), 1);
+        assert_eq!(count(Some(sealed[MANY]), &[]), 0);
+        assert_eq!(count(None, &[sealed[MANY - 1]]), 2);
+        assert_eq!(count(None, &[sealed[MANY / 2], sealed[MANY]]), 0);
+        assert_eq!(count(Some(LayerId([7; 16])), &[]), 0);
+    }
+}
