@@ -10,6 +10,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+use branch_disk::{Disk, Foundation, anything};
 use saved_state::{Container, CpuIdentity, Header, Kind, Section, SnapshotId};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -244,6 +245,49 @@ fn a_port_in_use_is_an_error() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("in use"), "{output:?}");
+}
+
+#[test]
+fn layers_of_a_disk_are_merged() {
+    let bench = Bench::new();
+    let path = bench.path().join("d");
+    let on = Foundation::Nothing;
+    let mut disk = Disk::create(&path, Some(1 << 20), &on, &anything).unwrap();
+    let mut cut = || {
+        disk.write(0, &mut &[1; 512][..]).unwrap();
+        disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap()
+    };
+    let layers = [cut(), cut(), cut()].map(|layer| layer.path.to_str().unwrap().to_owned());
+    let refusal = bench.refusal(&["disk", "merge", "d"]);
+    assert!(refusal.contains("is in use"), "{refusal}");
+    drop(disk);
+    // A disk in the same directory stands on the second.
+    let said = bench.run(&["disk", "branch", &layers[1], "e"]);
+    assert!(said.status.success(), "{said:?}");
+    let said = bench.run(&["disk", "merge", "d", "--remove"]);
+    let said = text(&said.stdout);
+    assert!(
+        said.starts_with(&format!("3 layers are {}\n", layers[2])),
+        "{said}"
+    );
+    for layer in &layers[..2] {
+        assert!(
+            said.contains(&format!("not needed by this disk: {layer}\n")),
+            "{said}"
+        );
+    }
+    let said = bench.run(&["disk", "merge", "d", "--json"]);
+    let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+    assert_eq!((&said["layers"], &said["into"]), (&1.into(), &Value::Null));
+
+    let said = bench.run(&["disk", "merge", "e", "--remove", "--json"]);
+    let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+    assert_eq!(said["into"], layers[1]);
+    assert_eq!(said["removed"], serde_json::json!([layers[0]]));
+    for disk in ["d", "e"] {
+        let said = text(&bench.run(&["disk", "check", disk]).stdout);
+        assert_eq!(said, "2 layers, nothing wrong\n");
+    }
 }
 
 #[test]

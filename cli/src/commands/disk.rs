@@ -5,7 +5,9 @@ use std::{
     process::ExitCode,
 };
 
-use branch_disk::{BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, anything};
+use branch_disk::{
+    BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, Rest, anything,
+};
 use clap::{Subcommand, ValueEnum};
 use control::{DiskChange, DiskLimitsChange, DiskStatus, Registry};
 use serde::Serialize;
@@ -100,6 +102,16 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Format::Raw)]
         format: Format,
     },
+    /// Makes one of the sealed layers of a disk that no machine uses, down to its base. What stands on the topmost of them stands on that.
+    Merge {
+        /// The disk.
+        disk: PathBuf,
+        /// Removes the files of the others, unless a layer in their directories stands on them, or one that was put there from
+        /// elsewhere, or somebody has them open. A snapshot in files that was taken of the disk before its last needs them; one in a
+        /// store does not.
+        #[arg(long)]
+        remove: bool,
+    },
     /// Checks everything of a disk but its data. The exit code is 2 when something is wrong.
     Check {
         /// The disk, or one of its layers.
@@ -165,6 +177,7 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
             };
             report_copy(copied?, json)
         }
+        Command::Merge { disk, remove } => merge(disk, *remove, json),
         Command::Check { disk } => check(disk, json),
     }
 }
@@ -314,6 +327,66 @@ fn row(layer: &LayerInfo) -> [String; 4] {
         output::bytes(layer.owned_bytes),
         output::bytes(layer.allocated_bytes),
     ]
+}
+
+fn merge(path: &Path, remove: bool, json: bool) -> anyhow::Result<ExitCode> {
+    let mut disk = Disk::open(path, Mode::Write, &anything)?;
+    let sealed = disk.sealed_layers();
+    let whole = match &*sealed {
+        [lowest, .., topmost] => disk.merge(*lowest, *topmost),
+        _ => None,
+    };
+    let Some(merge) = whole else {
+        return report_merge(sealed.len(), None, Rest::default(), json);
+    };
+    let merged = merge.write(&|| true)?;
+    disk.adopt(&merged);
+    let rest = match remove {
+        true => merged.remove_rest(&|_| true)?,
+        false => Rest {
+            removed: Vec::new(),
+            kept: merged.rest(),
+        },
+    };
+    report_merge(sealed.len(), Some(merged.path()), rest, json)
+}
+
+fn report_merge(
+    layers: usize,
+    into: Option<&Path>,
+    rest: Rest,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Report<'a> {
+        layers: usize,
+        into: Option<&'a Path>,
+        removed: Vec<PathBuf>,
+        kept: Vec<PathBuf>,
+    }
+    let Rest { removed, kept } = rest;
+    if json {
+        let report = Report {
+            layers,
+            into,
+            removed,
+            kept,
+        };
+        output::print_json(&report)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(into) = into else {
+        output::print(&format!("{layers} sealed layers, nothing to merge\n"))?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let mut text = format!("{layers} layers are {}\n", into.display());
+    for (what, paths) in [("removed", removed), ("not needed by this disk", kept)] {
+        for path in paths {
+            text += &format!("{what}: {}\n", path.display());
+        }
+    }
+    output::print(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn report_copy(copied: Copied, json: bool) -> anyhow::Result<ExitCode> {
