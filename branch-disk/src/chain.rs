@@ -1,10 +1,11 @@
 //! A head and everything below it, open.
 
 use std::{
+    io::ErrorKind,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::UNIX_EPOCH,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use crate::{
@@ -17,6 +18,11 @@ use crate::{
     media::{Lock, Media},
     stored_map,
 };
+
+/// How often a chain is opened again whose files were not to be had, and after which time: whoever merges layers locks what
+/// is to be removed for a moment.
+const MERGE_TRIES: u32 = 5;
+const MERGE_TIME: Duration = Duration::from_millis(20);
 
 /// What a disk is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,20 +61,43 @@ impl Chain {
     /// Opens the layer at `path` and all below it.
     pub(crate) fn open(path: &Path, mode: Mode, rule: &Rule<'_>) -> Result<Self, Error> {
         let path = permitted(path, rule)?;
+        let mut tries = 0..MERGE_TRIES;
+        loop {
+            match Self::try_open(&path, mode, rule) {
+                Err(error) if is_of_a_merge(&error, &path, mode) && tries.next().is_some() => {
+                    std::thread::sleep(MERGE_TIME);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn try_open(path: &Path, mode: Mode, rule: &Rule<'_>) -> Result<Self, Error> {
         let (write, lock) = match mode {
             Mode::Write => (true, Lock::Alone),
             Mode::Read => (false, Lock::Shared),
         };
-        let head = Layer::open(&path, write, Lock::Not)?;
+        let head = Layer::open(path, write, Lock::Not)?;
         let locked = head.media.lock(lock);
         // Rather than that others are in the way.
         if write && head.sealed()? {
+            let path = path.to_owned();
             return Err(Error::Sealed { path });
         }
         locked?;
-        let (bottom, mut layers) = below(&head.header, &path, rule)?;
+        head.media.has_a_name()?;
+        let (bottom, mut layers) = below(&head.header, path, rule)?;
         layers.push(Arc::new(head));
         Ok(Self { bottom, layers })
+    }
+}
+
+/// Whether it can be that somebody merges layers, so that other files are what a moment ago these were.
+fn is_of_a_merge(error: &Error, head: &Path, mode: Mode) -> bool {
+    match error {
+        Error::InUse { path } => mode == Mode::Read || path != head,
+        Error::Io { path, source, .. } => path != head && source.kind() == ErrorKind::NotFound,
+        _ => false,
     }
 }
 
@@ -138,7 +167,10 @@ fn below(
         path = parent;
         layers.push(Arc::new(layer));
         if layers.len() >= MAX_DEPTH {
-            return Err(Error::TooDeep { path });
+            return Err(Error::damaged(
+                &path,
+                "more layers stand on it than there can be",
+            ));
         }
     };
     layers.reverse();

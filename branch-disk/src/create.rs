@@ -79,11 +79,14 @@ impl Disk {
             below,
             parent,
         };
-        let draft = Draft::write(&path, &header)?;
-        if let Some(below) = chain.as_ref().and_then(|chain| chain.layers.last()) {
-            keep(below, &path, header.id);
-        }
-        draft.publish(&path)?;
+        let draft = Draft::write(&path, &path, &header)?;
+        let below = chain.as_ref().and_then(|chain| chain.layers.last());
+        let kept = below.and_then(|below| keep(below, &path, header.id));
+        draft.publish(&path).inspect_err(|_| {
+            if let Some(name) = &kept {
+                name::discard(name);
+            }
+        })?;
         Self::open(&path, Mode::Write, rule)
     }
 
@@ -122,7 +125,7 @@ fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, 
     }
     if chain.layers.len() >= MAX_DEPTH || layer.header.depth == u32::MAX {
         return Err(Error::TooDeep {
-            path: path.to_owned(),
+            path: parent.to_owned(),
         });
     }
     let reference = Parent::Layer {
@@ -134,14 +137,22 @@ fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, 
 }
 
 /// Has `layer` stay for its child at `path` in another directory, where whoever merges layers does not look for it: by a second
-/// name. Who may not give it one has no part in what is merged there.
-fn keep(layer: &Layer, path: &Path, child: LayerId) {
+/// name, which it gives.
+fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
     if layer.path().parent() == path.parent() {
-        return;
+        return None;
     }
     let name = name::kept(layer.path(), child);
-    if let Err(error) = link(&layer.media, &name) {
-        tracing::debug!(path = %name.display(), "a layer has no second name: {error}");
+    let kept = link(&layer.media, &name).map_err(Error::errno("name", &name));
+    match kept.and_then(|()| sync_directory_of(&name)) {
+        Ok(()) => Some(name),
+        Err(error) => {
+            // It may be where nobody may write, and nobody merges.
+            tracing::warn!(
+                "who merges layers is not told of the new disk, and could remove what it stands on: {error}"
+            );
+            None
+        }
     }
 }
 
@@ -181,8 +192,8 @@ pub(crate) struct Draft {
 }
 
 impl Draft {
-    /// Writes an empty layer that is to become `path`, and makes it durable.
-    pub(crate) fn write(path: &Path, header: &Header) -> Result<Self, Error> {
+    /// Writes an empty layer that is to become `path`, and makes it durable. Until then it is called as drafts of `head` are.
+    pub(crate) fn write(path: &Path, head: &Path, header: &Header) -> Result<Self, Error> {
         let page = header.encode().ok_or_else(|| Error::Path {
             path: path.to_owned(),
         })?;
@@ -192,7 +203,7 @@ impl Draft {
                 path: path.to_owned(),
             });
         }
-        let draft = name::draft(path, header.id);
+        let draft = name::draft(head, header.id);
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -3,7 +3,7 @@
 //! A tree in which each node has 64 parts, from blocks of 4 KiB up to all of the largest disk. A part with one owner is told
 //! in two bytes; only one with several has a node of its own, or a block an owner for each sector.
 
-/// 0: what is below all layers. *n*: the layer of depth *n*.
+/// 0: what is below all layers. *n*: the *n*th layer of the chain, the lowest of which is the first.
 pub(crate) type Owner = u16;
 
 pub(crate) const BOTTOM: Owner = 0;

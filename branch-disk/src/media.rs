@@ -9,7 +9,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags, SeekFrom as Seeked},
+    fs::{Gid, Mode, OFlags, SeekFrom as Seeked, Stat, Uid},
     io::Errno,
 };
 
@@ -122,6 +122,31 @@ impl Media {
             Err(errno) => return Err(Error::errno("look for data in", self.path())(errno)),
         };
         Ok((found < end).then_some(found))
+    }
+
+    /// Bytes that are free where it is, for who is not privileged.
+    pub(crate) fn free_bytes(&self) -> Result<u64, Error> {
+        let found = rustix::fs::fstatvfs(&self.file);
+        let found = found.map_err(Error::errno("look at the file system of", &self.path))?;
+        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+    }
+
+    /// Gives it the owner and the permissions of `other`, if it has others.
+    pub(crate) fn belong_as(&self, other: &Self) -> Result<(), Error> {
+        let of = |media: &Self| rustix::fs::fstat(&media.file);
+        let changed = of(self).and_then(|ours| {
+            let theirs = of(other)?;
+            if (ours.st_uid, ours.st_gid) != (theirs.st_uid, theirs.st_gid) {
+                let (user, group) = (Uid::from_raw(theirs.st_uid), Gid::from_raw(theirs.st_gid));
+                rustix::fs::fchown(&self.file, Some(user), Some(group))?;
+            }
+            let mode = |stat: &Stat| Mode::from_raw_mode(stat.st_mode);
+            if mode(&ours) != mode(&theirs) {
+                rustix::fs::fchmod(&self.file, mode(&theirs))?;
+            }
+            Ok(())
+        });
+        changed.map_err(Error::errno("set owner and permissions of", &self.path))
     }
 
     /// Fails if it was removed after it was opened, and before it was locked.

@@ -1,7 +1,7 @@
 //! Sealed layers that lie one on the other become one, while the disk is in use.
 
 use std::{
-    io::{self, ErrorKind},
+    io::ErrorKind,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -18,11 +18,14 @@ use crate::{
     layout::SECTOR_BYTES,
     map::{Owner, Run},
     media::{Lock, sync_directory_of},
+    name,
     seal::{Seal, is},
 };
 
 /// Copied at a time, in bytes.
 const PIECE_BYTES: u64 = 1 << 20;
+/// Written before it is synced, in bytes: who is not wanted any more ends soon.
+const SYNC_BYTES: u64 = 128 << 20;
 
 /// Sealed layers that are to become one, which takes the place of the topmost of them: it has the id and the name of that, and
 /// what stands on that stands on it.
@@ -99,15 +102,14 @@ impl Merge {
     ///
     /// [`Error`].
     pub fn allocated_bytes(&self) -> Result<Vec<u64>, Error> {
-        let parts = self.layers[self.below..].iter();
-        parts.map(|layer| layer.media.allocated_bytes()).collect()
+        allocated(&self.layers[self.below..])
     }
 
     /// Makes the one layer, and has it take the place of the topmost. It is durable then. The disk may be in use meanwhile.
     ///
     /// # Errors
     ///
-    /// [`Error`]; of the kind [`ErrorKind::Interrupted`] once `wanted` says no. The disk is as it was then, for whoever opens it.
+    /// [`Error`]; of the kind [`ErrorKind::StorageFull`] where there is no room for twice what the layers take, and [`ErrorKind::Interrupted`] once `wanted` says no. The disk is as it was then, for whoever opens it.
     pub fn write(self, wanted: &dyn Fn() -> bool) -> Result<Merged, Error> {
         let Self {
             path,
@@ -130,14 +132,23 @@ impl Merge {
             geometry: topmost.header.geometry,
             parent: parent_of(lowest, bottom.as_deref(), under.last(), &place),
         };
-        // Called after the head, so that what a crash leaves goes when its next is made.
-        let own = path
-            .file_name()
-            .ok_or_else(|| Error::Path { path: path.clone() })?;
-        let draft = Draft::write(&place.with_file_name(own), &header)?;
+        // As much again is left for what the disk is written to meanwhile.
+        let needed: u64 = allocated(parts)?.iter().sum();
+        if topmost.media.free_bytes()? < needed.saturating_mul(2) {
+            let full = Error::io("merge layers into", &place);
+            return Err(full(ErrorKind::StorageFull.into()));
+        }
+        // Called after the head, so that what a crash leaves goes when its next is made, or here.
+        let own = path.file_name();
+        let own = own.ok_or_else(|| Error::Path { path: path.clone() })?;
+        let own = place.with_file_name(own);
+        name::sweep(&own);
+        let draft = Draft::write(&place, &own, &header)?;
         draft.lock(Lock::Shared)?;
         let layer = Arc::new(Layer::open(draft.path(), true, Lock::Not)?);
+        layer.media.belong_as(&topmost.media)?;
         let bits = copy(&layers, below, &layer, wanted)?;
+        still(wanted, &place)?;
         let chain = [under, &[Arc::clone(&layer)]].concat();
         Seal::new(chain, layer, draft.path().to_owned(), bits).finish()?;
         // Whatever somebody has put in its place is not to be replaced.
@@ -149,13 +160,16 @@ impl Merge {
         }
         let media = draft.replace(&place).map_err(|(error, _)| error)?;
         sync_directory_of(&place)?;
-        let layer = Layer::new(media, header);
-        layer.rename(&place);
         Ok(Merged {
-            layer: Arc::new(layer),
+            layer: Arc::new(Layer::new(media, header)),
             parts: parts.to_vec(),
         })
     }
+}
+
+fn allocated(layers: &[Arc<Layer>]) -> Result<Vec<u64>, Error> {
+    let layers = layers.iter();
+    layers.map(|layer| layer.media.allocated_bytes()).collect()
 }
 
 /// What `lowest` stands on, as a layer at `place` names it.
@@ -183,48 +197,71 @@ fn copy(
 ) -> Result<Bits, Error> {
     let geometry = to.header.geometry;
     let mut bits = Bits::none(geometry);
-    let mut buffer = vec![0; PIECE_BYTES as usize];
+    let mut copy = Copy {
+        to,
+        wanted,
+        buffer: vec![0; PIECE_BYTES as usize],
+        unsynced: 0,
+    };
     for run in whole_map(layers)?.runs(0, geometry.sectors()) {
         let owner = usize::from(run.owner).checked_sub(1);
         let from = owner.filter(|index| *index >= below);
         if let Some(from) = from.and_then(|index| layers.get(index)) {
             bits.set(run.start, run.end);
-            copy_run(from, to, run, &mut buffer, wanted)?;
+            copy.run(from, run)?;
         }
     }
     Ok(bits)
 }
 
-/// Copies what `from` has of `run`. Zeros are holes.
-fn copy_run(
-    from: &Layer,
-    to: &Layer,
-    run: Run,
-    buffer: &mut [u8],
-    wanted: &dyn Fn() -> bool,
-) -> Result<(), Error> {
-    let [theirs, ours] = [from, to].map(|layer| layer.header.geometry.data_at());
-    let end = run.end * SECTOR_BYTES;
-    let mut at = run.start * SECTOR_BYTES;
-    while let Some(data) = from.media.next_data(theirs + at, theirs + end)? {
-        if !wanted() {
-            let interrupted = io::Error::from(ErrorKind::Interrupted);
-            return Err(Error::io("merge into", to.path())(interrupted));
-        }
-        at = (data - theirs) / SECTOR_BYTES * SECTOR_BYTES;
-        let len = PIECE_BYTES.min(end - at);
-        let piece = &mut buffer[..len as usize];
-        from.media
-            .fill(&mut &mut *piece, theirs + at, len)
-            .map_err(Error::io("read", from.path()))?;
-        for block in piece.chunks(BLOCK_BYTES) {
-            if block.iter().any(|byte| *byte != 0) {
-                to.media
-                    .drain(&mut &*block, ours + at)
-                    .map_err(Error::io("write to", to.path()))?;
+/// Copying to one layer.
+struct Copy<'a> {
+    to: &'a Layer,
+    wanted: &'a dyn Fn() -> bool,
+    buffer: Vec<u8>,
+    /// Bytes that were written since the last sync.
+    unsynced: u64,
+}
+
+impl Copy<'_> {
+    /// Copies what `from` has of `run`. Zeros are holes.
+    fn run(&mut self, from: &Layer, run: Run) -> Result<(), Error> {
+        let [theirs, ours] = [from, self.to].map(|layer| layer.header.geometry.data_at());
+        let end = run.end * SECTOR_BYTES;
+        let mut at = run.start * SECTOR_BYTES;
+        while let Some(data) = from.media.next_data(theirs + at, theirs + end)? {
+            still(self.wanted, self.to.path())?;
+            at = (data - theirs) / SECTOR_BYTES * SECTOR_BYTES;
+            let len = PIECE_BYTES.min(end - at);
+            let piece = &mut self.buffer[..len as usize];
+            from.media
+                .fill(&mut &mut *piece, theirs + at, len)
+                .map_err(Error::io("read", from.path()))?;
+            for block in piece.chunks(BLOCK_BYTES) {
+                if block.iter().any(|byte| *byte != 0) {
+                    self.to
+                        .media
+                        .drain(&mut &*block, ours + at)
+                        .map_err(Error::io("write to", self.to.path()))?;
+                    self.unsynced += block.len() as u64;
+                }
+                at += block.len() as u64;
             }
-            at += block.len() as u64;
+            if self.unsynced >= SYNC_BYTES {
+                self.to.media.sync()?;
+                self.unsynced = 0;
+            }
         }
+        Ok(())
     }
-    Ok(())
+}
+
+/// Fails if it is not wanted any more.
+fn still(wanted: &dyn Fn() -> bool, path: &Path) -> Result<(), Error> {
+    match wanted() {
+        true => Ok(()),
+        false => Err(Error::io("merge layers into", path)(
+            ErrorKind::Interrupted.into(),
+        )),
+    }
 }

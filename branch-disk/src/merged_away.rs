@@ -1,7 +1,7 @@
 //! The files of layers that were merged: whether anything needs them still.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io::ErrorKind,
     path::{Path, PathBuf},
     sync::Arc,
@@ -48,17 +48,23 @@ impl Merged {
         rest.map(|layer| layer.path().to_owned()).collect()
     }
 
-    /// Removes those of them that `removable` says may go, and that nobody stands on: no layer in their directory, and no disk
-    /// elsewhere for which they have a second name, and that nobody has open.
+    /// Removes those of them that `removable` says may go, that lie beside the one layer, and that nobody stands on: no layer in
+    /// that directory, and no disk elsewhere, for which they have a second name; and that nobody has open.
     ///
     /// # Errors
     ///
-    /// [`Error`] when a directory, or a layer in it, cannot be read; nothing is removed then.
+    /// [`Error`] when the directory, or a layer in it, cannot be read; nothing is removed then.
     pub fn remove_rest(&self, removable: &dyn Fn(LayerId) -> bool) -> Result<Rest, Error> {
         let layers = self.merged_away();
-        // Before it is looked who stands on them: nobody comes to from now on.
+        let Some(directory) = self.path().parent() else {
+            return Ok(Rest::default());
+        };
+        let mut children = Children::default();
+        children.find(directory, self.layer.header.id)?;
+        // Nobody comes to stand on them from here on, so that this is not for long: only new names are looked at.
         let locked: Vec<bool> = layers.iter().map(|layer| alone(layer)).collect();
-        let rest = self.remove_unneeded(&locked, removable);
+        let found = children.find(directory, self.layer.header.id);
+        let rest = found.and_then(|()| self.remove_unneeded(children, &locked, removable));
         for layer in layers {
             // Whoever reads what was frozen of the disk before has them open.
             if let Err(error) = layer.media.lock(Lock::Shared) {
@@ -74,25 +80,22 @@ impl Merged {
 
     fn remove_unneeded(
         &self,
+        mut children: Children,
         locked: &[bool],
         removable: &dyn Fn(LayerId) -> bool,
     ) -> Result<Rest, Error> {
-        let layers = self.merged_away();
-        let directories: BTreeSet<_> = layers.iter().map(|layer| layer.path().parent()).collect();
-        let mut children = BTreeMap::new();
-        for directory in directories.into_iter().flatten() {
-            find_children(directory, self.layer.header.id, &mut children)?;
-        }
+        // Somebody else may have merged the same, and stand on what is to be removed.
+        let in_place = is(self.path(), &self.layer)?;
         let mut rest = Rest::default();
         // From the top, for each is needed by those above it that stay.
-        for (layer, locked) in layers.iter().zip(locked).rev() {
+        for (layer, locked) in self.merged_away().iter().zip(locked).rev() {
             let path = layer.path().to_owned();
             let id = layer.header.id;
-            let stood_on = children.values().any(|parent| *parent == id);
-            let free = *locked && !stood_on && removable(id);
-            if free && layer.media.names()? == 1 && is(&path, layer)? {
+            let free = *locked && in_place && !children.stand_on(id) && removable(id);
+            let beside = path.parent() == self.path().parent();
+            if free && beside && layer.media.names()? == 1 && is(&path, layer)? {
                 name::discard(&path);
-                children.remove(&path);
+                children.forget(&path);
                 rest.removed.push(path);
             } else {
                 rest.kept.push(path);
@@ -107,27 +110,38 @@ fn alone(layer: &Layer) -> bool {
     layer.media.lock(Lock::Alone).is_ok()
 }
 
-/// Adds the layers of a directory, each with the id of its parent. `one` has the place of what was merged, and what has its id and lies
-/// there under another name is that.
-fn find_children(
-    directory: &Path,
-    one: LayerId,
-    children: &mut BTreeMap<PathBuf, LayerId>,
-) -> Result<(), Error> {
-    let entries = std::fs::read_dir(directory).map_err(Error::io("look into", directory))?;
-    for entry in entries {
-        let path = entry.map_err(Error::io("look into", directory))?.path();
-        if let Some(Header {
-            id,
-            parent: Parent::Layer { id: parent, .. },
-            ..
-        }) = header_of(&path)?
-            && id != one
-        {
-            children.insert(path, parent);
+/// The files of a directory, each with the id of the layer that it stands on.
+#[derive(Default)]
+struct Children(BTreeMap<PathBuf, Option<LayerId>>);
+
+impl Children {
+    /// Adds those of a directory that are not known yet. In the place of the layer `one` is what was merged, and its second names have what was
+    /// there before.
+    fn find(&mut self, directory: &Path, one: LayerId) -> Result<(), Error> {
+        let entries = std::fs::read_dir(directory).map_err(Error::io("look into", directory))?;
+        for entry in entries {
+            let path = entry.map_err(Error::io("look into", directory))?.path();
+            if self.0.contains_key(&path) {
+                continue;
+            }
+            let header = header_of(&path)?;
+            let header = header.filter(|header| header.id != one || !name::is_kept(&path));
+            let parent = header.and_then(|header| match header.parent {
+                Parent::Layer { id, .. } => Some(id),
+                Parent::Nothing | Parent::Raw(_) => None,
+            });
+            self.0.insert(path, parent);
         }
+        Ok(())
     }
-    Ok(())
+
+    fn stand_on(&self, id: LayerId) -> bool {
+        self.0.values().any(|parent| *parent == Some(id))
+    }
+
+    fn forget(&mut self, path: &Path) {
+        self.0.remove(path);
+    }
 }
 
 /// The header of the layer at `path`, if that is one. What may be one and cannot be read may stand on anything.
@@ -136,10 +150,12 @@ fn header_of(path: &Path) -> Result<Option<Header>, Error> {
     if matches!(kind, Ok(false)) {
         return Ok(None);
     }
-    let layer = match Layer::open(path, false, Lock::Not) {
-        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(Error::NotALayer { .. } | Error::NotAFile { .. }) => return Ok(None),
-        layer => layer?,
-    };
-    Ok(Some(layer.header))
+    match Layer::open(path, false, Lock::Not) {
+        Ok(layer) => Ok(Some(layer.header)),
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(Error::NotALayer { .. } | Error::NotAFile { .. }) => Ok(None),
+        // The guest of a raw image can write anything into it.
+        Err(Error::Damaged { .. }) if !name::is_of_a_layer(path) => Ok(None),
+        Err(error) => Err(error),
+    }
 }

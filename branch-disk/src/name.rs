@@ -77,6 +77,20 @@ pub(crate) fn sweep(path: &Path) {
     }
 }
 
+/// Whether a file of that name is or was to be a layer, whatever is in it.
+pub(crate) fn is_of_a_layer(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    [LAYER, HEAD, PARTIAL, KEPT]
+        .iter()
+        .any(|ending| name.ends_with(ending.as_bytes()))
+}
+
+/// Whether it is a second name.
+pub(crate) fn is_kept(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default();
+    name.as_encoded_bytes().ends_with(KEPT.as_bytes())
+}
+
 /// Whether nobody is at work on this draft.
 fn is_left(draft: &Path) -> bool {
     File::open(draft).is_ok_and(|file| file.try_lock().is_ok())

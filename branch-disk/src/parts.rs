@@ -34,8 +34,8 @@ impl Disk {
 
     fn ended(&self, id: LayerId) -> Option<(Owner, u64)> {
         let mut layers = self.layers().iter().zip(1..);
-        let (layer, depth) = layers.find(|(layer, _)| layer.header.id == id)?;
-        Some((depth, layer.header.geometry.bytes()))
+        let (layer, owner) = layers.find(|(layer, _)| layer.header.id == id)?;
+        Some((owner, layer.header.geometry.bytes()))
     }
 
     /// The parts of the disk, one behind the other, neighbours of different kinds, as seen from the layer `since` of its
@@ -84,9 +84,9 @@ impl Disk {
 
     fn run_of_an_owner(&self, at: u64, end: u64, since: Option<(Owner, u64)>) -> (Kind, u64) {
         let Run { owner, end, .. } = self.map.run_at(at, end);
-        let (depth, then) = since.unwrap_or((0, 0));
+        let (last, then) = since.unwrap_or((BOTTOM, 0));
         let sectors = then / SECTOR_BYTES;
-        if since.is_some() && owner <= depth && at < sectors {
+        if since.is_some() && owner <= last && at < sectors {
             return (Kind::Same, end.min(sectors));
         }
         let base = self.bottom().map_or(0, |base| base.bytes / SECTOR_BYTES);

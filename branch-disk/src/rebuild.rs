@@ -40,7 +40,7 @@ pub fn rebuild(
         below: 0,
         parent: Parent::Nothing,
     };
-    let draft = Draft::write(&path, &header)?;
+    let draft = Draft::write(&path, &path, &header)?;
     draft.lock(Lock::Shared)?;
     let layer = Arc::new(Layer::open(draft.path(), true, Lock::Not)?);
     let mut bits = Bits::none(geometry);

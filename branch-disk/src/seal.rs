@@ -111,7 +111,7 @@ impl Plan {
             layers,
             sealed,
         };
-        next.draft = Some(Draft::write(&path, &next.header)?);
+        next.draft = Some(Draft::write(&path, &path, &next.header)?);
         sync_directory_of(&path)?;
         Ok(next)
     }

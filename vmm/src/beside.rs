@@ -8,18 +8,13 @@ use crate::error::Error;
 /// give them a sixth.
 const NICENESS: i32 = 7;
 
-/// Has the calling thread, and those that it makes from here on, let the guest have the CPUs first.
-pub(crate) fn yield_to_guest() {
-    // Nobody is refused to be nicer.
-    let _ = rustix::process::setpriority_process(None, NICENESS);
-}
-
 /// Does `work`, and lets the guest have the CPUs first.
 pub(crate) fn beside_guest<T: Send>(
     work: impl FnOnce() -> Result<T, Error> + Send,
 ) -> Result<T, Error> {
     let work = || {
-        yield_to_guest();
+        // Threads that are made from here on inherit it. Nobody is refused to be nicer.
+        let _ = rustix::process::setpriority_process(None, NICENESS);
         work()
     };
     thread::scope(|scope| {

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io::ErrorKind,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -106,7 +107,19 @@ pub(crate) fn reattach(
                     Some(disk)
                 }
                 Some(id) => {
-                    let disk = Disk::branch(&config.path, Some(id), &rule)?;
+                    let begin = |on: &Path| Disk::branch(on, Some(id), &rule);
+                    let disk = match begin(&config.path) {
+                        Err(error) if is_gone(&error) => {
+                            let Some(content) = saved.disk(number)? else {
+                                return Err(error.into());
+                            };
+                            let path = &config.path;
+                            config.path =
+                                stored_disks::rebuild(path, id, &content, directory, &rule)?;
+                            begin(&config.path)?
+                        }
+                        begun => begun?,
+                    };
                     let path = std::mem::replace(&mut config.path, disk.path().to_owned());
                     began_on = Some(LayerRef { path, id });
                     Some(Arc::new(Mutex::new(disk)))
@@ -213,6 +226,11 @@ pub(crate) fn undo(disks: &[AttachedDisk], confinement: Option<&Confinement>) ->
 pub(crate) fn is_there(path: &Path) -> bool {
     let found = std::fs::symlink_metadata(path);
     !found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
+}
+
+/// Whether a layer could not be opened because it, or what it stands on, is not there any more: somebody merges layers.
+fn is_gone(error: &branch_disk::Error) -> bool {
+    matches!(error, branch_disk::Error::Io { source, .. } if source.kind() == ErrorKind::NotFound)
 }
 
 fn open(config: &DiskConfig, confinement: Option<&Confinement>) -> Result<SharedDisk, Error> {

@@ -432,9 +432,13 @@ impl Machine {
         &self.disks
     }
 
-    /// A snapshot of it has been taken, which needs the layers that its disks ended with, if they are given.
-    pub(crate) fn has_been_saved(&mut self, needed: &[LayerId]) {
-        self.merging.need(needed.iter().copied());
+    /// There may be a snapshot that needs these layers of its disks for itself.
+    pub(crate) fn keep_layers(&mut self, layers: Vec<LayerId>) {
+        self.merging.need(layers);
+    }
+
+    /// Has layers of its disks become one that no snapshot needs for itself, if they are many. It has been held since it last did.
+    pub(crate) fn merge_layers(&mut self) {
         self.merging.look(&self.disks, self.stored_as.as_ref());
     }
 

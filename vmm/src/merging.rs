@@ -10,13 +10,14 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use branch_disk::{Disk, LayerId, Merge, Merged};
 use devices::virtio::block::SharedDisk;
 
 use crate::{
-    beside,
+    beside::beside_guest,
     disks::{AttachedDisk, lock},
     stored_disks::StoredAs,
 };
@@ -24,10 +25,13 @@ use crate::{
 /// As many layers in a row, none of which but the topmost is needed by itself, become fewer.
 const MANY: usize = 64;
 
+/// How long the end of a machine waits for a merge that is not wanted any more, and how often it looks.
+const END_BOUND: Duration = Duration::from_secs(10);
+const END_INTERVAL: Duration = Duration::from_millis(2);
+
 /// The layers of a machine's disks.
 pub(crate) struct Merging {
-    /// By disk, the topmost of those that were there before the machine.
-    found: Vec<Option<LayerId>>,
+    disks: Vec<OfDisk>,
     /// Those of snapshots that need them.
     needed: HashSet<LayerId>,
     /// Cleared when the machine ends.
@@ -35,6 +39,13 @@ pub(crate) struct Merging {
     at_work: Option<JoinHandle<Vec<Merged>>>,
     /// What is done. A round of requests that a device had begun before may still read the old files.
     done: Vec<Merged>,
+}
+
+struct OfDisk {
+    /// The topmost of the layers that were there before the machine.
+    found: Option<LayerId>,
+    /// How many layers it had when it was last tried to make them fewer.
+    tried: usize,
 }
 
 /// A disk some of whose layers are to become one.
@@ -47,12 +58,16 @@ struct Task {
 impl Merging {
     /// Of a machine that is made.
     pub(crate) fn new(disks: &[AttachedDisk]) -> Self {
-        let topmost = |disk: &AttachedDisk| {
-            let branch = disk.branch.as_ref()?;
-            lock(branch).sealed_layers().last().copied()
+        let of_disk = |disk: &AttachedDisk| {
+            let branch = disk.branch.as_ref();
+            let topmost = branch.and_then(|branch| lock(branch).sealed_layers().last().copied());
+            OfDisk {
+                found: topmost,
+                tried: 0,
+            }
         };
         Self {
-            found: disks.iter().map(topmost).collect(),
+            disks: disks.iter().map(of_disk).collect(),
             needed: HashSet::new(),
             wanted: Arc::new(AtomicBool::new(true)),
             at_work: None,
@@ -60,28 +75,28 @@ impl Merging {
         }
     }
 
-    /// A snapshot has been taken that needs these layers.
+    /// There may be a snapshot that needs these layers.
     pub(crate) fn need(&mut self, layers: impl IntoIterator<Item = LayerId>) {
         self.needed.extend(layers);
     }
 
-    /// Begins to merge what has become many, if nothing is merged yet. `last` is what the machine was last in a store, from which
+    /// Begins to merge what has become many, unless that is being done. `last` is what the machine was last in a store, from which
     /// the next snapshot is told. The machine has been held since this was last called, or since it was made.
     pub(crate) fn look(&mut self, disks: &[AttachedDisk], last: Option<&StoredAs>) {
+        if self.is_at_work() {
+            return;
+        }
+        // Nobody has read the files of these since the machine was held.
         let done = std::mem::take(&mut self.done);
-        if let Some(thread) = self.at_work.take_if(|thread| thread.is_finished()) {
+        if let Some(thread) = self.at_work.take() {
             self.done = thread.join().unwrap_or_default();
         }
-        let tasks = match self.at_work {
-            Some(_) => Vec::new(),
-            None => self.tasks(disks, last),
-        };
+        let tasks = self.tasks(disks, last);
         if done.is_empty() && tasks.is_empty() {
             return;
         }
         let wanted = Arc::clone(&self.wanted);
         let merge = move || {
-            beside::yield_to_guest();
             // Files that have no name any more end here, which may take a while.
             drop(done);
             let merge = |task: Task| task.run(&|| wanted.load(Ordering::Relaxed));
@@ -96,24 +111,35 @@ impl Merging {
         }
     }
 
-    fn tasks(&self, disks: &[AttachedDisk], last: Option<&StoredAs>) -> Vec<Task> {
+    fn is_at_work(&self) -> bool {
+        let thread = self.at_work.as_ref();
+        thread.is_some_and(|thread| !thread.is_finished())
+    }
+
+    fn tasks(&mut self, disks: &[AttachedDisk], last: Option<&StoredAs>) -> Vec<Task> {
         let mut tasks = Vec::new();
-        for (number, (attached, found)) in disks.iter().zip(&self.found).enumerate() {
-            let Some(disk) = attached
-                .branch
-                .as_ref()
-                .filter(|_| !attached.config.read_only)
-            else {
+        for (number, (attached, of_disk)) in disks.iter().zip(&mut self.disks).enumerate() {
+            let branch = attached.branch.as_ref();
+            let Some(disk) = branch.filter(|_| !attached.config.read_only) else {
                 continue;
             };
             let stays = last.and_then(|last| *last.layers.get(number)?);
             let stays = |id: &LayerId| Some(*id) == stays || self.needed.contains(id);
             let held = lock(disk);
-            tasks.extend(merges(&held, *found, &stays).map(|merge| Task {
-                number,
-                disk: Arc::clone(disk),
-                merge,
-            }));
+            let layers = held.sealed_layers().len();
+            match of_disk.tried {
+                // It has failed, and would again.
+                tried if (tried..tried + MANY).contains(&layers) => continue,
+                _ => of_disk.tried = 0,
+            }
+            for merge in merges(&held, of_disk.found, &stays) {
+                of_disk.tried = layers;
+                tasks.push(Task {
+                    number,
+                    disk: Arc::clone(disk),
+                    merge,
+                });
+            }
         }
         tasks
     }
@@ -122,21 +148,26 @@ impl Merging {
 impl Drop for Merging {
     fn drop(&mut self) {
         self.wanted.store(false, Ordering::Relaxed);
-        if let Some(thread) = self.at_work.take() {
-            // It says itself if it fails.
-            let _ = thread.join();
+        let begun = Instant::now();
+        while self.is_at_work() {
+            if begun.elapsed() > END_BOUND {
+                tracing::warn!("layers that are being merged are left as they are");
+                return;
+            }
+            thread::sleep(END_INTERVAL);
         }
     }
 }
 
 impl Task {
-    fn run(self, wanted: &dyn Fn() -> bool) -> Option<Merged> {
+    fn run(self, wanted: &(dyn Fn() -> bool + Sync)) -> Option<Merged> {
         let Self {
             number,
             disk,
             merge,
         } = self;
-        let merged = match merge.write(wanted) {
+        // Only this: the disk waits for what is done with the result.
+        let merged = match beside_guest(|| Ok(merge.write(wanted)?)) {
             Ok(merged) => merged,
             // They go on as they are.
             Err(error) => {
@@ -206,9 +237,10 @@ fn worth(bytes: &[u64]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::{path::Path, sync::Mutex};
 
     use branch_disk::{Foundation, anything};
+    use control::{DiskConfig, DiskFormat, DiskLimits};
 
     use super::*;
 
@@ -240,15 +272,103 @@ mod tests {
         }
     }
 
-    fn disk_of(directory: &Path, layers: usize) -> Disk {
-        let path = directory.join("d");
+    fn disk_of(directory: &Path, name: &str, layers: usize) -> Disk {
+        let path = directory.join(name);
         let on = Foundation::Nothing;
         let mut disk = Disk::create(&path, Some(1 << 20), &on, &anything).unwrap();
+        seal(&mut disk, layers);
+        disk
+    }
+
+    fn seal(disk: &mut Disk, layers: usize) {
         for layer in 0..layers {
             disk.write(512 * layer as u64, &mut &[1; 512][..]).unwrap();
             disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
         }
-        disk
+    }
+
+    fn attached(directory: &Path, name: &str) -> AttachedDisk {
+        let disk = disk_of(directory, name, 0);
+        AttachedDisk {
+            config: DiskConfig {
+                path: disk.path().to_owned(),
+                read_only: false,
+                format: DiskFormat::Branch,
+                serial: None,
+                limits: DiskLimits::default(),
+            },
+            branch: Some(Arc::new(Mutex::new(disk))),
+            began_on: None,
+        }
+    }
+
+    /// Waits until nothing is being merged.
+    fn rest(merging: &Merging) {
+        let begun = Instant::now();
+        while merging.is_at_work() {
+            assert!(begun.elapsed() < Duration::from_secs(60));
+            thread::sleep(END_INTERVAL);
+        }
+    }
+
+    #[test]
+    fn old_files_stay_open_until_the_machine_has_been_held_and_one_merge_is_done_at_a_time() {
+        let directory = directory();
+        let disks = ["one", "two"].map(|name| attached(directory.path(), name));
+        let [one, two] = [0, 1].map(|number| disks[number].branch.clone().unwrap());
+        let mut merging = Merging::new(&disks);
+        merging.look(&disks, None);
+        assert!(merging.at_work.is_none());
+        seal(&mut lock(&one), MANY);
+        merging.look(&disks, None);
+        rest(&merging);
+        assert_eq!(lock(&one).sealed_layers().len(), 1);
+        seal(&mut lock(&two), MANY);
+        merging.look(&disks, None);
+        assert_eq!(merging.done.len(), 1, "what the first was made of");
+        // The second is not done before its disk has it.
+        let held = lock(&two);
+        let layers = held.sealed_layers().len();
+        for _ in 0..3 {
+            merging.look(&disks, None);
+            assert_eq!((merging.done.len(), layers), (1, MANY));
+        }
+        drop(held);
+        rest(&merging);
+        merging.look(&disks, None);
+        assert_eq!(merging.done.len(), 1, "what the second was made of");
+        rest(&merging);
+        merging.look(&disks, None);
+        assert_eq!(merging.done.len(), 0);
+        assert_eq!(lock(&two).sealed_layers().len(), 1);
+        let files = std::fs::read_dir(directory.path()).unwrap().count();
+        assert_eq!(files, 4);
+        // And again.
+        seal(&mut lock(&one), MANY - 1);
+        merging.look(&disks, None);
+        rest(&merging);
+        assert_eq!(lock(&one).sealed_layers().len(), 1);
+    }
+
+    #[test]
+    fn what_failed_is_not_tried_again_at_once() {
+        let directory = directory();
+        let disks = [attached(directory.path(), "one")];
+        let disk = disks[0].branch.clone().unwrap();
+        let mut merging = Merging::new(&disks);
+        merging.wanted.store(false, Ordering::Relaxed);
+        seal(&mut lock(&disk), MANY);
+        let mut tried = Vec::new();
+        for layers in MANY..=2 * MANY + 1 {
+            merging.look(&disks, None);
+            if merging.at_work.is_some() {
+                tried.push(layers);
+                rest(&merging);
+                merging.at_work = None;
+            }
+            seal(&mut lock(&disk), 1);
+        }
+        assert_eq!(tried, [MANY, 2 * MANY]);
     }
 
     fn directory() -> tempfile::TempDir {
@@ -259,7 +379,7 @@ mod tests {
     #[test]
     fn needed_layers_and_those_that_were_there_before_are_never_below_the_top() {
         let directory = directory();
-        let disk = disk_of(directory.path(), 2 * MANY);
+        let disk = disk_of(directory.path(), "d", 2 * MANY);
         let sealed = disk.sealed_layers();
         let count = |found, stays: &[LayerId]| {
             let stays = |id: &LayerId| stays.contains(id);

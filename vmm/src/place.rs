@@ -45,6 +45,14 @@ impl<'a> OpenDestination<'a> {
         })
     }
 
+    /// Whether a snapshot there has the disks with it, as far as is known beforehand.
+    pub(crate) fn keeps_disks(&self) -> bool {
+        match self {
+            Self::Stored { .. } | Self::Referenced { .. } => true,
+            Self::Files(_) | Self::Hot(_) | Self::Peer { .. } => false,
+        }
+    }
+
     /// As `snapshot` takes it for a machine with so many bytes of memory, with what it was last in the store. While it has to be waited for, it is looked
     /// whether the snapshot is still wanted.
     pub(crate) fn of_machine<'s>(

@@ -204,11 +204,21 @@ pub(crate) fn take_snapshot(
     // If what is needed to go on beside it cannot be had after all.
     let may_stop = request.copy.is_none() && !limited;
     let taken = match (goes_on, prepared) {
-        (true, Some(prepared)) => copy_on_write(held, work, prepared, may_stop)?,
-        (true, None) => stop_and_copy(held, work)?,
-        (false, Some(prepared)) => stay_copied(held, work, prepared)?,
-        (false, None) => stay(held, work)?,
+        (true, Some(prepared)) => copy_on_write(held, work, prepared, may_stop),
+        (true, None) => stop_and_copy(held, work),
+        (false, Some(prepared)) => stay_copied(held, work, prepared),
+        (false, None) => stay(held, work),
     };
+    let kept = match &taken {
+        Ok(taken) => !taken.done.layers.is_empty(),
+        // There is none, or it is in the store, and nowhere without its disks.
+        Err(Error::Cancelled) => true,
+        Err(_) => destination.keeps_disks(),
+    };
+    if !kept {
+        machine.keep_layers(ended);
+    }
+    let taken = taken?;
     let Done {
         written,
         state_bytes,
@@ -228,18 +238,15 @@ pub(crate) fn take_snapshot(
     if let (Some(live), Some(at_cut)) = (&mut machine.live, at_cut) {
         live.saved(at_cut, stored.as_ref().map(|stored| stored.id.as_str()));
     }
-    // One whose disks were not saved with it needs their layers.
-    let needed = match layers.is_empty() {
-        true => ended,
-        false => Vec::new(),
-    };
     if let Some(stored) = &stored {
         machine.stored_as = Some(StoredAs {
             id: stored.id.clone(),
             layers,
         });
     }
-    machine.has_been_saved(&needed);
+    if request.then != AfterSnapshot::Halt {
+        machine.merge_layers();
+    }
     Ok(SnapshotReport {
         id: id.to_string(),
         state_bytes,

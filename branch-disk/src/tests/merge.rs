@@ -148,6 +148,8 @@ fn a_directory_in_which_not_every_layer_can_be_read_stays_as_it_is() {
     let digest = crate::page::digest(&newer[..4080]);
     newer[4080..4096].copy_from_slice(&digest);
     fs::write(bench.path("newer"), newer).unwrap();
+    // But what the guest of a raw image has written there is nobody's.
+    fs::write(bench.path("raw"), [&b"FERMDISK"[..], &[7; 8192]].concat()).unwrap();
     let names = bench.names();
     let refused = merged.remove_rest(&|_| true);
     assert!(matches!(refused, Err(Error::Newer { .. })));
@@ -198,6 +200,58 @@ fn a_draft_is_left_to_who_is_at_work_on_it() {
     write(&mut disk, 0, &[1; 512]);
     sealed(&mut disk);
     assert!(!in_work.exists());
+}
+
+#[test]
+fn a_crash_and_somebody_else_who_merges_the_same_are_no_hindrance() {
+    let bench = Bench::new(64);
+    let (mut disk, layers, contents) = layered(&bench, 3);
+    let topmost = layers[2].id;
+    fs::write(bench.path(&format!(".d.{topmost}.partial")), "").unwrap();
+    let ours = disk.merge(layers[0].id, topmost).unwrap().write(&|| true);
+    let ours = ours.unwrap();
+    // Theirs is in the place of ours, and may stand on what is to be removed.
+    let copy = fs::read(&layers[2].path).unwrap();
+    fs::remove_file(&layers[2].path).unwrap();
+    fs::write(&layers[2].path, copy).unwrap();
+    assert!(disk.adopt(&ours));
+    assert_eq!(
+        ours.remove_rest(&|_| true).unwrap().removed,
+        [] as [PathBuf; 0]
+    );
+    assert!(all(&disk) == contents[2]);
+}
+
+#[test]
+fn what_lies_elsewhere_is_not_removed_and_what_is_made_belongs_to_whom_it_did() {
+    let bench = Bench::new(64);
+    let (disk, layers, contents) = layered(&bench, 2);
+    drop(disk);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let there = elsewhere.path().canonicalize().unwrap().join("there");
+    let on = Foundation::Layer(layers[1].path.clone(), None);
+    let mut disk = Disk::create(&there, None, &on, &anything).unwrap();
+    let ours = [3, 4].map(|byte| {
+        write(&mut disk, 0, &[byte; 512]);
+        sealed(&mut disk)
+    });
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+    fs::set_permissions(&ours[1].path, mode).unwrap();
+    for name in bench.names().iter().filter(|name| name.ends_with(".kept")) {
+        fs::remove_file(bench.path(name)).unwrap();
+    }
+    let merged = merge(&mut disk, layers[0].id, ours[1].id);
+    let Rest { removed, kept } = merged.remove_rest(&|_| true).unwrap();
+    assert_eq!(removed, [ours[0].path.clone()]);
+    assert_eq!(kept, [layers[1].path.clone(), layers[0].path.clone()]);
+    assert_eq!(fs::metadata(merged.path()).unwrap().mode() & 0o777, 0o640);
+    drop(disk);
+    sound(&there);
+    // It names the base by its path, as it lies elsewhere now.
+    let disk = Disk::open(&there, Mode::Write, &anything).unwrap();
+    assert_eq!(disk.layers().len(), 2);
+    let expected = [&[4; 512][..], &contents[1][512..]].concat();
+    assert!(all(&disk) == expected);
 }
 
 #[test]

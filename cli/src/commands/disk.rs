@@ -5,6 +5,7 @@ use std::{
     process::ExitCode,
 };
 
+use anyhow::Context;
 use branch_disk::{
     BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, Rest, anything,
 };
@@ -106,9 +107,9 @@ enum Command {
     Merge {
         /// The disk.
         disk: PathBuf,
-        /// Removes the files of the others, unless a layer in their directories stands on them, or one that was put there from
-        /// elsewhere, or somebody has them open. A snapshot in files that was taken of the disk before its last needs them; one in a
-        /// store does not.
+        /// Removes the files of the others that lie beside it, now and not later: unless another layer there stands on them, or a disk
+        /// elsewhere, if that was made by this release or a later one, or somebody has them open. Snapshots in files need them, but for
+        /// one of the topmost sealed layer; snapshots in a store do not.
         #[arg(long)]
         remove: bool,
     },
@@ -341,14 +342,20 @@ fn merge(path: &Path, remove: bool, json: bool) -> anyhow::Result<ExitCode> {
     };
     let merged = merge.write(&|| true)?;
     disk.adopt(&merged);
-    let rest = match remove {
-        true => merged.remove_rest(&|_| true)?,
-        false => Rest {
-            removed: Vec::new(),
-            kept: merged.rest(),
-        },
+    let all = Rest {
+        removed: Vec::new(),
+        kept: merged.rest(),
     };
-    report_merge(sealed.len(), Some(merged.path()), rest, json)
+    let (rest, refused) = match remove.then(|| merged.remove_rest(&|_| true)) {
+        None => (all, None),
+        Some(Ok(rest)) => (rest, None),
+        Some(Err(error)) => (all, Some(error)),
+    };
+    let code = report_merge(sealed.len(), Some(merged.path()), rest, json)?;
+    match refused {
+        None => Ok(code),
+        Some(error) => Err(error).context("the layers are one, and no file was removed"),
+    }
 }
 
 fn report_merge(
