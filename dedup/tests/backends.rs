@@ -2,9 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may")]
 
+mod support;
+
 use std::io::ErrorKind;
 
-use dedup::backend::{Backend, Fault, Faulty, LocalDir, Memory, conformance};
+use dedup::{
+    GcOptions, Store,
+    backend::{Backend, Fault, Faulty, LocalDir, Memory, conformance},
+};
+use support::{create, load, options, save};
 
 const NEVER: Fault = Fault {
     after_writes: u64::MAX,
@@ -56,4 +62,61 @@ fn what_a_dead_process_left_is_cleared() {
     let _living = backend.lease().unwrap();
     assert_eq!(backend.clear_dead().unwrap(), 2);
     assert_eq!(backend.leases().unwrap().len(), 1);
+}
+
+/// Removes the directories of a store that are empty, as whoever copies it may.
+fn without_empty_directories(store: &std::path::Path) -> usize {
+    let mut removed = 0;
+    for entry in std::fs::read_dir(store).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            // It fails where there is anything.
+            removed += usize::from(std::fs::remove_dir(path).is_ok());
+        }
+    }
+    removed
+}
+
+#[test]
+fn a_store_that_has_lost_its_empty_directories_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    drop(create(LocalDir::create(root).unwrap()));
+    assert!(without_empty_directories(root) >= 8);
+    let open = || Store::open(LocalDir::new(root), options()).unwrap();
+    assert!(open().list().unwrap().snapshots.is_empty());
+    assert!(open().fsck().unwrap().problems.is_empty());
+    open().gc(&GcOptions::default()).unwrap();
+
+    let image = vec![7; 3 * 4096];
+    without_empty_directories(root);
+    save(&open(), "monday", &image).unwrap();
+    for _ in 0..2 {
+        assert!(without_empty_directories(root) > 0);
+        let store = open();
+        assert!(load(&store, "monday").unwrap() == image);
+        store.tag("monday", "gold").unwrap();
+        store.gc(&GcOptions::default()).unwrap();
+        assert!(store.fsck().unwrap().problems.is_empty());
+    }
+}
+
+#[test]
+fn packs_whose_snapshots_are_all_gone_are_not_collected() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    save(
+        &create(LocalDir::create(root).unwrap()),
+        "monday",
+        &vec![7; 4096],
+    )
+    .unwrap();
+    std::fs::rename(root.join("snapshots"), root.join("elsewhere")).unwrap();
+    let store = Store::open(LocalDir::new(root), options()).unwrap();
+    let refused = store.gc(&GcOptions::default()).unwrap_err();
+    let words = format!("{refused}: {:?}", std::error::Error::source(&refused));
+    assert!(words.contains("no directory `snapshots`"), "{words}");
+    assert_eq!(std::fs::read_dir(root.join("packs")).unwrap().count(), 1);
+    std::fs::rename(root.join("elsewhere"), root.join("snapshots")).unwrap();
+    assert!(load(&store, "monday").unwrap() == vec![7; 4096]);
 }

@@ -53,17 +53,51 @@ impl LocalDir {
         self.root.join(area.dir())
     }
 
+    /// Does something in a directory of the store, which is made if that is what it takes.
+    fn in_dir<T>(&self, dir: &str, work: impl Fn() -> io::Result<T>) -> io::Result<T> {
+        match work() {
+            Err(missing) if missing.kind() == io::ErrorKind::NotFound && self.is_store() => {
+                make_dir(&self.root.join(dir))?;
+                work()
+            }
+            other => other,
+        }
+    }
+
+    /// Whether there is a store, or one that is being made.
+    fn is_store(&self) -> bool {
+        self.root.is_dir()
+    }
+
+    /// Whether an area is empty because its directory is not there: whoever copied the store may have left out directories
+    /// that were empty, and an older one lacks some. But packs of which all snapshots are gone are not to be taken for nobody's.
+    fn is_empty_without(&self, error: &io::Error, area: Area) -> io::Result<bool> {
+        if error.kind() != io::ErrorKind::NotFound || !self.is_store() {
+            return Ok(false);
+        }
+        if area == Area::Snapshots && !self.list(Area::Packs)?.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the store has packs and no directory `snapshots`: bring it back; if there was no snapshot, make it",
+            ));
+        }
+        Ok(area != Area::Root)
+    }
+
     /// A new file in `tmp/` that is locked, so that nobody takes it for a dead process's.
     fn locked_draft(&self) -> io::Result<(File, PathBuf)> {
         loop {
             let id = FileId::random().map_err(io::Error::other)?;
             let path = self.root.join(DRAFTS).join(id.to_string());
-            let file = File::options()
-                .read(true)
-                .append(true)
-                .create_new(true)
-                .mode(OWNER_FILE)
-                .open(&path)?;
+            let create = || {
+                File::options()
+                    .read(true)
+                    .append(true)
+                    .create_new(true)
+                    .mode(OWNER_FILE)
+                    .open(&path)
+            };
+            let file = self.in_dir(DRAFTS, create)?;
             file.lock()?;
             // `clear_dead` of another process may have come between the two calls and removed it.
             if file.metadata()?.nlink() > 0 {
@@ -93,19 +127,23 @@ fn parent_of(dir: &Path) -> &Path {
         .unwrap_or(Path::new("."))
 }
 
-/// Whether an area is not there that need not be.
-fn is_missing(error: &io::Error, area: Area) -> bool {
-    error.kind() == io::ErrorKind::NotFound && area.may_be_missing()
-}
-
 fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// What is in a directory; nothing, if it is not there.
+fn entries(dir: &Path) -> io::Result<Option<fs::ReadDir>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => Ok(Some(entries)),
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(other) => Err(other),
+    }
 }
 
 /// Removes the files of `dir` that nobody has locked.
 fn remove_unlocked(dir: &Path) -> io::Result<u64> {
     let mut removed = 0;
-    for entry in fs::read_dir(dir)? {
+    for entry in entries(dir)?.into_iter().flatten() {
         let path = entry?.path();
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -139,7 +177,7 @@ impl Backend for LocalDir {
     fn list(&self, area: Area) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
         let directory = match fs::read_dir(self.dir(area)) {
-            Err(missing) if is_missing(&missing, area) => return Ok(entries),
+            Err(missing) if self.is_empty_without(&missing, area)? => return Ok(entries),
             other => other?,
         };
         for entry in directory {
@@ -170,7 +208,7 @@ impl Backend for LocalDir {
         Ok(Box::new(LocalDraft {
             file,
             path,
-            root: self.root.clone(),
+            store: self.clone(),
         }))
     }
 
@@ -180,7 +218,7 @@ impl Backend for LocalDir {
 
     fn sync(&self, area: Area) -> io::Result<()> {
         match sync_dir(&self.dir(area)) {
-            Err(missing) if is_missing(&missing, area) => Ok(()),
+            Err(missing) if self.is_empty_without(&missing, area)? => Ok(()),
             other => other,
         }
     }
@@ -190,13 +228,14 @@ impl Backend for LocalDir {
         let (file, draft) = self.locked_draft()?;
         let name = draft.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
         let path = self.root.join(LEASES).join(name);
-        fs::rename(&draft, &path).inspect_err(|_| drop(fs::remove_file(&draft)))?;
+        self.in_dir(LEASES, || fs::rename(&draft, &path))
+            .inspect_err(|_| drop(fs::remove_file(&draft)))?;
         Ok(Box::new(LocalLease { file, path }))
     }
 
     fn leases(&self) -> io::Result<Vec<Vec<u8>>> {
         let mut leases = Vec::new();
-        for entry in fs::read_dir(self.root.join(LEASES))? {
+        for entry in entries(&self.root.join(LEASES))?.into_iter().flatten() {
             let file = match File::open(entry?.path()) {
                 Ok(file) => file,
                 // Its owner has finished.
@@ -218,12 +257,15 @@ impl Backend for LocalDir {
 
     fn try_lock(&self, lock: Lock) -> io::Result<Option<Box<dyn Send>>> {
         let path = self.root.join(LOCKS).join(lock.name());
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(OWNER_FILE)
-            .open(path)?;
+        let open = || {
+            File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(OWNER_FILE)
+                .open(&path)
+        };
+        let file = self.in_dir(LOCKS, open)?;
         Ok(if try_lock(&file)? {
             Some(Box::new(file))
         } else {
@@ -250,7 +292,7 @@ impl ReadAt for LocalFile {
 struct LocalDraft {
     file: File,
     path: PathBuf,
-    root: PathBuf,
+    store: LocalDir,
 }
 
 impl Draft for LocalDraft {
@@ -263,16 +305,12 @@ impl Draft for LocalDraft {
     }
 
     fn publish(self: Box<Self>, area: Area, name: &str, how: Publish) -> io::Result<()> {
-        let directory = self.root.join(area.dir());
-        let target = directory.join(name);
-        if area.may_be_missing() {
-            make_dir(&directory)?;
-        }
-        match how {
-            Publish::Replace => fs::rename(&self.path, target),
+        let target = self.store.dir(area).join(name);
+        self.store.in_dir(area.dir(), || match how {
+            Publish::Replace => fs::rename(&self.path, &target),
             // Unlike `rename`, `link` fails when the name is taken. Dropping the draft removes its first name.
-            Publish::New => fs::hard_link(&self.path, target),
-        }
+            Publish::New => fs::hard_link(&self.path, &target),
+        })
     }
 }
 

@@ -64,11 +64,6 @@ impl Area {
         }
     }
 
-    /// Whether a store may lack it, being older: that is as good as an empty one.
-    pub(crate) fn may_be_missing(self) -> bool {
-        self == Area::Annotations
-    }
-
     /// The path of a file in messages and reports.
     pub fn path(self, name: &str) -> String {
         match self {
