@@ -428,6 +428,18 @@ fn every_point_of_a_merge_can_be_the_last() {
     let events = work(dir.path(), &ops);
     let gone = |event: &&Event| matches!(event, Event::Told(Told::Gone { .. }));
     assert_eq!(events.iter().filter(gone).count(), 2);
+    // Nothing goes before the name of what it was merged into is durable.
+    let mut durable = true;
+    for event in &events {
+        match event {
+            Event::Renamed { .. } => durable = false,
+            Event::SyncedNames => durable = true,
+            Event::Removed { name } => {
+                assert!(durable || name.extension() != Some("layer".as_ref()));
+            }
+            _ => {}
+        }
+    }
     everywhere(&events);
 }
 

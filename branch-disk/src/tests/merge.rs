@@ -89,13 +89,15 @@ fn what_is_one_is_what_the_many_were_to_all_who_stand_on_it() {
 fn what_is_needed_stays() {
     let bench = Bench::new(64);
     let (mut disk, layers, contents) = layered(&bench, 6);
-    // One that is open, and was written to; and one in another directory, which nobody has open.
+    // One that is open, and was written to; and some in another directory, which nobody has open: one of the topmost, which stays.
     let mut beside = Disk::branch(&layers[1].path, None, &anything).unwrap();
     write(&mut beside, 512, &[9; 512]);
     let elsewhere = tempfile::tempdir().unwrap();
     let there = elsewhere.path().join("there");
-    let on = Foundation::Layer(layers[3].path.clone(), None);
-    drop(Disk::create(&there, None, &on, &anything).unwrap());
+    let on = |layer: &LayerRef| Foundation::Layer(layer.path.clone(), None);
+    drop(Disk::create(&there, None, &on(&layers[3]), &anything).unwrap());
+    let topmost = elsewhere.path().join("topmost");
+    drop(Disk::create(&topmost, None, &on(&layers[5]), &anything).unwrap());
 
     let merged = merge(&mut disk, layers[0].id, layers[5].id);
     let paths = |range: std::ops::Range<usize>| -> Vec<PathBuf> {
@@ -108,7 +110,8 @@ fn what_is_needed_stays() {
 
     // The other disk goes, and with it the name that it had its layer keep.
     fs::remove_file(&there).unwrap();
-    let is_kept = |name: &&String| name.ends_with(".kept");
+    let third = layers[3].id.to_string();
+    let is_kept = |name: &&String| name.ends_with(".kept") && name.contains(&third);
     let names = bench.names();
     let kept: Vec<_> = names.iter().filter(is_kept).collect();
     fs::remove_file(bench.path(kept[0])).unwrap();
@@ -135,6 +138,7 @@ fn what_is_needed_stays() {
     );
     assert_eq!(merged.remove_rest(&|_| true).unwrap().removed, paths(0..1));
     drop(disk);
+    assert!(all(&Disk::open(&topmost, Mode::Read, &anything).unwrap()) == contents[5]);
     sound(&bench.path("d"));
 }
 
