@@ -224,6 +224,19 @@ fn a_crash_and_somebody_else_who_merges_the_same_are_no_hindrance() {
         [] as [PathBuf; 0]
     );
     assert!(all(&disk) == contents[2]);
+
+    // Nor is theirs replaced.
+    let bench = Bench::new(64);
+    let (disk, layers, _) = layered(&bench, 2);
+    fs::remove_file(&layers[1].path).unwrap();
+    fs::write(&layers[1].path, "theirs").unwrap();
+    let merge = disk.merge(layers[0].id, layers[1].id).unwrap();
+    let refused = merge.write(&|| true);
+    assert!(
+        matches!(refused, Err(Error::OtherLayer { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(fs::read(&layers[1].path).unwrap(), b"theirs");
 }
 
 #[test]
