@@ -26,6 +26,8 @@ pub(crate) fn vm(json: &Path) -> Result<ExitCode> {
 
 /// Runs the program `bench-io` in the same way.
 pub(crate) fn io(json: &Path) -> Result<ExitCode> {
+    // Before: QEMU of another release, of which qemu-utils may be here, goes when that of this one comes.
+    setup::ensure()?;
     setup::ensure_packages(&["fio", "iperf3", "qemu-utils"])?;
     on_guests("bench-io", json)
 }
