@@ -59,7 +59,10 @@ const BOUNDS: Bounds = Bounds {
 /// What the vCPUs have to get ready in, once the instant is appointed at which guest time goes on: a few wake-ups of a
 /// thread. Whoever is late has the guest see that time pass.
 const CLOCK_LEAD: Duration = Duration::from_micros(200);
-/// The same for each vCPU of a machine that goes on from when it was saved: its guest has seen no time of this process's yet, and who
+/// vCPUs that have waited for longer are woken up before the instant is appointed: their CPUs may have gone to sleep, too. Who stands still for less
+/// need not wait for that.
+const ASLEEP: Duration = Duration::from_millis(5);
+/// The lead for each vCPU of a machine that goes on from when it was saved: its guest has seen no time of this process's yet, and who
 /// forks waits for it.
 const FIRST_LEAD: Duration = Duration::from_micros(50);
 
@@ -558,6 +561,12 @@ impl Machine {
             vmclock::tell(self.memory.guest(), Disruption::Copied)?;
         } else if clock == GuestClock::StandStill {
             self.tell_of_hold()?;
+        }
+        if !self.restored && self.held_since.elapsed() > ASLEEP {
+            // To be woken up may take them longer than the lead, which the guest would see.
+            let woken = self.vcpus.wake();
+            self.lost |= woken.is_err();
+            woken?;
         }
         let start = match (clock, self.cut) {
             (GuestClock::StandStill, _) => self.clock.start(lead, Duration::ZERO),

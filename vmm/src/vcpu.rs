@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Hold { urgent: bool },
     /// Read its state, with its clock as it was then; only while it is held.
     Save(HostTsc),
+    /// Have its thread wake up while it is held; and be awake for what comes next, if that pays.
+    Wake { awake: bool },
     /// Hold it, and leave its clock alone, which is set anew anyway; and have its thread be awake for what comes next, if that pays.
     Stop { awake: bool },
     /// Make it what it was when it was restored from the state of its number, while it is held. As above.
@@ -62,6 +64,8 @@ pub(crate) enum Done {
     Held(Result<HostTsc, hypervisor::Error>),
     /// Its state.
     Saved(Result<Box<VcpuState>, hypervisor::Error>),
+    /// Its thread has woken up.
+    Awake,
     /// It is held, and its clock goes on.
     Stopped,
     /// It is held, and what it was.
@@ -199,7 +203,7 @@ impl VcpuThread {
                     // The machine is gone.
                     Err(_) => State::Ended,
                 },
-                State::Awake => match awake::recv(&self.orders) {
+                State::Awake => match awake::recv(&self.orders, awake::AT_ONCE) {
                     Ok(order) => self.obey(&mut vcpu, State::Held(None), order),
                     Err(TryRecvError::Empty) => State::Held(None),
                     Err(TryRecvError::Disconnected) => State::Ended,
@@ -244,6 +248,8 @@ impl VcpuThread {
             (Command::Save(stopped), state) => {
                 (state, Done::Saved(vcpu.save(stopped).map(Box::new)))
             }
+            (Command::Wake { .. }, State::Running) => (State::Running, Done::Awake),
+            (Command::Wake { awake }, _) => (held(awake), Done::Awake),
             (Command::Stop { awake }, _) => (held(awake), Done::Stopped),
             (Command::Reset { states, awake }, _) => {
                 (held(awake), Done::Reset(reset(vcpu, &states)))

@@ -46,8 +46,8 @@ pub(crate) struct Vcpus {
     round: u64,
     /// All of them are known to be held, and look for orders without being kicked.
     held: bool,
-    /// What they answer comes at once, and is waited for without sleeping.
-    awake: bool,
+    /// What they answer comes within so long, and is waited for without sleeping.
+    awake: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl Vcpus {
             acknowledgements,
             round: 0,
             held: true,
-            awake: false,
+            awake: None,
         };
         for (vcpu, thread) in vcpus {
             let id = vcpu.id();
@@ -141,7 +141,7 @@ impl Vcpus {
         self.tell(|_| Command::Run(start));
         self.held = false;
         let told = self.gather(BOUND);
-        self.awake = false;
+        self.awake = None;
         for (_, done) in told? {
             if let Done::Running(result) = done {
                 result?;
@@ -155,7 +155,17 @@ impl Vcpus {
         self.none_is_parked();
         self.tell(|_| Command::Go(start));
         self.held = false;
-        self.awake = false;
+        self.awake = None;
+    }
+
+    /// Wakes all of them up, which are held and are let run at once then.
+    pub(crate) fn wake(&mut self) -> Result<(), Error> {
+        let awake = awake::pays(self.vcpus.len());
+        self.awake = awake.then_some(awake::WAKING);
+        self.tell(|_| Command::Wake { awake });
+        self.gather(BOUND)?;
+        self.awake = awake.then_some(awake::AT_ONCE);
+        Ok(())
     }
 
     /// They are about to be let run. Nobody but who tells them so may say so: the next order may come before they have heard of this one, and
@@ -187,9 +197,9 @@ impl Vcpus {
     /// Holds all of them, and leaves their clocks alone: they are to be reset. If `awake`, what comes next comes at once, and is waited for
     /// without sleeping if that pays.
     pub(crate) fn stop(&mut self, awake: bool) -> Result<(), Error> {
-        self.awake = awake && awake::pays(self.vcpus.len());
+        let awake = awake && awake::pays(self.vcpus.len());
+        self.awake = awake.then_some(awake::AT_ONCE);
         if !self.held && !self.vcpus.iter().all(Handle::is_parked) {
-            let awake = self.awake;
             self.tell(|_| Command::Stop { awake });
             self.gather(BOUND)?;
         }
@@ -200,7 +210,7 @@ impl Vcpus {
     /// Makes all of them, which were stopped, what they were when they were restored from `states`; their clocks are stopped as they were
     /// then. When it fails, they are in no known state.
     pub(crate) fn reset(&mut self, states: &Arc<[VcpuState]>) -> Result<(), Error> {
-        let awake = self.awake;
+        let awake = self.awake.is_some();
         self.tell(|_| Command::Reset {
             states: Arc::clone(states),
             awake,
@@ -237,8 +247,8 @@ impl Vcpus {
             let left = || deadline.saturating_duration_since(Instant::now());
             let asleep = || self.acknowledgements.recv_timeout(left());
             let received = match self.awake {
-                true => awake::recv(&self.acknowledgements).or_else(|_| asleep()),
-                false => asleep(),
+                Some(bound) => awake::recv(&self.acknowledgements, bound).or_else(|_| asleep()),
+                None => asleep(),
             };
             match received {
                 Ok(Acknowledgement { vcpu, round, done }) if round == self.round => {
