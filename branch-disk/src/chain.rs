@@ -96,7 +96,9 @@ impl Chain {
 fn is_of_a_merge(error: &Error, head: &Path, mode: Mode) -> bool {
     match error {
         Error::InUse { path } => mode == Mode::Read || path != head,
-        Error::Io { path, source, .. } => path != head && source.kind() == ErrorKind::NotFound,
+        Error::Io { path, source, .. } => {
+            source.kind() == ErrorKind::NotFound && (path != head || head.exists())
+        }
         _ => false,
     }
 }

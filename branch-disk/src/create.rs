@@ -143,7 +143,13 @@ fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
         return None;
     }
     let name = name::kept(layer.path(), child);
-    let kept = link(&layer.media, &name).map_err(Error::errno("name", &name));
+    let kept = match link(&layer.media, &name) {
+        // It was merged, and another file is what it was.
+        Err(Errno::NOENT) => {
+            std::fs::hard_link(layer.path(), &name).map_err(Error::io("name", &name))
+        }
+        kept => kept.map_err(Error::errno("name", &name)),
+    };
     match kept.and_then(|()| sync_directory_of(&name)) {
         Ok(()) => Some(name),
         Err(error) => {
@@ -204,20 +210,12 @@ impl Draft {
             });
         }
         let draft = name::draft(head, header.id);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&draft)
-            .map_err(Error::io("create", &draft))?;
         // From here on it is removed if anything fails.
         let draft = Self {
-            media: Some(Media::new(file, path)),
+            media: Some(locked(&draft, path)?),
             path: draft,
         };
         if let Some(media) = &draft.media {
-            media.lock(Lock::Alone)?;
             let bytes = header.geometry.map_at();
             media
                 .file()
@@ -273,6 +271,25 @@ impl Draft {
         match self.media.take() {
             Some(media) => Ok(media),
             None => Err((Error::damaged(path, "its draft is gone"), self)),
+        }
+    }
+}
+
+/// A new file `draft`, which is to become `path`, and which nobody takes for what a crash has left.
+fn locked(draft: &Path, path: &Path) -> Result<Media, Error> {
+    loop {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(draft)
+            .map_err(Error::io("create", draft))?;
+        // Who removes what was left may have come between the two, and removes it.
+        file.lock().map_err(Error::io("lock", draft))?;
+        let media = Media::new(file, path);
+        if media.names()? > 0 {
+            return Ok(media);
         }
     }
 }

@@ -10,14 +10,14 @@ use crate::{
     bits::Bits,
     chain::{Bottom, whole_map},
     convert::BLOCK_BYTES,
-    create::{Draft, reference},
+    create::{Draft, link, reference},
     disk::Disk,
     error::Error,
     header::{Header, LayerId, Parent},
     layer::Layer,
     layout::SECTOR_BYTES,
     map::{Owner, Run},
-    media::{Lock, sync_directory_of},
+    media::{Lock, Media, sync_directory_of},
     name,
     seal::{Seal, is},
 };
@@ -159,11 +159,25 @@ impl Merge {
             });
         }
         let media = draft.replace(&place).map_err(|(error, _)| error)?;
+        keep_on(&media, &place, &own, header.id);
         sync_directory_of(&place)?;
         Ok(Merged {
             layer: Arc::new(Layer::new(media, header)),
             parts: parts.to_vec(),
         })
+    }
+}
+
+/// Gives the second names that the layer at `place` had to what is in its place now: else they keep what was there before.
+fn keep_on(media: &Media, place: &Path, head: &Path, id: LayerId) {
+    let draft = name::draft(head, id);
+    for kept in name::all_kept(place) {
+        let renamed = link(media, &draft)
+            .map_err(Error::errno("name", &draft))
+            .and_then(|()| std::fs::rename(&draft, &kept).map_err(Error::io("name", &kept)));
+        if let Err(error) = renamed {
+            tracing::debug!("a second name is that of what was merged: {error}");
+        }
     }
 }
 

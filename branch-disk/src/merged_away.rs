@@ -60,10 +60,10 @@ impl Merged {
             return Ok(Rest::default());
         };
         let mut children = Children::default();
-        children.find(directory, self.layer.header.id)?;
+        children.find(directory, self)?;
         // Nobody comes to stand on them from here on, so that this is not for long: only new names are looked at.
         let locked: Vec<bool> = layers.iter().map(|layer| alone(layer)).collect();
-        let found = children.find(directory, self.layer.header.id);
+        let found = children.find(directory, self);
         let rest = found.and_then(|()| self.remove_unneeded(children, &locked, removable));
         for layer in layers {
             // Whoever reads what was frozen of the disk before has them open.
@@ -91,7 +91,8 @@ impl Merged {
         for (layer, locked) in self.merged_away().iter().zip(locked).rev() {
             let path = layer.path().to_owned();
             let id = layer.header.id;
-            let free = *locked && in_place && !children.stand_on(id) && removable(id);
+            let stays = children.stand_on(id) || children.keep(&path);
+            let free = *locked && in_place && !stays && removable(id);
             let beside = path.parent() == self.path().parent();
             if free && beside && layer.media.names()? == 1 && is(&path, layer)? {
                 name::discard(&path);
@@ -115,9 +116,9 @@ fn alone(layer: &Layer) -> bool {
 struct Children(BTreeMap<PathBuf, Option<LayerId>>);
 
 impl Children {
-    /// Adds those of a directory that are not known yet. In the place of the layer `one` is what was merged, and its second names have what was
-    /// there before.
-    fn find(&mut self, directory: &Path, one: LayerId) -> Result<(), Error> {
+    /// Adds those of a directory that are not known yet. In the place of the topmost layer is what was merged; a second name of it may
+    /// have what was there before.
+    fn find(&mut self, directory: &Path, merged: &Merged) -> Result<(), Error> {
         let entries = std::fs::read_dir(directory).map_err(Error::io("look into", directory))?;
         for entry in entries {
             let path = entry.map_err(Error::io("look into", directory))?.path();
@@ -125,7 +126,7 @@ impl Children {
                 continue;
             }
             let header = header_of(&path)?;
-            let header = header.filter(|header| header.id != one || !name::is_kept(&path));
+            let header = header.filter(|_| !name::is_kept(&path, merged.path()));
             let parent = header.and_then(|header| match header.parent {
                 Parent::Layer { id, .. } => Some(id),
                 Parent::Nothing | Parent::Raw(_) => None,
@@ -137,6 +138,11 @@ impl Children {
 
     fn stand_on(&self, id: LayerId) -> bool {
         self.0.values().any(|parent| *parent == Some(id))
+    }
+
+    /// Whether a disk elsewhere has had the layer at `path` stay. Its second name may be another file's by now.
+    fn keep(&self, path: &Path) -> bool {
+        self.0.keys().any(|name| name::is_kept(name, path))
     }
 
     fn forget(&mut self, path: &Path) {

@@ -85,10 +85,23 @@ pub(crate) fn is_of_a_layer(path: &Path) -> bool {
         .any(|ending| name.ends_with(ending.as_bytes()))
 }
 
-/// Whether it is a second name.
-pub(crate) fn is_kept(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default();
-    name.as_encoded_bytes().ends_with(KEPT.as_bytes())
+/// Whether `path` is a second name of the layer `of`.
+pub(crate) fn is_kept(path: &Path, of: &Path) -> bool {
+    let own = of.file_name().unwrap_or_default().as_encoded_bytes();
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    let rest = name.strip_prefix(own);
+    rest.is_some_and(|rest| rest.starts_with(b".") && rest.ends_with(KEPT.as_bytes()))
+        && path.parent() == of.parent()
+}
+
+/// The second names of the layer `path`.
+pub(crate) fn all_kept(path: &Path) -> Vec<PathBuf> {
+    let entries = path
+        .parent()
+        .and_then(|directory| std::fs::read_dir(directory).ok());
+    let found = entries.into_iter().flatten().flatten();
+    let found = found.map(|entry| entry.path());
+    found.filter(|found| is_kept(found, path)).collect()
 }
 
 /// Whether nobody is at work on this draft.

@@ -113,10 +113,19 @@ fn packs_whose_snapshots_are_all_gone_are_not_collected() {
     .unwrap();
     std::fs::rename(root.join("snapshots"), root.join("elsewhere")).unwrap();
     let store = Store::open(LocalDir::new(root), options()).unwrap();
+    // Nor is another snapshot saved, which would then be the only one.
+    assert!(save(&store, "tuesday", &[8; 4096]).is_err());
+    assert!(!root.join("snapshots").exists());
     let refused = store.gc(&GcOptions::default()).unwrap_err();
     let words = format!("{refused}: {:?}", std::error::Error::source(&refused));
     assert!(words.contains("no directory `snapshots`"), "{words}");
     assert_eq!(std::fs::read_dir(root.join("packs")).unwrap().count(), 1);
     std::fs::rename(root.join("elsewhere"), root.join("snapshots")).unwrap();
     assert!(load(&store, "monday").unwrap() == vec![7; 4096]);
+    // The other way round, and where only a tag is left.
+    std::fs::rename(root.join("packs"), root.join("elsewhere")).unwrap();
+    assert!(store.fsck().is_err());
+    store.tag("monday", "gold").unwrap();
+    std::fs::rename(root.join("snapshots"), root.join("also")).unwrap();
+    assert!(store.gc(&GcOptions::default()).is_err());
 }

@@ -8,6 +8,7 @@ use std::{
         mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use devices::{Bus, Run};
@@ -131,8 +132,8 @@ pub(crate) struct VcpuThread {
 enum State {
     /// It is held; with priority, if the guest may stand still for what it is told next.
     Held(Option<Urgent>),
-    /// It is held, and is told something else at once.
-    Awake,
+    /// It is held, and is told something else within so long; with priority as above.
+    Awake(Duration, Option<Urgent>),
     Running,
     /// Its guest has said that a run is done, and it waits for what comes next. Nobody has held it: its clock goes on.
     Parked,
@@ -203,9 +204,9 @@ impl VcpuThread {
                     // The machine is gone.
                     Err(_) => State::Ended,
                 },
-                State::Awake => match awake::recv(&self.orders, awake::AT_ONCE) {
-                    Ok(order) => self.obey(&mut vcpu, State::Held(None), order),
-                    Err(TryRecvError::Empty) => State::Held(None),
+                State::Awake(bound, urgent) => match awake::recv(&self.orders, bound) {
+                    Ok(order) => self.obey(&mut vcpu, State::Held(urgent), order),
+                    Err(TryRecvError::Empty) => State::Held(urgent),
                     Err(TryRecvError::Disconnected) => State::Ended,
                 },
                 State::Running => self.run_guest(&mut vcpu),
@@ -249,7 +250,18 @@ impl VcpuThread {
                 (state, Done::Saved(vcpu.save(stopped).map(Box::new)))
             }
             (Command::Wake { .. }, State::Running) => (State::Running, Done::Awake),
-            (Command::Wake { awake }, _) => (held(awake), Done::Awake),
+            (Command::Wake { awake }, state) => {
+                let urgent = match state {
+                    State::Held(urgent) => urgent,
+                    _ => None,
+                };
+                let state = match awake {
+                    // Others may take that long to wake up.
+                    true => State::Awake(awake::WAKING, urgent),
+                    false => State::Held(urgent),
+                };
+                (state, Done::Awake)
+            }
             (Command::Stop { awake }, _) => (held(awake), Done::Stopped),
             (Command::Reset { states, awake }, _) => {
                 (held(awake), Done::Reset(reset(vcpu, &states)))
@@ -338,7 +350,7 @@ impl VcpuThread {
 
 fn held(awake: bool) -> State {
     match awake {
-        true => State::Awake,
+        true => State::Awake(awake::AT_ONCE, None),
         false => State::Held(None),
     }
 }

@@ -125,7 +125,9 @@ fn use_it(path: &Path, dir: &Path) {
             let _ = disk.cut(next).and_then(branch_disk::Cut::finish);
         }
         if let [lowest, .., topmost] = *disk.sealed_layers()
-            && let Some(Ok(merged)) = disk.merge(lowest, topmost).map(|merge| merge.write(&|| true))
+            && let Some(Ok(merged)) = disk
+                .merge(lowest, topmost)
+                .map(|merge| merge.write(&|| true))
         {
             disk.adopt(&merged);
             let _ = merged.remove_rest(&|_| true);

@@ -272,6 +272,35 @@ fn what_lies_elsewhere_is_not_removed_and_what_is_made_belongs_to_whom_it_did() 
 }
 
 #[test]
+fn a_layer_that_a_disk_elsewhere_stands_on_stays_however_often_it_is_merged() {
+    let bench = Bench::new(64);
+    let (mut disk, layers, contents) = layered(&bench, 2);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let there = elsewhere.path().join("there");
+    let on = Foundation::Layer(layers[1].path.clone(), None);
+    drop(Disk::create(&there, None, &on, &anything).unwrap());
+    let first = merge(&mut disk, layers[0].id, layers[1].id);
+    assert_eq!(first.remove_rest(&|_| true).unwrap().removed.len(), 1);
+    // What was there before takes no space any more.
+    let kept = bench
+        .names()
+        .into_iter()
+        .find(|name| name.ends_with(".kept"));
+    let kept = fs::metadata(bench.path(&kept.unwrap())).unwrap();
+    assert_eq!(kept.ino(), fs::metadata(&layers[1].path).unwrap().ino());
+    drop(first);
+    let more = [7, 8].map(|byte| {
+        write(&mut disk, 512 * 20, &[byte; 512]);
+        sealed(&mut disk)
+    });
+    let second = merge(&mut disk, layers[1].id, more[1].id);
+    let rest = second.remove_rest(&|_| true).unwrap();
+    assert_eq!(rest.removed, [more[0].path.clone()]);
+    assert_eq!(rest.kept, [layers[1].path.clone()]);
+    assert!(all(&Disk::open(&there, Mode::Read, &anything).unwrap()) == contents[1]);
+}
+
+#[test]
 fn what_was_started_over_meanwhile_takes_nothing_in() {
     let bench = Bench::new(64);
     let (disk, layers, contents) = layered(&bench, 2);

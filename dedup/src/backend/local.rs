@@ -70,18 +70,29 @@ impl LocalDir {
     }
 
     /// Whether an area is empty because its directory is not there: whoever copied the store may have left out directories
-    /// that were empty, and an older one lacks some. But packs of which all snapshots are gone are not to be taken for nobody's.
+    /// that were empty, and an older one lacks some. But where something is left of what was in it, nothing is to be taken for nobody's.
     fn is_empty_without(&self, error: &io::Error, area: Area) -> io::Result<bool> {
         if error.kind() != io::ErrorKind::NotFound || !self.is_store() {
             return Ok(false);
         }
-        if area == Area::Snapshots && !self.list(Area::Packs)?.is_empty() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "the store has packs and no directory `snapshots`: bring it back; if there was no snapshot, make it",
-            ));
+        let witnesses: &[Area] = match area {
+            Area::Root => return Ok(false),
+            Area::Snapshots => &[Area::Packs, Area::Tags, Area::Annotations],
+            Area::Packs => &[Area::Snapshots],
+            _ => &[],
+        };
+        for witness in witnesses {
+            if entries(&self.dir(*witness))?.is_some_and(|mut entries| entries.next().is_some()) {
+                let (has, lacks) = (witness.dir(), area.dir());
+                return Err(io::Error::new(
+                    io::ErrorKind::NotFound,
+                    format!(
+                        "the store has {has} and no directory `{lacks}`: bring it back; only if it was empty, make it"
+                    ),
+                ));
+            }
         }
-        Ok(area != Area::Root)
+        Ok(true)
     }
 
     /// A new file in `tmp/` that is locked, so that nobody takes it for a dead process's.
@@ -224,6 +235,12 @@ impl Backend for LocalDir {
     }
 
     fn lease(&self) -> io::Result<Box<dyn Lease>> {
+        // Now, and not when the first is published: by then there are packs.
+        let snapshots = self.dir(Area::Snapshots);
+        if !snapshots.is_dir() {
+            self.list(Area::Snapshots)?;
+            make_dir(&snapshots)?;
+        }
         // Locked before it can be seen among the leases, or it would look like a dead process's.
         let (file, draft) = self.locked_draft()?;
         let name = draft.file_name().ok_or(io::ErrorKind::InvalidFilename)?;
@@ -306,11 +323,16 @@ impl Draft for LocalDraft {
 
     fn publish(self: Box<Self>, area: Area, name: &str, how: Publish) -> io::Result<()> {
         let target = self.store.dir(area).join(name);
-        self.store.in_dir(area.dir(), || match how {
+        let publish = || match how {
             Publish::Replace => fs::rename(&self.path, &target),
             // Unlike `rename`, `link` fails when the name is taken. Dropping the draft removes its first name.
             Publish::New => fs::hard_link(&self.path, &target),
-        })
+        };
+        match area {
+            // With it gone, a snapshot would be the only one there is.
+            Area::Snapshots => publish(),
+            _ => self.store.in_dir(area.dir(), publish),
+        }
     }
 }
 

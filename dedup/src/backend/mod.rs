@@ -120,7 +120,8 @@ pub enum Publish {
     reason = "the trait says it for all of them"
 )]
 pub trait Backend: Send + Sync + 'static {
-    /// The files of an area, in no order. An area that cannot be read is an error, never an empty list.
+    /// The files of an area, in no order. An area that cannot be read is an error, never an empty list; one that is not there is
+    /// empty only if nothing speaks against it.
     fn list(&self, area: Area) -> io::Result<Vec<Entry>>;
 
     /// Opens a file. It stays readable, with the same bytes, when it is removed or replaced.
