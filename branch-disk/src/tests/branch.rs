@@ -1,7 +1,7 @@
 use std::{fs, os::unix::fs::MetadataExt};
 
 use super::*;
-use crate::{Error, LayerId, MAX_DEPTH, Space};
+use crate::{Error, Space};
 
 #[test]
 fn a_cut_is_an_instant_and_branches_of_it_go_their_own_ways() {
@@ -510,60 +510,6 @@ fn a_name_that_is_taken_is_left_alone() {
     assert!(fs::read(bench.path("base")).unwrap() == bench.base);
     let raw = Disk::open(&bench.path("base"), Mode::Write, &anything);
     assert!(matches!(raw, Err(Error::NotALayer { .. })));
-}
-
-#[test]
-fn a_chain_ends_somewhere() {
-    let bench = Bench::in_memory(8);
-    let mut disk = bench.on_base("d");
-    for layer in 1..MAX_DEPTH {
-        write(&mut disk, 0, &[layer as u8; 512]);
-        sealed(&mut disk);
-    }
-    write(&mut disk, 512, &[7; 512]);
-    assert!(matches!(disk.prepare(), Err(Error::TooDeep { .. })));
-    drop(disk);
-    let mut disk = bench.open("d");
-    let ids = disk.sealed_layers();
-    let (lowest, topmost) = (ids[0], ids[MAX_DEPTH - 2]);
-    let on = Foundation::Layer(bench.path(&format!("d.{topmost}.layer")), None);
-    let head = Disk::create(&bench.path("e"), None, &on, &anything).unwrap();
-    drop(head);
-    // One more, by somebody who means no good.
-    let header = crate::header::Header {
-        id: LayerId([9; 16]),
-        depth: MAX_DEPTH as u32 + 1,
-        below: MAX_DEPTH as u32,
-        ..disk.layers()[1].header.clone()
-    };
-    let path = bench.path("f");
-    let parent = crate::header::Parent::Layer {
-        path: "e".into(),
-        id: bench.open("e").id().unwrap(),
-        bytes: disk.bytes(),
-    };
-    let header = crate::header::Header { parent, ..header };
-    let draft = crate::create::Draft::write(&path, &path, &header).unwrap();
-    draft.publish(&path).unwrap();
-    let refused = Disk::open(&path, Mode::Read, &anything);
-    assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
-
-    // Merged, it goes on.
-    let merged = disk
-        .merge(lowest, topmost)
-        .unwrap()
-        .write(&|| true)
-        .unwrap();
-    assert!(disk.adopt(&merged));
-    merged.remove_rest(&|_| true).unwrap();
-    write(&mut disk, 0, &[8; 512]);
-    sealed(&mut disk);
-    let depth = disk.layers()[2].header.depth as usize;
-    assert_eq!((disk.layers().len(), depth), (3, MAX_DEPTH + 1));
-    assert_eq!(read(&disk, 512, 512), [7; 512]);
-    let path = disk.path().to_owned();
-    drop(disk);
-    sound(&path);
 }
 
 #[test]
