@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use crate::{Disk, Foundation, Mode, anything};
+use crate::{Disk, Foundation, LayerId, Merged, Mode, anything};
 
 /// A directory, a base in it, and a disk on that.
 struct Bench {
@@ -87,4 +87,15 @@ fn sealed(disk: &mut Disk) -> crate::LayerRef {
 fn sound(path: &Path) {
     let checked = crate::check(path, &anything).unwrap();
     assert_eq!(checked.problems, Vec::<String>::new());
+}
+
+/// Merges the layers of `disk` from one to another.
+fn merge(disk: &mut Disk, lowest: LayerId, topmost: LayerId) -> Merged {
+    let merged = disk
+        .merge(lowest, topmost)
+        .unwrap()
+        .write(&|| true)
+        .unwrap();
+    assert!(disk.adopt(&merged));
+    merged
 }

@@ -85,6 +85,15 @@ fn boot(server: &Server, kernel: &[u8]) -> Machine {
     server.client.boot(&server.path("kernel"), &more).unwrap()
 }
 
+/// Waits until the writer has written more than `times`; returns how often it has.
+fn writes(server: &Server, machine: Machine, times: u64) -> u64 {
+    let console = server.console(machine).unwrap();
+    let more = |line: &str| bare_metal::count(line).filter(|count| *count > times);
+    let count = console.first("a write", more).unwrap();
+    assert_eq!(count >> 31, 0, "a write has failed");
+    count
+}
+
 /// Boots the counter and waits until it has counted to `count`.
 fn counting(server: &Server, count: u64) -> Machine {
     let machine = boot(server, &bare_metal::counter());

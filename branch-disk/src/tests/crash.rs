@@ -141,7 +141,7 @@ fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
                 tape::permit();
                 permitted = true;
                 finish(&mut cuts);
-                merge(&mut disk);
+                merge_all(&mut disk);
             }
             Op::NoSpace(skip) => {
                 tape::fail(|call| call == Call::Write, skip, ErrorKind::StorageFull);
@@ -164,17 +164,12 @@ fn work(dir: &Path, ops: &[Op]) -> Vec<Event> {
 }
 
 /// Merges the sealed layers of `disk`, and has those go that are one now.
-fn merge(disk: &mut Disk) {
+fn merge_all(disk: &mut Disk) {
     let ids: Vec<_> = disk.layers().iter().map(|layer| layer.header.id).collect();
     let [lowest, .., topmost, _] = *ids else {
         return;
     };
-    let merged = disk
-        .merge(lowest, topmost)
-        .unwrap()
-        .write(&|| true)
-        .unwrap();
-    assert!(disk.adopt(&merged));
+    let merged = merge(disk, lowest, topmost);
     for layer in merged.rest() {
         let layer = layer.file_name().unwrap().into();
         tape::note(Event::Told(Told::Gone { layer }));

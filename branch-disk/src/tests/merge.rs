@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::MetadataExt};
 
 use super::*;
-use crate::{Error, LayerId, LayerRef, MAX_DEPTH, Merged, Rest};
+use crate::{Error, LayerId, LayerRef, MAX_DEPTH, Rest};
 
 /// A disk on a base with so many sealed layers, each of which has a sector of its own and one that all have written.
 fn layered(bench: &Bench, layers: u8) -> (Disk, Vec<LayerRef>, Vec<Vec<u8>>) {
@@ -16,16 +16,6 @@ fn layered(bench: &Bench, layers: u8) -> (Disk, Vec<LayerRef>, Vec<Vec<u8>>) {
         sealed_layers.push(sealed(&mut disk));
     }
     (disk, sealed_layers, contents)
-}
-
-fn merge(disk: &mut Disk, lowest: LayerId, topmost: LayerId) -> Merged {
-    let merged = disk
-        .merge(lowest, topmost)
-        .unwrap()
-        .write(&|| true)
-        .unwrap();
-    assert!(disk.adopt(&merged));
-    merged
 }
 
 fn depth(disk: &Disk) -> usize {
@@ -386,12 +376,7 @@ fn a_chain_ends_somewhere() {
     assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
 
     // Merged, it goes on.
-    let merged = disk
-        .merge(lowest, topmost)
-        .unwrap()
-        .write(&|| true)
-        .unwrap();
-    assert!(disk.adopt(&merged));
+    let merged = merge(&mut disk, lowest, topmost);
     merged.remove_rest(&|_| true).unwrap();
     write(&mut disk, 0, &[8; 512]);
     sealed(&mut disk);

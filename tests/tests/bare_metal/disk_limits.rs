@@ -9,7 +9,7 @@ use system_tests::{
     wait,
 };
 
-use crate::{cli, gauge, server};
+use crate::{cli, gauge, server, writes};
 
 const BYTES: u64 = 1 << 20;
 
@@ -34,15 +34,6 @@ fn stopped(server: &Server, machine: Machine) -> u64 {
 fn is_stopped(server: &Server, machine: Machine, times: u64) {
     let look = || (stopped(server, machine) > times).then_some(());
     wait::until("a write to wait", look).unwrap();
-}
-
-/// Waits until the writer has written more than `times`; returns how often it has.
-fn writes(server: &Server, machine: Machine, times: u64) -> u64 {
-    let console = server.console(machine).unwrap();
-    let more = |line: &str| count(line).filter(|count| *count > times);
-    let count = console.first("a write", more).unwrap();
-    assert_eq!(count >> 31, 0, "a write has failed");
-    count
 }
 
 /// The disks of a machine, as the server describes it.

@@ -1,28 +1,13 @@
 //! Layers of disks that become fewer while their machine is saved again and again.
 
 use serde_json::{Value, json};
-use system_tests::{
-    bare_metal::{self, count},
-    cli::Cli,
-    http::Machine,
-    server::Server,
-    wait,
-};
+use system_tests::{bare_metal, cli::Cli, http::Machine, server::Server, wait};
 
-use crate::server;
+use crate::{server, writes};
 
 /// So many become few.
 const SNAPSHOTS: u64 = 70;
 const FEW: usize = 12;
-
-/// Waits until the guest has written more than `times`; returns how often it has.
-fn writes(server: &Server, machine: Machine, times: u64) -> u64 {
-    let console = server.console(machine).unwrap();
-    let more = |line: &str| count(line).filter(|count| *count > times);
-    let count = console.first("a write", more).unwrap();
-    assert_eq!(count >> 31, 0, "a write has failed");
-    count
-}
 
 fn layers(server: &Server) -> Vec<String> {
     let names = server.names().unwrap().into_iter();
