@@ -178,6 +178,8 @@ fn keep_on(media: &Media, place: &Path, head: &Path, id: LayerId) {
         if let Err(error) = renamed {
             tracing::debug!("a second name is that of what was merged: {error}");
         }
+        // It is there still if that failed, and if the second name was the one's already.
+        let _ = std::fs::remove_file(&draft);
     }
 }
 

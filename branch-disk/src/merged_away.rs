@@ -32,15 +32,6 @@ impl Merged {
         self.layer.path()
     }
 
-    /// Bytes that it takes on the host.
-    ///
-    /// # Errors
-    ///
-    /// [`Error`].
-    pub fn allocated_bytes(&self) -> Result<u64, Error> {
-        self.layer.media.allocated_bytes()
-    }
-
     /// The files of the layers that are one now, but for the topmost, in whose place that is. Its disk does not need them any
     /// more; snapshots of it may, and other disks.
     pub fn rest(&self) -> Vec<PathBuf> {
@@ -48,13 +39,13 @@ impl Merged {
         rest.map(|layer| layer.path().to_owned()).collect()
     }
 
-    /// Removes those of them that `removable` says may go, that lie beside the one layer, and that nobody stands on: no layer in
-    /// that directory, and no disk elsewhere, for which they have a second name; and that nobody has open.
+    /// Removes those of them that lie beside the one layer, and that nobody stands on: no layer in that directory, and no disk
+    /// elsewhere, for which they have a second name; and that nobody has open.
     ///
     /// # Errors
     ///
     /// [`Error`] when the directory, or a layer in it, cannot be read; nothing is removed then.
-    pub fn remove_rest(&self, removable: &dyn Fn(LayerId) -> bool) -> Result<Rest, Error> {
+    pub fn remove_rest(&self) -> Result<Rest, Error> {
         let layers = self.merged_away();
         let Some(directory) = self.path().parent() else {
             return Ok(Rest::default());
@@ -64,7 +55,7 @@ impl Merged {
         // Nobody comes to stand on them from here on, so that this is not for long: only new names are looked at.
         let locked: Vec<bool> = layers.iter().map(|layer| alone(layer)).collect();
         let found = children.find(directory, self);
-        let rest = found.and_then(|()| self.remove_unneeded(children, &locked, removable));
+        let rest = found.and_then(|()| self.remove_unneeded(children, &locked));
         for layer in layers {
             // Whoever reads what was frozen of the disk before has them open.
             if let Err(error) = layer.media.lock(Lock::Shared) {
@@ -78,21 +69,15 @@ impl Merged {
         &self.parts[..self.parts.len().saturating_sub(1)]
     }
 
-    fn remove_unneeded(
-        &self,
-        mut children: Children,
-        locked: &[bool],
-        removable: &dyn Fn(LayerId) -> bool,
-    ) -> Result<Rest, Error> {
+    fn remove_unneeded(&self, mut children: Children, locked: &[bool]) -> Result<Rest, Error> {
         // Somebody else may have merged the same, and stand on what is to be removed.
         let in_place = is(self.path(), &self.layer)?;
         let mut rest = Rest::default();
         // From the top, for each is needed by those above it that stay.
         for (layer, locked) in self.merged_away().iter().zip(locked).rev() {
             let path = layer.path().to_owned();
-            let id = layer.header.id;
-            let stays = children.stand_on(id) || children.keep(&path);
-            let free = *locked && in_place && !stays && removable(id);
+            let stays = children.stand_on(layer.header.id) || children.keep(&path);
+            let free = *locked && in_place && !stays;
             let beside = path.parent() == self.path().parent();
             if free && beside && layer.media.names()? == 1 && is(&path, layer)? {
                 name::discard(&path);

@@ -53,7 +53,7 @@ fn make_merged(directory: &Path) {
         .write(&|| true)
         .unwrap();
     assert!(disk.adopt(&merged));
-    merged.remove_rest(&|_| true).unwrap();
+    merged.remove_rest().unwrap();
     std::fs::rename(directory.join("2.name"), directory.join("3.name")).unwrap();
     std::fs::remove_file(directory.join("0.name")).unwrap();
     std::fs::write(

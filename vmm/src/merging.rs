@@ -179,7 +179,7 @@ impl Task {
             }
         };
         let adopted = lock(&disk).adopt(&merged);
-        match merged.remove_rest(&|_| true) {
+        match merged.remove_rest() {
             Ok(rest) => tracing::info!(
                 disk = number,
                 adopted,
@@ -194,11 +194,7 @@ impl Task {
 }
 
 /// What of a disk's chain above the layer `found` is to be merged. Those that `stays` says are needed may be the topmost of what is.
-fn merges(
-    disk: &Disk,
-    found: Option<LayerId>,
-    stays: &dyn Fn(&LayerId) -> bool,
-) -> impl Iterator<Item = Merge> {
+fn merges(disk: &Disk, found: Option<LayerId>, stays: &dyn Fn(&LayerId) -> bool) -> Vec<Merge> {
     let sealed = disk.sealed_layers();
     let ours = match found {
         None => &sealed[..],
@@ -208,16 +204,13 @@ fn merges(
             None => &[],
         },
     };
-    let rows: Vec<_> = ours.split_inclusive(stays).collect();
-    let many = rows.into_iter().filter_map(|row| {
+    let many = ours.split_inclusive(stays).filter(|row| row.len() >= MANY);
+    let many = many.filter_map(|row| {
         let whole = disk.merge(*row.first()?, *row.last()?)?;
-        if row.len() < MANY {
-            return None;
-        }
         let from = worth(&whole.allocated_bytes().ok()?);
         disk.merge(*row.get(from)?, *row.last()?)
     });
-    many.collect::<Vec<_>>().into_iter()
+    many.collect()
 }
 
 /// From which on layers that take so many bytes, the lowest first, are to become one: the upper half, and those below it
@@ -385,7 +378,7 @@ mod tests {
         let sealed = disk.sealed_layers();
         let count = |found, stays: &[LayerId]| {
             let stays = |id: &LayerId| stays.contains(id);
-            merges(&disk, found, &stays).count()
+            merges(&disk, found, &stays).len()
         };
         assert_eq!(count(None, &[]), 1);
         assert_eq!(count(Some(sealed[MANY - 1]), &[]), 1);

@@ -130,7 +130,7 @@ fn use_it(path: &Path, dir: &Path) {
                 .map(|merge| merge.write(&|| true))
         {
             disk.adopt(&merged);
-            let _ = merged.remove_rest(&|_| true);
+            let _ = merged.remove_rest();
         }
     }
     let _ = Disk::branch(path, None, &rule);

@@ -174,7 +174,7 @@ fn merge_all(disk: &mut Disk) {
         let layer = layer.file_name().unwrap().into();
         tape::note(Event::Told(Told::Gone { layer }));
     }
-    let rest = merged.remove_rest(&|_| true).unwrap();
+    let rest = merged.remove_rest().unwrap();
     assert_eq!(rest.kept, [] as [PathBuf; 0]);
 }
 

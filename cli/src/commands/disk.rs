@@ -346,7 +346,7 @@ fn merge(path: &Path, remove: bool, json: bool) -> anyhow::Result<ExitCode> {
         removed: Vec::new(),
         kept: merged.rest(),
     };
-    let (rest, refused) = match remove.then(|| merged.remove_rest(&|_| true)) {
+    let (rest, refused) = match remove.then(|| merged.remove_rest()) {
         None => (all, None),
         Some(Ok(rest)) => (rest, None),
         Some(Err(error)) => (all, Some(error)),
