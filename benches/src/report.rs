@@ -93,10 +93,9 @@ pub fn store_table(rows: &[Row]) -> String {
             }
         });
         let times = times.map_or("–".into(), |times| format!("{times:.2}"));
-        let bound = bound_of(bench).zip(ours).and_then(|(bound, ours)| {
-            rows.iter()
-                .find(|row| row.bench == bound && row.setting == ours.setting)
-        });
+        let bound = bound_of(bench)
+            .zip(ours)
+            .and_then(|(bound, ours)| at_its_setting(rows, ours, bound));
         let part = ours.zip(bound).map_or("–".into(), |(ours, bound)| {
             format!("{:.0} %", ours.median / bound.median * 100.0)
         });
@@ -179,6 +178,35 @@ fn best_peer(rows: &[Row], bench: Bench) -> Option<&Row> {
     rows.iter()
         .filter(|row| row.bench == bench && row.system != System::Fermata)
         .reduce(|best, row| if row.is_better_than(best) { row } else { best })
+}
+
+/// What fermata reaches at each of its settings of what the slowest primitive allows there, as a table in Markdown: medians.
+pub fn bound_table(rows: &[Row]) -> String {
+    let mut table = String::from(
+        "| row | setting | fermata | bound | of the bound |\n|---|---|---:|---:|---:|\n",
+    );
+    for row in rows.iter().filter(|row| row.system == System::Fermata) {
+        let Some(bound) = bound_of(row.bench).and_then(|bench| at_its_setting(rows, row, bench))
+        else {
+            continue;
+        };
+        let _ = writeln!(
+            table,
+            "| `{}`, {} | {} | {} | {} | {:.0} % |",
+            row.bench,
+            row.unit,
+            row.setting.as_deref().unwrap_or("–"),
+            cell(row),
+            cell(bound),
+            row.median / bound.median * 100.0
+        );
+    }
+    table
+}
+
+fn at_its_setting<'r>(rows: &'r [Row], row: &Row, bench: Bench) -> Option<&'r Row> {
+    rows.iter()
+        .find(|other| other.bench == bench && other.setting == row.setting)
 }
 
 /// The row that bounds another, at the same setting.
@@ -311,6 +339,32 @@ mod tests {
             "| `save`, MB/s | 2000 | 400 | 500 | 4.00 | 80 % |"
         );
         assert!(line("`load-one`").ends_with("| – | – | – | – | – |"));
+    }
+
+    #[test]
+    fn each_setting_is_held_against_its_own_bound() {
+        let row = |bench, setting, figure| {
+            let row = Row::of(bench, System::Fermata, 256, &[figure]);
+            row.unwrap().at(setting)
+        };
+        let rows = [
+            row(Bench::Size, "raw", 700.0),
+            row(Bench::Save, "zstd", 1500.0),
+            row(Bench::Save, "raw", 5000.0),
+            row(Bench::SaveBound, "raw", 10_000.0),
+            row(Bench::SaveBound, "zstd", 2000.0),
+        ];
+        let table = bound_table(&rows);
+        let parts: Vec<_> = table.lines().skip(2).collect();
+        assert_eq!(parts.len(), 2, "{table}");
+        assert!(
+            parts[0].contains("zstd") && parts[0].ends_with("| 75 % |"),
+            "{table}"
+        );
+        assert!(
+            parts[1].contains("raw") && parts[1].ends_with("| 50 % |"),
+            "{table}"
+        );
     }
 
     #[test]

@@ -87,23 +87,25 @@ impl Run {
         let images = images::measured(&self.images);
         let mut race = Race::new(self.subjects()?, &images, &scratch.path().join("race"))?;
         let kinds = [SETTINGS[0], QUICK];
-        let mut bounds = Vec::new();
+        let mut bounds = SETTINGS.map(|_| Vec::new());
         let (mut four, mut course) = (Vec::new(), Vec::new());
         for round in 0..self.rounds {
             println!("\nround {} of {}", round + 1, self.rounds);
             race.run(round)?;
+            for ((level, setting), of_level) in SETTINGS.into_iter().zip(&mut bounds) {
+                of_level.push(bound(&race, scratch.path(), level, setting)?);
+            }
             four.push(self.four(scratch.path(), &kinds.map(|(level, _)| at_level(level)))?);
             course.extend(self.course(scratch.path(), &[CreateOptions::default()])?);
         }
-        // Once: they are for orientation, and take as long as half of the others.
-        for (level, setting) in SETTINGS.into_iter().chain([SMALLEST]) {
-            let bound = Bounds::measure(race.images(), scratch.path(), level)?;
-            println!("{setting}: {bound:.2?}");
-            bounds.extend(bound_rows(&bound, setting));
-        }
+        let (level, setting) = SMALLEST;
+        let smallest = [bound(&race, scratch.path(), level, setting)?];
         let (mut rows, others) = race.rows();
         drop(race);
-        rows.extend(bounds);
+        for ((_, setting), of_level) in SETTINGS.into_iter().zip(&bounds) {
+            rows.extend(bound_rows(of_level, setting));
+        }
+        rows.extend(bound_rows(&smallest, setting));
         for (number, (_, setting)) in kinds.iter().enumerate() {
             let of_kind: Vec<_> = four.iter().map(|run| run[number]).collect();
             let of_kind = chunk_rows(Bench::FourSize, Bench::FourSave, &of_kind);
@@ -117,6 +119,8 @@ impl Run {
             report::list(&others)
         );
         println!("fermata alone:\n{}", report::list(&alone(&rows)));
+        rows.extend(others);
+        println!("Beside the bounds:\n{}", report::bound_table(&rows));
         if let Some(directory) = &self.figures {
             let four = self.four(scratch.path(), &CHUNK_BYTES.map(of_size))?;
             let course = self.course(scratch.path(), &COURSE_CHUNK_BYTES.map(of_size))?;
@@ -180,20 +184,28 @@ fn of_size(chunk_size: u32) -> CreateOptions {
     }
 }
 
+/// What this machine's primitives take at a level, right behind what was measured at it.
+fn bound(race: &Race, scratch: &Path, level: i32, setting: &str) -> Result<Bounds> {
+    let bound = Bounds::measure(race.images(), scratch, level)?;
+    println!("{setting}: {bound:.2?}");
+    Ok(bound)
+}
+
 /// What the slowest primitive allows, under the setting's name, and what all in sum do.
-fn bound_rows(bounds: &Bounds, setting: &str) -> Vec<Row> {
-    let row = |bench, time: Duration, setting: &str| {
-        let rate = bounds.bytes as f64 / 1e6 / time.as_secs_f64();
-        Row::of(bench, System::Fermata, images::MEMORY_MIB, &[rate]).map(|row| row.at(setting))
+fn bound_rows(bounds: &[Bounds], setting: &str) -> Vec<Row> {
+    let row = |bench, time: fn(&Bounds) -> Duration, setting: &str| {
+        let rate = |bound: &Bounds| bound.bytes as f64 / 1e6 / time(bound).as_secs_f64();
+        let rates: Vec<_> = bounds.iter().map(rate).collect();
+        Row::of(bench, System::Fermata, images::MEMORY_MIB, &rates).map(|row| row.at(setting))
     };
     let sum = format!("{setting}, all in sum");
     [
-        row(Bench::SaveBound, bounds.save(), setting),
-        row(Bench::SaveBound, bounds.save_in_sum(), &sum),
-        row(Bench::SaveAgainBound, bounds.save_again(), setting),
-        row(Bench::SaveAgainBound, bounds.save_again_in_sum(), &sum),
-        row(Bench::LoadBound, bounds.load(), setting),
-        row(Bench::LoadBound, bounds.load_in_sum(), &sum),
+        row(Bench::SaveBound, Bounds::save, setting),
+        row(Bench::SaveBound, Bounds::save_in_sum, &sum),
+        row(Bench::SaveAgainBound, Bounds::save_again, setting),
+        row(Bench::SaveAgainBound, Bounds::save_again_in_sum, &sum),
+        row(Bench::LoadBound, Bounds::load, setting),
+        row(Bench::LoadBound, Bounds::load_in_sum, &sum),
     ]
     .into_iter()
     .flatten()
