@@ -2,6 +2,7 @@
 //!
 //! A snapshot is whole without them, so that one that cannot be read is no loss to it.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 
 use crate::backend::{Area, Backend, Publish};
@@ -67,7 +68,7 @@ pub(crate) fn read(shared: &Shared, snapshot: &Snapshot, name: &str) -> Result<O
 
 /// The content of a file as it is stored, with its digest checked; `None` when there is none.
 fn read_stored(backend: &dyn Backend, file: &str) -> Result<Option<Vec<u8>>> {
-    let failed = || Error::io(format!("read {}", Area::Annotations.path(file)));
+    let failed = || Error::file(format!("read {}", Area::Annotations.path(file)));
     let opened = match backend.open(Area::Annotations, file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(failed())?,
@@ -132,7 +133,7 @@ pub(crate) fn write(
         Some(keys) => Some(keys.seal_annotation(name, content)?),
         None => None,
     };
-    is_there(shared, snapshot)?;
+    snapshot.is_there(shared)?;
     let backend = &*shared.backend;
     let file = file_name(snapshot.id, name);
     let failed = || Error::io(format!("write {}", Area::Annotations.path(&file)));
@@ -145,22 +146,11 @@ pub(crate) fn write(
         .map_err(failed())?;
     backend.sync(Area::Annotations).map_err(failed())?;
     // Whoever removes the snapshot looks for annotations after that.
-    if let Err(gone) = is_there(shared, snapshot) {
+    if let Err(gone) = snapshot.is_there(shared) {
         remove_file(backend, Area::Annotations, &file)?;
         return Err(gone);
     }
     Ok(())
-}
-
-/// Fails when a snapshot was removed since it was opened.
-fn is_there(shared: &Shared, snapshot: &Snapshot) -> Result<()> {
-    let missing = || Error::NoSnapshot(snapshot.name.clone());
-    match Snapshot::open(shared, &snapshot.name) {
-        Ok(found) if found.id == snapshot.id => Ok(()),
-        Ok(_) => Err(missing()),
-        Err(gone) if gone.is_not_found() => Err(missing()),
-        Err(other) => Err(other),
-    }
 }
 
 /// Removes all annotations of a snapshot that was removed.
@@ -185,8 +175,9 @@ pub(crate) fn remove_orphans(shared: &Shared) -> Result<u64> {
     if orphans.is_empty() {
         return Ok(0);
     }
-    let snapshots = refs::all_snapshots(shared)?;
-    orphans.retain(|(_, id)| snapshots.iter().all(|snapshot| snapshot.id != *id));
+    let ids = refs::open_all(shared)?.map(|(_, opened)| opened.map(|snapshot| snapshot.id));
+    let ids: HashSet<SnapshotId> = ids.collect::<Result<_>>()?;
+    orphans.retain(|(_, id)| !ids.contains(id));
     let mut removed = 0;
     for (file, _) in orphans {
         removed += u64::from(remove_file(backend, Area::Annotations, &file)?);
@@ -198,7 +189,7 @@ pub(crate) fn remove_orphans(shared: &Shared) -> Result<u64> {
 fn all(backend: &dyn Backend) -> Result<Vec<(String, SnapshotId)>> {
     let files = backend
         .list(Area::Annotations)
-        .map_err(Error::io("list the annotations"))?;
+        .map_err(Error::file("list the annotations"))?;
     let named = files.into_iter().filter_map(|entry| {
         let (id, _) = parse_name(&entry.name)?;
         Some((entry.name, id))
@@ -208,16 +199,21 @@ fn all(backend: &dyn Backend) -> Result<Vec<(String, SnapshotId)>> {
 
 /// Checks a file: its digest and, with the key, what is sealed, if one of `snapshots` is its own. That there is none is no
 /// problem: the next collection removes it.
-pub(crate) fn check_file(shared: &Shared, file: &str, snapshots: &[Snapshot]) -> Result<()> {
+pub(crate) fn check_file(
+    shared: &Shared,
+    file: &str,
+    snapshots: &HashMap<SnapshotId, String>,
+) -> Result<()> {
     let Some((id, name)) = parse_name(file) else {
         return Err(
             Malformed("no annotation is called like this").in_file(Area::Annotations.path(file))
         );
     };
     read_stored(&*shared.backend, file)?;
-    let own = snapshots.iter().find(|snapshot| snapshot.id == id);
-    match own.filter(|_| !shared.keys.is_locked()) {
-        Some(snapshot) => read(shared, snapshot, name).map(drop),
-        None => Ok(()),
+    let own = snapshots.get(&id).filter(|_| !shared.keys.is_locked());
+    // One that is gone by now is as none.
+    match own.map(|own| Snapshot::open(shared, own)) {
+        Some(Ok(snapshot)) if snapshot.id == id => read(shared, &snapshot, name).map(drop),
+        _ => Ok(()),
     }
 }

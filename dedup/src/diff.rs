@@ -120,7 +120,17 @@ impl<'a> Comparison<'a> {
             .max(self.new.directory.blocks().len());
         let end = self.old.size.max(self.new.size);
         for block in 0..blocks {
-            let equal = self.equal_chunks(block)?;
+            let mut equal = self.equal_chunks(block)?;
+            // What an image's last chunk is filled up with is not the image's.
+            let shorter = self.old.size.min(self.new.size);
+            let last = shorter / chunk_size;
+            if self.old.size != self.new.size
+                && !shorter.is_multiple_of(chunk_size)
+                && last / BLOCK_CHUNKS as u64 == block as u64
+                && let Some(last) = equal.get_mut(last as usize % BLOCK_CHUNKS)
+            {
+                *last = false;
+            }
             let count = self
                 .old
                 .block_chunks(block)

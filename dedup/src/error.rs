@@ -58,7 +58,7 @@ pub enum Error {
     Name(String),
 
     /// No snapshot has this name, tag or id.
-    #[error("no snapshot {0:?}: `log` lists what there is")]
+    #[error("there is no snapshot {0:?}: list those that there are")]
     NoSnapshot(String),
 
     /// More than one snapshot's id begins like this.
@@ -66,7 +66,7 @@ pub enum Error {
     Ambiguous(String),
 
     /// The snapshot has no such image.
-    #[error("the snapshot has no image {0:?}: `log` lists its images")]
+    #[error("the snapshot has no image {0:?}: list those that it has")]
     NoImage(String),
 
     /// The name belongs to another snapshot.
@@ -131,7 +131,15 @@ pub enum Error {
 }
 
 impl Error {
-    /// Gives an I/O error its place: `what` completes "cannot …".
+    /// Gives an I/O error its place, of what is only read, or is no file of a store's: `what` completes "cannot …".
+    pub(crate) fn file(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+        move |source| Error::Io {
+            what: what.into(),
+            source,
+        }
+    }
+
+    /// Gives an I/O error its place, of what is written to a store: what is in its way is named.
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::NoSpace(source),

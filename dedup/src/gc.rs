@@ -10,7 +10,7 @@ use crate::frame::{Decoder, Encoder};
 use crate::marks::{Marks, Slots};
 use crate::name::FileId;
 use crate::pack::{Pack, PackBuilder};
-use crate::protect::condemn;
+use crate::protect::{MAX_CONDEMNED, condemn};
 use crate::store::{Shared, Store};
 
 /// How to collect.
@@ -71,7 +71,7 @@ impl Store {
         // Nobody else holds the lock, so these are of collections that died.
         for list in backend
             .list(Area::Condemned)
-            .map_err(Error::io("list what is condemned"))?
+            .map_err(Error::file("list what is condemned"))?
         {
             remove(backend, Area::Condemned, &list.name)?;
         }
@@ -79,14 +79,16 @@ impl Store {
         // Before marking: what is published later is not looked at.
         let packs = backend
             .list(Area::Packs)
-            .map_err(Error::io("list the packs"))?;
+            .map_err(Error::file("list the packs"))?;
         collected.packs = packs.len() as u64;
         let mut marks = Marks::default();
         marks.add_all(shared)?;
         collected.annotations_removed = annotation::remove_orphans(shared)?;
+        // What is beyond is for the next collection.
         let candidates: Vec<(FileId, u64)> = packs
             .iter()
             .filter_map(|entry| candidate(shared, &marks, entry))
+            .take(MAX_CONDEMNED)
             .collect();
         if candidates.is_empty() {
             return Ok(collected);

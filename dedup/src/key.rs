@@ -56,7 +56,7 @@ impl Key {
     /// [`Error::Parameter`] when the file is neither, or may be read by others than its owner; it cannot be read.
     pub fn read_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let failed = || Error::io(format!("read the key file {}", path.display()));
+        let failed = || Error::file(format!("read the key file {}", path.display()));
         let refused = |why: &str| {
             Err(Error::Parameter(format!(
                 "the key file {} {why}",

@@ -1,5 +1,6 @@
 //! `dedup`: a store of files on the command line.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -127,10 +128,11 @@ fn run(args: &Args) -> Result<ExitCode> {
         opened.with_context(|| args.store.display().to_string())
     };
     let say = |value: &dyn ErasedJson, plain: String| {
-        if args.json {
-            println!("{}", value.json())
-        } else {
-            println!("{plain}")
+        let text = if args.json { value.json() } else { plain };
+        match writeln!(std::io::stdout(), "{text}") {
+            // A reader that has seen enough, like `head`.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            printed => printed.context("cannot print"),
         }
     };
     match &args.command {
@@ -141,7 +143,7 @@ fn run(args: &Args) -> Result<ExitCode> {
                 key: options.key.clone(),
             };
             let store = Store::create_dir(&args.store, &create, options.clone())?;
-            say(&store.stat()?, format!("created {}", args.store.display()));
+            say(&store.stat()?, format!("created {}", args.store.display()))?;
         }
         Command::Save { name, files } => {
             let saved = match files.as_slice() {
@@ -158,7 +160,7 @@ fn run(args: &Args) -> Result<ExitCode> {
                     bytes(stored),
                     saved.id
                 ),
-            );
+            )?;
         }
         Command::Load { snapshot, path } => {
             let store = open()?;
@@ -166,18 +168,20 @@ fn run(args: &Args) -> Result<ExitCode> {
             say(
                 &store.show(snapshot)?,
                 format!("loaded {snapshot} into {}", path.display()),
-            );
+            )?;
         }
         Command::Ls => {
             let listing = open()?.list()?;
             let lines: Vec<String> = listing.snapshots.iter().map(line).collect();
-            say(&listing.snapshots, lines.join("\n"));
-            for unreadable in &listing.unreadable {
-                eprintln!("{} cannot be read: {}", unreadable.name, unreadable.error);
+            say(&listing.snapshots, lines.join("\n"))?;
+            if listing.unreadable.is_empty() {
+                return Ok(ExitCode::SUCCESS);
             }
-            if !listing.unreadable.is_empty() {
-                return Ok(ExitCode::from(DAMAGED));
+            for unreadable in listing.unreadable {
+                let why = anyhow::Error::from(unreadable.error);
+                eprintln!("{} cannot be read: {why:#}", unreadable.name);
             }
+            return Ok(ExitCode::from(DAMAGED));
         }
         Command::Tag { snapshot, tag } => {
             let store = open()?;
@@ -185,7 +189,7 @@ fn run(args: &Args) -> Result<ExitCode> {
             say(
                 &store.show(tag)?,
                 format!("{tag} is {}", store.show(tag)?.name),
-            );
+            )?;
         }
         Command::Diff { old, new } => {
             let diff = open()?.diff(old, new)?;
@@ -193,11 +197,11 @@ fn run(args: &Args) -> Result<ExitCode> {
                 .iter()
                 .map(|image| format!("{}: {} changed", image.name, bytes(image.changed_bytes())))
                 .collect();
-            say(&diff, lines.join("\n"));
+            say(&diff, lines.join("\n"))?;
         }
         Command::Rm { name } => {
             open()?.rm(name)?;
-            say(&name, format!("removed {name}"));
+            say(&name, format!("removed {name}"))?;
         }
         Command::Stat => {
             let stat = open()?.stat()?;
@@ -212,7 +216,7 @@ fn run(args: &Args) -> Result<ExitCode> {
                 bytes(stat.snapshot_bytes),
                 bytes(stat.index_bytes),
             );
-            say(&stat, plain);
+            say(&stat, plain)?;
         }
         Command::Gc { grace } => {
             let done = open()?.gc(&GcOptions {
@@ -225,7 +229,7 @@ fn run(args: &Args) -> Result<ExitCode> {
                 done.packs,
                 done.packs_shrunk
             );
-            say(&done, plain);
+            say(&done, plain)?;
         }
         Command::Fsck { repair } => {
             if *repair && dedup::repair_config(&LocalDir::new(&args.store))? {
@@ -259,7 +263,7 @@ fn run(args: &Args) -> Result<ExitCode> {
                 ));
             }
             lines.extend(report.repaired.iter().cloned());
-            say(&report, lines.join("\n"));
+            say(&report, lines.join("\n"))?;
             if !report.problems.is_empty() {
                 return Ok(ExitCode::from(DAMAGED));
             }

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::name::FileId;
 use crate::protect::claimed;
 use crate::recipe::BlockCoder;
-use crate::refs::all_snapshots;
+use crate::refs::open_all;
 use crate::snapshot::SnapshotId;
 use crate::store::Shared;
 
@@ -58,7 +58,8 @@ impl Marks {
         self.whole.extend(claimed(&*shared.backend)?);
         let mut coder = BlockCoder::new()?;
         let pack_slots = shared.config.pack_slots();
-        for snapshot in all_snapshots(shared)? {
+        for (_, opened) in open_all(shared)? {
+            let snapshot = opened?;
             if !self.seen.insert(snapshot.id) {
                 continue;
             }

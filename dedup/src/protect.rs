@@ -14,6 +14,9 @@ use crate::name::FileId;
 
 const MAGIC: &[u8; 8] = b"DEDUPCON";
 
+/// Packs that are condemned at a time, at most: 64 TiB of chunks.
+pub(crate) const MAX_CONDEMNED: usize = 1 << 20;
+
 /// The packs that this process relies on. Ends when it is dropped.
 pub(crate) struct Claim {
     lease: Mutex<Box<dyn Lease>>,
@@ -42,7 +45,7 @@ impl Claim {
 /// A lease cannot be read, or is just being written: nothing may be collected then.
 pub(crate) fn claimed(backend: &dyn Backend) -> Result<HashSet<FileId>> {
     let mut packs = HashSet::new();
-    for lease in backend.leases().map_err(Error::io("read the leases"))? {
+    for lease in backend.leases().map_err(Error::file("read the leases"))? {
         let (ids, rest) = lease.as_chunks();
         if !rest.is_empty() {
             return Err(Malformed("it ends within an id").in_file("leases"));
@@ -57,7 +60,7 @@ pub(crate) fn condemned(backend: &dyn Backend) -> Result<HashSet<FileId>> {
     let mut packs = HashSet::new();
     for entry in backend
         .list(Area::Condemned)
-        .map_err(Error::io("list what is condemned"))?
+        .map_err(Error::file("list what is condemned"))?
     {
         match read_condemned(backend, &entry.name) {
             // The collection has ended since.
@@ -70,14 +73,24 @@ pub(crate) fn condemned(backend: &dyn Backend) -> Result<HashSet<FileId>> {
 
 /// Reads a condemned list.
 pub(crate) fn read_condemned(backend: &dyn Backend, name: &str) -> Result<Vec<FileId>> {
-    let failed = || Error::io(format!("read {}", Area::Condemned.path(name)));
+    let failed = || Error::file(format!("read {}", Area::Condemned.path(name)));
     let file = backend.open(Area::Condemned, name).map_err(failed())?;
+    let damaged = |malformed: Malformed| malformed.in_file(Area::Condemned.path(name));
+    // A file can be sparse, and as long as it likes.
+    if file.size() > encoded_len(MAX_CONDEMNED) {
+        return Err(damaged(Malformed("longer than any that is written")));
+    }
     let mut bytes = vec![0; file.size() as usize];
     file.read_exact_at(&mut bytes, 0).map_err(failed())?;
-    parse(&bytes).map_err(|malformed| malformed.in_file(Area::Condemned.path(name)))
+    parse(&bytes).map_err(damaged)
 }
 
-/// Publishes a condemned list, durably; gives its name.
+/// Bytes of a list of so many packs.
+const fn encoded_len(packs: usize) -> u64 {
+    (MAGIC.len() + 8 + packs * 16 + 16) as u64
+}
+
+/// Publishes a condemned list of at most [`MAX_CONDEMNED`] packs, durably; gives its name.
 pub(crate) fn condemn(backend: &dyn Backend, packs: &[FileId]) -> Result<String> {
     let mut bytes = Vec::new();
     bytes.extend_from_slice(MAGIC);

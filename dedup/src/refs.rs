@@ -1,5 +1,6 @@
 //! Names of snapshots: the files in `snapshots/`, and tags.
 
+use std::collections::HashMap;
 use std::io;
 
 use crate::annotation;
@@ -17,31 +18,37 @@ const TAG_BYTES: usize = 40;
 /// The shortest beginning of an id that names a snapshot.
 const MIN_PREFIX: usize = 4;
 
-/// All snapshots that are there.
+/// Opens everything that is called a snapshot, one after the other: each is a file that is open, and there may be more of them
+/// than a process may have. Gives names and what came of it.
 ///
 /// # Errors
 ///
-/// The list cannot be made, or a snapshot cannot be read.
-pub(crate) fn all_snapshots(shared: &Shared) -> Result<Vec<Snapshot>> {
-    let all = open_all(shared)?;
-    all.into_iter().map(|(_, opened)| opened).collect()
-}
-
-/// Opens everything that is called a snapshot; gives names and what came of it.
-pub(crate) fn open_all(shared: &Shared) -> Result<Vec<(String, Result<Snapshot>)>> {
-    let mut snapshots = Vec::new();
-    for entry in shared
+/// The list cannot be made.
+pub(crate) fn open_all(
+    shared: &Shared,
+) -> Result<impl Iterator<Item = (String, Result<Snapshot>)> + '_> {
+    let listed = shared
         .backend
         .list(Area::Snapshots)
-        .map_err(Error::io("list the snapshots"))?
-    {
+        .map_err(Error::file("list the snapshots"))?;
+    let opened = listed.into_iter().filter_map(|entry| {
         match Snapshot::open(shared, &entry.name) {
             // Removed since the listing.
-            Err(gone) if gone.is_not_found() => {}
-            opened => snapshots.push((entry.name, opened)),
+            Err(gone) if gone.is_not_found() => None,
+            opened => Some((entry.name, opened)),
         }
-    }
-    Ok(snapshots)
+    });
+    Ok(opened)
+}
+
+/// The ids of all snapshots that can be read, and their names. Those that cannot are left to `fsck`.
+///
+/// # Errors
+///
+/// The list cannot be made.
+pub(crate) fn names_by_id(shared: &Shared) -> Result<HashMap<SnapshotId, String>> {
+    let readable = open_all(shared)?.filter_map(|(name, opened)| Some((opened.ok()?.id, name)));
+    Ok(readable.collect())
 }
 
 /// Finds a snapshot by name, by tag, or by the beginning of its id.
@@ -60,15 +67,8 @@ pub(crate) fn resolve(shared: &Shared, reference: &str) -> Result<Snapshot> {
         return Err(missing());
     }
     let mut found = None;
-    for entry in shared
-        .backend
-        .list(Area::Snapshots)
-        .map_err(Error::io("list the snapshots"))?
-    {
-        // One that cannot be read is not the one that is meant: it must not hide those that can.
-        let Ok(snapshot) = Snapshot::open(shared, &entry.name) else {
-            continue;
-        };
+    // One that cannot be read is not the one that is meant: it must not hide those that can.
+    for snapshot in open_all(shared)?.filter_map(|(_, opened)| opened.ok()) {
         if snapshot.id.to_string().starts_with(&prefix) && found.replace(snapshot).is_some() {
             return Err(Error::Ambiguous(reference.to_owned()));
         }
@@ -78,7 +78,7 @@ pub(crate) fn resolve(shared: &Shared, reference: &str) -> Result<Snapshot> {
 
 /// The snapshot that a tag names; `None` when there is no such tag.
 fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
-    let failed = || Error::io(format!("read {}", Area::Tags.path(name)));
+    let failed = || Error::file(format!("read {}", Area::Tags.path(name)));
     let file = match backend.open(Area::Tags, name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(failed())?,
@@ -91,20 +91,14 @@ fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
         .map_err(|malformed| malformed.in_file(Area::Tags.path(name)))
 }
 
-/// The snapshot that a tag names; `None` when there is no such tag or no such snapshot.
-pub(crate) fn resolve_tag(shared: &Shared, name: &str) -> Result<Option<SnapshotId>> {
-    let backend = &*shared.backend;
-    let Some(id) = read_tag(backend, name)? else {
-        return Ok(None);
-    };
-    let names = backend
-        .list(Area::Snapshots)
-        .map_err(Error::io("list the snapshots"))?;
-    // One that cannot be read has a problem of its own.
-    let mut snapshots = names
-        .iter()
-        .filter_map(|entry| Snapshot::open(shared, &entry.name).ok());
-    Ok(snapshots.any(|snapshot| snapshot.id == id).then_some(id))
+/// Whether a tag names one of these snapshots.
+pub(crate) fn names_one_of(
+    backend: &dyn Backend,
+    tag: &str,
+    snapshots: &HashMap<SnapshotId, String>,
+) -> Result<bool> {
+    let id = read_tag(backend, tag)?;
+    Ok(id.is_some_and(|id| snapshots.contains_key(&id)))
 }
 
 fn parse_tag(bytes: &[u8], name: &str) -> Result<SnapshotId, Malformed> {
@@ -132,7 +126,7 @@ pub(crate) fn tags_by_snapshot(backend: &dyn Backend) -> Result<Vec<(String, Sna
     let mut tags = Vec::new();
     for entry in backend
         .list(Area::Tags)
-        .map_err(Error::io("list the tags"))?
+        .map_err(Error::file("list the tags"))?
     {
         if let Ok(Some(id)) = read_tag(backend, &entry.name) {
             tags.push((entry.name, id));
@@ -148,7 +142,10 @@ pub(crate) fn set_tag(backend: &dyn Backend, tag: &str, id: SnapshotId) -> Resul
     match backend.open(Area::Snapshots, tag) {
         Err(free) if free.kind() == io::ErrorKind::NotFound => {}
         Err(other) => {
-            return Err(Error::io(format!("look for {}", Area::Snapshots.path(tag)))(other));
+            return Err(Error::file(format!(
+                "look for {}",
+                Area::Snapshots.path(tag)
+            ))(other));
         }
         Ok(_) => return Err(Error::NameTaken(tag.to_owned())),
     }

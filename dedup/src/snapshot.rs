@@ -1,5 +1,6 @@
 //! Snapshot files: recipes, a manifest and facts, in one file.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ const AUTHENTICATOR_BYTES: usize = 32;
 const MAX_FACTS_BYTES: u32 = 16 << 20;
 
 /// No directory and no manifest is longer: a directory of this size is that of an image of 80 TiB.
-pub(crate) const MAX_SPAN_BYTES: u64 = 256 << 20;
+const MAX_SPAN_BYTES: u64 = 256 << 20;
 
 /// What a snapshot is, whatever its name: the digest of all it holds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -203,6 +204,13 @@ impl SnapshotDraft {
             Some(keys) => span(&mut out, &keys.seal_manifest(&self.manifest)?),
             None => span(&mut out, &self.manifest),
         };
+        // What is not read must not be written either.
+        let longest = images.iter().map(|image| image.directory.len).max();
+        if longest.unwrap_or(0).max(manifest.len) > MAX_SPAN_BYTES {
+            return Err(Error::Parameter(format!(
+                "an image or the manifest is too large: at most {MAX_SPAN_BYTES} bytes are kept of the places of an image's chunks, and of a manifest"
+            )));
+        }
         let facts = Facts {
             name: self.name,
             created_ms: self.created_ms,
@@ -214,6 +222,11 @@ impl SnapshotDraft {
         };
         let facts = serde_json::to_vec(&facts)
             .map_err(|error| Error::io("encode a snapshot")(error.into()))?;
+        if facts.len() > MAX_FACTS_BYTES as usize {
+            return Err(Error::Parameter(format!(
+                "there are too many images for one snapshot: what it says of them may have {MAX_FACTS_BYTES} bytes"
+            )));
+        }
         let mut trailer = Vec::new();
         trailer.extend_from_slice(&(out.len() as u64).to_le_bytes());
         trailer.extend_from_slice(&(facts.len() as u32).to_le_bytes());
@@ -263,7 +276,7 @@ impl Snapshot {
     /// nobody has changed the facts on purpose.
     pub(crate) fn open(shared: &Shared, name: &str) -> Result<Self> {
         let backend = &*shared.backend;
-        let failed = || Error::io(format!("read {}", Area::Snapshots.path(name)));
+        let failed = || Error::file(format!("read {}", Area::Snapshots.path(name)));
         let file = backend.open(Area::Snapshots, name).map_err(failed())?;
         let damaged = |malformed: Malformed| malformed.in_file(Area::Snapshots.path(name));
         let size = file.size();
@@ -337,14 +350,27 @@ impl Snapshot {
         Ok(snapshot)
     }
 
+    /// Fails when it was removed since it was opened, whoever has its name by now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`]; what has its name cannot be read.
+    pub(crate) fn is_there(&self, shared: &Shared) -> Result<()> {
+        let missing = || Error::NoSnapshot(self.name.clone());
+        match Snapshot::open(shared, &self.name) {
+            Ok(found) if found.id == self.id => Ok(()),
+            Ok(_) => Err(missing()),
+            Err(gone) if gone.is_not_found() => Err(missing()),
+            Err(other) => Err(other),
+        }
+    }
+
     /// Checks that the parts follow each other without gaps, up to the facts.
     fn check_layout(&self, facts_at: u64) -> Result<(), Malformed> {
         let mut at = HEADER_BYTES as u64;
-        for (position, image) in self.facts.images.iter().enumerate() {
-            let unique = self.facts.images[..position]
-                .iter()
-                .all(|other| other.name != image.name);
-            if check_name(&image.name).is_err() || !unique {
+        let mut names = HashSet::new();
+        for image in &self.facts.images {
+            if check_name(&image.name).is_err() || !names.insert(&image.name) {
                 return Err(Malformed("an image has an impossible name"));
             }
             if image.blocks_at != at || image.directory.at < at {
@@ -438,7 +464,7 @@ impl Snapshot {
     }
 
     fn failed(&self) -> impl FnOnce(io::Error) -> Error {
-        Error::io(format!("read {}", Area::Snapshots.path(&self.name)))
+        Error::file(format!("read {}", Area::Snapshots.path(&self.name)))
     }
 
     fn damaged(&self, malformed: Malformed) -> Error {
@@ -564,5 +590,39 @@ impl Recipe {
             )
             .map_err(|malformed| self.snapshot.damaged(malformed))?;
         Ok(places)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draft(images: usize, manifest: Vec<u8>) -> SnapshotDraft {
+        let image = |number: usize| ImageDraft {
+            name: format!("image-{number:0200}"),
+            size: 0,
+            zero_chunks: 0,
+            new_chunks: 0,
+            packs: Vec::new(),
+            blocks: Vec::new(),
+        };
+        SnapshotDraft {
+            name: "name".into(),
+            created_ms: 0,
+            host: "host".into(),
+            parent: None,
+            images: (0..images).map(image).collect(),
+            manifest,
+        }
+    }
+
+    #[test]
+    fn what_would_not_be_read_is_not_written() {
+        let too_long = vec![0; MAX_SPAN_BYTES as usize + 1];
+        for draft in [draft(60_000, Vec::new()), draft(1, too_long)] {
+            let refused = draft.encode(None).map(drop);
+            assert!(matches!(refused, Err(Error::Parameter(_))), "{refused:?}");
+        }
+        assert!(draft(1000, vec![1; 1000]).encode(None).is_ok());
     }
 }

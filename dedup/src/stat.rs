@@ -88,7 +88,7 @@ impl Store {
             .shared
             .backend
             .list(area)
-            .map_err(Error::io(format!("list {}", area.dir())))?;
+            .map_err(Error::file(format!("list {}", area.dir())))?;
         Ok((files.len() as u64, files.iter().map(|file| file.size).sum()))
     }
 }

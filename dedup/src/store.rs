@@ -94,7 +94,7 @@ impl Shared {
             match self.backend.open(area, name) {
                 Err(free) if free.kind() == std::io::ErrorKind::NotFound => {}
                 Err(other) => {
-                    return Err(Error::io(format!("look for {}", area.path(name)))(other));
+                    return Err(Error::file(format!("look for {}", area.path(name)))(other));
                 }
                 Ok(_) => return Err(Error::NameTaken(name.to_owned())),
             }
@@ -507,11 +507,11 @@ pub(crate) fn read_config(backend: &dyn Backend) -> Result<Config> {
         .open(Area::Root, CONFIG)
         .map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Error::NoStore,
-            _ => Error::io("read config")(error),
+            _ => Error::file("read config")(error),
         })?;
     // A config of another length is damaged, but may be of a newer version.
     let mut bytes = vec![0; file.size().min(4096) as usize];
     file.read_exact_at(&mut bytes, 0)
-        .map_err(Error::io("read config"))?;
+        .map_err(Error::file("read config"))?;
     Config::parse(&bytes, CONFIG)
 }

@@ -7,7 +7,7 @@ mod support;
 use std::io::ErrorKind;
 
 use dedup::{
-    GcOptions, Store,
+    Error, GcOptions, Store,
     backend::{Backend, Fault, Faulty, LocalDir, Memory, conformance},
 };
 use support::{create, load, options, save};
@@ -62,6 +62,42 @@ fn what_a_dead_process_left_is_cleared() {
     let _living = backend.lease().unwrap();
     assert_eq!(backend.clear_dead().unwrap(), 2);
     assert_eq!(backend.leases().unwrap().len(), 1);
+}
+
+/// Whoever can write to a store must not be able to hang or to kill who uses it.
+#[test]
+fn files_that_are_none_or_have_no_end_are_found_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let store = create(LocalDir::create(root).unwrap());
+    save(&store, "monday", &vec![7; 3 * 4096]).unwrap();
+    for place in ["tmp/x", "leases/x", "snapshots/x", "packs/x", "condemned/x"] {
+        let mut mkfifo = std::process::Command::new("mkfifo");
+        let made = mkfifo.arg(root.join(place)).status();
+        assert!(made.unwrap().success());
+    }
+    std::fs::create_dir(root.join("leases/directory")).unwrap();
+    let refused = store.image("x", "memory").map(drop);
+    assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+    store.gc(&GcOptions::default()).unwrap();
+    std::fs::remove_file(root.join("snapshots/x")).unwrap();
+
+    let endless = std::fs::File::create(root.join("condemned/endless")).unwrap();
+    endless.set_len(8 << 40).unwrap();
+    let problems = store.fsck().unwrap().problems;
+    assert!(
+        problems
+            .iter()
+            .any(|problem| problem.file == "condemned/endless")
+    );
+    // Whatever it is, it may name any pack: nothing is taken from there, and all is stored again.
+    let again = save(
+        &Store::open(LocalDir::new(root), options()).unwrap(),
+        "again",
+        &vec![7; 3 * 4096],
+    );
+    assert_eq!(again.unwrap().images[0].new_chunks, 1);
+    assert!(load(&store, "monday").unwrap() == vec![7; 3 * 4096]);
 }
 
 /// Removes the directories of a store that are empty, as whoever copies it may.

@@ -5,9 +5,11 @@
 
 mod support;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use dedup::{OpenOptions, Store};
 use support::image;
 
 fn dedup(dir: &Path, args: &[&str]) -> Output {
@@ -92,7 +94,60 @@ fn errors_say_what_to_do() {
     assert!(String::from_utf8_lossy(&missing.stderr).contains("create one first"));
     json(dir.path(), &["init"]);
     let unknown = dedup(dir.path(), &["load", "nobody", "x"]);
-    assert!(String::from_utf8_lossy(&unknown.stderr).contains("`log` lists"));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("list those that there are"));
+}
+
+/// Of as many snapshots as there are, a process has but a few open.
+#[test]
+fn there_may_be_more_snapshots_than_files_may_be_open() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["init"]);
+    std::fs::write(dir.path().join("file"), image(3, 1)).unwrap();
+    let path = dir.path().join("dedup-store");
+    let store = Store::open_dir(path, OpenOptions::default()).unwrap();
+    for number in 0..120 {
+        let name = number.to_string();
+        store.save_file(&name, dir.path().join("file")).unwrap();
+        let snapshot = store.snapshot(&name).unwrap();
+        snapshot.annotate("note", b"learned later").unwrap();
+    }
+    drop(store);
+    for command in ["ls", "gc", "stat", "fsck", "fsck --repair"] {
+        let program = env!("CARGO_BIN_EXE_dedup");
+        let limited = format!("ulimit -n 64; exec {program} {command}");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &limited]).current_dir(dir.path());
+        let output = shell.output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{command}: {error}");
+    }
+}
+
+#[test]
+fn a_load_that_was_killed_is_in_nobodys_way_and_what_is_loaded_is_its_owners() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["init"]);
+    std::fs::write(dir.path().join("file"), image(3, 1)).unwrap();
+    json(dir.path(), &["save", "monday", "file"]);
+    // In a container, processes have the same id each time.
+    for pid in std::process::id()..std::process::id() + 200 {
+        std::fs::write(dir.path().join(format!("loaded.{pid}.part")), "half").unwrap();
+    }
+    json(dir.path(), &["load", "monday", "loaded"]);
+    let loaded = std::fs::metadata(dir.path().join("loaded")).unwrap();
+    assert_eq!(loaded.permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    json(dir.path(), &["init"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut stat = Command::new(env!("CARGO_BIN_EXE_dedup"));
+    stat.arg("stat").current_dir(dir.path()).stdout(writer);
+    let output = stat.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]

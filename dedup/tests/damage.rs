@@ -6,7 +6,7 @@ mod support;
 
 use std::sync::Arc;
 
-use dedup::backend::{Area, Backend, Files, Memory};
+use dedup::backend::{Area, Backend, Files, Memory, Publish};
 use dedup::{Error, Report, Store, repair_config};
 use support::{annotate, create, fill_page, image, load, options, save};
 
@@ -319,6 +319,119 @@ fn a_damaged_chunk_is_healed_from_another_pack() {
     store.repair().unwrap();
     assert!(store.fsck().unwrap().problems.is_empty());
     assert!(load(&store, "a").unwrap() == image && load(&store, "b").unwrap() == image);
+}
+
+/// Two snapshots of writers at work at the same time: `all` has four pages, which are a frame, and `one` the last of them in
+/// a pack of its own. The pack with all of them is damaged.
+fn one_of_a_frame_is_elsewhere() -> (Files, Vec<u8>) {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let mut pages = vec![0; 4 * 4096];
+    for (page, seed) in pages.chunks_mut(4096).zip(50..) {
+        fill_page(page, seed);
+    }
+    let mut all = store.writer("all", None).unwrap();
+    let mut one = store.writer("one", None).unwrap();
+    for (writer, bytes) in [(&mut all, &pages[..]), (&mut one, &pages[3 * 4096..])] {
+        let mut memory = writer.image("memory").unwrap();
+        memory.write(bytes).unwrap();
+        memory.finish().unwrap();
+    }
+    all.commit().unwrap();
+    let (_, pack) = (backend.files().into_iter())
+        .find(|((area, _), _)| *area == Area::Packs)
+        .unwrap();
+    one.commit().unwrap();
+    let mut files = backend.files();
+    let mut damaged = pack.to_vec();
+    damaged[1000] ^= 1;
+    let whole = files.values_mut().find(|file| **file == pack);
+    *whole.unwrap() = Arc::new(damaged);
+    (files, pages)
+}
+
+#[test]
+fn what_a_repair_could_not_heal_is_not_there_and_not_zeros() {
+    let (files, pages) = one_of_a_frame_is_elsewhere();
+    let store = open(files).unwrap();
+    store.repair().unwrap();
+    assert_eq!(named(&store.fsck().unwrap()).len(), 1);
+    let not_there = |outcome: dedup::Result<()>| {
+        let error = outcome.unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    };
+    not_there(load(&store, "all").map(drop));
+    let image = store.image("all", "memory").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    not_there(image.load_file(&directory.path().join("file")));
+    let mut parts = image.part_reader().unwrap();
+    let put = |_, _: &[u8]| Ok::<_, Error>(());
+    not_there(parts.read(0, |_| true, put));
+    for (page, number) in pages.chunks(4096).zip(0u64..) {
+        let offset = number * 4096;
+        let mut read = vec![7; 4096];
+        let outcome = image.read_at(offset, &mut read);
+        if number < 3 {
+            not_there(outcome);
+        } else {
+            outcome.unwrap();
+            assert!(read == page);
+        }
+        // All of the frame is around it.
+        not_there(image.around(offset).map(drop));
+        let piece = image.pieces(&[offset]).unwrap().remove(0);
+        not_there(parts.read_piece(&piece).map(drop));
+    }
+    assert!(load(&store, "one").unwrap() == pages[3 * 4096..]);
+}
+
+#[test]
+fn a_lost_index_does_not_keep_a_repair_from_healing() {
+    let (mut files, pages) = one_of_a_frame_is_elsewhere();
+    files.retain(|(area, _), _| *area != Area::Index);
+    let store = open(files).unwrap();
+    store.repair().unwrap();
+    let image = store.image("all", "memory").unwrap();
+    let mut read = vec![0; 4096];
+    image.read_at(3 * 4096, &mut read).unwrap();
+    assert!(read == pages[3 * 4096..]);
+}
+
+#[test]
+fn each_repair_keeps_a_copy_of_what_it_found() {
+    let (files, _) = some_store();
+    let backend = Memory::with_files(files);
+    let store = Store::open(backend.clone(), options()).unwrap();
+    for round in 1..=3 {
+        let mut draft = backend.draft().unwrap();
+        draft.append(b"no snapshot").unwrap();
+        draft.publish(Area::Snapshots, "x", Publish::New).unwrap();
+        store.repair().unwrap();
+        assert_eq!(backend.list(Area::Damaged).unwrap().len(), round);
+        assert!(store.fsck().unwrap().problems.is_empty());
+    }
+}
+
+/// What a newer release has written is whole as far as this one knows, and so are its tags.
+#[test]
+fn the_tags_of_a_newer_snapshot_stay() {
+    let (mut files, _) = some_store();
+    let file = files.get_mut(&(Area::Snapshots, "a".to_owned())).unwrap();
+    let mut newer = file.to_vec();
+    let trailer = newer.len() - 48;
+    for at in [8, trailer + 12] {
+        newer[at..at + 4].copy_from_slice(&99_u32.to_le_bytes());
+    }
+    *file = Arc::new(newer);
+    let backend = Memory::with_files(files);
+    let store = Store::open(backend.clone(), options()).unwrap();
+    assert!(matches!(
+        store.image("a", "memory"),
+        Err(Error::NewerStore { found: 99, .. })
+    ));
+    store.repair().unwrap();
+    let names = |area| backend.list(area).unwrap().len();
+    assert_eq!((names(Area::Snapshots), names(Area::Tags)), (2, 1));
 }
 
 #[test]

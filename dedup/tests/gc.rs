@@ -82,6 +82,35 @@ fn what_a_running_save_refers_to_stays() {
 }
 
 #[test]
+fn what_a_save_is_built_on_stays_when_it_is_removed() {
+    let store = create(Memory::new());
+    let image = image(2000, 4);
+    save(&store, "first", &image).unwrap();
+    let mut writer = store.writer("second", Some("first")).unwrap();
+    store.rm("first").unwrap();
+    save(&store, "first", &[1; 4096]).unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs_removed, 0);
+    assert_eq!(writer.parent_size("memory"), Some(image.len() as u64));
+    let mut memory = writer.image("memory").unwrap();
+    memory.keep(image.len() as u64).unwrap();
+    memory.finish().unwrap();
+    writer.commit().unwrap();
+    store.gc(&GcOptions::default()).unwrap();
+    assert!(load(&store, "second").unwrap() == image);
+}
+
+#[test]
+fn a_snapshot_of_the_same_name_is_not_the_one_that_was_looked_up() {
+    let store = create(Memory::new());
+    save(&store, "nightly", &image(100, 4)).unwrap();
+    let looked_up = store.snapshot("nightly").unwrap();
+    store.rm("nightly").unwrap();
+    save(&store, "nightly", &image(100, 5)).unwrap();
+    let opened = looked_up.image("memory").map(drop);
+    assert!(matches!(opened, Err(Error::NoSnapshot(_))), "{opened:?}");
+}
+
+#[test]
 fn what_an_open_reader_needs_stays() {
     let store = create(Memory::new());
     let image = image(1000, 5);
@@ -253,6 +282,22 @@ fn differences_are_found_without_reading_chunks() {
         (Some(old.len() as u64), Some(new.len() as u64))
     );
     assert!(store.diff("new", "new").unwrap()[0].changed.is_empty());
+}
+
+#[test]
+fn zeros_at_the_end_are_a_difference() {
+    let store = create(Memory::new());
+    for (name, len) in [("short", 5000), ("long", 5100), ("filled-up", 8192)] {
+        save(&store, name, &image(2, 3)[..len]).unwrap();
+    }
+    let mut grown = image(2, 3)[..5000].to_vec();
+    grown.extend_from_slice(&[0; 100]);
+    save(&store, "grown", &grown).unwrap();
+    let changed = |old, new| store.diff(old, new).unwrap().remove(0).changed;
+    assert_eq!(changed("short", "grown"), [4096..5100]);
+    assert_eq!(changed("grown", "short"), [4096..5100]);
+    assert_eq!(changed("short", "filled-up"), [4096..8192]);
+    assert!(changed("short", "short").is_empty());
 }
 
 #[test]

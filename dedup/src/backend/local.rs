@@ -6,12 +6,17 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::OFlags;
+
 use super::{Area, Backend, Draft, Entry, Lease, Lock, Publish, ReadAt};
 use crate::name::FileId;
 
 const DRAFTS: &str = "tmp";
 const LEASES: &str = "leases";
 const LOCKS: &str = "locks";
+
+/// No lease is longer: 16 bytes for each pack that a process relies on.
+const MAX_LEASE_BYTES: u64 = 256 << 20;
 
 /// What machines remember is their owner's: nobody else may look at it.
 const OWNER_DIR: u32 = 0o700;
@@ -156,16 +161,43 @@ fn remove_unlocked(dir: &Path) -> io::Result<u64> {
     let mut removed = 0;
     for entry in entries(dir)?.into_iter().flatten() {
         let path = entry?.path();
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
-            Err(other) => return Err(other),
+        let Some(file) = open_regular(&path)? else {
+            continue;
         };
         if try_lock(&file)? && remove_if_there(&path)? {
             removed += 1;
         }
     }
     Ok(removed)
+}
+
+/// Opens a file to read it. Only a regular one will do: of others, some would have us wait.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    options.custom_flags(OFlags::NONBLOCK.bits() as i32);
+    let file = options.open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is not a regular file",
+        ))
+    }
+}
+
+/// As [`open`]; `None` for what is gone, or no regular file and so nobody's here.
+fn open_regular(path: &Path) -> io::Result<Option<File>> {
+    match path.symlink_metadata() {
+        Ok(metadata) if !metadata.is_file() => return Ok(None),
+        _ => {}
+    }
+    match open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(other) => Err(other),
+    }
 }
 
 fn try_lock(file: &File) -> io::Result<bool> {
@@ -209,7 +241,7 @@ impl Backend for LocalDir {
     }
 
     fn open(&self, area: Area, name: &str) -> io::Result<Arc<dyn ReadAt>> {
-        let file = File::open(self.dir(area).join(name))?;
+        let file = open(&self.dir(area).join(name))?;
         let size = file.metadata()?.len();
         Ok(Arc::new(LocalFile { file, size }))
     }
@@ -253,14 +285,18 @@ impl Backend for LocalDir {
     fn leases(&self) -> io::Result<Vec<Vec<u8>>> {
         let mut leases = Vec::new();
         for entry in entries(&self.root.join(LEASES))?.into_iter().flatten() {
-            let file = match File::open(entry?.path()) {
-                Ok(file) => file,
-                // Its owner has finished.
-                Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
-                Err(other) => return Err(other),
+            let Some(file) = open_regular(&entry?.path())? else {
+                continue;
             };
             if !try_lock(&file)? {
-                let mut content = vec![0; file.metadata()?.len() as usize];
+                let len = file.metadata()?.len();
+                if len > MAX_LEASE_BYTES {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "a lease is longer than any that is written",
+                    ));
+                }
+                let mut content = vec![0; len as usize];
                 file.read_exact_at(&mut content, 0)?;
                 leases.push(content);
             }

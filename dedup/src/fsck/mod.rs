@@ -4,7 +4,7 @@ mod packs;
 mod repair;
 mod snapshots;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use crate::annotation;
 use crate::backend::{Area, Backend, Lock};
@@ -14,6 +14,7 @@ use crate::marks::Slots;
 use crate::name::FileId;
 use crate::protect;
 use crate::refs;
+use crate::snapshot::SnapshotId;
 use crate::store::{Shared, Store};
 
 pub use repair::repair_config;
@@ -58,6 +59,8 @@ struct Packs {
 struct Check<'a> {
     shared: &'a Shared,
     packs: Packs,
+    /// Packs that snapshots refer to and that are not there.
+    missing: HashSet<FileId>,
     /// Snapshots that damaged or missing packs hit.
     hit: BTreeMap<FileId, BTreeSet<String>>,
     /// Problems with files that are no packs.
@@ -110,26 +113,34 @@ fn lock(backend: &dyn Backend) -> Result<Box<dyn Send>> {
 }
 
 impl<'a> Check<'a> {
-    fn run(shared: &'a Shared) -> Result<Self> {
-        let backend = &*shared.backend;
-        // Snapshots are listed first, so that all their packs are among those that are listed later.
-        let snapshots = backend
-            .list(Area::Snapshots)
-            .map_err(Error::io("list the snapshots"))?;
-        let mut check = Check {
+    fn new(shared: &'a Shared) -> Self {
+        Check {
             shared,
             packs: Packs::default(),
+            missing: HashSet::new(),
             hit: BTreeMap::new(),
             problems: BTreeSet::new(),
             snapshots: 0,
             unreadable: BTreeSet::new(),
-        };
+        }
+    }
+
+    fn run(shared: &'a Shared) -> Result<Self> {
+        let backend = &*shared.backend;
+        // Snapshots are listed first, so that all their packs are among those that are listed later, unless one is removed and its name
+        // taken anew.
+        let snapshots = backend
+            .list(Area::Snapshots)
+            .map_err(Error::file("list the snapshots"))?;
+        let mut check = Check::new(shared);
         check.packs = packs::check(shared, &mut check.problems)?;
         for entry in snapshots {
             check.snapshot(&entry.name);
         }
-        check.tags()?;
-        check.annotations()?;
+        // One that cannot be read has a problem of its own.
+        let snapshots = refs::names_by_id(shared)?;
+        check.tags(&snapshots)?;
+        check.annotations(&snapshots)?;
         check.index()?;
         check.condemned()?;
         Ok(check)
@@ -177,37 +188,34 @@ impl<'a> Check<'a> {
         });
     }
 
-    fn tags(&mut self) -> Result<()> {
+    fn tags(&mut self, snapshots: &HashMap<SnapshotId, String>) -> Result<()> {
         let backend = &*self.shared.backend;
         for entry in backend
             .list(Area::Tags)
-            .map_err(Error::io("list the tags"))?
+            .map_err(Error::file("list the tags"))?
         {
-            match refs::resolve_tag(self.shared, &entry.name) {
-                Ok(Some(_)) => {}
-                Ok(None) => {
-                    self.problem(Area::Tags, &entry.name, "it names no snapshot", Vec::new())
-                }
+            match refs::names_one_of(backend, &entry.name, snapshots) {
+                Ok(true) => {}
+                Ok(false) => self.problem(
+                    Area::Tags,
+                    &entry.name,
+                    "it names no snapshot that can be read",
+                    Vec::new(),
+                ),
                 Err(error) => self.problem(Area::Tags, &entry.name, error.to_string(), Vec::new()),
             }
         }
         Ok(())
     }
 
-    fn annotations(&mut self) -> Result<()> {
+    fn annotations(&mut self, snapshots: &HashMap<SnapshotId, String>) -> Result<()> {
         let files = self
             .shared
             .backend
             .list(Area::Annotations)
-            .map_err(Error::io("list the annotations"))?;
-        if files.is_empty() {
-            return Ok(());
-        }
-        let opened = refs::open_all(self.shared)?;
-        // One that cannot be read has a problem of its own.
-        let snapshots: Vec<_> = opened.into_iter().flat_map(|(_, opened)| opened).collect();
+            .map_err(Error::file("list the annotations"))?;
         for entry in files {
-            let checked = annotation::check_file(self.shared, &entry.name, &snapshots);
+            let checked = annotation::check_file(self.shared, &entry.name, snapshots);
             if let Err(error) = checked {
                 if !matches!(error, Error::Damaged { .. }) {
                     self.unreadable.insert(Area::Annotations.path(&entry.name));
@@ -228,7 +236,7 @@ impl<'a> Check<'a> {
         let backend = &*self.shared.backend;
         for entry in backend
             .list(Area::Index)
-            .map_err(Error::io("list the index"))?
+            .map_err(Error::file("list the index"))?
         {
             let checked = Segment::open(backend, &self.shared.config, &entry.name, false).and_then(
                 |segment| {
@@ -257,7 +265,7 @@ impl<'a> Check<'a> {
         let backend = &*self.shared.backend;
         for entry in backend
             .list(Area::Condemned)
-            .map_err(Error::io("list what is condemned"))?
+            .map_err(Error::file("list what is condemned"))?
         {
             if let Err(error) = protect::read_condemned(backend, &entry.name) {
                 self.problem(Area::Condemned, &entry.name, error.to_string(), Vec::new());

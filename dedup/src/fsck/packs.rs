@@ -21,7 +21,7 @@ pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result
     for entry in shared
         .backend
         .list(Area::Packs)
-        .map_err(Error::io("list the packs"))?
+        .map_err(Error::file("list the packs"))?
     {
         match FileId::parse(&entry.name) {
             Some(id) => {
@@ -48,22 +48,37 @@ pub(super) fn check(shared: &Shared, problems: &mut BTreeSet<Problem>) -> Result
             let Some((id, size)) = next else {
                 return Ok(());
             };
-            let mut whole = Slots::default();
-            let checked = if shared.keys.is_locked() {
-                check_digests(shared, id, &mut whole)
-            } else {
-                check_pack(shared, id, &mut decoder, &mut whole)
-            };
+            let (whole, checked) = check_one(shared, id, &mut decoder);
             shared.progress.advance(size);
-            let mut packs = packs.lock().unwrap_or_else(PoisonError::into_inner);
-            packs.chunks += u64::from(whole.len());
-            packs.whole.insert(id, whole);
-            if let Err(error) = checked {
-                packs.problems.insert(id, error.to_string());
-            }
+            packs
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .add(id, whole, checked);
         }
     })?;
     Ok(packs.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Checks one pack; gives what is whole of it, and the first error.
+pub(super) fn check_one(shared: &Shared, id: FileId, decoder: &mut Decoder) -> (Slots, Result<()>) {
+    let mut whole = Slots::default();
+    let checked = if shared.keys.is_locked() {
+        check_digests(shared, id, &mut whole)
+    } else {
+        check_pack(shared, id, decoder, &mut whole)
+    };
+    (whole, checked)
+}
+
+impl Packs {
+    /// Notes what a check of a pack found.
+    pub(super) fn add(&mut self, id: FileId, whole: Slots, checked: Result<()>) {
+        self.chunks += u64::from(whole.len());
+        self.whole.insert(id, whole);
+        if let Err(error) = checked {
+            self.problems.insert(id, error.to_string());
+        }
+    }
 }
 
 /// Checks one pack, to its end even when something is wrong; gives the first error. `whole` gets the slots that are

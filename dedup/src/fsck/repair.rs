@@ -1,9 +1,11 @@
 //! Repairing: what is whole is kept, what is not is moved away.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
 
 use super::Check;
+use crate::annotation;
 use crate::backend::{Area, Backend, Publish, ReadAt};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -12,8 +14,15 @@ use crate::hash::ChunkId;
 use crate::index::{self, BucketBuffer, EMPTY_BUCKET, View};
 use crate::name::FileId;
 use crate::pack::{CONFIG_AT, ChunkIds, Pack, PackBuilder, salvage};
+use crate::protect;
 use crate::refs;
 use crate::store::{CONFIG, read_config};
+
+/// Bytes that are kept of a damaged file. No pack and hardly a snapshot has more, but a file can be sparse, and without an end.
+const MAX_KEPT_BYTES: u64 = 1 << 30;
+
+/// Bytes that are copied at a time.
+const COPY_BYTES: u64 = 1 << 20;
 
 /// The chunks of a pack, by frame and slot; none where a slot is dead or lost.
 type Frames = BTreeMap<u32, Vec<Option<(ChunkId, Vec<u8>)>>>;
@@ -30,7 +39,7 @@ pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
     }
     for entry in backend
         .list(Area::Packs)
-        .map_err(Error::io("list the packs"))?
+        .map_err(Error::file("list the packs"))?
     {
         let mut bytes = [0; Config::BYTES];
         let read = backend
@@ -51,7 +60,11 @@ pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
 pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
     let (shared, backend) = (check.shared, &*check.shared.backend);
     let mut done = Vec::new();
-    shared.index.refresh(backend, &shared.config)?;
+    if !check.packs.problems.is_empty() {
+        // It tells where else a damaged chunk is, and may itself be lost or leave something out.
+        index::rebuild(shared)?;
+        shared.index.refresh(backend, &shared.config)?;
+    }
     for &pack in check.packs.problems.keys() {
         done.push(repair_pack(check, pack)?);
     }
@@ -67,38 +80,68 @@ pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
             continue;
         };
         // The index is made anew below, and tags are looked at when it is known which snapshots stay.
-        if !matches!(area, Area::Index | Area::Tags) {
-            done.push(move_away(backend, area, name)?);
+        if !matches!(area, Area::Index | Area::Tags) && still_damaged(check, area, name) {
+            done.extend(move_away(backend, area, name)?);
         }
     }
-    for tag in backend
-        .list(Area::Tags)
-        .map_err(Error::io("list the tags"))?
-    {
-        if !matches!(refs::resolve_tag(shared, &tag.name), Ok(Some(_))) {
-            done.push(move_away(backend, Area::Tags, &tag.name)?);
-        }
-    }
+    done.extend(repair_tags(check)?);
     index::rebuild(shared)?;
     shared.index.add(backend, &shared.config, Vec::new())?;
     done.push("rebuilt the index".into());
     Ok(done)
 }
 
-/// Takes a file out of service; tells so.
-fn move_away(backend: &dyn Backend, area: Area, name: &str) -> Result<String> {
+/// Whether a file is what a check found it to be. It was a while ago: by now another may have its name.
+fn still_damaged(check: &Check<'_>, area: Area, name: &str) -> bool {
+    let shared = check.shared;
+    let looked_at = match area {
+        Area::Snapshots => Check::new(shared).check_snapshot(name),
+        Area::Annotations => refs::names_by_id(shared)
+            .and_then(|snapshots| annotation::check_file(shared, name, &snapshots)),
+        Area::Condemned => protect::read_condemned(&*shared.backend, name).map(drop),
+        // What else has a name here is damaged by its name.
+        _ => return true,
+    };
+    matches!(looked_at, Err(Error::Damaged { .. } | Error::Name(_)))
+}
+
+/// Moves tags away that name no snapshot.
+fn repair_tags(check: &Check<'_>) -> Result<Vec<String>> {
+    let (shared, backend) = (check.shared, &*check.shared.backend);
+    let mut done = Vec::new();
+    let mut snapshots = HashMap::new();
+    for (name, opened) in refs::open_all(shared)? {
+        match opened {
+            Ok(snapshot) => drop(snapshots.insert(snapshot.id, name)),
+            // It is whole as far as anybody knows, and any tag may be its own.
+            Err(_) => return Ok(done),
+        }
+    }
+    for tag in backend
+        .list(Area::Tags)
+        .map_err(Error::file("list the tags"))?
+    {
+        let names_one = refs::names_one_of(backend, &tag.name, &snapshots);
+        if matches!(names_one, Ok(false) | Err(Error::Damaged { .. })) {
+            done.extend(move_away(backend, Area::Tags, &tag.name)?);
+        }
+    }
+    Ok(done)
+}
+
+/// Takes a file out of service; tells so, unless it is gone.
+fn move_away(backend: &dyn Backend, area: Area, name: &str) -> Result<Option<String>> {
     let path = area.path(name);
-    let file = backend
-        .open(area, name)
-        .map_err(Error::io(format!("read {path}")))?;
+    let file = match backend.open(area, name) {
+        Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(Error::file(format!("read {path}")))?,
+    };
     keep_copy(backend, &*file, &format!("{}-{name}", area.dir()))?;
-    backend
-        .remove(area, name)
-        .map_err(Error::io(format!("remove {path}")))?;
+    refs::remove_file(backend, area, name)?;
     backend
         .sync(area)
         .map_err(Error::io(format!("sync {}", area.dir())))?;
-    Ok(format!("moved {path} into damaged/"))
+    Ok(Some(format!("moved {path} into damaged/")))
 }
 
 /// What a scan found. Within a frame that is damaged it may come upon what a guest, or an image of another store, has
@@ -136,7 +179,7 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     let (backend, config) = (&*shared.backend, &shared.config);
     let file = backend
         .open(Area::Packs, &id.to_string())
-        .map_err(Error::io(format!("read packs/{id}")))?;
+        .map_err(Error::file(format!("read packs/{id}")))?;
     keep_copy(backend, &*file, &format!("packs-{id}"))?;
 
     let identifier = shared.identifier()?;
@@ -260,12 +303,35 @@ impl<'a> Elsewhere<'a> {
     }
 }
 
-/// Copies a damaged file to where somebody may look at it later.
+/// Copies a damaged file, its first [`MAX_KEPT_BYTES`], to where somebody may look at it later. What was kept of it before stays.
 fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<()> {
-    let mut bytes = vec![0; file.size() as usize];
-    file.read_exact_at(&mut bytes, 0)
-        .map_err(Error::io(format!("read {name}")))?;
-    publish(backend, Area::Damaged, name, &bytes)
+    let failed = || Error::io(format!("write {}", Area::Damaged.path(name)));
+    let mut draft = backend.draft().map_err(failed())?;
+    let (mut at, mut piece) = (0, vec![0; COPY_BYTES as usize]);
+    let size = file.size().min(MAX_KEPT_BYTES);
+    while at < size {
+        let piece = &mut piece[..COPY_BYTES.min(size - at) as usize];
+        file.read_exact_at(piece, at)
+            .map_err(Error::file(format!("read {name}")))?;
+        draft.append(piece).map_err(failed())?;
+        at += piece.len() as u64;
+    }
+    draft.sync().map_err(failed())?;
+    let kept: HashSet<_> = backend
+        .list(Area::Damaged)
+        .map_err(Error::file("list what is damaged"))?
+        .into_iter()
+        .map(|entry| entry.name)
+        .collect();
+    let mut free = (1..).map(|number| format!("{name}.{number}"));
+    let mut free = std::iter::once(name.to_owned())
+        .chain(&mut free)
+        .filter(|name| !kept.contains(name));
+    let name = free.next().unwrap_or_else(|| name.to_owned());
+    draft
+        .publish(Area::Damaged, &name, Publish::New)
+        .map_err(failed())?;
+    backend.sync(Area::Damaged).map_err(failed())
 }
 
 fn publish(backend: &dyn Backend, area: Area, name: &str, bytes: &[u8]) -> Result<()> {

@@ -1,8 +1,10 @@
 //! Checking snapshots: every block decoded, every place looked up.
 
-use super::Check;
-use crate::backend::Area;
+use super::{Check, packs};
+use crate::backend::{Area, Backend};
 use crate::error::{Error, Result};
+use crate::frame::Decoder;
+use crate::marks::Slots;
 use crate::name::{FileId, check_name};
 use crate::recipe::BlockCoder;
 use crate::snapshot::Snapshot;
@@ -29,7 +31,7 @@ impl Check<'_> {
         }
     }
 
-    fn check_snapshot(&mut self, name: &str) -> Result<()> {
+    pub(super) fn check_snapshot(&mut self, name: &str) -> Result<()> {
         check_name(name)?;
         let snapshot = Snapshot::open(self.shared, name)?;
         if self.shared.keys.is_locked() {
@@ -47,18 +49,28 @@ impl Check<'_> {
                     .filter_map(|place| place.get(config.pack_slots()))
                 {
                     let pack = recipe.directory.packs[pack as usize];
-                    if !self
-                        .packs
-                        .whole
-                        .get(&pack)
-                        .is_some_and(|whole| whole.contains(slot))
-                    {
+                    if !self.whole(pack)?.is_some_and(|whole| whole.contains(slot)) {
                         self.hit.entry(pack).or_default().insert(name.to_owned());
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    /// What is whole of a pack; `None` if it is not there. One that was not when packs were listed is looked for now: the snapshot may be
+    /// another of the same name.
+    fn whole(&mut self, pack: FileId) -> Result<Option<&Slots>> {
+        if !self.packs.whole.contains_key(&pack) && !self.missing.contains(&pack) {
+            let there = self.shared.backend.open(Area::Packs, &pack.to_string());
+            if there.is_ok() {
+                let (whole, checked) = packs::check_one(self.shared, pack, &mut Decoder::new()?);
+                self.packs.add(pack, whole, checked);
+            } else {
+                self.missing.insert(pack);
+            }
+        }
+        Ok(self.packs.whole.get(&pack))
     }
 
     /// Checks what takes no key: all digests. A snapshot counts as hit by any damage to a pack that it names.
@@ -71,7 +83,7 @@ impl Check<'_> {
             }
             let packs = recipe.directory.packs.iter();
             for &pack in packs.filter(|id| **id != FileId::default()) {
-                let missing = !self.packs.whole.contains_key(&pack);
+                let missing = self.whole(pack)?.is_none();
                 if missing || self.packs.problems.contains_key(&pack) {
                     let hit = self.hit.entry(pack).or_default();
                     hit.insert(snapshot.name.clone());

@@ -96,11 +96,11 @@ pub(crate) fn rebuild(shared: &Shared) -> Result<()> {
     let (backend, config) = (&*shared.backend, &shared.config);
     let old = backend
         .list(Area::Index)
-        .map_err(Error::io("list the index"))?;
+        .map_err(Error::file("list the index"))?;
     let mut entries = Vec::new();
     for file in backend
         .list(Area::Packs)
-        .map_err(Error::io("list the packs"))?
+        .map_err(Error::file("list the packs"))?
     {
         let Some(id) = FileId::parse(&file.name) else {
             continue;

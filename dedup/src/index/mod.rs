@@ -19,6 +19,9 @@ use crate::name::FileId;
 /// Segments that differ in size by less than this factor are merged.
 const LIKE_SIZE: u64 = 2;
 
+/// How often the segments are listed, at most, when some of them went meanwhile.
+const REFRESHES: usize = 4;
+
 /// Where a chunk may be. To be believed only after a look at the pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hint {
@@ -54,32 +57,44 @@ impl Index {
 
     /// Looks for segments that came or went. A segment that cannot be read is left out: `fsck` tells of it.
     pub(crate) fn refresh(&self, backend: &dyn Backend, config: &Config) -> Result<()> {
+        // Who merges removes segments when the one that has all of theirs is there: it is in the next list.
+        for _ in 0..REFRESHES {
+            if self.look(backend, config)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the segments that are listed; whether all of them were still there.
+    fn look(&self, backend: &dyn Backend, config: &Config) -> Result<bool> {
         let mut listed = backend
             .list(Area::Index)
-            .map_err(Error::io("list the index"))?;
+            .map_err(Error::file("list the index"))?;
         listed.sort_by_key(|entry| entry.size);
         let known = self.view();
         let mut budget = self.memory;
         let mut segments = Vec::new();
+        let mut all = true;
         for entry in listed {
             let in_memory = entry.size <= budget;
             budget = budget.saturating_sub(if in_memory { entry.size } else { 0 });
             let same = |segment: &&Arc<Segment>| {
                 segment.name() == entry.name && segment.in_memory() == in_memory
             };
-            let segment = match known.segments.iter().find(same) {
-                Some(segment) => Some(segment.clone()),
-                None => Segment::open(backend, config, &entry.name, in_memory)
-                    .ok()
-                    .map(Arc::new),
-            };
-            segments.extend(segment);
+            match known.segments.iter().find(same) {
+                Some(segment) => segments.push(segment.clone()),
+                None => match Segment::open(backend, config, &entry.name, in_memory) {
+                    Ok(segment) => segments.push(Arc::new(segment)),
+                    Err(error) => all &= !error.is_not_found(),
+                },
+            }
         }
         *self
             .segments
             .write()
             .unwrap_or_else(PoisonError::into_inner) = Arc::new(segments);
-        Ok(())
+        Ok(all)
     }
 
     /// Adds the chunks of new packs, and merges segments of like size.

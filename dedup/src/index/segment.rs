@@ -18,6 +18,9 @@ const MAGIC: &[u8; 8] = b"DEDUPIDX";
 const VERSION: u32 = 1;
 const TRAILER_BYTES: usize = 72;
 
+/// Packs that a segment counts, at most: 256 TiB of chunks.
+const MAX_PACKS: u32 = 1 << 22;
+
 /// A chunk and where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
@@ -50,7 +53,7 @@ impl Segment {
         name: &str,
         in_memory: bool,
     ) -> Result<Self> {
-        let failed = || Error::io(format!("read {}", Area::Index.path(name)));
+        let failed = || Error::file(format!("read {}", Area::Index.path(name)));
         let damaged = |malformed: Malformed| malformed.in_file(Area::Index.path(name));
         let file = backend.open(Area::Index, name).map_err(failed())?;
         let size = file.size();
@@ -62,6 +65,10 @@ impl Segment {
             .map_err(failed())?;
         let (buckets, entries, packs) =
             parse_trailer(&trailer, config, trailer_at).map_err(damaged)?;
+        // A file can be sparse.
+        if packs > MAX_PACKS {
+            return Err(damaged(Malformed("more packs than any store has")));
+        }
         let mut ids = vec![0; packs as usize * 16];
         file.read_exact_at(&mut ids, buckets * BUCKET_BYTES as u64)
             .map_err(failed())?;
@@ -124,7 +131,10 @@ impl Segment {
             }
             Content::File(file) => {
                 file.read_exact_at(buffer, number * BUCKET_BYTES as u64)
-                    .map_err(Error::io(format!("read {}", Area::Index.path(&self.name))))?;
+                    .map_err(Error::file(format!(
+                        "read {}",
+                        Area::Index.path(&self.name)
+                    )))?;
                 Ok(Bucket(buffer))
             }
         }

@@ -42,7 +42,7 @@ impl Pack {
     pub(crate) fn open(shared: &Shared, id: FileId) -> Result<Self> {
         let config = &shared.config;
         let name = id.to_string();
-        let failed = || Error::io(format!("read {}", Area::Packs.path(&name)));
+        let failed = || Error::file(format!("read {}", Area::Packs.path(&name)));
         let file = shared.backend.open(Area::Packs, &name).map_err(failed())?;
         let damaged = |malformed: Malformed| malformed.in_file(Area::Packs.path(&name));
         let size = file.size();
@@ -99,7 +99,7 @@ impl Pack {
         })
     }
 
-    pub(crate) fn table(&self) -> &Table {
+    pub(crate) fn table(&self) -> &Arc<Table> {
         &self.table
     }
 
@@ -145,7 +145,7 @@ impl Pack {
     }
 
     fn failed(&self) -> impl FnOnce(std::io::Error) -> Error {
-        Error::io(format!("read {}", Area::Packs.path(&self.id.to_string())))
+        Error::file(format!("read {}", Area::Packs.path(&self.id.to_string())))
     }
 
     /// Decodes the frame `number` to the beginning of `plain`; gives the number of bytes. `stored` is a buffer.

@@ -34,7 +34,7 @@ pub(crate) fn salvage(
         if window_end < file.size() && at + ahead > window_end {
             window.resize((4 * ahead).min(file.size() - at) as usize, 0);
             file.read_exact_at(&mut window, at)
-                .map_err(Error::io("read a damaged pack"))?;
+                .map_err(Error::file("read a damaged pack"))?;
             window_at = at;
         }
         let rest = &window[(at - window_at) as usize..];

@@ -1,5 +1,7 @@
 //! A pack's table of frames and its column of identities.
 
+use std::ops::Range;
+
 use crate::bytes::Cursor;
 use crate::config::Config;
 use crate::error::Malformed;
@@ -169,6 +171,11 @@ impl Table {
     pub(crate) fn has(&self, slot: u32) -> bool {
         let (frame, in_frame) = (slot / self.frame_chunks, slot % self.frame_chunks);
         (frame as usize) < self.frames.len() && self.is_live(frame as usize, in_frame as usize)
+    }
+
+    /// Whether all of these slots live. Only those have content: a dead one decodes to zeros, or to what nobody refers to.
+    pub(crate) fn has_all(&self, mut slots: Range<u32>) -> bool {
+        slots.all(|slot| self.has(slot))
     }
 
     /// The place of a live slot's identity among all identities.

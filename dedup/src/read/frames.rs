@@ -1,14 +1,16 @@
 //! Open packs and decoded frames, shared by all readers of a store.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 
+use crate::config::Config;
 use crate::error::Result;
 use crate::frame::Decoder;
 use crate::name::FileId;
-use crate::pack::Pack;
+use crate::pack::{Pack, Table};
 use crate::recipe::BlockCoder;
 use crate::store::Shared;
 
@@ -18,7 +20,7 @@ const OPEN_PACKS: usize = 256;
 /// Caches for reading.
 pub(crate) struct Frames {
     packs: Cache<FileId, Arc<Pack>>,
-    frames: Cache<(FileId, u32), Arc<Vec<u8>>, ByBytes>,
+    frames: Cache<(FileId, u32), Arc<Frame>, ByBytes>,
     decoders: Mutex<Vec<FrameReader>>,
     /// To set one up takes as long as to decode many blocks.
     coders: Mutex<Vec<BlockCoder>>,
@@ -27,10 +29,36 @@ pub(crate) struct Frames {
 #[derive(Clone)]
 struct ByBytes;
 
-impl Weighter<(FileId, u32), Arc<Vec<u8>>> for ByBytes {
-    fn weight(&self, _frame: &(FileId, u32), plain: &Arc<Vec<u8>>) -> u64 {
-        plain.len().max(1) as u64
+impl Weighter<(FileId, u32), Arc<Frame>> for ByBytes {
+    fn weight(&self, _frame: &(FileId, u32), frame: &Arc<Frame>) -> u64 {
+        frame.plain.len().max(1) as u64
     }
+}
+
+/// A decoded frame.
+#[derive(Debug)]
+pub(super) struct Frame {
+    pub(super) plain: Vec<u8>,
+    /// The pack's as it was when the frame was read: a collection or a repair may have written the pack anew since.
+    table: Arc<Table>,
+}
+
+impl Frame {
+    /// `bytes` of the frame, which is the pack's `number`; `None` unless all chunks that they are in are there.
+    pub(super) fn get(&self, config: &Config, number: u32, bytes: &Range<usize>) -> Option<&[u8]> {
+        let slots = slots_of(config, number, bytes);
+        self.table
+            .has_all(slots)
+            .then(|| self.plain.get(bytes.clone()))
+            .flatten()
+    }
+}
+
+/// The slots that `bytes` of a pack's frame `number` are in.
+pub(super) fn slots_of(config: &Config, number: u32, bytes: &Range<usize>) -> Range<u32> {
+    let first = number * config.frame_chunks();
+    let chunk_size = config.chunk_size as usize;
+    first + (bytes.start / chunk_size) as u32..first + bytes.end.div_ceil(chunk_size) as u32
 }
 
 /// What it takes to decode a frame.
@@ -89,7 +117,7 @@ impl Frames {
     }
 
     /// A decoded frame. Threads that want the same one wait for the first.
-    pub(super) fn get(&self, shared: &Shared, pack: FileId, frame: u32) -> Result<Arc<Vec<u8>>> {
+    pub(super) fn get(&self, shared: &Shared, pack: FileId, frame: u32) -> Result<Arc<Frame>> {
         self.frames.get_or_insert_with(&(pack, frame), || {
             let pack = self.pack(shared, pack)?;
             let idle = self
@@ -106,7 +134,8 @@ impl Frames {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(reader);
-            Ok(Arc::new(plain))
+            let table = pack.table().clone();
+            Ok(Arc::new(Frame { plain, table }))
         })
     }
 }

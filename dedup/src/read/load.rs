@@ -1,14 +1,16 @@
 //! Loading whole images, with all cores.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::frames::FrameReader;
+use super::frames::{FrameReader, slots_of};
 use super::{ImageReader, not_there};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::name::FileId;
 use crate::pack::Pack;
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
 use crate::threads;
@@ -75,17 +77,20 @@ impl ImageReader {
         Ok(())
     }
 
-    /// Writes the whole image to a file, with holes for zeros. An existing file is replaced, in one step and only
-    /// when everything is written. The file is not synced.
+    /// Writes the whole image to a file, with holes for zeros, which nobody but its owner may read. An existing file is replaced, in
+    /// one step and only when everything is written. The file is not synced.
     ///
     /// # Errors
     ///
     /// As [`ImageReader::read_at`]; the file cannot be written, and is then as it was before.
     pub fn load_file(&self, path: &Path) -> Result<()> {
-        let failed = || Error::io(format!("write {}", path.display()));
+        let failed = || Error::file(format!("write {}", path.display()));
+        // Of a number of its own: a process that is killed leaves it, and another may have the same id.
         let mut draft = path.as_os_str().to_owned();
-        draft.push(format!(".{}.part", std::process::id()));
-        let file = File::create_new(&draft).map_err(failed())?;
+        draft.push(format!(".{}.part", FileId::random()?));
+        let mut create = File::options();
+        let file = create.write(true).create_new(true).mode(0o600);
+        let file = file.open(&draft).map_err(failed())?;
         let written = file
             .set_len(self.size())
             .map_err(failed())
@@ -103,7 +108,7 @@ impl ImageReader {
             let at = *chunk * chunk_size;
             let len = (count as u64 * chunk_size).min(self.size() - at) as usize;
             file.write_all_at(&plain[..len], at)
-                .map_err(Error::io(format!("write {}", path.display())))
+                .map_err(Error::file(format!("write {}", path.display())))
         };
         for first in (0..blocks).step_by(self.window_blocks()) {
             let window = first..(first + self.window_blocks()).min(blocks);
@@ -199,8 +204,8 @@ pub(super) struct Loader<'r> {
     frame: FrameReader,
     /// Room for the frames of a group.
     plain: Vec<u8>,
-    /// Which frame was decoded to its beginning, and how many bytes.
-    decoded: Option<(u32, u32, usize)>,
+    /// Which frame, of which pack of the recipe's, was decoded to its beginning.
+    decoded: Option<(u32, u32)>,
     pack: Option<(u32, Arc<Pack>)>,
 }
 
@@ -229,17 +234,17 @@ impl<'r> Loader<'r> {
         let at = |place: Place| place.get(pack_slots).unwrap_or_default();
         let in_group = |place: Place| (at(place).1 % group_chunks) as usize * chunk_size;
         let mut decoded = None;
-        let mut end = 0;
         for (place, _) in &*chunks {
-            let (pack, slot) = at(*place);
+            let (number, slot) = at(*place);
+            let pack = self.pack(number)?;
+            if !pack.table().has(slot) {
+                return Err(not_there(pack.id()));
+            }
             let frame = slot / frame_chunks;
             if decoded != Some(frame) {
                 let begin = in_group(*place) - (slot % frame_chunks) as usize * chunk_size;
-                end = begin + self.decode_to(begin, pack, frame)?;
+                self.decode_to(begin, &pack, frame)?;
                 decoded = Some(frame);
-            }
-            if in_group(*place) + chunk_size > end {
-                return Err(not_there(self.image.recipe.directory.packs[pack as usize]));
             }
         }
         let runs = chunks.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
@@ -260,45 +265,61 @@ impl<'r> Loader<'r> {
         self.image
     }
 
-    /// What was decoded last.
-    pub(super) fn plain(&self) -> &[u8] {
-        &self.plain
+    /// Bytes of the frame that was decoded last by [`Loader::decode`].
+    ///
+    /// # Errors
+    ///
+    /// Chunks that they are in are not there.
+    pub(super) fn bytes(&self, bytes: Range<usize>) -> Result<&[u8]> {
+        let config = &self.image.shared.config;
+        let decoded = self.decoded.zip(self.pack.as_ref());
+        let there = decoded.filter(|((_, frame), (_, pack))| {
+            pack.table().has_all(slots_of(config, *frame, &bytes))
+        });
+        let plain = there.and_then(|_| self.plain.get(bytes));
+        plain.ok_or_else(|| {
+            let pack = self.pack.as_ref();
+            not_there(pack.map(|(_, pack)| pack.id()).unwrap_or_default())
+        })
     }
 
     /// As [`Loader::decode`], unless it is the frame that was decoded last.
-    pub(super) fn decode_once(&mut self, number: u32, frame: u32) -> Result<usize> {
-        match self.decoded {
-            Some((pack, last, len)) if (pack, last) == (number, frame) => Ok(len),
-            _ => self.decode(number, frame),
+    pub(super) fn decode_once(&mut self, number: u32, frame: u32) -> Result<()> {
+        if self.decoded == Some((number, frame)) {
+            return Ok(());
         }
+        self.decode(number, frame)
     }
 
-    /// Decodes a frame to the beginning of what [`Loader::plain`] gives; says how many bytes.
-    pub(super) fn decode(&mut self, number: u32, frame: u32) -> Result<usize> {
-        let len = self.decode_to(0, number, frame)?;
-        self.decoded = Some((number, frame, len));
-        Ok(len)
+    /// Decodes a frame, for [`Loader::bytes`].
+    pub(super) fn decode(&mut self, number: u32, frame: u32) -> Result<()> {
+        let pack = self.pack(number)?;
+        self.decode_to(0, &pack, frame)?;
+        self.decoded = Some((number, frame));
+        Ok(())
     }
 
-    /// Decodes a frame to the bytes `begin` and following; says how many.
-    fn decode_to(&mut self, begin: usize, number: u32, frame: u32) -> Result<usize> {
-        self.decoded = None;
+    /// A pack of the recipe's, which stays open for what comes next.
+    fn pack(&mut self, number: u32) -> Result<Arc<Pack>> {
+        if let Some((current, pack)) = &self.pack
+            && *current == number
+        {
+            return Ok(pack.clone());
+        }
         let shared = &self.image.shared;
-        let pack = match &self.pack {
-            Some((current, pack)) if *current == number => pack.clone(),
-            _ => {
-                let id = self.image.recipe.directory.packs[number as usize];
-                let pack = shared.frames.pack(shared, id)?;
-                self.pack = Some((number, pack.clone()));
-                pack
-            }
-        };
-        pack.read_frame(
-            frame,
-            &mut self.frame.decoder,
-            &mut self.frame.stored,
-            &mut self.plain[begin..],
-        )
+        let id = self.image.recipe.directory.packs[number as usize];
+        let pack = shared.frames.pack(shared, id)?;
+        self.decoded = None;
+        self.pack = Some((number, pack.clone()));
+        Ok(pack)
+    }
+
+    /// Decodes a frame to the bytes `begin` and following.
+    fn decode_to(&mut self, begin: usize, pack: &Pack, frame: u32) -> Result<()> {
+        self.decoded = None;
+        let FrameReader { decoder, stored } = &mut self.frame;
+        pack.read_frame(frame, decoder, stored, &mut self.plain[begin..])?;
+        Ok(())
     }
 }
 

@@ -53,7 +53,7 @@ impl ImageReader {
             other => Some(other?),
         };
         // A collection that had read the leases before has then seen the snapshot, if it is still there now.
-        Snapshot::open(&shared, &snapshot.name)?;
+        snapshot.is_there(&shared)?;
         Ok(ImageReader {
             shared,
             recipe,
@@ -104,11 +104,10 @@ impl ImageReader {
                     let (frame, in_frame) =
                         (slot / config.frame_chunks(), slot % config.frame_chunks());
                     let pack = self.recipe.directory.packs[pack as usize];
-                    let plain = self.shared.frames.get(&self.shared, pack, frame)?;
+                    let decoded = self.shared.frames.get(&self.shared, pack, frame)?;
                     let from = in_frame as usize * chunk_size as usize + in_chunk;
-                    part.copy_from_slice(
-                        plain.get(from..from + len).ok_or_else(|| not_there(pack))?,
-                    );
+                    let bytes = decoded.get(config, frame, &(from..from + len));
+                    part.copy_from_slice(bytes.ok_or_else(|| not_there(pack))?);
                 }
             }
             at += len as u64;

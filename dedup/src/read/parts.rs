@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::frames::Frame;
 use super::load::Loader;
 use super::{ImageReader, not_there};
 use crate::error::{Error, Result};
@@ -22,7 +23,7 @@ pub enum Around {
 pub struct Decoded {
     /// Where in the image they begin.
     pub offset: u64,
-    frame: Arc<Vec<u8>>,
+    frame: Arc<Frame>,
     within: Range<usize>,
 }
 
@@ -30,7 +31,7 @@ impl Decoded {
     /// The bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        &self.frame[self.within.clone()]
+        &self.frame.plain[self.within.clone()]
     }
 }
 
@@ -73,7 +74,10 @@ impl ImageReader {
         let id = self.recipe.directory.packs[within.pack as usize];
         let frame = self.shared.frames.get(&self.shared, id, within.frame)?;
         let bytes = piece.bytes_in_frame(within.from);
-        if bytes.end > frame.len() {
+        if frame
+            .get(&self.shared.config, within.frame, &bytes)
+            .is_none()
+        {
             return Err(not_there(id));
         }
         Ok(Around::Data(Decoded {
@@ -166,7 +170,7 @@ impl PartReader<'_> {
             let Some((pack, frame)) = frame_of(of_frame[0].0) else {
                 continue;
             };
-            let len = self.loader.decode(pack, frame)?;
+            self.loader.decode(pack, frame)?;
             let runs = of_frame.chunk_by(|(a, at), (b, next)| b.follows(*a) && *next == at + 1);
             for run in runs {
                 let (place, chunk) = run[0];
@@ -174,10 +178,7 @@ impl PartReader<'_> {
                 let from = (slot % config.frame_chunks()) as usize * config.chunk_size as usize;
                 let at = image.bytes_of(block, &(chunk..chunk + run.len()));
                 let to = from + (at.end - at.start) as usize;
-                if to > len {
-                    return Err(not_there(image.recipe.directory.packs[pack as usize]).into());
-                }
-                put(at.start, &self.loader.plain()[from..to])?;
+                put(at.start, self.loader.bytes(from..to)?)?;
             }
         }
         Ok(())

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use super::ImageReader;
 use super::parts::{PartReader, extend};
-use super::{ImageReader, not_there};
 use crate::error::{Error, Result};
 use crate::recipe::{BLOCK_CHUNKS, Place};
 
@@ -119,12 +119,7 @@ impl PartReader<'_> {
         let Some(Within { pack, frame, from }) = piece.within else {
             return Ok(None);
         };
-        let len = self.loader.decode_once(pack, frame)?;
-        let bytes = piece.bytes_in_frame(from);
-        if bytes.end > len {
-            let image = self.loader.image();
-            return Err(not_there(image.recipe.directory.packs[pack as usize]));
-        }
-        Ok(Some(&self.loader.plain()[bytes]))
+        self.loader.decode_once(pack, frame)?;
+        self.loader.bytes(piece.bytes_in_frame(from)).map(Some)
     }
 }

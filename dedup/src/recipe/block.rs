@@ -5,12 +5,16 @@ use zstd::bulk::{Compressor, Decompressor};
 use super::Place;
 use crate::bytes::{Cursor, put_varint, unzigzag, zigzag};
 use crate::error::{Error, Malformed, Result};
+use crate::seal::OVERHEAD;
 
 /// Chunks in a block. Small enough that decoding one is a fraction of decoding a frame.
 pub(crate) const BLOCK_CHUNKS: usize = 1024;
 
 /// Bounds a plain block: each run takes a length of at most 2 bytes and a start of at most 10.
 const MAX_PLAIN_BYTES: usize = 32 << 10;
+
+/// Bounds a stored block: its kind, what there is at most, under a seal.
+pub(crate) const MAX_STORED_BYTES: u32 = (1 + MAX_PLAIN_BYTES + OVERHEAD) as u32;
 
 const PLAIN: u8 = 0;
 const ZSTD: u8 = 1;

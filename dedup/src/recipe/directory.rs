@@ -1,6 +1,6 @@
 //! Where the blocks of a recipe are, and which packs they count.
 
-use super::BLOCK_CHUNKS;
+use super::{BLOCK_CHUNKS, MAX_STORED_BYTES};
 use crate::bytes::Cursor;
 use crate::config::Config;
 use crate::error::Malformed;
@@ -95,11 +95,13 @@ impl Directory {
         let lens = cursor.take(blocks as usize * 4)?.as_chunks().0;
         let digests = cursor.take(blocks as usize * 8)?.as_chunks().0;
         cursor.end()?;
-        let blocks = lens.iter().zip(digests);
-        Ok(Directory::new(
-            ids,
-            blocks.map(|(len, digest)| (u32::from_le_bytes(*len), u64::from_le_bytes(*digest))),
-        ))
+        let lens = lens.iter().copied().map(u32::from_le_bytes);
+        // A file can be sparse: what has the length is not there for that.
+        if lens.clone().any(|len| len > MAX_STORED_BYTES) {
+            return Err(Malformed("a block is longer than any that is written"));
+        }
+        let digests = digests.iter().copied().map(u64::from_le_bytes);
+        Ok(Directory::new(ids, lens.zip(digests)))
     }
 }
 
@@ -113,13 +115,20 @@ mod tests {
         #[test]
         fn directories_come_back(
             packs in prop::collection::vec(any::<[u8; 16]>(), 0..9),
-            blocks in prop::collection::vec(any::<(u32, u64)>(), 0..99),
+            blocks in prop::collection::vec((0..=MAX_STORED_BYTES, any::<u64>()), 0..99),
         ) {
             let config = Config::new(&CreateOptions::default()).unwrap();
             let size = blocks.len() as u64 * BLOCK_CHUNKS as u64 * 4096;
             let directory = Directory::new(packs.into_iter().map(FileId).collect(), blocks);
             prop_assert_eq!(Directory::parse(&directory.encode(), size, &config), Ok(directory.clone()));
             prop_assert!(Directory::parse(&directory.encode(), size + 1, &config).is_err());
+        }
+
+        #[test]
+        fn no_block_is_longer_than_any_that_is_written(len in MAX_STORED_BYTES + 1..) {
+            let config = Config::new(&CreateOptions::default()).unwrap();
+            let directory = Directory::new(Vec::new(), [(len, 0)]);
+            prop_assert!(Directory::parse(&directory.encode(), 4096, &config).is_err());
         }
 
         #[test]

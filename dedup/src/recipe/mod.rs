@@ -3,7 +3,7 @@
 mod block;
 mod directory;
 
-pub(crate) use block::{BLOCK_CHUNKS, BlockCoder};
+pub(crate) use block::{BLOCK_CHUNKS, BlockCoder, MAX_STORED_BYTES};
 pub(crate) use directory::{Directory, chunks_of};
 
 /// Where a chunk is: a pack, as counted in some table of packs, and a slot of it; or zeros.

@@ -31,7 +31,7 @@ struct Input<'a> {
 
 impl<'a> Input<'a> {
     fn open(path: &'a Path) -> Result<Self> {
-        let failed = || Error::io(format!("read {}", path.display()));
+        let failed = || Error::file(format!("read {}", path.display()));
         // Not to wait for who writes to it, if it is a pipe.
         let mut open = File::options();
         open.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
@@ -54,7 +54,7 @@ impl<'a> Input<'a> {
     }
 
     fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let failed = Error::io(format!("read {}", self.path.display()));
+        let failed = Error::file(format!("read {}", self.path.display()));
         self.file.read_exact_at(buf, at).map_err(failed)
     }
 }

@@ -69,10 +69,10 @@ impl ImageStats {
 
 impl Image {
     pub(super) fn new(writer: &Writer, name: &str) -> Result<Self> {
-        let parent = match &writer.parent {
-            Some(parent) => Parent::open(&writer.session, parent, name)?,
-            None => None,
-        };
+        let parent = writer.parent.as_ref();
+        let parent = parent.and_then(|parent| parent.image(name)).cloned();
+        let parent = parent.map(|image| Parent::new(&writer.session, image));
+        let parent = parent.transpose()?;
         Ok(Image {
             parent,
             draft: ImageDraft {
@@ -231,7 +231,7 @@ impl<'w> ImageWriter<'w> {
         read: impl Fn(u64, &mut [u8]) -> io::Result<()> + Sync,
     ) -> Result<()> {
         let read =
-            |at, buf: &mut [u8]| read(at, buf).map_err(Error::io("read what is to be saved"));
+            |at, buf: &mut [u8]| read(at, buf).map_err(Error::file("read what is to be saved"));
         let head = (self.to_next_block() as u64).min(len);
         self.fill_with(0, head as usize, &read)?;
         let blocks = match (len - head) / self.block_bytes() as u64 {

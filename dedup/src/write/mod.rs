@@ -24,16 +24,16 @@ use worker::Worker;
 use crate::backend::Area;
 use crate::error::{Error, Result};
 use crate::name::check_name;
-use crate::snapshot::{self, ImageDraft, MAX_SPAN_BYTES, Snapshot, SnapshotDraft, SnapshotId};
+use crate::snapshot::{self, ImageDraft, Snapshot, SnapshotDraft, SnapshotId};
 use crate::store::Shared;
-use parent::Parent;
+use parent::ParentSnapshot;
 
 /// A snapshot in work. Nothing of it is visible before [`Writer::commit`]; dropped, it leaves at most packs
 /// that the next collection removes.
 pub struct Writer {
     session: Session,
     name: String,
-    parent: Option<Snapshot>,
+    parent: Option<ParentSnapshot>,
     images: Vec<ImageDraft>,
     manifest: Vec<u8>,
     /// Whether an image failed: with the thread that was at it went chunks of earlier images, too.
@@ -62,9 +62,8 @@ impl Writer {
         check_name(name)?;
         shared.check_name_is_free(name)?;
         let session = Session::new(shared)?;
-        if let Some(parent) = &parent {
-            Parent::inherit(&session, parent)?;
-        }
+        let parent = parent.map(|parent| ParentSnapshot::open(&session, parent));
+        let parent = parent.transpose()?;
         Ok(Writer {
             session,
             name: name.to_owned(),
@@ -78,14 +77,13 @@ impl Writer {
 
     /// The parent's id, if there is one.
     pub fn parent_id(&self) -> Option<SnapshotId> {
-        self.parent.as_ref().map(|parent| parent.id)
+        self.parent.as_ref().map(|parent| parent.snapshot.id)
     }
 
     /// Bytes of the image of this name in the parent, if there is one: it can be kept from there.
     pub fn parent_size(&self, image: &str) -> Option<u64> {
-        let images = &self.parent.as_ref()?.facts.images;
-        let image = images.iter().find(|facts| facts.name == image);
-        image.map(|facts| facts.size)
+        let image = self.parent.as_ref()?.image(image)?;
+        Some(image.size())
     }
 
     /// Begins an image.
@@ -132,16 +130,11 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// [`Error::NameTaken`] when another was faster; the store cannot be written; an image has failed before. The snapshot
-    /// does not exist then.
+    /// [`Error::NameTaken`] when another was faster; [`Error::Parameter`] when it is larger than any that is read; the store cannot be
+    /// written; an image has failed before. The snapshot does not exist then, unless it was the last of all writes that failed, the one
+    /// that makes its name durable.
     pub fn commit(self) -> Result<Saved> {
         self.check_whole()?;
-        if self.manifest.len() as u64 > MAX_SPAN_BYTES {
-            return Err(Error::Parameter(format!(
-                "a manifest of {} bytes is too long: at most {MAX_SPAN_BYTES} are kept",
-                self.manifest.len()
-            )));
-        }
         let shared = self.session.shared.clone();
         for worker in self
             .workers
@@ -170,7 +163,7 @@ impl Writer {
                 .nodename()
                 .to_string_lossy()
                 .into_owned(),
-            parent: self.parent.map(|parent| parent.id),
+            parent: self.parent.map(|parent| parent.snapshot.id),
             images: self.images,
             manifest: self.manifest,
         };

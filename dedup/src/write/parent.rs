@@ -1,5 +1,7 @@
 //! The parent of a snapshot in work: what is kept from it, and guesses where the rest may be.
 
+use std::sync::Arc;
+
 use super::session::Session;
 use crate::error::Result;
 use crate::name::FileId;
@@ -10,9 +12,46 @@ use crate::snapshot::Snapshot;
 /// Below this many packs a table is inherited however many of its rows are unused.
 const SMALL_TABLE: usize = 64;
 
+/// The snapshot that one in work is built on. All of its images are open from the beginning, and what they refer to is protected: it may
+/// be removed meanwhile.
+pub(super) struct ParentSnapshot {
+    pub(super) snapshot: Snapshot,
+    /// In the order of its facts.
+    images: Vec<Arc<ImageReader>>,
+}
+
+impl ParentSnapshot {
+    /// Opens it, and takes over the pack numbers of its images, unless most of them are no longer in use.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSnapshot`] when it was removed since it was looked up; it cannot be read.
+    ///
+    /// [`Error::NoSnapshot`]: crate::Error::NoSnapshot
+    pub(super) fn open(session: &Session, snapshot: Snapshot) -> Result<Self> {
+        let mut images = Vec::new();
+        for image in &snapshot.facts.images {
+            let reader = ImageReader::open(session.shared.clone(), &snapshot, &image.name)?;
+            let packs = &reader.recipe().directory.packs;
+            let used = packs.iter().filter(|id| **id != FileId::default()).count();
+            if used * 2 >= packs.len() || packs.len() < SMALL_TABLE {
+                session.inherit(packs)?;
+            }
+            images.push(Arc::new(reader));
+        }
+        Ok(ParentSnapshot { snapshot, images })
+    }
+
+    /// Its image of this name, if it has one.
+    pub(super) fn image(&self, name: &str) -> Option<&Arc<ImageReader>> {
+        let mut named = self.snapshot.facts.images.iter().zip(&self.images);
+        named.find_map(|(facts, reader)| (facts.name == name).then_some(reader))
+    }
+}
+
 /// An image of the parent.
 pub(super) struct Parent {
-    reader: ImageReader,
+    reader: Arc<ImageReader>,
     /// The session's number for each pack of the parent's table; none where it must not be referred to.
     numbers: Vec<Option<u32>>,
     /// Whether all numbers are the same, so that blocks can be kept as they are.
@@ -21,27 +60,8 @@ pub(super) struct Parent {
 }
 
 impl Parent {
-    /// Takes over the pack numbers of all of the parent's images, unless most of them are no longer in use.
-    pub(super) fn inherit(session: &Session, parent: &Snapshot) -> Result<()> {
-        for image in 0..parent.facts.images.len() {
-            let packs = parent
-                .recipe(&session.shared.config, image)?
-                .directory
-                .packs;
-            let used = packs.iter().filter(|id| **id != FileId::default()).count();
-            if used * 2 >= packs.len() || packs.len() < SMALL_TABLE {
-                session.inherit(&packs)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Opens the parent's image of this name, if it has one.
-    pub(super) fn open(session: &Session, parent: &Snapshot, image: &str) -> Result<Option<Self>> {
-        if !parent.facts.images.iter().any(|facts| facts.name == image) {
-            return Ok(None);
-        }
-        let reader = ImageReader::open(session.shared.clone(), parent, image)?;
+    /// Gives its packs numbers in the session, as far as they may be referred to.
+    pub(super) fn new(session: &Session, reader: Arc<ImageReader>) -> Result<Self> {
         let packs = &reader.recipe().directory.packs;
         let mut numbers = Vec::new();
         for &pack in packs {
@@ -55,12 +75,12 @@ impl Parent {
             packs[at] == FileId::default() || *number == Some(at as u32)
         };
         let same_numbers = numbers.iter().enumerate().all(same);
-        Ok(Some(Parent {
+        Ok(Parent {
             reader,
             numbers,
             same_numbers,
             pack_slots: session.shared.config.pack_slots(),
-        }))
+        })
     }
 
     pub(super) fn reader(&self) -> &ImageReader {
