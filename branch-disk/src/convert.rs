@@ -9,7 +9,16 @@ use std::{
 
 use rustix::{fs::SeekFrom, io::Errno};
 
-use crate::{chain::Rule, create::Foundation, disk::Disk, error::Error, layout::SECTOR_BYTES};
+use crate::{
+    anything,
+    chain::Rule,
+    create::{Foundation, absolute, new_id},
+    disk::Disk,
+    error::Error,
+    layout::SECTOR_BYTES,
+    media::sync_directory_of,
+    name,
+};
 
 /// Copied at a time, in bytes.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -53,7 +62,9 @@ pub fn export_raw(disk: &Disk, to: &Path) -> Result<Copied, Error> {
 pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
     let failed = || Error::io("import from", from);
     let file = File::open(from).map_err(failed())?;
-    let bytes = file.metadata().map_err(failed())?.len();
+    // Of a block device, too.
+    let bytes =
+        rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|errno| failed()(errno.into()))?;
     let read = |offset: u64, piece: &mut [u8]| {
         // What is missing of the last sector is zeros.
         let there = bytes.saturating_sub(offset).min(piece.len() as u64) as usize;
@@ -79,12 +90,32 @@ pub(crate) fn import(
     to: &Path,
     rule: &Rule<'_>,
 ) -> Result<Copied, Error> {
-    let mut disk = Disk::create(to, Some(bytes), &Foundation::Nothing, rule)?;
+    let to = absolute(to)?;
+    if !rule(&to) {
+        return Err(Error::NotAllowed { path: to });
+    }
+    if to.symlink_metadata().is_ok() {
+        return Err(Error::Exists { path: to });
+    }
+    // It gets its name when it is whole.
+    name::sweep(&to);
+    let draft = name::draft(&to, new_id(&to)?);
+    let mut disk = Disk::create(&draft, Some(bytes), &Foundation::Nothing, &anything)?;
     let written = copy(bytes, next, read, |offset, mut data| {
         disk.write(offset, &mut data)
     });
-    let copied = finish(written, "import to", to)?;
-    disk.flush().inspect_err(|_| crate::name::discard(to))?;
+    let written = written.map_err(Error::io("import to", &to));
+    let written = written.and_then(|copied| {
+        disk.flush()?;
+        std::fs::hard_link(&draft, &to).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => Error::Exists { path: to.clone() },
+            _ => Error::io("name", &to)(error),
+        })?;
+        Ok(copied)
+    });
+    name::discard(&draft);
+    let copied = written?;
+    sync_directory_of(&to)?;
     Ok(copied)
 }
 

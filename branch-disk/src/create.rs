@@ -142,16 +142,8 @@ fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
     if layer.path().parent() == path.parent() {
         return None;
     }
-    let name = name::kept(layer.path(), child);
-    let kept = match link(&layer.media, &name) {
-        // It was merged, and another file is what it was.
-        Err(Errno::NOENT) => {
-            std::fs::hard_link(layer.path(), &name).map_err(Error::io("name", &name))
-        }
-        kept => kept.map_err(Error::errno("name", &name)),
-    };
-    match kept.and_then(|()| sync_directory_of(&name)) {
-        Ok(()) => Some(name),
+    match second_name(layer, child) {
+        Ok(name) => Some(name),
         Err(error) => {
             // It may be where nobody may write, and nobody merges.
             tracing::warn!(
@@ -160,6 +152,21 @@ fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
             None
         }
     }
+}
+
+/// Gives `layer` the second name for who has this id, durably, unless it has that; gives the name.
+pub(crate) fn second_name(layer: &Layer, id: LayerId) -> Result<PathBuf, Error> {
+    let name = name::kept(layer.path(), id);
+    match link(&layer.media, &name) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        // It was merged, and another file is what it was.
+        Err(Errno::NOENT) => {
+            std::fs::hard_link(layer.path(), &name).map_err(Error::io("name", &name))?;
+        }
+        Err(errno) => return Err(Error::errno("name", &name)(errno)),
+    }
+    sync_directory_of(&name)?;
+    Ok(name)
 }
 
 /// How a layer at `path` names `other`: both are absolute.
@@ -200,6 +207,15 @@ pub(crate) struct Draft {
 impl Draft {
     /// Writes an empty layer that is to become `path`, and makes it durable. Until then it is called as drafts of `head` are.
     pub(crate) fn write(path: &Path, head: &Path, header: &Header) -> Result<Self, Error> {
+        Self::called(name::draft(head, header.id), path, header)
+    }
+
+    /// As [`Draft::write`], of a name that nobody else has who writes the same layer.
+    pub(crate) fn of_its_own(path: &Path, header: &Header) -> Result<Self, Error> {
+        Self::called(name::draft(path, new_id(path)?), path, header)
+    }
+
+    fn called(draft: PathBuf, path: &Path, header: &Header) -> Result<Self, Error> {
         let page = header.encode().ok_or_else(|| Error::Path {
             path: path.to_owned(),
         })?;
@@ -209,7 +225,6 @@ impl Draft {
                 path: path.to_owned(),
             });
         }
-        let draft = name::draft(head, header.id);
         // From here on it is removed if anything fails.
         let draft = Self {
             media: Some(locked(&draft, path)?),

@@ -12,7 +12,7 @@ use std::{
 use crate::{
     bits::Bits,
     chain::{Bottom, Chain, Mode, Rule, overlay, sealed_below, whole_map},
-    create::Foundation,
+    create::{Foundation, second_name},
     error::Error,
     header::{LayerId, Parent},
     io::{Sink, Source, Space},
@@ -76,6 +76,13 @@ impl Disk {
         let bits = Bits::load(&head.media, &head.header)?;
         let sealed = sealed_below(&layers)?;
         if mode == Mode::Write {
+            // The next head would get this name, and be its own parent.
+            let path = head.path();
+            if name::sealed(path, head.header.id)? == path {
+                return Err(Error::SealedName {
+                    path: path.to_owned(),
+                });
+            }
             complete(below, sealed)?;
         }
         let (path, geometry) = (head.path().to_owned(), head.header.geometry);
@@ -103,6 +110,19 @@ impl Disk {
             touched: false,
             replaced: false,
         })
+    }
+
+    /// Has its sealed layer `id` stay, by a second name, also when whoever made it merges it: a snapshot that has no content of its disks
+    /// may need it, and nobody can tell. Does nothing when the disk has no such layer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]: the layer may go then.
+    pub fn keep(&self, id: LayerId) -> Result<(), Error> {
+        match self.layers.iter().find(|layer| layer.header.id == id) {
+            Some(layer) if layer.sealed()? => second_name(layer, id).map(drop),
+            _ => Ok(()),
+        }
     }
 
     /// When nothing is ever written to it, it is removed as it is dropped.

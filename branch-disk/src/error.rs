@@ -60,6 +60,15 @@ pub enum Error {
         /// The layer.
         path: PathBuf,
     },
+    /// A head was to be written to by the name that it has when it is sealed.
+    #[error(
+        "{} is called as it will be when it is sealed: a machine ended while its disk went on in a new layer; write to that one, which is called as the disk is, or give this one another name (`mv`) first",
+        path.display()
+    )]
+    SealedName {
+        /// The name.
+        path: PathBuf,
+    },
     /// A layer that is still written to was to be branched from.
     #[error("{} is not sealed, so it can change; branch from a layer that is, or let `fermata disk branch` seal it", path.display())]
     NotSealed {

@@ -1,6 +1,6 @@
 //! From and to qcow2.
 
-use std::{fs::File, io, path::Path};
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder,
@@ -24,9 +24,26 @@ type Image = FormatAccess<ImageFile>;
 /// [`Error`]; [`Error::Exists`] when there is anything at `to`.
 pub fn import_qcow2(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
     let file = File::open(from).map_err(Error::io("import from", from))?;
+    check_plain(&file).map_err(Error::io("import from", from))?;
     let image = open(file, false).map_err(Error::io("import from", from))?;
     let read = |offset: u64, piece: &mut [u8]| image.read(piece, offset);
     import(image.size(), Ok, read, to, rule)
+}
+
+/// Refuses an image that is encrypted: what is read of one is noise to its guest. Its header says so at 32, and the library that reads it
+/// does not look (<https://www.qemu.org/docs/master/interop/qcow2.html>).
+fn check_plain(file: &File) -> io::Result<()> {
+    let mut method = [0; 4];
+    match file.read_exact_at(&mut method, 32) {
+        // Too short to be one, which is told when it is opened.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) if method == [0; 4] => Ok(()),
+        Ok(()) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "it is encrypted; decrypt it first, with `qemu-img convert`",
+        )),
+    }
 }
 
 /// Writes what a disk has into a new qcow2 image.
@@ -103,6 +120,22 @@ mod tests {
         let mut found = vec![1; 3 << 20];
         again.read(0, &mut &mut found[..]).unwrap();
         assert!(found == content);
+    }
+
+    #[test]
+    fn an_encrypted_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let file = create_new(&path("q")).unwrap();
+        let storage = ImageFile::try_from(file.try_clone().unwrap()).unwrap();
+        let image = Qcow2::<ImageFile, Image>::create_builder(storage);
+        image.size(65536).create().unwrap();
+        import_qcow2(&path("q"), &path("plain"), &anything).unwrap();
+        // By LUKS.
+        file.write_all_at(&[0, 0, 0, 2], 32).unwrap();
+        let refused = import_qcow2(&path("q"), &path("d"), &anything).unwrap_err();
+        assert!(refused.to_string().contains("decrypt it"), "{refused}");
+        assert!(!path("d").exists());
     }
 
     #[test]

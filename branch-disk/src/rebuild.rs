@@ -40,7 +40,9 @@ pub fn rebuild(
         below: 0,
         parent: Parent::Nothing,
     };
-    let draft = Draft::write(&path, &path, &header)?;
+    // Of those that others are at work on, one gets the name. What a crash has left of another is nobody's.
+    crate::name::sweep(&path);
+    let draft = Draft::of_its_own(&path, &header)?;
     draft.lock(Lock::Shared)?;
     let layer = Arc::new(Layer::open(draft.path(), true, Lock::Not)?);
     let mut bits = Bits::none(geometry);
@@ -102,6 +104,28 @@ mod tests {
             disk.read(0, &mut &mut found[..]).unwrap();
             assert!(found == content());
         }
+    }
+
+    #[test]
+    fn neither_who_was_killed_nor_who_is_at_work_is_in_the_way() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let id = LayerId([1; 16]);
+        for draft in [id, LayerId([2; 16])] {
+            std::fs::write(crate::name::draft(&path, draft), "half of it").unwrap();
+        }
+        let nothing = |_, _: &mut [u8]| Ok(());
+        let mut first = None;
+        let read = |offset, _: &mut [u8]| {
+            if offset == 0 {
+                first = Some(rebuild(&path, id, BYTES, nothing, &anything));
+            }
+            Ok(())
+        };
+        let second = rebuild(&path, id, BYTES, read, &anything);
+        first.unwrap().unwrap();
+        assert!(matches!(second, Err(Error::Exists { .. })), "{second:?}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

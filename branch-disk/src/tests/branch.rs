@@ -319,6 +319,26 @@ fn a_cut_that_does_not_come_about_leaves_nothing() {
 }
 
 #[test]
+fn a_head_is_not_written_to_by_the_name_that_it_gets_when_it_is_sealed() {
+    let bench = Bench::new(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let sealed = format!("d.{}.layer", disk.id().unwrap());
+    drop(disk);
+    // As when the host crashes before the seal is written.
+    fs::rename(bench.path("d"), bench.path(&sealed)).unwrap();
+    let names = bench.names();
+    let refused = Disk::open(&bench.path(&sealed), Mode::Write, &anything);
+    assert!(
+        matches!(refused, Err(Error::SealedName { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(bench.names(), names);
+    fs::rename(bench.path(&sealed), bench.path("d")).unwrap();
+    assert_eq!(all(&bench.open("d"))[..512], [1; 512]);
+}
+
+#[test]
 fn a_cut_can_be_finished_after_the_next_and_a_flush_needs_no_finish() {
     let bench = Bench::new(8);
     let mut disk = bench.on_base("d");

@@ -283,6 +283,23 @@ fn a_layer_that_a_disk_elsewhere_stands_on_stays_however_often_it_is_merged() {
 }
 
 #[test]
+fn a_layer_that_was_asked_for_stays_though_nobody_stands_on_it() {
+    let bench = Bench::new(64);
+    let (mut disk, layers, contents) = layered(&bench, 3);
+    // Of another machine, which ends and leaves a snapshot without disks.
+    let branch = Disk::branch(&layers[0].path, None, &anything).unwrap();
+    for _ in 0..2 {
+        branch.keep(layers[0].id).unwrap();
+    }
+    drop(branch);
+    let merged = merge(&mut disk, layers[0].id, layers[2].id);
+    let rest = merged.remove_rest().unwrap();
+    assert_eq!(rest.removed, [layers[1].path.clone()]);
+    let kept = Disk::open(&layers[0].path, Mode::Read, &anything).unwrap();
+    assert!(all(&kept) == contents[0]);
+}
+
+#[test]
 fn what_was_started_over_meanwhile_takes_nothing_in() {
     let bench = Bench::new(64);
     let (disk, layers, contents) = layered(&bench, 2);
