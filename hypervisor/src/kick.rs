@@ -7,13 +7,17 @@
 
 #![allow(unsafe_code)]
 
-use std::{cell::Cell, io, ptr};
+use std::{cell::Cell, io, ptr, thread, time::Duration};
 
 use kvm_bindings::kvm_run;
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::HostTsc;
+
+/// How often a kick that the kernel refuses is sent again, and after how long. Who waits for the vCPU has a longer bound, and names it.
+const TRIES: u32 = 1000;
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
 thread_local! {
     /// The shared page of the vCPU that this thread runs.
@@ -112,10 +116,69 @@ impl Kick {
 
     /// Sends the kick. To a thread that has ended it does nothing.
     pub fn kick(self) {
+        for _ in 0..TRIES {
+            if self.send() {
+                return;
+            }
+            thread::sleep(RETRY_INTERVAL);
+        }
+    }
+
+    /// Whether the kernel has taken it, or there is nobody to be kicked. Unlike others, a real-time signal is refused when as many wait as
+    /// the user may have waiting (`RLIMIT_SIGPENDING`), all processes together.
+    fn send(self) -> bool {
         // SAFETY: getpid only returns a number.
         let process = unsafe { libc::getpid() };
         // SAFETY: tgkill with plain numbers; the handler is installed before the first vCPU exists,
         // and does nothing on threads that run none.
-        unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, SIGRTMIN()) };
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, SIGRTMIN()) };
+        sent == 0 || io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// Sets how many signals may wait.
+    fn limit_waiting(to: libc::rlim_t) {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: it is written to and lives.
+        assert_eq!(
+            unsafe { libc::getrlimit(libc::RLIMIT_SIGPENDING, &mut limit) },
+            0
+        );
+        limit.rlim_cur = to.min(limit.rlim_max);
+        // SAFETY: it is read and lives.
+        assert_eq!(
+            unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &limit) },
+            0
+        );
+    }
+
+    #[test]
+    fn a_kick_that_is_refused_comes_later() {
+        install_kick_handler().unwrap();
+        let (tell, told) = channel();
+        let (look, looks) = channel();
+        let kicked = thread::spawn(move || {
+            tell.send(Kick::this_thread()).unwrap();
+            looks.recv().unwrap();
+            KICKED.get().is_some()
+        });
+        let kick = told.recv().unwrap();
+        limit_waiting(0);
+        assert!(!kick.send());
+        let kicker = thread::spawn(move || kick.kick());
+        limit_waiting(libc::RLIM_INFINITY);
+        kicker.join().unwrap();
+        look.send(()).unwrap();
+        assert!(kicked.join().unwrap());
+        assert!(kick.send(), "to nobody");
     }
 }
