@@ -19,8 +19,7 @@ pub(crate) fn beside_guest<T: Send>(
     };
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("saver".to_owned());
-        let saver = thread.spawn_scoped(scope, work).map_err(Error::Host)?;
-        let panicked = || Error::Host(std::io::Error::other("the saving thread panicked"));
-        saver.join().unwrap_or_else(|_| Err(panicked()))
+        let saver = thread.spawn_scoped(scope, work).map_err(Error::Thread)?;
+        saver.join().unwrap_or(Err(Error::Panicked))
     })
 }

@@ -130,7 +130,12 @@ impl Controller {
             Event::Arrived(round, came) => self.arrived(round, came),
             Event::Lost(lost) => self.stall(&lost),
             Event::Client(Request::ChangeDisk(index, change, reply)) => {
-                let changed = self.machine.counters().devices.change_disk(index, change);
+                let counters = self.machine.counters();
+                // A request of the guest's may wait for memory that does not come, and the disk's new size for that request.
+                let changed = match change.bytes {
+                    Some(_) if counters.is_memory_missing() => Err(Error::GrowsLater),
+                    _ => counters.devices.change_disk(index, change),
+                };
                 match &changed {
                     Ok(now) => tracing::info!(disk = index, ?now, "a disk has changed"),
                     Err(error) => {

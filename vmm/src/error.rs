@@ -139,6 +139,10 @@ pub(crate) enum Error {
         "a snapshot has to wait until all of the machine's memory has come from its store, of which nothing has come for {still} s; ask again when the store is faster"
     )]
     NothingComes { still: u64 },
+    #[error(
+        "the disk grows when all of the machine's memory has come from its store; ask again then, or with `fermata resume` first if it stands still for lost memory"
+    )]
+    GrowsLater,
     #[error("who asked for the snapshot has gone away")]
     NobodyWaits,
     #[error("the guest is ending; there is nothing to save or to reset")]
@@ -152,6 +156,18 @@ pub(crate) enum Error {
     Console(std::io::Error),
     #[error("the host's clock or random numbers are not to be had: {0}")]
     Host(std::io::Error),
+    #[error(
+        "what the guest writes to cannot be followed: {0}; take the snapshot with `--copy stop-and-copy`, for which nothing is followed"
+    )]
+    Tracking(std::io::Error),
+    #[error("the machine's memory cannot be made what it was: {0}; restore it in a new process")]
+    BringBack(std::io::Error),
+    #[error(
+        "no thread can be had: {0}; raise the host's limit of threads (`ulimit -u`, `TasksMax`)"
+    )]
+    Thread(std::io::Error),
+    #[error("the thread that did the work has panicked; its log says why")]
+    Panicked,
     #[error(transparent)]
     Memory(#[from] memory::Error),
     #[error(transparent)]
@@ -203,12 +219,19 @@ impl Error {
             Self::ResetFailed(error) => error.kind(),
             Self::DiskChanged { .. }
             | Self::GuestEnds
+            | Self::GrowsLater
             | Self::NobodyWaits
             | Self::Cancelled
             | Self::StandsTooLong => FailureKind::WrongState,
             Self::Lost(_) | Self::NothingComes { .. } => FailureKind::Host,
             Self::HugeOnDemand => FailureKind::BadRequest,
-            Self::Console(_) | Self::Host(_) | Self::Memory(_) => FailureKind::Host,
+            Self::Console(_)
+            | Self::Host(_)
+            | Self::Tracking(_)
+            | Self::BringBack(_)
+            | Self::Thread(_)
+            | Self::Panicked
+            | Self::Memory(_) => FailureKind::Host,
             Self::Boot(e) => boot_kind(e),
             Self::MissingFeatures(_) => FailureKind::NotASnapshot,
             Self::Hypervisor(Kvm::VcpuCount(_)) => FailureKind::BadRequest,

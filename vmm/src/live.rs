@@ -82,12 +82,12 @@ fn expect_own_writes(machine: &mut Machine) -> Result<(), Error> {
     told_by
         .iter()
         .try_for_each(|image| tracker.expect_write(image))
-        .map_err(Error::Host)
+        .map_err(Error::Tracking)
 }
 
 fn arm(machine: &mut Machine, plan: &Plan<'_>) -> Result<Prepared, Error> {
     let armed = live(machine)?.tracker.arm(&|| plan.go_on());
-    let armed = armed.map_err(|error| plan.ended().unwrap_or(Error::Host(error)))?;
+    let armed = armed.map_err(|error| plan.ended().unwrap_or(Error::Tracking(error)))?;
     Ok(Prepared {
         copy: MemoryCopy::CopyOnWrite,
         rounds: armed.rounds,
@@ -153,7 +153,7 @@ impl Live {
             base: self.is_building(draft, last, memory_bytes),
             copies: draft.has_copies(),
         };
-        self.tracker.cut(elsewhere).map_err(Error::Host)
+        self.tracker.cut(elsewhere).map_err(Error::Tracking)
     }
 
     /// The snapshot of `at_cut` is complete, and in the store by this id if it went there.

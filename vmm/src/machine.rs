@@ -440,6 +440,11 @@ impl Machine {
         self.merging.need(layers);
     }
 
+    /// Has the layers stay that it went on from: a snapshot that has no content of its disks may need them.
+    pub(crate) fn keep_found_layers(&self) {
+        self.merging.keep_found(&self.disks);
+    }
+
     /// Has layers of its disks become one that no snapshot needs for itself, if they are many. It has been held since it last did.
     pub(crate) fn merge_layers(&mut self) {
         self.merging.look(&self.disks, self.stored_as.as_ref());
@@ -608,7 +613,12 @@ impl Machine {
     }
 
     fn let_run_after_failure(&mut self, start: ClockStart) {
-        if let Err(error) = self.start(start, Vcpus::run) {
+        // Not waited for: the one that did not come back in time need not be quicker to hear of this.
+        let go = |vcpus: &mut Vcpus, start| {
+            vcpus.go(start);
+            Ok(())
+        };
+        if let Err(error) = self.start(start, go) {
             tracing::error!("the machine cannot go on after a pause that failed: {error}");
         }
     }

@@ -80,6 +80,26 @@ impl Merging {
         self.needed.extend(layers);
     }
 
+    /// There is to be a snapshot that has no content of its disks: layers that were there before the machine, and may be merged by who made
+    /// them, are to stay for it.
+    pub(crate) fn keep_found(&self, disks: &[AttachedDisk]) {
+        for (attached, of_disk) in disks.iter().zip(&self.disks) {
+            let Some(branch) = &attached.branch else {
+                continue;
+            };
+            let disk = lock(branch);
+            // What is only read may itself be sealed.
+            let own = disk.id().filter(|_| attached.config.read_only);
+            let kept = of_disk.found.into_iter().chain(own);
+            if let Err(error) = { kept }.try_for_each(|layer| disk.keep(layer)) {
+                // It may be where nobody may write, and nobody merges.
+                tracing::warn!(
+                    "who merges layers could remove one that the snapshot needs: {error}"
+                );
+            }
+        }
+    }
+
     /// Begins to merge what has become many, unless that is being done. `last` is what the machine was last in a store, from which
     /// the next snapshot is told. The machine has been held since this was last called, or since it was made.
     pub(crate) fn look(&mut self, disks: &[AttachedDisk], last: Option<&StoredAs>) {
@@ -364,6 +384,27 @@ mod tests {
             seal(&mut lock(&disk), 1);
         }
         assert_eq!(tried, [MANY, 2 * MANY]);
+    }
+
+    #[test]
+    fn what_a_machine_goes_on_from_stays_for_a_snapshot_without_disks() {
+        let directory = directory();
+        let mut maker = disk_of(directory.path(), "d", 2);
+        let [first, second] = maker.sealed_layers()[..] else {
+            panic!("two were sealed")
+        };
+        let path = directory.path().join(format!("d.{first}.layer"));
+        let branch = Disk::branch(&path, Some(first), &anything).unwrap();
+        let mut on_it = attached(directory.path(), "unused");
+        on_it.branch = Some(Arc::new(Mutex::new(branch)));
+        let machine = [on_it];
+        Merging::new(&machine).keep_found(&machine);
+        drop(machine);
+        let merge = maker.merge(first, second).unwrap();
+        let merged = merge.write(&|| true).unwrap();
+        assert!(maker.adopt(&merged));
+        assert!(merged.remove_rest().unwrap().removed.is_empty());
+        assert!(path.exists());
     }
 
     fn directory() -> tempfile::TempDir {

@@ -49,14 +49,14 @@ pub(crate) fn copy(
     building: bool,
     plan: &Plan<'_>,
 ) -> Result<Rounds, Error> {
-    tracker.begin_copies().map_err(Error::Host)?;
+    tracker.begin_copies().map_err(Error::Tracking)?;
     let limit = plan.downtime.filter(|_| !plan.goes_on);
     let mut rounds = Rounds::default();
     let mut last = usize::MAX;
     let mut rate: Option<Rate> = None;
     loop {
         let left = tracker.to_copy(building, &|| plan.go_on());
-        let left = left.map_err(|error| plan.ended().unwrap_or(Error::Host(error)))?;
+        let left = left.map_err(|error| plan.ended().unwrap_or(Error::Tracking(error)))?;
         rounds.count += 1;
         let takes = rate.map(|rate| rate.time_for(left.len() as u64 * AtCut::UNIT_BYTES));
         let is_last = rounds.count == MAX_ROUNDS;

@@ -418,9 +418,11 @@ struct Flags {
 fn listeners(events: &Sender<Event>, flags: &Flags, answer: &Arc<Answer>) -> Listeners {
     let Flags { ending, parked } = flags;
     let tell = |events: &Sender<Event>, ending: &AtomicBool, event| {
-        ending.store(true, Ordering::SeqCst);
-        // The controller has ended, and so will the guest.
-        let _ = events.send(event);
+        // Once, for a guest can ask for it as often as it likes while the controller does something else.
+        if !ending.swap(true, Ordering::SeqCst) {
+            // The controller has ended, and so will the guest.
+            let _ = events.send(event);
+        }
     };
     let (guest, vcpus) = (events.clone(), events.clone());
     let (memory, answer) = (events.clone(), Arc::clone(answer));

@@ -155,6 +155,9 @@ pub(crate) fn take_snapshot(
         id,
     )?;
     let next_heads = disks::prepare(machine.disks())?;
+    if !destination.keeps_disks() {
+        machine.keep_found_layers();
+    }
     let goes_on = match request.then {
         AfterSnapshot::Resume(_) => true,
         AfterSnapshot::AsBefore(_) => machine.is_running(),
@@ -211,8 +214,10 @@ pub(crate) fn take_snapshot(
     };
     let kept = match &taken {
         Ok(taken) => !taken.done.layers.is_empty(),
-        // There is none, or it is in the store, and nowhere without its disks.
+        // There is none, or it is in the store, and nowhere without its disks. One that was cancelled while it was written failed by what
+        // was written to.
         Err(Error::Cancelled) => true,
+        Err(_) if counters.saving.is_cancelled() => true,
         Err(_) => destination.keeps_disks(),
     };
     if !kept {

@@ -118,7 +118,7 @@ impl Vcpus {
     }
 
     /// Holds all of them, within `bound`, and before others who compute if `urgent`, as the caller then is. When it returns, none is in the guest and none has anything undone; it tells when the clock of
-    /// the last was stopped. When it fails, those that answered are held: [`Vcpus::run`] undoes that.
+    /// the last was stopped. When it fails, those that answered are held: [`Vcpus::go`] undoes that.
     pub(crate) fn hold(&mut self, bound: Duration, urgent: bool) -> Result<HostTsc, Error> {
         let called = HostTsc::now();
         // One of them may wait for a CPU while the others stand still already.
@@ -150,7 +150,7 @@ impl Vcpus {
         Ok(())
     }
 
-    /// As [`Vcpus::run`], of vCPUs that are held, without waiting until they have heard of it: a guest of which one cannot run ends.
+    /// As [`Vcpus::run`], without waiting until they have heard of it: a guest of which one cannot run ends. Those that are not held run on.
     pub(crate) fn go(&mut self, start: ClockStart) {
         self.none_is_parked();
         self.tell(|_| Command::Go(start));

@@ -81,7 +81,7 @@ pub(crate) fn bring_all(
         let _ = events.send(Event::Arrived(round, came));
     };
     let thread = thread::Builder::new().name("arrivals".to_owned());
-    thread.spawn(bring).map(drop).map_err(Error::Host)
+    thread.spawn(bring).map(drop).map_err(Error::Thread)
 }
 
 #[cfg(test)]

@@ -117,7 +117,7 @@ impl Held<'_> {
         let Machine { live, memory, .. } = &*self.machine;
         let live = live
             .as_ref()
-            .ok_or(Error::Host(std::io::ErrorKind::NotFound.into()))?;
+            .ok_or(Error::Tracking(std::io::ErrorKind::NotFound.into()))?;
         let last = last.map(|last| last.id.as_str());
         live.cut(draft, last, memory.layout().bytes())
     }

@@ -199,7 +199,7 @@ impl Machine {
         vm.restore(&ready.vm)?;
         counters.devices.reset(state)?;
         // Last: until here, KVM has written to where the guest had told it to, like how long a vCPU was kept from running.
-        let memory = ready.memory.bring_back().map_err(Error::Host)?;
+        let memory = ready.memory.bring_back().map_err(Error::BringBack)?;
         self.clock = *clock;
         self.cut = Cut::Saved {
             unix_ns: state.header.created_unix_ns,
