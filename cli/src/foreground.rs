@@ -11,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     machine::{self, Changes},
-    program,
+    output, program,
     terminal::{Pty, RawMode, show, type_into},
 };
 
@@ -33,7 +33,7 @@ pub(crate) async fn run(
     let mut signals = Signals::catch()?;
     let Pty { ours, theirs } = Pty::open()?;
     if io::stdin().is_terminal() {
-        eprintln!("Ctrl-A x ends the machine.");
+        output::say("Ctrl-A x ends the machine.");
     }
     // The guest may write before its VMM has said that it runs.
     let shown = show(ours.try_clone()?);
@@ -99,6 +99,6 @@ fn conclude(status: ExitStatus) -> ExitCode {
         (_, Some(signal)) => format!("the VMM was killed by signal {signal}"),
         (_, None) => format!("the VMM failed ({status})"),
     };
-    eprintln!("fermata: {said}");
+    output::say(&format!("fermata: {said}"));
     ExitCode::from(exit.unwrap_or(Exit::Failed).code())
 }

@@ -96,7 +96,7 @@ fn main() -> ExitCode {
     match dispatch(run_dir, command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("fermata: {error:#}");
+            output::say(&format!("fermata: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -140,6 +140,8 @@ fn start_log(command: &Command) {
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Of messages that cannot be written it would complain there, too, and panic.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .init();
 }

@@ -1,4 +1,4 @@
-//! What goes to standard output.
+//! What goes to standard output and to standard error.
 
 use std::io::{self, Write};
 
@@ -11,6 +11,11 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         printed => Ok(printed?),
     }
+}
+
+/// Says `line` on standard error. That nobody can be told is no reason not to do what is to be done.
+pub(crate) fn say(line: &str) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Prints `value` as indented JSON.

@@ -8,7 +8,7 @@ use std::{
 use anyhow::Context;
 use dedup::Key;
 
-use crate::machine;
+use crate::{machine, output};
 
 /// Names the file, if no option does.
 const VARIABLE: &str = "FERMATA_PEER_KEY";
@@ -39,10 +39,10 @@ impl PeerKeyArgs {
 pub(crate) fn read_or_make(file: &Path) -> anyhow::Result<Key> {
     if !file.exists() {
         let key = Key::create_file(file)?;
-        eprintln!(
+        output::say(&format!(
             "made the key file {}: who sends here needs a copy, and nobody else may have one",
             file.display()
-        );
+        ));
         return Ok(key);
     }
     Ok(Key::read_file(file)?)

@@ -79,7 +79,7 @@ impl Progress {
             }
             None => {
                 self.next = Instant::now() + LINES;
-                eprintln!("{}", line(self.what, done, total));
+                output::say(&line(self.what, done, total));
             }
         }
     }

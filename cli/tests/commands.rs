@@ -7,7 +7,7 @@ use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     path::Path,
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
 };
 
 use branch_disk::{Disk, Foundation, anything};
@@ -48,6 +48,22 @@ impl Bench {
         self.command(arguments).output().unwrap()
     }
 
+    /// A server that says on `stderr` what it does, and the address on which it serves.
+    fn serve(&self, stderr: impl Into<Stdio>) -> (Child, String) {
+        let mut server = self
+            .command(&["serve", "--port", "0"])
+            .env("FERMATA_VMM_BIN", "/bin/false")
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut said = BufReader::new(server.stdout.take().unwrap());
+        said.read_line(&mut line).unwrap();
+        let (_, address) = line.trim().rsplit_once("http://").unwrap();
+        (server, address.to_owned())
+    }
+
     /// What a command that fails says.
     #[track_caller]
     fn refusal(&self, arguments: &[&str]) -> String {
@@ -56,6 +72,19 @@ impl Bench {
         assert_eq!(text(&output.stdout), "", "{output:?}");
         text(&output.stderr)
     }
+}
+
+fn asked(address: &str, request: &str) -> String {
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn terminate(process: &Child) {
+    let pid = rustix::process::Pid::from_child(process);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -211,26 +240,34 @@ fn the_doctor_judges_everything_and_fails_without_a_vmm_program() {
 #[test]
 fn the_server_says_where_it_serves_and_ends_when_it_is_told_to() {
     let bench = Bench::new();
-    let mut server = bench
-        .command(&["serve", "--port", "0"])
-        .env("FERMATA_VMM_BIN", "/bin/false")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    let mut said = BufReader::new(server.stdout.take().unwrap());
-    said.read_line(&mut line).unwrap();
-    let (_, address) = line.trim().rsplit_once("http://").unwrap();
-    assert!(!address.ends_with(":0"), "{line}");
-    let mut client = TcpStream::connect(address).unwrap();
-    client.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    client.read_to_string(&mut answer).unwrap();
+    let (mut server, address) = bench.serve(Stdio::null());
+    assert!(!address.ends_with(":0"), "{address}");
+    let answer = asked(&address, "GET /healthz HTTP/1.0\r\n\r\n");
     assert!(answer.contains(r#""vms":0"#), "{answer}");
-    let pid = rustix::process::Pid::from_child(&server);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    terminate(&server);
     assert!(server.wait().unwrap().success());
+}
+
+#[test]
+fn a_server_whose_messages_nobody_takes_answers_all_the_same() {
+    let bench = Bench::new();
+    let full = fs::File::options().write(true).open("/dev/full");
+    let (mut server, address) = bench.serve(full.unwrap());
+    let request = "POST /create HTTP/1.0\r\nContent-Length: 1\r\n\r\n{";
+    let answer = asked(&address, request);
+    assert!(answer.starts_with("HTTP/1.0 400 "), "{answer}");
+    assert!(answer.contains(r#""error":"bad_request""#), "{answer}");
+    terminate(&server);
+    assert!(server.wait().unwrap().success());
+}
+
+#[test]
+fn what_a_command_cannot_say_does_not_change_its_exit_code() {
+    let bench = Bench::new();
+    let full = fs::File::options().write(true).open("/dev/full");
+    let mut command = bench.command(&["stop", "1"]);
+    let status = command.stderr(full.unwrap()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
 }
 
 #[test]

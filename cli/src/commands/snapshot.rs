@@ -161,7 +161,7 @@ async fn cancelled(client: &Client) -> anyhow::Result<SnapshotReport> {
     interrupts.recv().await;
     let cancelling = async {
         if let Err(error) = client.cancel_snapshot().await {
-            eprintln!("fermata: {error}");
+            output::say(&format!("fermata: {error}"));
         }
         // The snapshot's own answer says what came of it.
         std::future::pending().await

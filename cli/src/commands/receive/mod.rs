@@ -105,7 +105,7 @@ pub(crate) fn receive(args: &Args) -> anyhow::Result<ExitCode> {
             // Who hangs up before it is heard holds nobody up.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                eprintln!("fermata: a sender could not be heard: {error}");
+                output::say(&format!("fermata: a sender could not be heard: {error}"));
                 thread::sleep(SHORTAGE);
             }
         }
@@ -117,7 +117,7 @@ impl Host {
     fn serve(self: &Arc<Self>, caller: TcpStream, from: SocketAddr) {
         let place = match self.callers.greet(&caller) {
             Ok(place) => place,
-            Err(error) => return eprintln!("fermata: {from} was not heard: {error}"),
+            Err(error) => return unheard(from, &error),
         };
         let host = Arc::clone(self);
         let receiving = move || {
@@ -126,12 +126,12 @@ impl Host {
                 Err(error) => Err(error),
             };
             if let Err(error) = said {
-                eprintln!("fermata: from {from}: {error:#}");
+                output::say(&format!("fermata: from {from}: {error:#}"));
             }
         };
         let started = thread::Builder::new().name("receive".to_owned());
         if let Err(error) = started.spawn(receiving) {
-            eprintln!("fermata: {from} was not heard: {error}");
+            unheard(from, &error);
         }
     }
 
@@ -186,6 +186,10 @@ impl Drop for Taken {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+fn unheard(from: SocketAddr, error: &io::Error) {
+    output::say(&format!("fermata: {from} was not heard: {error}"));
 }
 
 fn said(received: &Received, from: SocketAddr) -> String {

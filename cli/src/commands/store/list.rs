@@ -18,7 +18,7 @@ pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
     } = store.list()?;
     if json {
         output::print_json(&log)?;
-        return Ok(complain(&unreadable));
+        return Ok(complain(unreadable));
     }
     let chunk = u64::from(store.chunk_size());
     let rows: Vec<_> = log
@@ -38,19 +38,18 @@ pub(super) fn ls(store: &Store, json: bool) -> anyhow::Result<ExitCode> {
         .collect();
     let heading = ["NAME", "ID", "CREATED", "SIZE", "NEW", "TAGS"];
     output::print(&output::table(heading, &rows))?;
-    Ok(complain(&unreadable))
+    Ok(complain(unreadable))
 }
 
 /// Tells of snapshots that cannot be read, which is no reason not to show the others; gives the exit code.
-fn complain(unreadable: &[Unreadable]) -> ExitCode {
+fn complain(unreadable: Vec<Unreadable>) -> ExitCode {
+    let mut code = ExitCode::SUCCESS;
     for Unreadable { name, error } in unreadable {
-        eprintln!("{name} cannot be read: {error}");
+        let error = anyhow::Error::from(error);
+        output::say(&format!("{name} cannot be read: {error:#}"));
+        code = ExitCode::from(DAMAGED);
     }
-    if unreadable.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::from(DAMAGED)
-    }
+    code
 }
 
 /// A sum of what files say, which may be anything.
@@ -107,7 +106,7 @@ pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Resu
         let texts: Vec<_> = told.iter().map(|told| text(told, chunk)).collect();
         output::print(&texts.join("\n"))?;
     }
-    Ok(complain(&unreadable))
+    Ok(complain(unreadable))
 }
 
 /// A snapshot, its parent, and so on, as far as they are there.

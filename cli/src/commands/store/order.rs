@@ -25,10 +25,10 @@ pub(super) fn init(args: &StoreArgs, level: i32, json: bool) -> anyhow::Result<E
     }
     if let Some(key_file) = location.key_file.as_deref().filter(|file| !file.exists()) {
         Key::create_file(key_file)?;
-        eprintln!(
+        output::say(&format!(
             "made the key file {}: keep a copy elsewhere, for without it the store is lost",
             key_file.display()
-        );
+        ));
     }
     create(&location, level)?;
     let directory = location.directory.display().to_string();
@@ -128,7 +128,7 @@ pub(super) fn gc(store: &Store, grace: u64, json: bool) -> anyhow::Result<ExitCo
 pub(super) fn fsck(args: &StoreArgs, repair: bool, json: bool) -> anyhow::Result<ExitCode> {
     // Without its config a store cannot even be opened.
     if repair && repair_config(&LocalDir::new(&args.location()?.directory))? {
-        eprintln!("restored the store's config from a pack");
+        output::say("restored the store's config from a pack");
     }
     let store = args.open_for_order()?;
     let report = shown("checking", store.progress(), || {
