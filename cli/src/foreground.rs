@@ -6,7 +6,7 @@ use std::{
     process::{ExitCode, ExitStatus},
 };
 
-use control::{Console, Exit, Log, Origin, Registry, Spawned, spawn};
+use control::{Console, Exit, Log, Origin, Registry, spawn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
@@ -48,21 +48,13 @@ pub(crate) async fn run(
     let quit = type_into(ours);
     let status = tokio::select! {
         status = vmm.child.wait() => status?,
-        _ = quit => stop(registry, &mut vmm).await?,
-        () = signals.any() => stop(registry, &mut vmm).await?,
+        _ = quit => vmm.stop(&spec.secret, machine::STOP).await?,
+        () = signals.any() => vmm.stop(&spec.secret, machine::STOP).await?,
     };
     // What the guest wrote last is still to be shown, and ends with the VMM.
     let _ = shown.join();
     drop(raw);
     Ok(conclude(status))
-}
-
-async fn stop(registry: &Registry, vmm: &mut Spawned) -> anyhow::Result<ExitStatus> {
-    // There is no record if it has just ended by itself.
-    if let Some(record) = registry.find_pid(vmm.pid)? {
-        control::stop(&record, machine::STOP).await?;
-    }
-    Ok(vmm.child.wait().await?)
 }
 
 /// The signals that would end this process and leave its terminal raw and its machine running.

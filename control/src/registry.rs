@@ -95,13 +95,19 @@ impl Registry {
         }
     }
 
-    /// The registry in `dir`, which is made if it is not there.
+    /// The registry in `dir`, which is made if it is not there. A relative path is meant from the directory that this process works in.
     ///
     /// # Errors
     ///
     /// [`RegistryError`].
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, RegistryError> {
-        let registry = Self { dir: dir.into() };
+        let named = dir.into();
+        // VMMs, which are told of it, work in a directory of their own.
+        let dir = std::path::absolute(&named).map_err(|source| RegistryError::Io {
+            path: named,
+            source,
+        })?;
+        let registry = Self { dir };
         registry.prepare().map_err(|e| registry.error(e))?;
         // Not followed: in a directory like /tmp, a link may have been put there by anybody.
         let found = fs::symlink_metadata(&registry.dir).map_err(|e| registry.error(e))?;
@@ -398,6 +404,16 @@ mod tests {
         assert_eq!(left, [true, true, true, false, false, true, true]);
         assert!(new.iter().all(|path| path.exists()));
         drop(guard);
+    }
+
+    #[test]
+    fn a_relative_directory_is_the_same_to_who_works_elsewhere() {
+        let here = env::current_dir().unwrap();
+        let dir = tempfile::tempdir_in(&here).unwrap();
+        let relative = dir.path().strip_prefix(&here).unwrap().join("run");
+        let registry = Registry::open(&relative).unwrap();
+        assert_eq!(registry.dir(), here.join(&relative));
+        assert!(Registry::open("").is_err());
     }
 
     #[test]

@@ -39,6 +39,25 @@ pub struct Spawned {
     pub child: Child,
 }
 
+impl Spawned {
+    /// Asks the VMM, whose clients know `secret`, to stop, and kills it if it has not ended within `grace`; says how it ended. It need
+    /// not be in the registry.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be waited for.
+    pub async fn stop(&mut self, secret: &Secret, grace: Duration) -> io::Result<ExitStatus> {
+        let ask = async {
+            let client = Client::connect(self.port, secret).await?;
+            client.stop().await
+        };
+        // One that cannot be asked may just be ending by itself, and one that does not answer is killed.
+        let _ = timeout(grace, ask).await;
+        end(&mut self.child, grace).await;
+        self.child.wait().await
+    }
+}
+
 /// Why a VMM could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
@@ -162,7 +181,10 @@ pub(crate) async fn fork_in(
         Ok(forked) => Ok(forked),
         Err((forked, error)) => {
             let both = forked.into_iter().zip(secrets);
-            let stops = both.filter_map(|(forked, secret)| Some(stop(forked?, secret)));
+            let stops = both.filter_map(|(forked, secret)| {
+                let mut forked = forked?;
+                Some(async move { forked.stop(&secret, EXIT_BOUND).await })
+            });
             join_all(stops).await;
             Err(error)
         }
@@ -186,17 +208,6 @@ fn all<T>(results: Vec<Result<T, SpawnError>>) -> Result<Vec<T>, (Vec<Option<T>>
         None => Ok(there.into_iter().flatten().collect()),
         Some(error) => Err((there, error)),
     }
-}
-
-/// Ends a machine that runs and is not wanted, so that it clears up; or kills it.
-async fn stop(mut spawned: Spawned, secret: Secret) {
-    let ask = async {
-        let client = Client::connect(spawned.port, &secret).await?;
-        client.stop().await
-    };
-    // One that does not answer is killed.
-    let _ = timeout(EXIT_BOUND, ask).await;
-    end(&mut spawned.child, EXIT_BOUND).await;
 }
 
 /// Has a process of `program` do `errand`, which is to write a saved machine into `memory`.

@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -150,6 +150,18 @@ async fn the_spec_arrives_whole_and_the_child_outlives_its_handle() {
     let process = id.open().unwrap().expect("it lives on");
     process.kill().unwrap();
     assert!(process.ended_within(BOUND).await.unwrap());
+}
+
+#[tokio::test]
+async fn one_that_has_no_record_is_ended_by_who_started_it() {
+    let bench = Bench::new();
+    let program = bench.script(r#"cat > /dev/null; echo '{"ready":{"port":1}}'; exec sleep 1000"#);
+    let mut vmm = bench.spawn(&program, BOUND).await.unwrap();
+    let registry = Registry::open(&bench.spec.registry).unwrap();
+    assert_eq!(registry.find_pid(vmm.pid).unwrap(), None);
+    let grace = Duration::from_millis(200);
+    let status = vmm.stop(&bench.spec.secret, grace).await.unwrap();
+    assert_eq!(status.signal(), Some(9));
 }
 
 /// A program that does every errand as a VMM would, but for the machine.
