@@ -25,7 +25,7 @@ pub use plan::cpu_model;
 
 use std::{io, path::Path};
 
-use control::{DiskConfig, DiskFormat, RegistryError};
+use control::{DiskConfig, DiskFormat, Registry, RegistryError};
 use rocket::{
     Build, Rocket,
     config::{Ident, LogLevel},
@@ -49,13 +49,13 @@ pub enum SetupError {
         #[source]
         source: io::Error,
     },
-    /// The store or a key lies in the tree, or the tree in the store.
+    /// The store, a key or the run directory lies in the tree, or the tree in one of them.
     #[error(
         "{} and the tree {} lie in each other, so that clients could reach what is not theirs; keep them apart",
         path.display(), root.display()
     )]
     InTree {
-        /// The store's directory, or a key file.
+        /// The store's directory, a key file, or the run directory.
         path: std::path::PathBuf,
         /// The tree.
         root: std::path::PathBuf,
@@ -105,6 +105,8 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
     for disk in &config.defaults.disks {
         within(&tree, disk)?;
     }
+    // Opened before, so that it is there.
+    keep_apart(&tree, Registry::open(&config.run_dir)?.dir())?;
     let machines = Machines::new(config, tree)?;
     Ok(rocket::custom(listen)
         .manage(machines)
@@ -126,7 +128,8 @@ fn within(tree: &Tree, disk: &DiskConfig) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// Clients name files in the tree to be read, written and attached: none of the store, and no key, may be among them.
+/// Clients name files in the tree to be read, written and attached: none of the store, no key, and nothing that tells of machines that
+/// are not theirs, or of how these are reached, may be among them.
 fn keep_apart(tree: &Tree, path: &Path) -> Result<(), SetupError> {
     let root = tree.resolved();
     // One that is not there is refused when it is opened.

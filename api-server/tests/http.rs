@@ -7,6 +7,7 @@ use std::{fs, path::Path, sync::mpsc, thread};
 
 use api_server::{ServerConfig, rocket as server};
 use api_types::{ErrorBody, ErrorCode, Health};
+use control::Registry;
 use rocket::{
     fairing::AdHoc,
     http::{Method, Status},
@@ -251,6 +252,24 @@ fn a_tree_or_run_directory_that_is_not_there_is_an_error_at_the_start() {
     assert!(server(config.clone()).is_err());
     config.run_dir = dir.path().join("run");
     config.root = dir.path().join("absent");
+    assert!(server(config).is_err());
+}
+
+#[test]
+fn machines_are_not_written_down_where_clients_could_read_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), "/no/such/vmm");
+    std::os::unix::fs::symlink(&config.root, dir.path().join("link")).unwrap();
+    for inside in ["tree/run", "link/run"] {
+        config.run_dir = dir.path().join(inside);
+        let refused = server(config.clone()).map(drop).unwrap_err();
+        assert!(refused.to_string().contains("keep them apart"), "{refused}");
+    }
+    // Nor may the tree lie among them.
+    config.run_dir = dir.path().join("run");
+    config.root = config.run_dir.join("tree");
+    Registry::open(&config.run_dir).unwrap();
+    fs::create_dir(&config.root).unwrap();
     assert!(server(config).is_err());
 }
 

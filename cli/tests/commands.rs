@@ -48,11 +48,19 @@ impl Bench {
         self.command(arguments).output().unwrap()
     }
 
+    /// What serves a tree of its own on `port`.
+    fn server(&self, port: &str) -> Command {
+        let tree = self.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let mut command = self.command(&["serve", "--port", port, "--root"]);
+        command.arg(tree).env("FERMATA_VMM_BIN", "/bin/false");
+        command
+    }
+
     /// A server that says on `stderr` what it does, and the address on which it serves.
     fn serve(&self, stderr: impl Into<Stdio>) -> (Child, String) {
         let mut server = self
-            .command(&["serve", "--port", "0"])
-            .env("FERMATA_VMM_BIN", "/bin/false")
+            .server("0")
             .stdout(Stdio::piped())
             .stderr(stderr)
             .spawn()
@@ -275,13 +283,21 @@ fn a_port_in_use_is_an_error() {
     let bench = Bench::new();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
+    let output = bench.server(&port).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains("in use"), "{output:?}");
+}
+
+#[test]
+fn a_tree_with_the_run_directory_in_it_is_not_served() {
+    let bench = Bench::new();
     let output = bench
-        .command(&["serve", "--port", &port])
+        .command(&["serve", "--port", "0"])
         .env("FERMATA_VMM_BIN", "/bin/false")
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(text(&output.stderr).contains("in use"), "{output:?}");
+    assert!(text(&output.stderr).contains("run"), "{output:?}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ pub(crate) struct Args {
     /// The port to listen on; 0 for a free one.
     #[arg(long, default_value_t = 8000)]
     port: u16,
-    /// The directory tree in which every path of a request must lie.
+    /// The directory tree in which every path of a request must lie. Stores, keys and the run directory must not.
     #[arg(long, default_value = ".", value_parser = machine::absolute())]
     root: PathBuf,
     /// The number of vCPUs for requests that do not say.
