@@ -19,7 +19,7 @@ pub enum Stopped {
     Killed,
 }
 
-/// Asks the VMM of `record` to stop, and kills it if it has not ended within `grace`.
+/// Asks the VMM of `record` to stop, and kills it if it does not answer, or has not ended, within `grace`.
 ///
 /// # Errors
 ///
@@ -33,14 +33,18 @@ pub async fn stop(record: &Record, grace: Duration) -> io::Result<Stopped> {
         client.stop().await
     };
     match timeout(grace, asked).await {
-        Ok(Ok(())) => return end(record, &process, grace).await,
+        Ok(Ok(())) => {}
+        // It may just be ending by itself, and is given the time for that: it has disks to sync.
         Ok(Err(error)) => warn!(pid = record.process.pid, %error, "a VMM cannot be asked to stop"),
-        Err(_) => warn!(pid = record.process.pid, "a VMM does not answer"),
+        Err(_) => {
+            warn!(pid = record.process.pid, "a VMM does not answer");
+            return kill(&process).await;
+        }
     }
-    kill(&process).await
+    end(record, &process, grace).await
 }
 
-/// Waits for a VMM that has said that it ends, and kills it if it has not after `grace`.
+/// Waits for a VMM that is to end by now, and kills it if it has not after `grace`.
 ///
 /// # Errors
 ///
@@ -53,7 +57,7 @@ pub(crate) async fn end(
     if process.ended_within(grace).await? {
         return Ok(Stopped::OnRequest);
     }
-    warn!(pid = record.process.pid, "a VMM did not end as it said");
+    warn!(pid = record.process.pid, "a VMM did not end in time");
     kill(process).await
 }
 

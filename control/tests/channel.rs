@@ -18,6 +18,7 @@ use tarpc::context::Context;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    process::{Child, Command},
     sync::Notify,
     task::JoinHandle,
     time::timeout,
@@ -275,29 +276,61 @@ async fn the_answer_to_stop_arrives_although_the_server_ends() {
     timeout(BOUND, vmm.server).await.unwrap().unwrap();
 }
 
-#[tokio::test]
-async fn a_vmm_that_does_not_stop_when_asked_is_killed() {
-    let vmm = serve().await;
-    // A process that lives on although its service, which is not in it, says that it stops.
-    let mut child = tokio::process::Command::new("sleep")
-        .arg("1000")
-        .spawn()
-        .unwrap();
-    let record = Record {
+/// The record of the process `child`, which says that its service is that of `vmm`.
+fn record_of(child: &Child, vmm: &Running) -> Record {
+    Record {
         process: ProcessId::alive(child.id().unwrap()).unwrap().unwrap(),
         port: vmm.port,
-        secret: vmm.secret,
+        secret: vmm.secret.clone(),
         origin: Origin::Restore(Source::files("/s", "/m")),
         console: Console::Terminal,
         vcpus: 2,
         memory_mib: 256,
-    };
+    }
+}
+
+fn sleep(seconds: &str) -> Child {
+    Command::new("sleep").arg(seconds).spawn().unwrap()
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_stop_when_asked_is_killed() {
+    let vmm = serve().await;
+    // A process that lives on although its service, which is not in it, says that it stops.
+    let mut child = sleep("1000");
+    let record = record_of(&child, &vmm);
     let stopped = control::stop(&record, Duration::from_millis(200)).await;
     assert_eq!(stopped.unwrap(), Stopped::Killed);
     timeout(BOUND, vmm.server).await.unwrap().unwrap();
     child.wait().await.unwrap();
     let again = control::stop(&record, BOUND).await.unwrap();
     assert_eq!(again, Stopped::OnRequest);
+}
+
+#[tokio::test]
+async fn a_vmm_that_is_just_ending_by_itself_is_not_killed() {
+    let vmm = serve().await;
+    // Nobody listens any more, or whoever does refuses.
+    let other = Secret::random().unwrap();
+    for (port, secret) in [(1, vmm.secret.clone()), (vmm.port, other)] {
+        let mut child = sleep("1");
+        let record = Record {
+            port,
+            secret,
+            ..record_of(&child, &vmm)
+        };
+        let stopped = control::stop(&record, BOUND).await;
+        assert_eq!(stopped.unwrap(), Stopped::OnRequest);
+        assert!(child.wait().await.unwrap().success());
+    }
+    // Not for ever.
+    let child = sleep("1000");
+    let record = Record {
+        port: 1,
+        ..record_of(&child, &vmm)
+    };
+    let stopped = control::stop(&record, Duration::from_millis(200)).await;
+    assert_eq!(stopped.unwrap(), Stopped::Killed);
 }
 
 #[tokio::test]
