@@ -1,8 +1,8 @@
 //! What is in a store: `ls`, `log`, `diff`.
 
-use std::process::ExitCode;
+use std::{collections::HashMap, process::ExitCode};
 
-use dedup::{ImageDiff, Listing, LogEntry, Store, Unreadable};
+use dedup::{Error, ImageDiff, Listing, LogEntry, Store, Unreadable};
 use saved_state::Header;
 use serde::Serialize;
 use snapshot::WorkingSet;
@@ -88,14 +88,14 @@ pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Resu
         None => all,
         Some(from) => {
             unreadable.clear();
-            lineage(store.show(from)?, &all)
+            lineage(store.show(from)?, all)
         }
     };
     let mut told = Vec::new();
     for entry in entries {
         let name = entry.name.clone();
         match tell(store, entry) {
-            Ok(tale) => told.push(tale),
+            Ok(tale) => told.extend(tale),
             Err(error) => unreadable.push(Unreadable { name, error }),
         }
     }
@@ -110,24 +110,30 @@ pub(super) fn log(store: &Store, from: Option<&str>, json: bool) -> anyhow::Resu
 }
 
 /// A snapshot, its parent, and so on, as far as they are there.
-fn lineage(from: LogEntry, all: &[LogEntry]) -> Vec<LogEntry> {
+fn lineage(from: LogEntry, all: Vec<LogEntry>) -> Vec<LogEntry> {
+    // An id is a digest of what holds its parent's, so that no snapshot is its own ancestor; but a file may lie, so each is taken once.
+    let mut left: HashMap<_, _> = all.into_iter().map(|entry| (entry.id, entry)).collect();
+    left.remove(&from.id);
+    let mut parent = from.facts.parent;
     let mut line = vec![from];
-    while let Some(parent) = line
-        .last()
-        .and_then(|last| last.facts.parent)
-        .and_then(|id| all.iter().find(|entry| entry.id == id))
-    {
-        // An id is a digest of what holds its parent's, so that no snapshot is its own ancestor; but a file may lie.
-        if line.iter().any(|entry| entry.id == parent.id) {
-            break;
-        }
-        line.push(parent.clone());
+    while let Some(entry) = parent.and_then(|id| left.remove(&id)) {
+        parent = entry.facts.parent;
+        line.push(entry);
     }
     line
 }
 
-fn tell(store: &Store, entry: LogEntry) -> dedup::Result<Told> {
-    let snapshot = store.snapshot(&entry.id.to_string())?;
+/// `None` if it is gone since it was listed.
+fn tell(store: &Store, entry: LogEntry) -> dedup::Result<Option<Told>> {
+    // By its name, for which one file is opened; by its id, all would be.
+    let snapshot = match store.snapshot(&entry.name) {
+        Err(Error::NoSnapshot(_)) => return Ok(None),
+        found => found?,
+    };
+    // Another has its name by now.
+    if snapshot.id() != entry.id {
+        return Ok(None);
+    }
     let state = snapshot.manifest()?;
     // One that cannot be read is as none, and `fsck` tells of it.
     let working_set = WorkingSet::of(&snapshot).ok().flatten();
@@ -138,11 +144,11 @@ fn tell(store: &Store, entry: LogEntry) -> dedup::Result<Told> {
         memory_bytes: header.memory_bytes,
         cpu: header.host_cpu.brand,
     });
-    Ok(Told {
+    Ok(Some(Told {
         entry,
         machine,
         working_set_pages: working_set.map(|set| set.pages().len()),
-    })
+    }))
 }
 
 fn text(told: &Told, chunk: u64) -> String {
@@ -234,4 +240,60 @@ fn date(unix_ms: u64) -> String {
         .ok()
         .and_then(|date| date.replace_nanosecond(0).ok()?.format(&Rfc3339).ok())
         .unwrap_or_else(|| format!("{unix_ms} ms after 1970"))
+}
+
+#[cfg(test)]
+mod tests {
+    use dedup::{CreateOptions, OpenOptions};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn store(dir: &TempDir) -> Store {
+        let path = dir.path().join("store");
+        Store::create_dir(path, &CreateOptions::default(), OpenOptions::default()).unwrap()
+    }
+
+    fn save(store: &Store, name: &str, parent: Option<&str>) {
+        store.writer(name, parent).unwrap().commit().unwrap();
+    }
+
+    fn names(entries: &[LogEntry]) -> Vec<&str> {
+        entries.iter().map(|entry| &*entry.name).collect()
+    }
+
+    #[test]
+    fn what_is_gone_since_it_was_listed_is_not_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(&dir);
+        for name in ["gone", "another", "same"] {
+            save(&store, name, None);
+        }
+        let listed = store.list().unwrap().snapshots;
+        assert_eq!(listed.len(), 3);
+        store.rm("gone").unwrap();
+        store.rm("another").unwrap();
+        save(&store, "another", Some("same"));
+        let told = listed.into_iter().map(|entry| tell(&store, entry).unwrap());
+        let told: Vec<_> = told.flatten().map(|told| told.entry).collect();
+        assert_eq!(names(&told), ["same"]);
+    }
+
+    #[test]
+    fn a_lineage_has_each_ancestor_once_even_if_a_file_lies() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(&dir);
+        for (name, parent) in [("a", None), ("b", Some("a")), ("c", Some("b")), ("d", None)] {
+            save(&store, name, parent);
+        }
+        let mut all = store.list().unwrap().snapshots;
+        let from = store.show("c").unwrap();
+        let line = lineage(from.clone(), all.clone());
+        assert_eq!(names(&line), ["c", "b", "a"]);
+        for entry in &mut all {
+            entry.facts.parent = entry.facts.parent.or(Some(from.id));
+        }
+        let line = lineage(from, all);
+        assert_eq!(names(&line), ["c", "b", "a"]);
+    }
 }
