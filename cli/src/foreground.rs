@@ -6,6 +6,7 @@ use std::{
     process::{ExitCode, ExitStatus},
 };
 
+use anyhow::bail;
 use control::{Console, Exit, Log, Origin, Registry, spawn};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -37,13 +38,12 @@ pub(crate) async fn run(
     }
     // The guest may write before its VMM has said that it runs.
     let shown = show(ours.try_clone()?);
-    let mut vmm = spawn(
-        &program,
-        &spec,
-        Log::Terminal(theirs),
-        machine::launch_bound(&spec.origin),
-    )
-    .await?;
+    let bound = machine::launch_bound(&spec.origin);
+    let mut vmm = tokio::select! {
+        vmm = spawn(&program, &spec, Log::Terminal(theirs), bound) => vmm?,
+        // The VMM finds that nobody waits for it, and has its machine not begin.
+        () = signals.any() => bail!("ended before the machine ran"),
+    };
     let raw = RawMode::enter()?;
     let quit = type_into(ours);
     let status = tokio::select! {

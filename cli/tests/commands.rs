@@ -6,8 +6,11 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
-    path::Path,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    thread,
+    time::Duration,
 };
 
 use branch_disk::{Disk, Foundation, anything};
@@ -79,6 +82,43 @@ impl Bench {
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert_eq!(text(&output.stdout), "", "{output:?}");
         text(&output.stderr)
+    }
+}
+
+/// A program that takes for ever to make a machine. It is killed when this is dropped.
+struct SlowVmm<'a>(&'a Path);
+
+impl<'a> SlowVmm<'a> {
+    fn new(dir: &'a Path) -> Self {
+        let this = Self(dir);
+        let script = "#!/bin/sh\necho $$ > PID.draft; mv PID.draft PID; exec sleep 1000\n";
+        let script = script.replace("PID", this.pid().to_str().unwrap());
+        fs::write(this.program(), script).unwrap();
+        fs::set_permissions(this.program(), fs::Permissions::from_mode(0o700)).unwrap();
+        this
+    }
+
+    fn program(&self) -> PathBuf {
+        self.0.join("vmm")
+    }
+
+    fn pid(&self) -> PathBuf {
+        self.0.join("pid")
+    }
+
+    fn wait_until_started(&self) {
+        while !self.pid().exists() {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for SlowVmm<'_> {
+    fn drop(&mut self) {
+        if let Ok(pid) = fs::read_to_string(self.pid()) {
+            let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        }
     }
 }
 
@@ -298,6 +338,21 @@ fn a_tree_with_the_run_directory_in_it_is_not_served() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(text(&output.stderr).contains("run"), "{output:?}");
+}
+
+#[test]
+fn a_machine_that_takes_long_to_be_made_can_be_ended() {
+    let bench = Bench::new();
+    let vmm = SlowVmm::new(bench.path());
+    let mut run = bench.command(&["run", "kernel"]);
+    run.env("FERMATA_VMM_BIN", vmm.program());
+    let run = run.stderr(Stdio::piped()).spawn().unwrap();
+    vmm.wait_until_started();
+    terminate(&run);
+    let output = run.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = text(&output.stderr);
+    assert!(said.contains("before the machine ran"), "{said}");
 }
 
 #[test]

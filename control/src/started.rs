@@ -123,7 +123,7 @@ impl Started {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Has it make a machine and let that run.
+    /// Has it make a machine and let that run. If this is dropped before, it ends when it has made it.
     pub(crate) async fn run(
         self,
         spec: LaunchSpec,

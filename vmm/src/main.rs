@@ -12,7 +12,7 @@ use std::{
 };
 
 use control::{Exit, LOG_VARIABLE};
-use rustix::stdio::stdin;
+use rustix::stdio::{stdin, stdout};
 
 use log::{Log, StandardError};
 
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
             return ExitCode::from(Exit::Usage.code());
         }
     };
-    let exit = vmm::run(errand, with, stdin(), |launched| {
+    let exit = vmm::run(errand, with, stdin(), stdout(), |launched| {
         // A parent that has gone away does not care.
         if let Ok(mut line) = serde_json::to_vec(launched) {
             line.push(b'\n');

@@ -17,6 +17,10 @@ use control::{
     Record, Registry, Shape, Source, allow_many_files,
 };
 use hypervisor::install_kick_handler;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::retry_on_intr,
+};
 use snapshot::{Lost, Snapshot};
 use tokio::sync::oneshot;
 
@@ -38,16 +42,17 @@ use crate::{
 
 /// Does `errand` with the descriptor that came with it, and those that follow it on `errands`: makes a machine, lets it run, and
 /// serves its control channel until it ends; or writes a hot image. `answer` is called once for each errand, when it is done or has
-/// failed, which is the end.
+/// failed, which is the end. It writes to `answers`: once nobody reads from there, no machine begins.
 pub fn run(
     errand: Errand,
     with: Option<OwnedFd>,
     errands: impl AsFd,
+    answers: impl AsFd,
     answer: impl FnMut(&Launched) + Send + 'static,
 ) -> Exit {
     allow_many_files();
     let answer = Arc::new(Answer(Mutex::new(Some(Box::new(answer)))));
-    match all_done(errand, with, &errands, &answer) {
+    match all_done(errand, with, &errands, &answers, &answer) {
         Ok(Done::Machine(started)) => {
             answer.end(&Launched::Ready { port: started.port });
             tracing::debug!("the machine can be reached");
@@ -102,7 +107,7 @@ enum Done {
     Machine(Box<Started>),
     /// The image of a machine of this size is written.
     Image(Shape),
-    /// The other end of the socket was closed before a machine ran. Nothing of it is left.
+    /// Who asked for a machine went away before it ran. Nothing of it is left.
     CalledOff,
 }
 
@@ -110,6 +115,7 @@ fn all_done(
     mut errand: Errand,
     mut with: Option<OwnedFd>,
     errands: impl AsFd,
+    answers: impl AsFd,
     answer: &Arc<Answer>,
 ) -> Result<Done, Failure> {
     let mut prepared = None;
@@ -142,7 +148,20 @@ fn all_done(
             Err(_) => return Ok(Done::CalledOff),
         }
     }
+    // To make it may have taken long, and no word follows by whose absence it would be known.
+    if is_gone(&answers) {
+        return Ok(Done::CalledOff);
+    }
     Ok(Done::Machine(Box::new(made.begin()?)))
+}
+
+/// Whether nobody reads any more what is written to this pipe.
+fn is_gone(answers: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&answers, PollFlags::empty())];
+    let polled = retry_on_intr(|| poll(&mut fds, Some(&Timespec::default())));
+    // Those are told without being asked for.
+    let told = PollFlags::ERR | PollFlags::HUP;
+    polled.is_ok() && fds[0].revents().intersects(told)
 }
 
 fn write_image(
@@ -454,5 +473,20 @@ fn host(what: &str, error: &dyn std::fmt::Display) -> Failure {
     Failure {
         kind: FailureKind::Host,
         message: format!("{what}: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_does_not_read_any_more_is_gone() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        assert!(!is_gone(&writer));
+        drop(reader);
+        assert!(is_gone(&writer));
+        // Who starts a VMM by hand may have its answers go anywhere.
+        assert!(!is_gone(&tempfile::tempfile().unwrap()));
     }
 }

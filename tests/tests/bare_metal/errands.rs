@@ -12,7 +12,7 @@ use std::{
 };
 
 use control::{
-    Console, Errand, FailureKind, GuestClock, HotImage, LaunchSpec, Launched, Origin, Parent,
+    Console, Errand, Exit, FailureKind, GuestClock, HotImage, LaunchSpec, Launched, Origin, Parent,
     Registry, Secret, VsockChange,
 };
 use rustix::{
@@ -27,7 +27,8 @@ use crate::{boot, hear, server};
 struct ByHand {
     vmm: Child,
     errands: UnixStream,
-    answers: BufReader<ChildStdout>,
+    /// `None` when nobody reads them any more.
+    answers: Option<BufReader<ChildStdout>>,
 }
 
 impl ByHand {
@@ -39,7 +40,7 @@ impl ByHand {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let answers = BufReader::new(vmm.stdout.take().unwrap());
+        let answers = vmm.stdout.take().map(BufReader::new);
         Self {
             vmm,
             errands,
@@ -49,6 +50,14 @@ impl ByHand {
 
     /// What it answers to `errand`, with which `image` comes.
     fn give(&mut self, errand: &Errand, image: Option<&impl AsFd>) -> Launched {
+        self.tell(errand, image);
+        let mut said = String::new();
+        let answers = self.answers.as_mut().unwrap();
+        answers.read_line(&mut said).unwrap();
+        serde_json::from_str(&said).unwrap()
+    }
+
+    fn tell(&self, errand: &Errand, image: Option<&impl AsFd>) {
         let line = serde_json::to_string(errand).unwrap() + "\n";
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut with = SendAncillaryBuffer::new(&mut space);
@@ -59,9 +68,6 @@ impl ByHand {
         let bytes = [IoSlice::new(line.as_bytes())];
         let sent = sendmsg(&self.errands, &bytes, &mut with, SendFlags::empty()).unwrap();
         assert_eq!(sent, line.len());
-        let mut said = String::new();
-        self.answers.read_line(&mut said).unwrap();
-        serde_json::from_str(&said).unwrap()
     }
 }
 
@@ -135,6 +141,28 @@ fn what_is_prepared_for_one_image_becomes_what_another_is() {
     assert!(first < second, "{first} {second}");
     assert_eq!(round_after(&earlier, &later), second);
     assert_eq!(round_after(&later, &earlier), first);
+}
+
+#[test]
+fn a_machine_that_nobody_waits_for_does_not_begin() {
+    let Some(server) = server() else { return };
+    let parent = boot(&server, &bare_metal::witness());
+    let registry = Registry::open(server.run_directory()).unwrap();
+    let record = registry.find_pid(parent.pid).unwrap().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let making = HotImage::of_machine(&record, GuestClock::StandStill);
+    let image = runtime.block_on(making).unwrap().0;
+    let mut vmm = ByHand::start();
+    vmm.answers = None;
+    vmm.tell(&fork_errand(&server), Some(&image));
+    let ended = || vmm.vmm.try_wait().unwrap();
+    let ended = wait::until("the VMM to give up", ended).unwrap();
+    assert_eq!(ended.code(), Some(Exit::PowerOff.code().into()));
+    let said = fs::read_to_string(server.tree().join("console"));
+    assert_eq!(said.unwrap(), "");
 }
 
 #[test]
