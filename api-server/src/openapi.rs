@@ -48,9 +48,11 @@ pub fn document() -> String {
 mod tests {
     use std::{collections::BTreeSet, env, fs, path::Path};
 
+    use control::{Failure, FailureKind};
     use utoipa::openapi::path::PathItem;
 
     use super::*;
+    use crate::error::ApiError;
 
     const COMMITTED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/openapi.json");
 
@@ -87,6 +89,27 @@ mod tests {
             .flat_map(|(path, item)| methods(item).map(move |method| format!("{method} {path}")))
             .collect();
         assert_eq!(served, described);
+    }
+
+    #[test]
+    fn whatever_a_vmm_refuses_is_described_where_one_is_started() {
+        let document = Document::openapi();
+        for path in ["/create", "/fork"] {
+            let post = document.paths.paths[path].post.as_ref().unwrap();
+            for kind in [
+                FailureKind::BadRequest,
+                FailureKind::NotFound,
+                FailureKind::WrongState,
+                FailureKind::NotASnapshot,
+                FailureKind::NoSpace,
+                FailureKind::Host,
+            ] {
+                let message = String::new();
+                let status = ApiError::from(Failure { kind, message }).code.status();
+                let described = post.responses.responses.contains_key(&status.to_string());
+                assert!(described, "{path} {status}");
+            }
+        }
     }
 
     fn methods(item: &PathItem) -> impl Iterator<Item = &'static str> {

@@ -48,6 +48,7 @@ pub(crate) fn all() -> Vec<Route> {
         (status = 200, description = "The machine runs.", body = CreateAnswer),
         (status = 400, description = "The request cannot be meant.", body = ErrorBody),
         (status = 404, description = "A file is not there.", body = ErrorBody),
+        (status = 409, description = "A disk, a TAP device or a socket is in use, or a disk cannot be gone on with: it has been written to since, or is a sealed layer.", body = ErrorBody),
         (status = 413, description = "The request is too long.", body = ErrorBody),
         (status = 422, description = "A file is not a snapshot that this host can run.", body = ErrorBody),
         (status = 500, description = "The host refused.", body = ErrorBody),
