@@ -62,8 +62,14 @@ impl Bench {
 
     /// A server that says on `stderr` what it does, and the address on which it serves.
     fn serve(&self, stderr: impl Into<Stdio>) -> (Child, String) {
+        self.serve_with(Path::new("/bin/false"), stderr)
+    }
+
+    /// The same, with `vmm` as the program that runs machines.
+    fn serve_with(&self, vmm: &Path, stderr: impl Into<Stdio>) -> (Child, String) {
         let mut server = self
             .server("0")
+            .env("FERMATA_VMM_BIN", vmm)
             .stdout(Stdio::piped())
             .stderr(stderr)
             .spawn()
@@ -316,6 +322,25 @@ fn what_a_command_cannot_say_does_not_change_its_exit_code() {
     let mut command = bench.command(&["stop", "1"]);
     let status = command.stderr(full.unwrap()).status().unwrap();
     assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn a_server_that_is_told_to_end_before_it_has_answered_ends_well() {
+    let bench = Bench::new();
+    let vmm = SlowVmm::new(bench.path());
+    let (mut server, address) = bench.serve_with(&vmm.program(), Stdio::null());
+    fs::write(bench.path().join("tree/kernel"), "").unwrap();
+    let body = r#"{"kernel_path": "kernel", "resume": false}"#;
+    let mut client = TcpStream::connect(address).unwrap();
+    let length = body.len();
+    write!(
+        client,
+        "POST /create HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+    .unwrap();
+    vmm.wait_until_started();
+    terminate(&server);
+    assert!(server.wait().unwrap().success());
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use std::{net::IpAddr, path::PathBuf, process::ExitCode};
 
-use anyhow::Context;
+use anyhow::bail;
 use api_server::{Defaults, Peers, ServerConfig};
 use control::DiskConfig;
-use rocket::fairing::AdHoc;
+use rocket::{error::ErrorKind, fairing::AdHoc};
 
 use crate::{disk, machine, output, peer_key::PeerKeyArgs, program, store::StoreArgs};
 
@@ -84,8 +84,13 @@ pub(crate) async fn serve(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCo
     });
     // SIGINT and SIGTERM end it; the machines, in process groups of their own, live on.
     let ended = api_server::rocket(config)?.attach(announce).launch().await;
-    ended
-        .map(|_| ExitCode::SUCCESS)
-        .map_err(|error| anyhow::anyhow!("{error}"))
-        .context("cannot serve; is the port in use by another server?")
+    let Err(error) = ended else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    match error.kind() {
+        // Who is still waiting for an answer then has been given some seconds.
+        ErrorKind::Shutdown(_, None) => Ok(ExitCode::SUCCESS),
+        ErrorKind::Bind(_) => bail!("{error}; is the port in use by another server?"),
+        _ => bail!("cannot serve: {error}"),
+    }
 }
