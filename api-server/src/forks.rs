@@ -27,16 +27,18 @@ impl Machines {
             .await
             .map_err(broken)??;
         tracing::Span::current().record("count", plan.count);
-        let _admitted = self.admit(plan.count as usize)?;
+        let admitted = self.admit(plan.count as usize)?;
         let image = self.image(&plan).await?;
-        let specs = (0..plan.count).map(|number| {
-            let changes = plan.net_changes.iter();
-            Ok(LaunchSpec {
-                clock: plan.clock,
-                net_changes: changes.map(|change| change.of_fork(number)).collect(),
-                ..self.spec(Origin::Fork(image.parent().clone()))?
-            })
-        });
+        let specs = (0..plan.count)
+            .zip(&admitted.secrets)
+            .map(|(number, secret)| {
+                let changes = plan.net_changes.iter();
+                Ok(LaunchSpec {
+                    clock: plan.clock,
+                    net_changes: changes.map(|change| change.of_fork(number)).collect(),
+                    ..self.spec(Origin::Fork(image.parent().clone()), secret.clone())?
+                })
+            });
         let specs = specs.collect::<Result<Vec<_>, ApiError>>()?;
         let bound = self.config.limits.restore;
         let forks = self.forks.pool.fork(&image, specs.clone(), bound);

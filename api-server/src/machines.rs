@@ -1,6 +1,7 @@
 //! What the routes do.
 
 use std::{
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -41,8 +42,8 @@ pub(crate) struct Machines {
     pub(crate) registry: Registry,
     children: Children,
     pub(crate) forks: Forks,
-    /// How many are being launched. Held while the living are counted, so that the limit holds.
-    launching: Mutex<usize>,
+    /// What those will be known by that are being launched. Held while the living are counted, so that the limit holds.
+    launching: Mutex<Vec<Secret>>,
 }
 
 impl Machines {
@@ -53,7 +54,7 @@ impl Machines {
             config: Arc::new(config),
             tree: Arc::new(tree),
             children: Children::default(),
-            launching: Mutex::new(0),
+            launching: Mutex::default(),
         })
     }
 
@@ -65,25 +66,30 @@ impl Machines {
         let plan = spawn_blocking(move || plan::create(&config, &tree, &request))
             .await
             .map_err(broken)??;
-        let _admitted = self.admit(1)?;
-        self.launch(plan).await
+        let admitted = self.admit(1)?;
+        self.launch(plan, admitted.secrets[0].clone()).await
     }
 
     /// Counts `count` more launches, if there may be as many.
     pub(crate) fn admit(&self, count: usize) -> Result<Admitted<'_>, ApiError> {
         let mut launching = lock(&self.launching);
         let most = self.config.limits.vms;
-        let now = self.registry.list()?.len() + *launching;
+        let mut living = self.registry.list()?;
+        // One is written down before it is known here that it runs.
+        living.retain(|record| !launching.contains(&record.secret));
+        let now = living.len() + launching.len();
         if now + count > most {
             return Err(ApiError::new(
                 ErrorCode::TooManyVms,
                 format!("there are {now} VMs and may be {most}; end some with DELETE /vms/<pid>"),
             ));
         }
-        *launching += count;
+        let secrets = (0..count).map(|_| Secret::random());
+        let secrets = secrets.collect::<io::Result<Vec<_>>>().map_err(host)?;
+        launching.extend_from_slice(&secrets);
         Ok(Admitted {
             launching: &self.launching,
-            count,
+            secrets,
         })
     }
 
@@ -101,7 +107,7 @@ impl Machines {
         }
     }
 
-    async fn launch(&self, plan: plan::Plan) -> Result<CreateAnswer, ApiError> {
+    async fn launch(&self, plan: plan::Plan, secret: Secret) -> Result<CreateAnswer, ApiError> {
         let spec = LaunchSpec {
             hugepages: plan.hugepages,
             on_demand: plan.on_demand,
@@ -109,7 +115,7 @@ impl Machines {
             clock: plan.clock,
             net_changes: plan.net_changes,
             disk_directory: plan.disk_directory,
-            ..self.spec(plan.origin)?
+            ..self.spec(plan.origin, secret)?
         };
         let program = &self.config.vmm_binary;
         let limits = &self.config.limits;
@@ -149,10 +155,9 @@ impl Machines {
     }
 
     /// What every VMM is told that this server starts.
-    pub(crate) fn spec(&self, origin: Origin) -> Result<LaunchSpec, ApiError> {
-        let host = |e: std::io::Error| ApiError::new(ErrorCode::Internal, e.to_string());
+    pub(crate) fn spec(&self, origin: Origin, secret: Secret) -> Result<LaunchSpec, ApiError> {
         Ok(LaunchSpec {
-            secret: Secret::random().map_err(host)?,
+            secret,
             origin,
             console: Console::File(self.registry.new_console().map_err(host)?),
             registry: self.registry.dir().to_owned(),
@@ -425,19 +430,24 @@ impl Machines {
 
 /// Launches that count against the limit until this is dropped.
 pub(crate) struct Admitted<'a> {
-    launching: &'a Mutex<usize>,
-    count: usize,
+    launching: &'a Mutex<Vec<Secret>>,
+    /// Of each its own.
+    pub(crate) secrets: Vec<Secret>,
 }
 
 impl Drop for Admitted<'_> {
     fn drop(&mut self) {
-        *lock(self.launching) -= self.count;
+        lock(self.launching).retain(|secret| !self.secrets.contains(secret));
     }
 }
 
-fn lock(count: &Mutex<usize>) -> MutexGuard<'_, usize> {
-    // A count is right whatever panicked while it was locked.
-    count.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(launching: &Mutex<Vec<Secret>>) -> MutexGuard<'_, Vec<Secret>> {
+    // Nothing panics while it is half-way through a change.
+    launching.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn host(error: io::Error) -> ApiError {
+    ApiError::new(ErrorCode::Internal, error.to_string())
 }
 
 async fn connect(record: &Record) -> Result<Client, ClientError> {
@@ -454,4 +464,43 @@ fn unknown(pid: u32) -> ApiError {
 /// A task of ours panicked, or the runtime is shutting down.
 pub(crate) fn broken(error: JoinError) -> ApiError {
     ApiError::new(ErrorCode::Internal, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use control::{ProcessId, Source};
+
+    use super::*;
+
+    #[test]
+    fn a_machine_that_is_written_down_before_its_launch_is_over_counts_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("tree");
+        fs::create_dir(&root).unwrap();
+        let mut config = ServerConfig {
+            run_dir: dir.path().join("run"),
+            ..ServerConfig::new(&root, "/no/such/vmm")
+        };
+        config.limits.vms = 2;
+        let machines = Machines::new(config, Tree::open(&root).unwrap()).unwrap();
+        let admitted = machines.admit(1).unwrap();
+        let record = Record {
+            process: ProcessId::current().unwrap(),
+            port: 1,
+            secret: admitted.secrets[0].clone(),
+            origin: Origin::Restore(Source::files("/s", "/m")),
+            console: Console::Terminal,
+            vcpus: 1,
+            memory_mib: 64,
+        };
+        let _written = machines.registry.register(&record).unwrap();
+        let another = machines.admit(1).unwrap();
+        assert!(machines.admit(1).is_err());
+        drop((admitted, another));
+        // It lives on.
+        assert!(machines.admit(2).is_err());
+        machines.admit(1).unwrap();
+    }
 }
