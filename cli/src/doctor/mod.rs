@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::{cpu::Cpu, output, store::StoreArgs};
 use host::Host;
+use setup::Login;
 
 #[derive(clap::Args)]
 #[command(
@@ -96,7 +97,7 @@ pub(crate) fn doctor(args: &Args, run_dir: &Path) -> anyhow::Result<ExitCode> {
         resources::reserved_huge_pages(&host),
         resources::memory(&host),
         resources::disk(),
-        setup::run_dir(run_dir),
+        setup::run_dir(run_dir, &host, &Login::of_environment()),
         setup::program(),
     ];
     if let Some(cpu) = &args.cpu {
