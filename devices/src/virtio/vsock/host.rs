@@ -241,11 +241,23 @@ impl Host {
         let Some(stream) = self.streams.get_mut(&token) else {
             return;
         };
-        let Role::Connected { connection, .. } = &stream.role else {
+        let Role::Connected {
+            ports,
+            connection,
+            backlog,
+        } = &stream.role
+        else {
             return;
         };
         if connection.is_gone() {
-            self.forget(token);
+            if backlog.is_empty() {
+                self.forget(token);
+            } else {
+                // Who reads slowly still gets all that was sent before the end: a guest may give a connection up seconds
+                // after it has closed it. To the guest it is none any more.
+                let ports = *ports;
+                self.release(ports, token);
+            }
             return;
         }
         let wants = connection.has_control() || stream.readable && connection.credit() > 0;
@@ -265,6 +277,13 @@ impl Host {
             self.due.retain(|due| *due != token);
         }
         if let Role::Connected { ports, .. } = stream.role {
+            self.release(ports, token);
+        }
+    }
+
+    /// Frees the ports of a stream, if they are not another's by now.
+    fn release(&mut self, ports: Ports, token: u64) {
+        if self.by_ports.get(&ports) == Some(&token) {
             self.by_ports.remove(&ports);
         }
     }

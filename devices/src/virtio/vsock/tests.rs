@@ -156,6 +156,39 @@ impl Bench {
         assert_eq!(response.buffer_bytes, BUFFER_BYTES);
         (ports, stream)
     }
+
+    /// Fills the socket's buffer and then the device's, as a guest does that keeps the rules; returns what it has sent.
+    fn fill(&mut self, ports: Ports) -> Vec<u8> {
+        let mut sent = Vec::new();
+        let mut told = 0u32;
+        loop {
+            let room = BUFFER_BYTES - (sent.len() as u32).wrapping_sub(told);
+            if room == 0 {
+                return sent;
+            }
+            let data: Vec<u8> = (0..room.min(4000)).map(|i| (i ^ told) as u8).collect();
+            self.give(ports, DATA, |_| {}, &data);
+            sent.extend(data);
+            while let Some((header, _)) = self.get() {
+                assert_eq!(header.operation, CREDIT_UPDATE);
+                told = header.forwarded;
+            }
+            assert!(sent.len() < 16 << 20);
+        }
+    }
+
+    /// Everything that can be read while the device goes on writing.
+    fn read_all(&mut self, stream: &UnixStream) -> Vec<u8> {
+        let mut all = Vec::new();
+        loop {
+            let some = read(stream);
+            if some.is_empty() {
+                return all;
+            }
+            all.extend(some);
+            lock(self.device.worker()).process(RECEIVE);
+        }
+    }
 }
 
 /// Everything that can be read now.
@@ -350,30 +383,60 @@ fn the_guest_is_sent_no_more_than_it_has_room_for() {
 fn what_the_host_does_not_take_is_kept_within_bounds() {
     let mut bench = Bench::new();
     let (ports, stream) = bench.connected();
-    let mut sent = Vec::new();
-    let mut told = 0u32;
-    // Fill the socket's buffer and then this one's, as a guest does that keeps the rules.
-    loop {
-        let room = BUFFER_BYTES - (sent.len() as u32).wrapping_sub(told);
-        if room == 0 {
-            break;
-        }
-        let data: Vec<u8> = (0..room.min(4000)).map(|i| (i ^ told) as u8).collect();
-        bench.give(ports, DATA, |_| {}, &data);
-        sent.extend(data);
-        while let Some((header, _)) = bench.get() {
-            assert_eq!(header.operation, CREDIT_UPDATE);
-            told = header.forwarded;
-        }
-        assert!(sent.len() < 16 << 20);
-    }
-    let mut got = read(&stream);
-    lock(bench.device.worker()).process(RECEIVE);
-    got.extend(read(&stream));
-    lock(bench.device.worker()).process(RECEIVE);
-    got.extend(read(&stream));
+    let sent = bench.fill(ports);
+    let got = bench.read_all(&stream);
     assert!(got == sent, "{} of {} bytes", got.len(), sent.len());
     assert_eq!(bench.expect(CREDIT_UPDATE).forwarded, sent.len() as u32);
+}
+
+#[test]
+fn what_was_sent_before_a_reset_reaches_who_reads_slowly() {
+    let mut bench = Bench::new();
+    let (ports, slow) = bench.connected();
+    let sent = bench.fill(ports);
+    let both = NO_SEND | NO_RECEIVE;
+    bench.give(ports, SHUTDOWN, |header| header.flags = both, &[]);
+    bench.say(ports, RESET);
+    // The guest has the ports for another connection, which is none of the one before.
+    let (ports, other) = bench.connected();
+    let got = bench.read_all(&slow);
+    assert!(got == sent, "{} of {} bytes", got.len(), sent.len());
+    assert!(at_end(&slow));
+    bench.give(ports, DATA, |_| {}, b"new");
+    assert_eq!(read(&other), b"new");
+    assert!(bench.get().is_none());
+}
+
+#[test]
+fn what_nobody_reads_any_more_makes_room() {
+    let mut bench = Bench::new();
+    let (ports, gone) = bench.connected();
+    bench.fill(ports);
+    bench.say(ports, RESET);
+    let waiting: Vec<_> = (1..MAX_CONNECTIONS)
+        .map(|_| {
+            let stream = bench.dial("CONN");
+            lock(bench.device.worker()).process(RECEIVE);
+            stream
+        })
+        .collect();
+    bench.say(ports, REQUEST);
+    bench.expect(RESET);
+    drop(gone);
+    lock(bench.device.worker()).process(RECEIVE);
+    bench.connected();
+    drop(waiting);
+}
+
+#[test]
+fn a_reset_of_the_device_does_not_wait_for_who_reads_slowly() {
+    let mut bench = Bench::new();
+    let (ports, slow) = bench.connected();
+    let sent = bench.fill(ports);
+    bench.say(ports, RESET);
+    driver::set(&mut bench.device, VIRTIO_MMIO_STATUS, 0);
+    assert!(read(&slow).len() < sent.len());
+    assert!(at_end(&slow));
 }
 
 #[test]
@@ -392,7 +455,7 @@ fn a_guest_that_overruns_its_credit_is_reset_and_nothing_else() {
         }
     }
     assert!(reset && !bench.broken());
-    read(&stream);
+    bench.read_all(&stream);
     assert!(at_end(&stream));
 }
 
