@@ -17,6 +17,7 @@ mod device;
 mod event_loop;
 mod i8042;
 mod metrics;
+mod random;
 mod rate_limit;
 pub mod rtc;
 mod run_port;

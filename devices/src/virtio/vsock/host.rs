@@ -30,6 +30,7 @@ use super::{
     metrics::VsockMetrics,
     packet::{Header, Operation, Ports},
 };
+use crate::random::random;
 
 /// The most connections, of which each may buffer what a guest has sent.
 pub(super) const MAX_CONNECTIONS: usize = 512;
@@ -111,7 +112,9 @@ impl Host {
             streams: BTreeMap::new(),
             by_ports: HashMap::new(),
             next_token: LISTENER + 1,
-            next_port: FIRST_PORT,
+            // Not always the first: a guest that was restored keeps sockets of its last connections until whoever has them
+            // closes them, and takes a request from the same port to the same port for one of those.
+            next_port: next_port(random()),
             due: VecDeque::new(),
             orphans: VecDeque::new(),
             metrics,

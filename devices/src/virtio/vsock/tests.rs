@@ -314,6 +314,17 @@ fn the_host_connects_to_a_port_of_the_guest() {
 }
 
 #[test]
+fn no_device_begins_with_the_ports_of_another() {
+    let ports = [(); 2].map(|()| {
+        let mut bench = Bench::new();
+        let _stream = bench.dial("CONNECT 1\n");
+        bench.expect(REQUEST).src_port
+    });
+    assert!(ports.iter().all(|port| *port >= 1 << 30));
+    assert_ne!(ports[0], ports[1]);
+}
+
+#[test]
 fn who_does_not_say_where_to_is_not_connected() {
     let mut bench = Bench::new();
     for greeting in [
@@ -626,13 +637,14 @@ proptest! {
         let mut bench = Bench::new();
         let _listener = UnixListener::bind(bench.path("v_1")).unwrap();
         let stream = bench.dial("CONNECT 2\n");
+        let host_port = bench.expect(REQUEST).src_port;
         for (operation, host, guest, [flags, buffer_bytes, forwarded], len) in packets {
             let change = |header: &mut Header| {
                 header.flags = flags;
                 header.buffer_bytes = buffer_bytes;
                 header.forwarded = forwarded;
                 if host == 3 {
-                    header.dst_port = 1 << 30;
+                    header.dst_port = host_port;
                 }
             };
             bench.give(Ports { host, guest }, operation, change, &vec![1; len]);
