@@ -2,7 +2,7 @@
 //!
 //! A device is split in two, because two sides use it at once. The vCPUs touch registers
 //! ([`MmioTransport`]), the event loop serves queues (the worker). A vCPU waits for the end of a round only
-//! where it changes what the worker works with: it resets or starts the device, sets up a queue or asks whether one is
+//! where it changes what the worker works with: it resets or starts the device, has agreed on its features, sets up a queue or asks whether one is
 //! ready, or writes to the configuration space. What a driver does for each request it does without a lock, or with
 //! one that is held for no longer than a copy takes: a slow disk never holds up a vCPU that notifies, acknowledges an interrupt or
 //! reads the configuration space.
@@ -48,6 +48,11 @@ pub trait VirtioDevice: Send {
 
     /// The feature bits of this type of device; the transport adds those of its own.
     fn features(&self) -> u64;
+
+    /// Whether `features`, of those that are offered, may be accepted together.
+    fn makes_sense(&self, _features: u64) -> bool {
+        true
+    }
 
     /// The most entries that each queue may have.
     fn queue_sizes(&self) -> &'static [u16];

@@ -152,8 +152,10 @@ impl MmioTransport {
             return self.rule_broken("it clears bits of the device status");
         }
         let added = new & !old;
+        let accepted = self.registers.driver_features;
         if added & VIRTIO_CONFIG_S_FEATURES_OK != 0
-            && !acceptable(self.registers.driver_features, self.features)
+            && !(acceptable(accepted, self.features)
+                && lock(&self.worker).device.makes_sense(accepted))
         {
             // The driver reads the bit back to learn that this is not a set of features to run with.
             new &= !VIRTIO_CONFIG_S_FEATURES_OK;

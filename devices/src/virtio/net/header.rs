@@ -55,6 +55,15 @@ impl Direction {
         self.checksum | self.tso4 | self.tso6 | self.ecn
     }
 
+    /// Whether `features` have for each what it needs (virtio 1.3, 5.1.3.1): nothing can be segmented later whose checksums are
+    /// not left for later too, and no congestion be notified of in what is not.
+    pub(super) fn makes_sense(self, features: u64) -> bool {
+        let segments = features & (self.tso4 | self.tso6) != 0;
+        let checks = features & self.checksum != 0;
+        let notifies = features & self.ecn != 0;
+        (checks || !segments) && (segments || !notifies)
+    }
+
     /// Whether `header` asks for no more than was negotiated. Flags that nobody knows are left alone, as
     /// the specification wants it.
     pub(super) fn permits(self, features: u64, header: &[u8]) -> bool {
@@ -126,6 +135,25 @@ mod tests {
                 assert!(!direction.permits(OFFLOADS, &header), "{header:?}");
             }
             assert!(!direction.permits(OFFLOADS, &[0]));
+        }
+    }
+
+    #[test]
+    fn features_that_lack_what_they_need_make_no_sense() {
+        for direction in [TO_GUEST, FROM_GUEST] {
+            let Direction {
+                checksum,
+                tso4,
+                tso6,
+                ecn,
+            } = direction;
+            for sense in [0, checksum, checksum | tso4, checksum | tso6 | ecn] {
+                assert!(direction.makes_sense(sense), "{sense:#x}");
+            }
+            for nonsense in [tso4, tso6, ecn, checksum | ecn, tso4 | ecn] {
+                assert!(!direction.makes_sense(nonsense), "{nonsense:#x}");
+            }
+            assert!(direction.makes_sense(OFFLOADS));
         }
     }
 

@@ -28,7 +28,7 @@ use super::{DriverError, EventSource, Progress, SavedTransport, VirtioDevice};
 use crate::{Error, Metrics, RateLimit, rate_limit::Limiter};
 use backend::Backend;
 pub use error::NetError;
-use header::{HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES, OFFLOADS};
+use header::{FROM_GUEST, HEADER_BYTES, MAX_FRAME_BYTES, MIN_FRAME_BYTES, OFFLOADS, TO_GUEST};
 use metrics::NetMetrics;
 use receive::Incoming;
 use socket::Socket;
@@ -146,6 +146,12 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         MAC | STATUS | MERGEABLE | self.backend.offloads()
+    }
+
+    fn makes_sense(&self, features: u64) -> bool {
+        [TO_GUEST, FROM_GUEST]
+            .iter()
+            .all(|direction| direction.makes_sense(features))
     }
 
     fn queue_sizes(&self) -> &'static [u16] {

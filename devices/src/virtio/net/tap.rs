@@ -89,22 +89,10 @@ impl Backend for Tap {
     }
 
     fn accept(&mut self, features: u64) {
-        let direction = header::TO_GUEST;
-        let flags = [
-            (direction.checksum, TUN_F_CSUM),
-            (direction.tso4, TUN_F_TSO4),
-            (direction.tso6, TUN_F_TSO6),
-            (direction.ecn, TUN_F_TSO_ECN),
-        ];
-        let accepted = flags.iter().filter(|(bit, _)| features & bit != 0);
-        let mut flags = accepted.fold(0, |all, (_, flag)| all | flag);
-        // Nothing can be segmented later whose checksums are not left for later too.
-        if flags & TUN_F_CSUM == 0 {
-            flags = 0;
-        }
-        if let Err(error) = set_offload(&self.file, flags) {
-            // It was zero before: frames then come whole and with checksums, which is always right.
-            tracing::warn!(tap = self.name, %error, "the TAP device takes no offloads");
+        if let Err(error) = set_offload(&self.file, offload_flags(features)) {
+            // It was zero before: frames then come whole and with checksums, which is always right. A guest has it tried as
+            // often as it likes.
+            tracing::debug!(tap = self.name, %error, "the TAP device takes no offloads");
         }
     }
 
@@ -120,6 +108,23 @@ impl Backend for Tap {
             Err(errno) => Err(refused(errno)),
         }
     }
+}
+
+/// What the TAP device may leave to a driver that has accepted `features`; never what it would refuse.
+fn offload_flags(features: u64) -> c_uint {
+    let direction = header::TO_GUEST;
+    // A state may be from before sets of features that make no sense were refused.
+    if !direction.makes_sense(features) {
+        return 0;
+    }
+    let flags = [
+        (direction.checksum, TUN_F_CSUM),
+        (direction.tso4, TUN_F_TSO4),
+        (direction.tso6, TUN_F_TSO6),
+        (direction.ecn, TUN_F_TSO_ECN),
+    ];
+    let accepted = flags.iter().filter(|(bit, _)| features & bit != 0);
+    accepted.fold(0, |all, (_, flag)| all | flag)
 }
 
 fn refused(errno: Errno) -> Refused {
@@ -201,6 +206,28 @@ mod tests {
             let refused = Tap::open(name).err();
             assert!(matches!(refused, Some(NetError::TapName(_))), "{name:?}");
         }
+    }
+
+    #[test]
+    fn whatever_a_driver_accepts_no_flag_is_without_those_it_needs() {
+        let direction = header::TO_GUEST;
+        let bits = [
+            direction.checksum,
+            direction.tso4,
+            direction.tso6,
+            direction.ecn,
+        ];
+        for chosen in 0..1 << bits.len() {
+            let features = (0..bits.len()).filter(|i| chosen >> i & 1 != 0);
+            let features = features.fold(0, |all, i| all | bits[i]);
+            let flags = offload_flags(features);
+            let segments = flags & (TUN_F_TSO4 | TUN_F_TSO6) != 0;
+            assert!(!segments || flags & TUN_F_CSUM != 0, "{flags:#x}");
+            assert!(flags & TUN_F_TSO_ECN == 0 || segments, "{flags:#x}");
+        }
+        let all = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+        assert_eq!(offload_flags(header::OFFLOADS), all);
+        assert_eq!(offload_flags(direction.checksum), TUN_F_CSUM);
     }
 
     #[test]

@@ -13,10 +13,7 @@ use rustix::net::{
 };
 use virtio_bindings::virtio_mmio::*;
 
-use super::{
-    header::{FROM_GUEST, TO_GUEST},
-    *,
-};
+use super::*;
 use crate::{
     BusDevice, Device, EventLoop,
     conformance::{PATIENCE, conforms},
@@ -192,6 +189,19 @@ fn a_driver_that_breaks_a_rule_needs_a_reset() {
     bench.receive();
     assert!(!bench.broken());
     assert_eq!(receive.used(), 1);
+}
+
+#[test]
+fn a_driver_cannot_negotiate_offloads_that_need_others() {
+    let memory = driver::memory();
+    let (mut device, _, _) = scripted(&memory);
+    assert!(driver::negotiate(&mut device, PLAIN | OFFLOADS));
+    for direction in [TO_GUEST, FROM_GUEST] {
+        for alone in [direction.tso4, direction.tso6, direction.ecn] {
+            assert!(!driver::negotiate(&mut device, PLAIN | alone));
+        }
+        assert!(driver::negotiate(&mut device, PLAIN | direction.checksum));
+    }
 }
 
 #[test]
