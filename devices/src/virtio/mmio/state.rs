@@ -121,6 +121,11 @@ impl SavedTransport {
         }
     }
 
+    /// Whether the driver uses queue `index`.
+    pub(crate) fn is_ready(&self, index: usize) -> bool {
+        self.queues.get(index).is_some_and(|queue| queue.ready)
+    }
+
     /// How many buffers of queue `index` the device has taken and not given back.
     pub(crate) fn in_use(&self, index: usize) -> u16 {
         let queue = self.queues.get(index).filter(|queue| queue.ready);

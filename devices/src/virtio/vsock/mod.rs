@@ -75,6 +75,9 @@ pub struct Vsock {
     host: Host,
     /// The driver has to be told that its connections are gone.
     reset_due: bool,
+    /// And before it hears of others, which it would take for some of those that are: nothing is received until the event queue
+    /// has been looked at. If the driver has no room there then, it hears of others all the same, for it may never have any.
+    reset_first: bool,
     buffer: Box<[u8]>,
     metrics: Arc<VsockMetrics>,
 }
@@ -99,6 +102,7 @@ impl Vsock {
             path: text.to_owned(),
             host: Host::listen(path, Arc::clone(&metrics))?,
             reset_due: false,
+            reset_first: false,
             buffer: vec![0; BUFFER_BYTES as usize].into(),
             metrics,
         })
@@ -207,6 +211,7 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.host.clear();
         self.reset_due = false;
+        self.reset_first = false;
     }
 
     fn process_queue(
@@ -216,6 +221,7 @@ impl VirtioDevice for Vsock {
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
         match index {
+            RECEIVE if self.reset_first => Ok(Progress::default()),
             RECEIVE => {
                 self.host.poll();
                 serve_until_later(queue, memory, |chain| self.give_packet(chain, memory))
@@ -227,7 +233,14 @@ impl VirtioDevice for Vsock {
                 }
                 Ok(progress)
             }
-            EVENT => serve_until_later(queue, memory, |chain| self.give_event(chain, memory)),
+            EVENT => {
+                let mut progress =
+                    serve_until_later(queue, memory, |chain| self.give_event(chain, memory))?;
+                if std::mem::take(&mut self.reset_first) {
+                    progress.also = Some(RECEIVE);
+                }
+                Ok(progress)
+            }
             _ => Ok(Progress::default()),
         }
     }
@@ -244,6 +257,7 @@ impl VirtioDevice for Vsock {
             host: _,
             // A machine that is restored is always told.
             reset_due: _,
+            reset_first: _,
             buffer: _,
             metrics: _,
         } = self;
@@ -264,6 +278,8 @@ impl VirtioDevice for Vsock {
             transport,
         } = section.decode()?;
         self.reset_due = true;
+        // A queue that the driver does not use is not looked at.
+        self.reset_first = transport.is_ready(EVENT);
         Ok(transport)
     }
 

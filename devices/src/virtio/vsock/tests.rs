@@ -7,7 +7,9 @@ use std::{
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
+};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
@@ -525,6 +527,53 @@ fn a_restored_guest_is_told_and_its_ports_are_listened_on() {
     bench.receive.offer(&[Part::In(4096)]);
     bench.receive.notify(&mut bench.device);
     assert_eq!(bench.receive.used(), before + 1);
+}
+
+/// A machine that goes on from a state in which its driver had room for a packet, and for an event or not, or did not even use the
+/// queue for those. Somebody has connected before the loop looks at it.
+fn restored(event_queue: bool, event_room: bool) -> (Bench, Driver<'static>, UnixStream) {
+    let mut bench = Bench::new();
+    bench.receive.offer(&[Part::In(4096)]);
+    let mut events = bench.receive.of_queue(2);
+    if event_room {
+        events.offer(&[Part::In(4)]);
+    }
+    driver::set(&mut bench.device, VIRTIO_MMIO_QUEUE_SEL, 2);
+    driver::set(
+        &mut bench.device,
+        VIRTIO_MMIO_QUEUE_READY,
+        event_queue.into(),
+    );
+    let section = Device::save(&bench.device, 0).unwrap();
+    let other = bench.path("other");
+    let vsock = Vsock::listen(CID, &other).unwrap();
+    bench.device = driver::transport(vsock, &bench.memory).0;
+    Device::restore(&mut bench.device, &section).unwrap();
+    let mut stream = UnixStream::connect(other).unwrap();
+    stream.write_all(b"CONNECT 5\n").unwrap();
+    lock(bench.device.worker()).process(RECEIVE);
+    (bench, events, stream)
+}
+
+#[test]
+fn a_restored_guest_is_told_before_it_is_asked_for_connections() {
+    let (mut bench, events, _stream) = restored(true, true);
+    assert_eq!((bench.receive.used(), events.used()), (0, 0));
+    lock(bench.device.worker()).process(EVENT);
+    assert_eq!((bench.receive.used(), events.used()), (0, 1));
+    // Without a notification of the driver's or another event.
+    driver::serve_notified(&mut bench.device);
+    assert_eq!(bench.receive.used(), 1);
+}
+
+#[test]
+fn a_restored_guest_that_takes_no_events_is_asked_all_the_same() {
+    for event_queue in [true, false] {
+        let (mut bench, events, _stream) = restored(event_queue, false);
+        lock(bench.device.worker()).process(EVENT);
+        driver::serve_notified(&mut bench.device);
+        assert_eq!((bench.receive.used(), events.used()), (1, 0));
+    }
 }
 
 #[test]
