@@ -12,7 +12,7 @@ use devices::{
     AcpiPm, Bus, ConsoleInput, Device, I8042, InputPort, InterruptLine, OnGuestRequest, RUN_PORTS,
     Rtc, Run, RunPort, Serial,
     virtio::{
-        MmioTransport, VirtioDevice,
+        HostSide, MmioTransport, VirtioDevice,
         balloon::{BalloonControl, BalloonOptions},
         block::{Block, DiskControl},
         console::Console,
@@ -50,8 +50,8 @@ pub(crate) struct DeviceSet {
     all: Vec<(Kind, Arc<Mutex<dyn Device>>)>,
     /// Those with queues, for the event loop.
     pub(crate) transports: Vec<Arc<Mutex<MmioTransport>>>,
-    /// Of each disk, in their order: what changes it, and where the driver sees it.
-    disks: Vec<(DiskControl, Arc<Mutex<MmioTransport>>)>,
+    /// Of each disk, in their order: what changes it, and what tells of that.
+    disks: Vec<(DiskControl, HostSide)>,
     /// Takes what is typed.
     input: Arc<dyn InputPort>,
     /// Says that the machine is another one than it was.
@@ -186,18 +186,18 @@ impl DeviceSet {
     /// is looked at again.
     pub(crate) fn change_disk(&self, index: u32, change: DiskChange) -> Result<DiskStatus, Error> {
         let found = self.disks.get(index as usize);
-        let (control, transport) = found.ok_or(Error::NoSuchDisk {
+        let (control, host_side) = found.ok_or(Error::NoSuchDisk {
             index,
             has: self.disks.len(),
         })?;
         // First, for nothing else can fail.
         if let Some(bytes) = change.bytes {
             control.grow(bytes).map_err(devices::Error::Disk)?;
-            lock(transport).refresh_config();
+            host_side.refresh_config();
         }
         let limits = change.limits.of(disks::limits_of(control.limits()));
         control.set_limits(disks::limits(limits));
-        lock(transport).look_again();
+        host_side.look_again();
         Ok(disks::status(control))
     }
 
@@ -292,11 +292,8 @@ impl Builder<'_> {
         Ok(serial)
     }
 
-    /// Puts `device` on the next transport, with its interrupt line and its notifications.
-    fn virtio(
-        &mut self,
-        device: Box<dyn VirtioDevice>,
-    ) -> Result<Arc<Mutex<MmioTransport>>, Error> {
+    /// Puts `device` on the next transport, with its interrupt line and its notifications; returns the host's side of it.
+    fn virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<HostSide, Error> {
         let number = self.transports.len();
         let line = self.line(virtio_gsi(number))?;
         let transport = MmioTransport::new(device, self.memory.clone(), line)?;
@@ -305,13 +302,14 @@ impl Builder<'_> {
             let gpa = gpa + offset;
             self.vm.ioeventfd(event, IoEvent { gpa, value })?;
         }
+        let host_side = transport.host_side();
         let transport = Arc::new(Mutex::new(transport));
         self.buses
             .mmio
             .insert(gpa, u64::from(VIRTIO_BYTES), transport.clone())?;
         self.put(transport.clone());
-        self.transports.push(Arc::clone(&transport));
-        Ok(transport)
+        self.transports.push(transport);
+        Ok(host_side)
     }
 
     /// Puts the balloon on the next transport; returns the host's side of it.

@@ -172,7 +172,7 @@ pub(crate) fn grow(
     let bytes = control.bytes() + u64::from(input.byte()) * SECTOR_BYTES;
     if bytes <= MOST_SECTORS * SECTOR_BYTES {
         control.grow(bytes)?;
-        transport.refresh_config();
+        transport.host_side().refresh_config();
     }
     Ok(())
 }

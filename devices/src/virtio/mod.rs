@@ -32,7 +32,7 @@ use virtio_queue::Queue;
 
 use crate::{Error, Metrics};
 pub(crate) use events::QueueEvents;
-pub use mmio::{MMIO_BYTES, MmioTransport, QUEUE_NOTIFY, SavedTransport};
+pub use mmio::{HostSide, MMIO_BYTES, MmioTransport, QUEUE_NOTIFY, SavedTransport};
 pub(crate) use worker::Worker;
 
 /// A virtio device without its transport.

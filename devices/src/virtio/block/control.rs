@@ -27,7 +27,7 @@ impl DiskControl {
     }
 
     /// Has the disk have `bytes`; what is new reads as zeros. The driver does not know before
-    /// [`MmioTransport::refresh_config`](crate::virtio::MmioTransport::refresh_config). A disk that branches gets another layer,
+    /// [`HostSide::refresh_config`](crate::virtio::HostSide::refresh_config). A disk that branches gets another layer,
     /// which syncs files.
     ///
     /// # Errors
@@ -49,7 +49,7 @@ impl DiskControl {
 
     /// Has the disk have other limits. Of a rate that is another than it was, nothing is used up. Requests that wait are looked at
     /// again with the next round over the queue, for which who does not wait uses
-    /// [`MmioTransport::look_again`](crate::virtio::MmioTransport::look_again).
+    /// [`HostSide::look_again`](crate::virtio::HostSide::look_again).
     pub fn set_limits(&self, limits: DiskLimits) {
         *lock(&self.limits) = limits;
     }

@@ -75,7 +75,7 @@ fn a_driver_that_runs_is_told_and_can_use_what_is_new() {
         let generation = driver::get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION);
         let edges = line.edges();
         control.grow(LARGER).unwrap();
-        device.refresh_config();
+        device.host_side().refresh_config();
         assert_eq!(line.edges(), edges + 1);
         let cause = driver::get(&mut device, VIRTIO_MMIO_INTERRUPT_STATUS);
         assert_ne!(cause & VIRTIO_MMIO_INT_CONFIG, 0);
@@ -85,7 +85,7 @@ fn a_driver_that_runs_is_told_and_can_use_what_is_new() {
         assert_eq!(write_last_sector(&mut device, &mut driver, LARGER), 0);
         // Asked for once more, it is no news.
         control.grow(LARGER).unwrap();
-        device.refresh_config();
+        device.host_side().refresh_config();
         let again = driver::get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION);
         assert_eq!(again, now);
     }
@@ -98,7 +98,7 @@ fn a_driver_that_does_not_run_yet_is_not_interrupted() {
     let control = block.control();
     let (mut device, line) = driver::transport(block, &bench.memory);
     control.grow(LARGER).unwrap();
-    device.refresh_config();
+    device.host_side().refresh_config();
     assert_eq!((line.edges(), capacity(&mut device)), (0, LARGER));
 }
 

@@ -338,7 +338,7 @@ fn what_waits_goes_on_when_its_limit_is_raised_and_is_held_when_it_is_lowered() 
     assert_eq!(driver.used(), 1);
     let mut change = |limits| {
         control.set_limits(limits);
-        device.look_again();
+        device.host_side().look_again();
         driver::serve_notified(&mut device);
     };
     // What was used up at another rate is not waited for.
@@ -430,7 +430,7 @@ fn the_loop_looks_again_at_once_when_limits_are_changed() {
         line.wait();
     }
     control.set_limits(DiskLimits::default());
-    lock(&device).look_again();
+    lock(&device).host_side().look_again();
     while driver.used() < 3 {
         line.wait();
     }

@@ -1,5 +1,6 @@
 //! The virtio-mmio transport (virtio 1.3, section 4.2): the vCPUs' side of a device.
 
+mod host_side;
 mod registers;
 mod state;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{VirtioDevice, Worker, shared::Shared};
 use crate::{Device, Error, InterruptLine, Metrics, sync::lock};
+pub use host_side::HostSide;
 use registers::Registers;
 pub use state::SavedTransport;
 
@@ -91,20 +93,11 @@ impl MmioTransport {
             .map(|(event, index)| (QUEUE_NOTIFY, index, event))
     }
 
-    /// Has the driver know the configuration space as the device has it now, if that is not what it knows. It waits until
-    /// the device's round is over.
-    pub fn refresh_config(&self) {
-        let worker = lock(&self.worker);
-        let config = worker.device.config();
-        if self.shared.config() != config {
-            self.shared.change_config(config, worker.active);
-        }
-    }
-
-    /// Has the loop look at all queues, as if the driver had notified them: the device may now do what it could not before.
-    pub fn look_again(&self) {
-        for index in 0..self.queue_sizes.len() {
-            self.shared.signal(index);
+    /// What who has changed the device from outside tells it by.
+    pub fn host_side(&self) -> HostSide {
+        HostSide {
+            shared: Arc::clone(&self.shared),
+            worker: Arc::clone(&self.worker),
         }
     }
 

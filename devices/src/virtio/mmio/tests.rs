@@ -280,6 +280,21 @@ fn a_notification_may_bypass_the_bus() {
 }
 
 #[test]
+fn a_vcpu_does_not_wait_with_who_tells_of_a_change() {
+    let (mut device, _memory, _line) = machine();
+    let (worker, host) = (Arc::clone(device.worker()), device.host_side());
+    // As while a round takes long.
+    let round = lock(&worker);
+    std::thread::scope(|scope| {
+        let telling = scope.spawn(|| host.refresh_config());
+        get(&mut device, VIRTIO_MMIO_INTERRUPT_STATUS);
+        set(&mut device, VIRTIO_MMIO_INTERRUPT_ACK, 0);
+        assert!(!telling.is_finished());
+        drop(round);
+    });
+}
+
+#[test]
 fn a_round_that_ends_at_its_bound_asks_for_the_next() {
     let (mut device, memory, _line) = machine();
     let mut driver = Driver::start(&mut device, &memory, VERSION_1);
