@@ -11,7 +11,7 @@ use std::{
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::{Counter, InterruptLine, sync::lock};
+use crate::{Counter, InterruptLine, random::random, sync::lock};
 
 /// Interrupts, notifications, and the news that a device needs a reset.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 struct Config {
     bytes: Vec<u8>,
-    /// How often it has changed.
+    /// Another one whenever it has changed.
     generation: u32,
     /// The generation when the driver first looked since it has reset the device.
     seen: Option<u32>,
@@ -174,12 +174,16 @@ impl Shared {
         lock(&self.config).seen = None;
     }
 
-    /// The configuration space is `config` in a device that was saved and is restored. What its driver had looked at until
-    /// then is not known, so that it is taken to have seen another.
-    pub(crate) fn restore_config(&self, config: Vec<u8>) {
-        let seen = self.config_generation();
-        self.set_config(config);
-        lock(&self.config).seen = Some(seen);
+    /// The configuration space is `bytes` in a device that was saved and is restored. What its driver had looked at until
+    /// then is not known, so that it is taken to have seen another; nor is the generation, which a driver that has read one half
+    /// before must not find again.
+    pub(crate) fn restore_config(&self, bytes: Vec<u8>) {
+        let generation = random();
+        *lock(&self.config) = Config {
+            bytes,
+            generation,
+            seen: Some(generation.wrapping_sub(1)),
+        };
     }
 
     /// Tells the driver that it has broken a rule; `running` once it has set `DRIVER_OK`, before which

@@ -280,6 +280,20 @@ fn a_notification_may_bypass_the_bus() {
 }
 
 #[test]
+fn a_driver_that_is_restored_between_two_reads_finds_another_generation() {
+    let (mut device, memory, _line) = running();
+    let section = device.save(0).unwrap();
+    let restored = |()| {
+        let mut device = driver::transport(Entropy::new(), &memory).0;
+        device.restore(&section).unwrap();
+        get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION)
+    };
+    let before = get(&mut device, VIRTIO_MMIO_CONFIG_GENERATION);
+    let [once, again] = [(); 2].map(restored);
+    assert!(once != before && again != before && again != once);
+}
+
+#[test]
 fn a_vcpu_does_not_wait_with_who_tells_of_a_change() {
     let (mut device, _memory, _line) = machine();
     let (worker, host) = (Arc::clone(device.worker()), device.host_side());
