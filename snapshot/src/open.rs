@@ -284,7 +284,13 @@ fn follow(path: &Path, reference: &Reference, store: Option<StoreAt<'_>>) -> Res
     }
     let wanted = hex::encode(reference.stored);
     let (stored, state) = Stored::open(&store, &wanted)?;
-    if state.header.id != reference.id {
+    // A name or a tag is found before an id, and whoever sends a snapshot chooses its name.
+    if stored.id() != wanted {
+        return Err(bad(&format!(
+            "refers to snapshot {wanted}, and another one in the store has that for a name or a tag; remove it (`fermata store rm {wanted}`)"
+        )));
+    }
+    if state.header.id != reference.id || stored.memory_bytes() != reference.memory_bytes {
         return Err(bad(
             "refers to another machine's snapshot; take another copy",
         ));

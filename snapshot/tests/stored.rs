@@ -171,6 +171,42 @@ fn a_snapshot_that_has_the_parents_id_for_a_name_is_not_built_on() {
 }
 
 #[test]
+fn a_snapshot_that_has_the_id_of_a_reference_for_a_name_or_a_tag_is_not_followed() {
+    for is_tag in [false, true] {
+        let place = Place::new();
+        let id = place.refer(5, &memory_with(&[(0, 1)])).id.to_string();
+        // Of the same machine, as its own state file says.
+        let name = if is_tag { "forged" } else { &id };
+        let forged = Destination::Stored {
+            place: place.place(None),
+            name,
+        };
+        publish(forged, 5, &memory_with(&[(0, 2)])).unwrap();
+        if is_tag {
+            place.store.tag("forged", &id).unwrap();
+        }
+        let refused = place.follow_home().unwrap_err().to_string();
+        assert!(refused.contains(&format!("store rm {id}")), "{refused}");
+        place.store.rm(&id).unwrap();
+        let memory = place.follow_home().unwrap().load().unwrap();
+        assert_eq!(mark(&memory, 0), 1);
+    }
+}
+
+#[test]
+fn a_reference_that_promises_another_amount_of_memory_is_not_followed() {
+    let place = Place::new();
+    place.refer(5, &memory_with(&[(0, 1)]));
+    let mut reference = fs::read(place.path("memory")).unwrap();
+    reference[16..24].copy_from_slice(&(2 * MIN_MEMORY_BYTES).to_le_bytes());
+    let checksum = blake3::hash(&reference[..96]);
+    reference[96..].copy_from_slice(checksum.as_bytes());
+    fs::write(place.path("memory"), reference).unwrap();
+    let refused = place.follow_home().unwrap_err().to_string();
+    assert!(refused.contains("take another copy"), "{refused}");
+}
+
+#[test]
 fn a_reference_is_small_and_leads_to_the_memory() {
     let place = Place::new();
     place.refer(5, &memory_with(&[(0, 1), (LAST, 2)]));
