@@ -129,13 +129,22 @@ pub(crate) fn directory_of(path: &Path) -> Result<&Path, Error> {
     }
 }
 
-/// A name next to `path` that begins with a dot and ends with `ending`.
+/// Of the 255 bytes that a name can have, those that the longest ending and the dot leave: that of a second name, with an id.
+const MAX_IN_HIDDEN: usize = 255 - "...previous".len() - 32;
+
+/// A name next to `path` that begins with a dot and ends with `ending`. A file's name for which that has no room is in it as its
+/// digest.
 pub(crate) fn hidden_name(path: &Path, ending: &str) -> Result<PathBuf, Error> {
     let name = path
         .file_name()
         .ok_or_else(|| Error::NoFileName(path.to_owned()))?;
     let mut hidden = OsString::from(".");
-    hidden.push(name);
+    if name.len() <= MAX_IN_HIDDEN {
+        hidden.push(name);
+    } else {
+        let digest = blake3::hash(name.as_encoded_bytes());
+        hidden.push(digest.to_hex().as_str());
+    }
     hidden.push(ending);
     Ok(path.with_file_name(hidden))
 }

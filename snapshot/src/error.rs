@@ -21,6 +21,16 @@ pub enum Error {
         /// The file that was to be written.
         path: PathBuf,
     },
+    /// What was to be replaced cannot be kept until what replaces it is complete.
+    #[error(
+        "{path} cannot be kept until the snapshot that replaces it is complete: {source}; move it away, or choose another path"
+    )]
+    NotKept {
+        /// The file that was to be replaced.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// A file is not there.
     #[error("{path} does not exist; check the path")]
     NotFound {

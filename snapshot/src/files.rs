@@ -6,6 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::{io::Errno, process::geteuid};
+
 use crate::{
     Error,
     durable::{Pending, directory_of, discard, hidden_name, sweep, sync_directory},
@@ -126,15 +128,33 @@ fn keep_replaced(path: &Path, replacement: &File) -> Result<Replaced, Error> {
         }
     };
     let kept = hidden_name(path, &format!(".{id}.previous"))?;
-    match std::fs::hard_link(path, &kept) {
+    match rustix::fs::link(path, &kept) {
         Ok(()) => {}
         // From an earlier try: the id says that it is the same file.
-        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(e) => {
-            tracing::warn!(path = %path.display(), "the file system has no hard links: {e}");
+        Err(Errno::EXIST) => {}
+        Err(errno) if has_no_links(errno, path) => {
+            tracing::warn!(path = %path.display(), "the file system has no hard links: {errno}");
             return Ok(Replaced::Lost);
+        }
+        Err(errno) => {
+            return Err(Error::NotKept {
+                path: path.to_owned(),
+                source: errno.into(),
+            });
         }
     }
     sync_directory(directory_of(path)?)?;
     Ok(Replaced::Kept(kept))
+}
+
+/// Whether that is what a file system says that has no hard links. It may be EPERM, which of somebody else's file the kernel says
+/// by itself (`fs.protected_hardlinks`).
+fn has_no_links(errno: Errno, path: &Path) -> bool {
+    match errno {
+        Errno::OPNOTSUPP | Errno::NOSYS => true,
+        Errno::PERM => path
+            .symlink_metadata()
+            .is_ok_and(|file| file.uid() == geteuid().as_raw()),
+        _ => false,
+    }
 }

@@ -232,6 +232,54 @@ fn a_pair_that_cannot_be_completed_gives_the_place_back() {
 }
 
 #[test]
+fn the_longest_names_are_given_back_and_swept_like_any_other() {
+    let place = Place::new();
+    let directory = place.directory.path();
+    let (state, memory) = (
+        directory.join("s".repeat(255)),
+        directory.join("m".repeat(255)),
+    );
+    let publish = |id| {
+        let unpublished = save(&state, &memory, id, &memory_with(&[(0, id)])).unwrap();
+        unpublished.publish()
+    };
+    publish(1).unwrap();
+    let old_state = fs::read(&state).unwrap();
+    let unpublished = save(&state, &memory, 2, &memory_with(&[])).unwrap();
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    assert!(unpublished.publish().is_err());
+    fs::remove_dir(&state).unwrap();
+    fs::write(&state, old_state).unwrap();
+    assert_eq!(mark(&open(&state, &memory).unwrap().load().unwrap(), 0), 1);
+    publish(3).unwrap();
+    assert_eq!(mark(&open(&state, &memory).unwrap().load().unwrap(), 0), 3);
+    assert_eq!(place.names().len(), 2);
+}
+
+#[test]
+fn what_cannot_be_kept_is_not_replaced() {
+    let place = Place::new();
+    // A path that has room for a hidden name, and for none with an id.
+    let mut directory = place.directory.path().to_owned();
+    while directory.as_os_str().len() < 4050 {
+        directory.push("d".repeat(15));
+    }
+    fs::create_dir_all(&directory).unwrap();
+    let memory = directory.join("memory");
+    let publish = |id| {
+        let unpublished = save(&place.state(), &memory, id, &memory_with(&[(0, id)])).unwrap();
+        unpublished.publish()
+    };
+    publish(1).unwrap();
+    let refused = publish(2).unwrap_err().to_string();
+    assert!(refused.contains("choose another path"), "{refused}");
+    let pair = open(&place.state(), &memory).unwrap();
+    assert_eq!(mark(&pair.load().unwrap(), 0), 1);
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
+}
+
+#[test]
 fn one_place_under_two_spellings_is_one() {
     let place = Place::new();
     let other = place.directory.path().join(".").join("state");

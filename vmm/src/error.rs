@@ -306,7 +306,7 @@ fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
         Snapshot::SamePath(_) | Snapshot::NoFileName(_) => FailureKind::BadRequest,
         Snapshot::NoSpace { .. } => FailureKind::NoSpace,
         Snapshot::NotFound { .. } => FailureKind::NotFound,
-        Snapshot::Io { source, .. } => io_kind(source),
+        Snapshot::Io { source, .. } | Snapshot::NotKept { source, .. } => io_kind(source),
         Snapshot::State { .. }
         | Snapshot::Memory { .. }
         | Snapshot::StoredState { .. }
