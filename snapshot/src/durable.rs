@@ -9,13 +9,16 @@
 use std::{
     ffi::OsString,
     fs::{File, OpenOptions},
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::{Path, PathBuf},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, Mode, OFlags},
-    io::Errno,
+    fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock},
+    io::{Errno, retry_on_intr},
 };
 
 use crate::Error;
@@ -204,6 +207,19 @@ pub(crate) fn open_for_reading(path: &Path) -> Result<File, Error> {
     rustix::fs::open(path, flags, Mode::empty())
         .map(File::from)
         .map_err(Error::errno("open", path))
+}
+
+/// Has nobody else who asks for it change the names in `directory`, until what this returns is dropped. It waits for who does.
+pub(crate) fn lock_directory(directory: &Path) -> Result<OwnedFd, Error> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let locked = rustix::fs::open(directory, flags, Mode::empty())
+        .map_err(Error::errno("open", directory))?;
+    let lock = || flock(&locked, FlockOperation::LockExclusive);
+    if let Err(errno) = retry_on_intr(lock) {
+        // Some network file systems have no locks on directories. A snapshot without one is better than none.
+        tracing::warn!(path = %directory.display(), "two who save here at once are not kept apart: {errno}");
+    }
+    Ok(locked)
 }
 
 /// Makes the names in `directory` durable.

@@ -10,7 +10,7 @@ use rustix::{io::Errno, process::geteuid};
 
 use crate::{
     Error,
-    durable::{Pending, directory_of, discard, hidden_name, sweep, sync_directory},
+    durable::{Pending, directory_of, discard, hidden_name, lock_directory, sweep, sync_directory},
     open::id_of,
 };
 
@@ -51,12 +51,14 @@ impl PendingFiles {
     ///
     /// Two renames are not one step. So that a crash between them loses nothing, the memory file
     /// that is replaced keeps a hidden second name with its id until the state file is in its place
-    /// too; the old state file still finds it there.
+    /// too; the old state file still finds it there. Of two who save to one place, each waits for the other, so that both files
+    /// are of who comes last, and nobody sweeps what somebody else still needs.
     pub(crate) fn publish(self) -> Result<(), Error> {
         let Self { state, memory } = self;
         memory.sync()?;
         state.sync()?;
         let (state_path, memory_path) = (state.target().to_owned(), memory.target().to_owned());
+        let _alone = lock_directory(directory_of(&memory_path)?)?;
         let replaced = keep_replaced(&memory_path, memory.file())?;
         memory.rename().inspect_err(|_| replaced.forget())?;
         // Durable before the state is renamed: a new state file must never be left with an old memory.

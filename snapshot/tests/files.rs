@@ -6,6 +6,7 @@ use std::{
     fs::{self, OpenOptions},
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
+    thread,
 };
 
 use memory::{MIN_MEMORY_BYTES, MachineMemory};
@@ -255,6 +256,27 @@ fn the_longest_names_are_given_back_and_swept_like_any_other() {
     publish(3).unwrap();
     assert_eq!(mark(&open(&state, &memory).unwrap().load().unwrap(), 0), 3);
     assert_eq!(place.names().len(), 2);
+}
+
+#[test]
+fn of_two_who_save_to_one_place_at_once_both_files_are_of_one() {
+    let place = Place::new();
+    for _ in 0..20 {
+        let both = [1, 2].map(|id| {
+            let memory = memory_with(&[(0, id)]);
+            save(&place.state(), &place.memory(), id, &memory).unwrap()
+        });
+        thread::scope(|scope| {
+            let publishing = both.map(|unpublished| scope.spawn(|| unpublished.publish()));
+            for published in publishing {
+                published.join().unwrap().unwrap();
+            }
+        });
+        assert_eq!(place.names(), ["memory", "state"]);
+        let pair = place.open().unwrap();
+        let id = pair.state.header.id;
+        assert_eq!(SnapshotId([mark(&pair.load().unwrap(), 0); 16]), id);
+    }
 }
 
 #[test]
