@@ -7,7 +7,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, flock},
+    fs::{FlockOperation, OFlags, flock},
     io::Errno,
 };
 
@@ -31,6 +31,8 @@ impl Reserved {
         loop {
             let mut options = OpenOptions::new();
             let opened = options.write(true).create(true).truncate(false);
+            // Through a link it would never be what has the name.
+            let opened = opened.custom_flags(OFlags::NOFOLLOW.bits().cast_signed());
             let file = opened.mode(0o600).open(&path);
             let file = file.map_err(Error::io("reserve", &path))?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -52,5 +54,35 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         // While it is still locked. What stays is taken over by the next.
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_alones_and_free_once_that_is_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let reserved = Reserved::new(directory.path(), "vm").unwrap();
+        let refused = Reserved::new(directory.path(), "vm").unwrap_err();
+        assert!(matches!(refused, Error::NameTaken(_)), "{refused}");
+        drop(reserved);
+        // Left by somebody who was killed.
+        fs::write(directory.path().join(".vm.receiving"), "").unwrap();
+        drop(Reserved::new(directory.path(), "vm").unwrap());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_link_in_its_place_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (link, target) = (".vm.receiving", "elsewhere");
+        std::os::unix::fs::symlink(target, directory.path().join(link)).unwrap();
+        let refused = Reserved::new(directory.path(), "vm")
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains(link), "{refused}");
+        assert!(!directory.path().join(target).exists());
     }
 }
