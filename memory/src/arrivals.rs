@@ -21,8 +21,8 @@ use rustix::{
 
 use crate::{
     Error, MachineMemory, PAGE_BYTES,
-    host::Host,
-    map::{HUGE_PAGE_BYTES, ask_for_huge_pages, ask_for_small_pages},
+    host::{Host, few_of},
+    map::{ask_for_huge_pages, ask_for_small_pages},
     settled::Settled,
     userfault::{Userfault, Watch},
 };
@@ -63,7 +63,7 @@ impl MachineMemory {
 
 impl Arrivals {
     fn watch(host: Host, settled: Arc<Settled>, data: &[Range<u64>]) -> io::Result<Self> {
-        let ranges = watched(data, host.bytes());
+        let ranges = few_of(data, MAX_RANGES, host.bytes());
         let userfault = Userfault::new(host.clone())?;
         for range in &ranges {
             // Else the kernel would make a huge page for each first touch, and throw it away when it finds that the touch
@@ -229,18 +229,6 @@ impl Drop for Arrivals {
             // SAFETY: it is not used any more.
             unsafe { ManuallyDrop::drop(&mut self.userfault) };
         }
-    }
-}
-
-/// `data`, in so few ranges that they can be watched.
-fn watched(data: &[Range<u64>], end: u64) -> Vec<Range<u64>> {
-    let mut unit = HUGE_PAGE_BYTES as u64;
-    loop {
-        let ranges = crate::host::round_out(data, unit, end);
-        if ranges.len() <= MAX_RANGES {
-            return ranges;
-        }
-        unit *= 2;
     }
 }
 

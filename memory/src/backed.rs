@@ -5,6 +5,10 @@ use std::{collections::BTreeMap, ops::Range};
 /// The most mappings of the process that guest memory may have become; Linux gives a process 65,530 (`vm.max_map_count`).
 const MAX_MAPPINGS: usize = 32_768;
 
+/// The most ranges that memory is mapped from: each is a mapping, as is what lies between two, and most of those that there may be
+/// are for what the guest gives back.
+pub(crate) const MAX_RANGES: usize = MAX_MAPPINGS / 8;
+
 /// Ranges of a memory image below a private file mapping: pages there have content even if they were never touched.
 #[derive(Debug, Default)]
 pub(crate) struct Backed {

@@ -21,7 +21,7 @@ use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use crate::{
     Discarder, GuestMemory, Layout, Original, Region,
-    backed::Backed,
+    backed::{Backed, MAX_RANGES},
     live::Shared,
     map::{HUGE_PAGE_BYTES, fresh, guest_region, map_anonymous, map_image},
     settled::Settled,
@@ -249,7 +249,7 @@ impl MachineMemory {
     /// The content of `image`, whose bytes from 0 on are a memory image of this layout. It is mapped
     /// privately: the guest's writes never reach the file, and machines restored from one file share
     /// what they do not write. `data` are the ranges of the image that are not all zero, ascending;
-    /// only they are mapped from the file, rounded out to huge pages.
+    /// only they are mapped from the file, rounded out to huge pages, or further if that would take the process too many mappings.
     ///
     /// The file's content must not change while the machine lives; replacing the file by renaming
     /// another over it is fine.
@@ -271,7 +271,7 @@ impl MachineMemory {
     /// [`Error::Map`] when the host has no room for it; the memory is of no use then.
     pub fn map_over(&self, image: &File, data: &[Range<u64>]) -> Result<(), Error> {
         let bytes = self.layout.bytes();
-        let mapped = round_out(data, HUGE_PAGE_BYTES as u64, bytes);
+        let mapped = few_of(data, MAX_RANGES, bytes);
         let file = image.try_clone();
         let file = file.map_err(|source| Error::Map { bytes, source })?;
         for range in &mapped {
@@ -380,8 +380,20 @@ impl MachineMemory {
     }
 }
 
+/// At most `count` ranges that have all of `ranges` in them: these, rounded out to huge pages or as far as that takes.
+pub(crate) fn few_of(ranges: &[Range<u64>], count: usize, end: u64) -> Vec<Range<u64>> {
+    let mut unit = HUGE_PAGE_BYTES as u64;
+    loop {
+        let rounded = round_out(ranges, unit, end);
+        if rounded.len() <= count {
+            return rounded;
+        }
+        unit *= 2;
+    }
+}
+
 /// Rounds `ranges` out to multiples of `unit`, not past `end`, and joins those that touch.
-pub(crate) fn round_out(ranges: &[Range<u64>], unit: u64, end: u64) -> Vec<Range<u64>> {
+fn round_out(ranges: &[Range<u64>], unit: u64, end: u64) -> Vec<Range<u64>> {
     let mut rounded: Vec<Range<u64>> = Vec::new();
     for range in ranges {
         let start = range.start - range.start % unit;
@@ -410,6 +422,24 @@ mod tests {
             [0..10, 20..30, 90..97]
         );
         assert_eq!(round_out(&[5..15, 15..26], 10, 100), vec![0..30; 1]);
+    }
+
+    #[test]
+    fn there_are_never_more_ranges_than_may_be() {
+        const HUGE: u64 = HUGE_PAGE_BYTES as u64;
+        let data: Vec<_> = (0..40_000u64)
+            .map(|n| 4 * n * HUGE..(4 * n + 1) * HUGE)
+            .collect();
+        let ranges = few_of(&data, 16_384, 4 * 40_000 * HUGE);
+        assert!(ranges.len() <= 16_384);
+        for data in data {
+            let covers = |range: &Range<u64>| range.start <= data.start && data.end <= range.end;
+            assert!(ranges.iter().any(covers), "{data:?}");
+        }
+        assert_eq!(
+            few_of(&[PAGE_BYTES..2 * PAGE_BYTES; 1], 1, HUGE / 2),
+            vec![0..HUGE / 2; 1]
+        );
     }
 
     #[test]

@@ -216,24 +216,6 @@ fn a_machine_that_ends_too_soon_shows_no_zeros() {
 }
 
 #[test]
-fn there_are_never_more_ranges_than_the_process_may_have_mappings() {
-    let data: Vec<_> = (0..40_000u64)
-        .map(|n| 4 * n * HUGE..(4 * n + 1) * HUGE)
-        .collect();
-    let end = 4 * 40_000 * HUGE;
-    let ranges = watched(&data, end);
-    assert!(ranges.len() <= MAX_RANGES);
-    for data in data {
-        let covers = |range: &Range<u64>| range.start <= data.start && data.end <= range.end;
-        assert!(ranges.iter().any(covers), "{data:?}");
-    }
-    assert_eq!(
-        watched(&[PAGE..2 * PAGE; 1], HUGE / 2),
-        vec![0..HUGE / 2; 1]
-    );
-}
-
-#[test]
 fn who_waits_for_what_is_given_back_meanwhile_looks_again() {
     let Some((memory, arrivals)) = arriving(&[0..HUGE; 1]) else {
         return;

@@ -171,6 +171,44 @@ fn what_was_given_back_is_the_images_again() {
 }
 
 #[test]
+fn an_image_in_more_parts_than_there_can_be_mappings_is_mapped_and_brought_back_to() {
+    // Those below the hole are looked at: there, an address is an offset, and gaps are left. Behind it, none is.
+    const FEW: u64 = crate::HOLE_START / (32 * HUGE);
+    let few = (0..FEW).map(|n| n * 32 * HUGE);
+    let many = (0..34_000).map(|n| crate::HOLE_START + n * 2 * HUGE);
+    let data: Vec<_> = few.clone().chain(many).map(|at| at..at + PAGE).collect();
+    let bytes = data.last().unwrap().start + HUGE;
+    let Ok(memory) = MachineMemory::zeroed(Layout::new(bytes).unwrap()) else {
+        eprintln!("the host has no room for so much, so nothing was tested");
+        return;
+    };
+    let file = File::from(memfd_create("image", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(bytes).unwrap();
+    for at in few.clone() {
+        file.write_all_at(&[1; 8], at).unwrap();
+    }
+    memory.map_over(&file, &data).unwrap();
+    // Of a part, of what it was rounded out by, and of a gap.
+    let used = |at| [at, at + HUGE, at + 16 * HUGE];
+    let is_as_in_the_image = || {
+        let word = u64::from_ne_bytes([1; 8]);
+        few.clone()
+            .all(|at| used(at).map(|at| read(&memory, at)) == [word, 0, 0])
+    };
+    assert!(is_as_in_the_image());
+    let mut original = memory.original().unwrap();
+    for _ in 0..2 {
+        for at in few.clone().flat_map(used) {
+            write(&memory, at, 7);
+        }
+        memory.discarder().discard(0..32 * HUGE + PAGE).unwrap();
+        assert_eq!([0, HUGE, 32 * HUGE].map(|at| read(&memory, at)), [0; 3]);
+        original.bring_back().unwrap();
+        assert!(is_as_in_the_image());
+    }
+}
+
+#[test]
 fn memory_whose_writes_are_noticed_is_not_brought_back() {
     let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
     let memory = MachineMemory::from_image(layout, &image(), &[]).unwrap();
