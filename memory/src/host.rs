@@ -163,13 +163,16 @@ impl Host {
         Ok(())
     }
 
-    /// Has the kernel merge no pages of it with equal ones (KSM), which a process can inherit.
+    /// Has the kernel merge no pages of what is mapped at `image` with equal ones (KSM), which a process can inherit.
     #[allow(unsafe_code)]
-    pub(crate) fn keep_pages_apart(&self) -> io::Result<()> {
-        let start = self.at(0).cast();
+    pub(crate) fn keep_pages_apart(&self, image: &Range<u64>) -> io::Result<()> {
+        if image.start > image.end || image.end > self.bytes {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let bytes = (image.end - image.start) as usize;
+        let start = self.at(image.start).cast();
         // SAFETY: it lies within the mapping, and its content does not change.
-        let asked =
-            unsafe { rustix::mm::madvise(start, self.bytes as usize, Advice::LinuxUnmergeable) };
+        let asked = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxUnmergeable) };
         match asked {
             // A kernel that merges nothing.
             Err(Errno::INVAL) => Ok(()),

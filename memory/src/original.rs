@@ -75,8 +75,12 @@ unsafe impl Send for Content {}
 impl Original {
     pub(crate) fn new(memory: &MachineMemory) -> Result<Self, Error> {
         let bytes = memory.layout().bytes();
+        let host = memory.host().clone();
+        // A page of the machine's own could become the page of zeros that everybody shares, and would not be found any more.
+        host.keep_pages_apart(&(0..bytes))
+            .map_err(Error::OwnPages)?;
         Ok(Self {
-            host: memory.host().clone(),
+            host,
             content: Content::new(memory.image()?, bytes)?,
             own_pages: OwnPages::new().map_err(Error::OwnPages)?,
             kept: Vec::new(),
@@ -98,7 +102,7 @@ impl Original {
                 "somebody is told of what is written to it",
             ));
         }
-        done.dirty_pages += self.map_what_was_given_back() / PAGE_BYTES;
+        done.dirty_pages += self.map_what_was_given_back()? / PAGE_BYTES;
         if !self.begun {
             done.dirty_pages += self.empty_gaps()?;
             self.begun = true;
@@ -120,7 +124,7 @@ impl Original {
     }
 
     /// Has what the guest gave back be mapped from the image again; returns how many bytes it was.
-    fn map_what_was_given_back(&self) -> u64 {
+    fn map_what_was_given_back(&self) -> io::Result<u64> {
         let mut backed = self.host.backed();
         let all = &self.content.image.mapped;
         let bytes = |ranges: &[Range<u64>]| -> u64 {
@@ -128,15 +132,16 @@ impl Original {
         };
         let missing = bytes(all) - bytes(&backed.ranges());
         if missing == 0 {
-            return 0;
+            return Ok(0);
         }
         for range in Backed::put_back(&mut backed, all) {
             if let Err(error) = map_image(self.host.at(0), &self.content.image.file, &range) {
                 // Before Linux 6.12, some of guest memory may be mapped no more: nobody sees that.
                 abort(format_args!("a machine cannot be brought back: {error}"));
             }
+            self.host.keep_pages_apart(&range)?;
         }
-        missing
+        Ok(missing)
     }
 
     /// Empties what is not of the image, which then reads as zeros, and has it be of small pages from here on: of a huge page that

@@ -211,9 +211,9 @@ impl Drop for Tracker {
 impl Shared {
     fn new(host: Host) -> io::Result<Self> {
         // A page that is merged with others loses its protection.
-        host.keep_pages_apart()?;
-        let userfault = Userfault::new(host.clone())?;
         let bytes = host.bytes();
+        host.keep_pages_apart(&(0..bytes))?;
+        let userfault = Userfault::new(host.clone())?;
         userfault.register(&(0..bytes), Watch::Writes)?;
         let granules = Granules::new(bytes);
         Ok(Self {

@@ -208,6 +208,44 @@ fn an_image_in_more_parts_than_there_can_be_mappings_is_mapped_and_brought_back_
     }
 }
 
+/// Mappings of memory whose pages the kernel may merge with equal ones.
+fn mergeable(memory: &MachineMemory) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut is_within = false;
+    let mut count = 0;
+    for line in maps.lines() {
+        let start = line.split_once('-').map(|(start, _)| start);
+        if let Some(Ok(start)) = start.map(|start| u64::from_str_radix(start, 16)) {
+            is_within = memory.host().offset(start).is_some();
+        }
+        let flags = line.strip_prefix("VmFlags:");
+        let flagged = flags.is_some_and(|flags| flags.split(' ').any(|flag| flag == "mg"));
+        count += usize::from(is_within && flagged);
+    }
+    count
+}
+
+#[test]
+fn no_page_of_the_machines_own_becomes_one_that_everybody_shares() {
+    // As a process inherits it that is started so.
+    #[allow(unsafe_code)]
+    // SAFETY: the content of memory does not change.
+    let merge =
+        |all: libc::c_ulong| unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, all, 0, 0, 0) };
+    if merge(1) != 0 {
+        eprintln!("this kernel merges nothing, so nothing was tested");
+        return;
+    }
+    let memory = memory();
+    assert_ne!(mergeable(&memory), 0);
+    let mut original = memory.original().unwrap();
+    assert_eq!(mergeable(&memory), 0);
+    memory.discarder().discard(PAGE..3 * PAGE).unwrap();
+    original.bring_back().unwrap();
+    assert_eq!(mergeable(&memory), 0);
+    merge(0);
+}
+
 #[test]
 fn memory_whose_writes_are_noticed_is_not_brought_back() {
     let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
