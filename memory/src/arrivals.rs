@@ -149,6 +149,12 @@ impl Arrivals {
         if put == range.end - range.start {
             return Ok(());
         }
+        if self.is_complete() {
+            // Some of it may still be watched, if the kernel refused: what is not there is zero. A page at a time, for the rest is not.
+            for offset in range.clone().step_by(PAGE_BYTES as usize) {
+                self.zero(&(offset..offset + PAGE_BYTES))?;
+            }
+        }
         self.userfault.wake(range)
     }
 
@@ -162,7 +168,7 @@ impl Arrivals {
         let page = offset..offset + PAGE_BYTES;
         match self.settled.put_again(|| self.zero(&page))? {
             true => Ok(()),
-            false => self.userfault.wake(&page),
+            false => self.wake_the_rest(&page, 0),
         }
     }
 

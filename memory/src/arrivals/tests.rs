@@ -216,6 +216,36 @@ fn a_machine_that_ends_too_soon_shows_no_zeros() {
 }
 
 #[test]
+fn what_is_still_watched_when_everything_has_come_is_zero_for_who_waits() {
+    let Some((memory, arrivals)) = arriving(&[0..HUGE; 1]) else {
+        return;
+    };
+    let guest = memory.guest();
+    // As if the kernel had refused the rest.
+    arrivals.settled.complete();
+    type Bring = fn(&Arrivals) -> io::Result<()>;
+    let bring: [(u64, Bring); 3] = [
+        (PAGE, |arrivals| {
+            arrivals.put_zeros(&(0..4 * PAGE)).map(drop)
+        }),
+        (5 * PAGE, |arrivals| {
+            arrivals.put(5 * PAGE, &[1; PAGE as usize]).map(drop)
+        }),
+        (7 * PAGE, |arrivals| arrivals.release(7 * PAGE)),
+    ];
+    for (page, bring) in bring {
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| byte(guest, page));
+            assert_eq!(arrivals.wanted().unwrap(), Some(vec![page]));
+            bring(&arrivals).unwrap();
+            // It is there, so that who waited is not told of again.
+            assert_eq!(arrivals.userfault.zero(&(page..page + PAGE)).unwrap(), 0);
+            assert_eq!(waits.join().unwrap(), 0);
+        });
+    }
+}
+
+#[test]
 fn who_waits_for_what_is_given_back_meanwhile_looks_again() {
     let Some((memory, arrivals)) = arriving(&[0..HUGE; 1]) else {
         return;
