@@ -37,7 +37,7 @@ pub use disk::StoredDisk;
 pub use error::Error;
 pub use files::Files;
 pub use image_file::Written;
-pub use on_demand::{Lost, OnDemand, OnLoss, UseWorkingSet};
+pub use on_demand::{Finisher, Lost, OnDemand, OnLoss, UseWorkingSet};
 pub use open::{Snapshot, Source, read_state};
 pub use save::{Destination, Draft, Published, StorePlace, Unpublished, begin, write};
 pub use saving::Saving;

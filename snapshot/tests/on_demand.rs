@@ -144,7 +144,7 @@ fn who_reads_everything_finds_everything_in_whatever_order() {
             for page in (0..PAGES).map(|n| n * step % PAGES) {
                 assert_eq!(get(&memory, page), expected(page), "page {page}");
             }
-            coming.finish().unwrap();
+            coming.finisher().finish().unwrap();
             let progress = coming.progress();
             assert_eq!(progress.done(), progress.total());
             assert!(progress.total() > MIN_MEMORY_BYTES / 4);
@@ -165,7 +165,7 @@ fn what_has_come_is_saved_as_it_was_and_what_was_changed_as_it_is() {
         .discarder()
         .discard(PAGE_BYTES..2 * PAGE_BYTES)
         .unwrap();
-    coming.finish().unwrap();
+    coming.finisher().finish().unwrap();
     place.save("b", &memory);
     let again = place.open("b").load().unwrap();
     for page in 0..PAGES {
@@ -190,7 +190,7 @@ fn memory_without_content_is_there_at_once() {
     let Some((memory, coming, _)) = place.on_demand("zeros") else {
         return;
     };
-    coming.finish().unwrap();
+    coming.finisher().finish().unwrap();
     assert!(coming.is_complete());
     assert_eq!(get(&memory, PAGES / 2), 0);
     assert!(memory.populated().is_ok());
@@ -251,7 +251,7 @@ fn damage_is_named_never_shown_and_put_right() {
     assert!(coming.lost().is_some());
     // It stays so, whoever asks, and nobody is told zeros.
     coming.retry().unwrap_err();
-    coming.finish().unwrap_err();
+    coming.finisher().finish().unwrap_err();
     assert!(memory.populated().is_err());
     assert!(!reads.is_finished());
     // Until it is put right. A repair is another file of that name.
@@ -261,7 +261,7 @@ fn damage_is_named_never_shown_and_put_right() {
     }
     coming.retry().unwrap();
     assert_eq!(reads.join().unwrap(), expected(page));
-    coming.finish().unwrap();
+    coming.finisher().finish().unwrap();
     assert!(coming.lost().is_none());
     for page in 0..PAGES {
         assert_eq!(get(&memory, page), expected(page), "page {page}");
@@ -290,9 +290,9 @@ fn a_store_that_is_gone_is_a_loss_and_one_that_is_back_is_none() {
     let reads = waits(&memory);
     let lost = told.recv_timeout(Duration::from_secs(120)).unwrap();
     assert_eq!(lost.offset, PAGE_BYTES);
-    assert!(coming.finish().is_err() && !reads.is_finished());
+    assert!(coming.finisher().finish().is_err() && !reads.is_finished());
     fs::rename(&away, place.path()).unwrap();
-    coming.finish().unwrap();
+    coming.finisher().finish().unwrap();
     assert_eq!(reads.join().unwrap(), expected(1));
 }
 

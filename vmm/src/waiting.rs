@@ -11,6 +11,7 @@ use std::{
 };
 
 use control::{SnapshotReport, SnapshotRequest};
+use snapshot::OnDemand;
 
 use crate::{
     controller::{Event, Reply},
@@ -73,10 +74,11 @@ pub(crate) fn bring_all(
     counters: &Arc<Counters>,
     events: &Sender<Event>,
 ) -> Result<(), Error> {
-    let (counters, events) = (Arc::clone(counters), events.clone());
+    // Nothing else of the machine's: if it ends before, this ends with it.
+    let finisher = counters.arriving.as_ref().map(OnDemand::finisher);
+    let events = events.clone();
     let bring = move || {
-        let arriving = counters.arriving.as_ref();
-        let came = arriving.map_or(Ok(()), |arriving| arriving.finish());
+        let came = finisher.map_or(Ok(()), |finisher| finisher.finish());
         // The controller has ended.
         let _ = events.send(Event::Arrived(round, came));
     };

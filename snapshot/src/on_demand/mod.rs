@@ -189,39 +189,13 @@ impl OnDemand {
         Ok(())
     }
 
-    /// Has everything come as soon as can be, and waits for that.
-    ///
-    /// # Errors
-    ///
-    /// [`Lost`] names a page that cannot be had.
-    pub fn finish(&self) -> Result<(), Lost> {
-        let Some(bringing) = self.bringing.upgrade() else {
-            return Ok(());
-        };
-        bringing.retry()?;
-        bringing.work().is_hurried = true;
-        bringing.changed.notify_all();
-        thread::scope(|scope| {
-            for _ in 1..cores() {
-                let read = || bringing.read_parts(Patience::WhileThereAreParts);
-                // Those that the host does not give, the others do the work of.
-                let _ = thread::Builder::new().spawn_scoped(scope, read);
-            }
-            bringing.read_parts(Patience::WhileThereAreParts);
-        });
-        let mut work = bringing.work();
-        while !work.complete {
-            if work.stopped {
-                return Err(bringing.lost(0, &Cause::Stopped));
-            }
-            if work.plan.is_at_rest() && !work.plan.is_done() {
-                drop(work);
-                let lost = self.lost();
-                return Err(lost.unwrap_or_else(|| bringing.lost(0, &Cause::Panic)));
-            }
-            work = bringing.wait(work);
+    /// Who has everything come as soon as can be. It does not keep the coming of memory from ending with the machine.
+    #[must_use]
+    pub fn finisher(&self) -> Finisher {
+        Finisher {
+            bringing: self.bringing.clone(),
+            state: Arc::clone(&self.state),
         }
-        Ok(())
     }
 
     /// Tries again to bring what could not be had, if anything.
@@ -276,6 +250,49 @@ impl fmt::Debug for OnDemand {
             .field("progress", self.progress())
             .field("lost", &self.lost())
             .finish_non_exhaustive()
+    }
+}
+
+/// Who has all of a machine's memory come.
+pub struct Finisher {
+    bringing: Weak<Bringing>,
+    state: Arc<State>,
+}
+
+impl Finisher {
+    /// Has everything come as soon as can be, and waits for that.
+    ///
+    /// # Errors
+    ///
+    /// [`Lost`] names a page that cannot be had.
+    pub fn finish(&self) -> Result<(), Lost> {
+        let Some(bringing) = self.bringing.upgrade() else {
+            return Ok(());
+        };
+        bringing.retry()?;
+        bringing.work().is_hurried = true;
+        bringing.changed.notify_all();
+        thread::scope(|scope| {
+            for _ in 1..cores() {
+                let read = || bringing.read_parts(Patience::WhileThereAreParts);
+                // Those that the host does not give, the others do the work of.
+                let _ = thread::Builder::new().spawn_scoped(scope, read);
+            }
+            bringing.read_parts(Patience::WhileThereAreParts);
+        });
+        let mut work = bringing.work();
+        while !work.complete {
+            if work.stopped {
+                return Err(bringing.lost(0, &Cause::Stopped));
+            }
+            if work.plan.is_at_rest() && !work.plan.is_done() {
+                drop(work);
+                let lost = self.state.lost().clone();
+                return Err(lost.unwrap_or_else(|| bringing.lost(0, &Cause::Panic)));
+            }
+            work = bringing.wait(work);
+        }
+        Ok(())
     }
 }
 
