@@ -149,16 +149,12 @@ mod tests {
             rlim_max: 0,
         };
         // SAFETY: it is written to and lives.
-        assert_eq!(
-            unsafe { libc::getrlimit(libc::RLIMIT_SIGPENDING, &mut limit) },
-            0
-        );
+        let got = unsafe { libc::getrlimit(libc::RLIMIT_SIGPENDING, &mut limit) };
+        assert_eq!(got, 0);
         limit.rlim_cur = to.min(limit.rlim_max);
         // SAFETY: it is read and lives.
-        assert_eq!(
-            unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &limit) },
-            0
-        );
+        let set = unsafe { libc::setrlimit(libc::RLIMIT_SIGPENDING, &limit) };
+        assert_eq!(set, 0);
     }
 
     #[test]

@@ -487,6 +487,6 @@ mod tests {
         drop(reader);
         assert!(is_gone(&writer));
         // Who starts a VMM by hand may have its answers go anywhere.
-        assert!(!is_gone(&tempfile::tempfile().unwrap()));
+        assert!(!is_gone(tempfile::tempfile().unwrap()));
     }
 }
