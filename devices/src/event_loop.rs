@@ -124,6 +124,18 @@ impl Drop for Quiesced {
     }
 }
 
+/// What the loop is just at: requests that it has begun and not done.
+#[derive(Clone, Debug)]
+pub struct InHand(Arc<Gate>);
+
+impl InHand {
+    /// Waits until all is done that is in hand now; says whether it is within `bound`. The loop goes on meanwhile, and then.
+    #[must_use = "it may not be done"]
+    pub fn is_done_within(&self, bound: Duration) -> bool {
+        self.0.wait_until_out(bound)
+    }
+}
+
 impl EventLoop {
     /// Starts the loop for `transports` and, if there is one, `input`. It starts quiesced, so that
     /// devices can be restored before any of them moves.
@@ -230,6 +242,12 @@ impl EventLoop {
             let (gate, workers) = (Arc::clone(&self.gate), Arc::clone(&self.workers));
             Quiesced(StandsStill::Out(gate, self.endpoint.clone(), workers))
         })
+    }
+
+    /// What the loop has in hand, to be waited for.
+    #[must_use]
+    pub fn in_hand(&self) -> InHand {
+        InHand(Arc::clone(&self.gate))
     }
 
     /// Ends the loop and waits for it. A quiesced loop ends without having done anything more.

@@ -29,7 +29,7 @@ pub use acpi_pm::{AcpiPm, SLEEP_TYPE_S5};
 pub use bus::{Bus, BusDevice, Overlap};
 pub use console_input::{ConsoleInput, InputPort};
 pub use device::{Device, Error, GuestRequest, InterruptLine, OnGuestRequest};
-pub use event_loop::{EventLoop, EventLoopError, LoopThread, Quiesced, THREAD_NAME};
+pub use event_loop::{EventLoop, EventLoopError, InHand, LoopThread, Quiesced, THREAD_NAME};
 pub use i8042::I8042;
 pub use metrics::{Counter, Metrics};
 pub use rate_limit::{RateLimit, SavedRateLimit, StoppedClock};

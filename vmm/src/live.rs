@@ -97,10 +97,11 @@ fn arm(machine: &mut Machine, plan: &Plan<'_>) -> Result<Prepared, Error> {
 
 fn pre_copy(machine: &mut Machine, plan: &Plan<'_>, draft: &mut Draft) -> Result<Prepared, Error> {
     let memory_bytes = machine.memory().layout().bytes();
+    let in_hand = machine.devices_in_hand();
     let live = live(machine)?;
     draft.begin_copies(memory_bytes)?;
     let building = live.is_building(draft, plan.last, memory_bytes);
-    let rounds = beside_guest(|| pre_copy::copy(&live.tracker, draft, building, plan))?;
+    let rounds = beside_guest(|| pre_copy::copy(&live.tracker, draft, building, plan, &in_hand))?;
     Ok(Prepared {
         copy: MemoryCopy::PreCopy,
         rounds: rounds.count,

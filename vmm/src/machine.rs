@@ -8,7 +8,7 @@ use std::{
 
 use branch_disk::LayerId;
 use control::{GuestClock, LaunchSpec, MachineConfig, Origin};
-use devices::{EventLoop, OnGuestRequest, Quiesced};
+use devices::{EventLoop, InHand, OnGuestRequest, Quiesced};
 use hypervisor::{ClockPlan, ClockStart, VcpuState, Vm, VmState};
 use memory::{HostPages, MachineMemory, PAGE_BYTES};
 use saved_state::SavedState;
@@ -448,6 +448,11 @@ impl Machine {
     /// Has layers of its disks become one that no snapshot needs for itself, if they are many. It has been held since it last did.
     pub(crate) fn merge_layers(&mut self) {
         self.merging.look(&self.disks, self.stored_as.as_ref());
+    }
+
+    /// What its devices are just at.
+    pub(crate) fn devices_in_hand(&self) -> InHand {
+        self.event_loop.in_hand()
     }
 
     /// Number of vCPUs.

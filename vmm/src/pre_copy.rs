@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use devices::InHand;
 use memory::{AtCut, Tracker};
 use snapshot::Draft;
 
@@ -13,6 +14,8 @@ use crate::{error::Error, live::Plan};
 const FEW: usize = 32;
 /// A guest that writes about as fast as it is copied is not caught up with.
 const MAX_ROUNDS: u32 = 30;
+/// How often it is looked whether the snapshot is still wanted while a device is waited for.
+const INTERVAL: Duration = Duration::from_millis(100);
 
 /// What was copied.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,6 +51,7 @@ pub(crate) fn copy(
     draft: &Draft,
     building: bool,
     plan: &Plan<'_>,
+    in_hand: &InHand,
 ) -> Result<Rounds, Error> {
     tracker.begin_copies().map_err(Error::Tracking)?;
     let limit = plan.downtime.filter(|_| !plan.goes_on);
@@ -64,6 +68,11 @@ pub(crate) fn copy(
             Next::Copy => {}
             Next::Stop => return Ok(rounds),
             Next::GiveUp => return Err(Error::StandsTooLong),
+        }
+        // A request that began before its pages were protected may write to them by what the kernel holds of them, which nobody notices.
+        while !in_hand.is_done_within(INTERVAL) {
+            let goes_on = plan.go_on();
+            goes_on.map_err(|error| plan.ended().unwrap_or(Error::Tracking(error)))?;
         }
         let begun = Instant::now();
         let copied = round(tracker, draft, &left, plan)?;

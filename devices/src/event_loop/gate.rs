@@ -1,7 +1,13 @@
 //! What keeps the loop from its devices while somebody else works on them, without a word from its thread: most of the time that
 //! waits for events, and need not wake up to go on waiting.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::{
+    sync::{
+        Condvar, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
@@ -26,6 +32,8 @@ enum State {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    /// How often the loop has come out.
+    passes: AtomicU64,
     /// How often somebody has found it closed.
     #[cfg(test)]
     found_closed: std::sync::atomic::AtomicUsize,
@@ -71,7 +79,19 @@ impl Gate {
         *state = State::Entered;
         drop(state);
         work();
+        self.passes.fetch_add(1, Ordering::SeqCst);
         self.change(State::Entered, State::Open);
+    }
+
+    /// Waits until the loop has come out, if it is in, whether or not it has gone in again; says whether it has within `bound`.
+    pub(super) fn wait_until_out(&self, bound: Duration) -> bool {
+        let state = lock(&self.state);
+        let passes = self.passes.load(Ordering::SeqCst);
+        let is_in = |state: &mut State| {
+            *state == State::Entered && self.passes.load(Ordering::SeqCst) == passes
+        };
+        let waited = self.changed.wait_timeout_while(state, bound, is_in);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
     fn change(&self, from: State, to: State) {
@@ -102,7 +122,7 @@ impl MutEventSubscriber for Gated {
 #[cfg(test)]
 mod tests {
     use std::{
-        sync::{Arc, atomic::Ordering},
+        sync::{Arc, mpsc},
         thread::{self, JoinHandle},
     };
 
@@ -148,5 +168,40 @@ mod tests {
         gate.open();
         gate.pass(|| panic!("it passed"));
         assert!(!gate.close());
+    }
+
+    #[test]
+    fn what_is_in_hand_is_waited_for_and_no_more() {
+        let gate = Arc::new(Gate::default());
+        let long = Duration::from_secs(60);
+        assert!(gate.wait_until_out(long), "nobody is in");
+        let (enter, entered) = mpsc::channel();
+        let (leave, leaves) = mpsc::channel();
+        let looping = Arc::clone(&gate);
+        let device_loop = thread::spawn(move || {
+            for _ in 0..2 {
+                looping.pass(|| {
+                    enter.send(()).unwrap();
+                    leaves.recv().unwrap();
+                });
+            }
+        });
+        entered.recv().unwrap();
+        assert!(!gate.wait_until_out(Duration::from_millis(10)));
+        let waiting = Arc::clone(&gate);
+        let (begin, begun) = mpsc::channel();
+        let waits = thread::spawn(move || {
+            begin.send(()).unwrap();
+            waiting.wait_until_out(long)
+        });
+        begun.recv().unwrap();
+        leave.send(()).unwrap();
+        // It is in again, with what has begun since, or who waits was late and waits for that, too.
+        entered.recv().unwrap();
+        leave.send(()).unwrap();
+        assert!(waits.join().unwrap());
+        device_loop.join().unwrap();
+        gate.end();
+        assert!(gate.wait_until_out(long));
     }
 }
