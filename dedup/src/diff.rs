@@ -158,7 +158,8 @@ impl<'a> Comparison<'a> {
         let same_bytes = (old.len, old.digest) == (new.len, new.digest);
         let old = self.old.places(block, &mut self.coder)?;
         if same_bytes && self.same_packs(&old) {
-            return Ok(vec![true; old.len()]);
+            let in_both = old.len().min(self.new.block_chunks(block));
+            return Ok(vec![true; in_both]);
         }
         let new = self.new.places(block, &mut self.coder)?;
         old.into_iter()

@@ -77,7 +77,7 @@ pub(crate) fn resolve(shared: &Shared, reference: &str) -> Result<Snapshot> {
 }
 
 /// The snapshot that a tag names; `None` when there is no such tag.
-fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
+pub(crate) fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
     let failed = || Error::file(format!("read {}", Area::Tags.path(name)));
     let file = match backend.open(Area::Tags, name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -91,14 +91,22 @@ fn read_tag(backend: &dyn Backend, name: &str) -> Result<Option<SnapshotId>> {
         .map_err(|malformed| malformed.in_file(Area::Tags.path(name)))
 }
 
-/// Whether a tag names one of these snapshots.
-pub(crate) fn names_one_of(
+/// All tags, and the snapshot that each names, or why that cannot be told; none for one that went meanwhile.
+///
+/// # Errors
+///
+/// The list cannot be made.
+pub(crate) fn read_tags(
     backend: &dyn Backend,
-    tag: &str,
-    snapshots: &HashMap<SnapshotId, String>,
-) -> Result<bool> {
-    let id = read_tag(backend, tag)?;
-    Ok(id.is_some_and(|id| snapshots.contains_key(&id)))
+) -> Result<Vec<(String, Result<Option<SnapshotId>>)>> {
+    let listed = backend
+        .list(Area::Tags)
+        .map_err(Error::file("list the tags"))?;
+    let read = listed.into_iter().map(|entry| {
+        let named = read_tag(backend, &entry.name);
+        (entry.name, named)
+    });
+    Ok(read.collect())
 }
 
 fn parse_tag(bytes: &[u8], name: &str) -> Result<SnapshotId, Malformed> {
@@ -123,15 +131,10 @@ fn tag_bytes(id: SnapshotId, name: &str) -> Vec<u8> {
 
 /// All tags and what they name, in alphabetical order. Tags that cannot be read are left to `fsck`.
 pub(crate) fn tags_by_snapshot(backend: &dyn Backend) -> Result<Vec<(String, SnapshotId)>> {
-    let mut tags = Vec::new();
-    for entry in backend
-        .list(Area::Tags)
-        .map_err(Error::file("list the tags"))?
-    {
-        if let Ok(Some(id)) = read_tag(backend, &entry.name) {
-            tags.push((entry.name, id));
-        }
-    }
+    let tags = read_tags(backend)?.into_iter();
+    let mut tags: Vec<_> = tags
+        .filter_map(|(tag, named)| Some((tag, named.ok()??)))
+        .collect();
     tags.sort();
     Ok(tags)
 }

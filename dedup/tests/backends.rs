@@ -97,6 +97,9 @@ fn files_that_are_none_or_have_no_end_are_found_out() {
         &vec![7; 3 * 4096],
     );
     assert_eq!(again.unwrap().images[0].new_chunks, 1);
+    // Nor is it removed: not all of it could be kept.
+    store.repair().unwrap();
+    assert!(root.join("condemned/endless").exists());
     assert!(load(&store, "monday").unwrap() == vec![7; 3 * 4096]);
 }
 

@@ -304,6 +304,18 @@ fn zeros_at_the_end_are_a_difference() {
 }
 
 #[test]
+fn what_only_one_image_has_is_a_difference_though_it_is_zeros() {
+    let store = create(Memory::new());
+    save(&store, "long", &[0; 4 << 20]).unwrap();
+    save(&store, "short", &[0; 40 << 10]).unwrap();
+    for (old, new) in [("long", "short"), ("short", "long")] {
+        let changed = store.diff(old, new).unwrap().remove(0).changed;
+        let rest = std::iter::once(40 << 10..4 << 20);
+        assert!(changed.clone().into_iter().eq(rest), "{changed:?}");
+    }
+}
+
+#[test]
 fn equal_chunks_in_two_places_are_no_difference() {
     let backend = Memory::new();
     let store = create(backend.clone());

@@ -137,9 +137,10 @@ impl<'a> Check<'a> {
         for entry in snapshots {
             check.snapshot(&entry.name);
         }
-        // One that cannot be read has a problem of its own.
+        // Before the snapshots: who sets one has found its snapshot. One that cannot be read has a problem of its own.
+        let tags = refs::read_tags(backend)?;
         let snapshots = refs::names_by_id(shared)?;
-        check.tags(&snapshots)?;
+        check.tags(tags, &snapshots);
         check.annotations(&snapshots)?;
         check.index()?;
         check.condemned()?;
@@ -188,24 +189,21 @@ impl<'a> Check<'a> {
         });
     }
 
-    fn tags(&mut self, snapshots: &HashMap<SnapshotId, String>) -> Result<()> {
-        let backend = &*self.shared.backend;
-        for entry in backend
-            .list(Area::Tags)
-            .map_err(Error::file("list the tags"))?
-        {
-            match refs::names_one_of(backend, &entry.name, snapshots) {
-                Ok(true) => {}
-                Ok(false) => self.problem(
-                    Area::Tags,
-                    &entry.name,
-                    "it names no snapshot that can be read",
-                    Vec::new(),
-                ),
-                Err(error) => self.problem(Area::Tags, &entry.name, error.to_string(), Vec::new()),
-            }
+    fn tags(
+        &mut self,
+        tags: Vec<(String, Result<Option<SnapshotId>>)>,
+        snapshots: &HashMap<SnapshotId, String>,
+    ) {
+        for (tag, named) in tags {
+            let what = match named {
+                Ok(Some(id)) if !snapshots.contains_key(&id) => {
+                    "it names no snapshot that can be read".to_owned()
+                }
+                Ok(_) => continue,
+                Err(error) => error.to_string(),
+            };
+            self.problem(Area::Tags, &tag, what, Vec::new());
         }
-        Ok(())
     }
 
     fn annotations(&mut self, snapshots: &HashMap<SnapshotId, String>) -> Result<()> {

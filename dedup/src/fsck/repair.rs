@@ -4,7 +4,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 
-use super::Check;
+use super::{Check, snapshots};
 use crate::annotation;
 use crate::backend::{Area, Backend, Publish, ReadAt};
 use crate::config::Config;
@@ -95,7 +95,7 @@ pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
 fn still_damaged(check: &Check<'_>, area: Area, name: &str) -> bool {
     let shared = check.shared;
     let looked_at = match area {
-        Area::Snapshots => Check::new(shared).check_snapshot(name),
+        Area::Snapshots => snapshots::read_through(shared, name, |_, _| Ok(())),
         Area::Annotations => refs::names_by_id(shared)
             .and_then(|snapshots| annotation::check_file(shared, name, &snapshots)),
         Area::Condemned => protect::read_condemned(&*shared.backend, name).map(drop),
@@ -109,6 +109,8 @@ fn still_damaged(check: &Check<'_>, area: Area, name: &str) -> bool {
 fn repair_tags(check: &Check<'_>) -> Result<Vec<String>> {
     let (shared, backend) = (check.shared, &*check.shared.backend);
     let mut done = Vec::new();
+    // Before the snapshots: who sets one has found its snapshot.
+    let tags = refs::read_tags(backend)?;
     let mut snapshots = HashMap::new();
     for (name, opened) in refs::open_all(shared)? {
         match opened {
@@ -117,25 +119,33 @@ fn repair_tags(check: &Check<'_>) -> Result<Vec<String>> {
             Err(_) => return Ok(done),
         }
     }
-    for tag in backend
-        .list(Area::Tags)
-        .map_err(Error::file("list the tags"))?
-    {
-        let names_one = refs::names_one_of(backend, &tag.name, &snapshots);
-        if matches!(names_one, Ok(false) | Err(Error::Damaged { .. })) {
-            done.extend(move_away(backend, Area::Tags, &tag.name)?);
+    for (tag, named) in tags {
+        let is_nobodys = match &named {
+            Ok(named) => named.is_some_and(|id| !snapshots.contains_key(&id)),
+            Err(error) => matches!(error, Error::Damaged { .. }),
+        };
+        // It may have been set anew meanwhile.
+        let is_as_it_was = || refs::read_tag(backend, &tag).ok() == named.ok();
+        if is_nobodys && is_as_it_was() {
+            done.extend(move_away(backend, Area::Tags, &tag)?);
         }
     }
     Ok(done)
 }
 
-/// Takes a file out of service; tells so, unless it is gone.
+/// Takes a file out of service; tells so, unless it is gone. One that is too long to be kept is left.
 fn move_away(backend: &dyn Backend, area: Area, name: &str) -> Result<Option<String>> {
     let path = area.path(name);
     let file = match backend.open(area, name) {
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(Error::file(format!("read {path}")))?,
     };
+    if file.size() > MAX_KEPT_BYTES {
+        let left = format!(
+            "left {path} as it is: it is longer than anything of a store; move it away by hand"
+        );
+        return Ok(Some(left));
+    }
     keep_copy(backend, &*file, &format!("{}-{name}", area.dir()))?;
     refs::remove_file(backend, area, name)?;
     backend

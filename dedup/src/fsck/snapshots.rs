@@ -8,6 +8,7 @@ use crate::marks::Slots;
 use crate::name::{FileId, check_name};
 use crate::recipe::BlockCoder;
 use crate::snapshot::Snapshot;
+use crate::store::Shared;
 
 impl Check<'_> {
     /// Checks a snapshot; what is wrong with itself, and with packs that it needs, is noted.
@@ -31,31 +32,18 @@ impl Check<'_> {
         }
     }
 
-    pub(super) fn check_snapshot(&mut self, name: &str) -> Result<()> {
-        check_name(name)?;
-        let snapshot = Snapshot::open(self.shared, name)?;
-        if self.shared.keys.is_locked() {
-            return self.check_digests(&snapshot);
+    fn check_snapshot(&mut self, name: &str) -> Result<()> {
+        let shared = self.shared;
+        if shared.keys.is_locked() {
+            check_name(name)?;
+            return self.check_digests(&Snapshot::open(shared, name)?);
         }
-        snapshot.manifest()?;
-        let config = &self.shared.config;
-        let mut coder = BlockCoder::new()?;
-        for image in 0..snapshot.facts.images.len() {
-            let recipe = snapshot.recipe(config, image)?;
-            for block in 0..recipe.directory.blocks().len() {
-                let places = recipe.places(block, &mut coder)?;
-                for (pack, slot) in places
-                    .iter()
-                    .filter_map(|place| place.get(config.pack_slots()))
-                {
-                    let pack = recipe.directory.packs[pack as usize];
-                    if !self.whole(pack)?.is_some_and(|whole| whole.contains(slot)) {
-                        self.hit.entry(pack).or_default().insert(name.to_owned());
-                    }
-                }
+        read_through(shared, name, |pack, slot| {
+            if !self.whole(pack)?.is_some_and(|whole| whole.contains(slot)) {
+                self.hit.entry(pack).or_default().insert(name.to_owned());
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// What is whole of a pack; `None` if it is not there. One that was not when packs were listed is looked for now: the snapshot may be
@@ -92,4 +80,30 @@ impl Check<'_> {
         }
         Ok(())
     }
+}
+
+/// Reads all that a snapshot says; tells `refers` of each chunk that it refers to.
+pub(super) fn read_through(
+    shared: &Shared,
+    name: &str,
+    mut refers: impl FnMut(FileId, u32) -> Result<()>,
+) -> Result<()> {
+    check_name(name)?;
+    let snapshot = Snapshot::open(shared, name)?;
+    snapshot.manifest()?;
+    let config = &shared.config;
+    let mut coder = BlockCoder::new()?;
+    for image in 0..snapshot.facts.images.len() {
+        let recipe = snapshot.recipe(config, image)?;
+        for block in 0..recipe.directory.blocks().len() {
+            let places = recipe.places(block, &mut coder)?;
+            for (pack, slot) in places
+                .iter()
+                .filter_map(|place| place.get(config.pack_slots()))
+            {
+                refers(recipe.directory.packs[pack as usize], slot)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -10,7 +10,7 @@ pub(crate) use build::{Batch, PackBuilder};
 pub(crate) use ids::{IdsCache, ids_cache};
 pub(crate) use open::Pack;
 pub(crate) use salvage::salvage;
-pub(crate) use table::{ChunkIds, Table};
+pub(crate) use table::{ChunkIds, Live, Table};
 
 use crate::config::Config;
 use crate::name::FileId;

@@ -99,7 +99,7 @@ impl Pack {
         })
     }
 
-    pub(crate) fn table(&self) -> &Arc<Table> {
+    pub(crate) fn table(&self) -> &Table {
         &self.table
     }
 

@@ -173,9 +173,11 @@ impl Table {
         (frame as usize) < self.frames.len() && self.is_live(frame as usize, in_frame as usize)
     }
 
-    /// Whether all of these slots live. Only those have content: a dead one decodes to zeros, or to what nobody refers to.
-    pub(crate) fn has_all(&self, mut slots: Range<u32>) -> bool {
-        slots.all(|slot| self.has(slot))
+    /// Which slots of a frame live.
+    pub(crate) fn live_of(&self, frame: u32) -> Live {
+        let bytes = bitmap_bytes(self.frame_chunks);
+        let bitmap = self.live.get(frame as usize * bytes..).unwrap_or_default();
+        Live(bitmap.get(..bytes).unwrap_or_default().into())
     }
 
     /// The place of a live slot's identity among all identities.
@@ -199,6 +201,21 @@ impl Table {
     /// All live slots, ascending.
     pub(crate) fn live_slots(&self) -> impl Iterator<Item = u32> + '_ {
         (0..self.frames.len() as u32 * self.frame_chunks).filter(|&slot| self.has(slot))
+    }
+}
+
+/// Which slots of a frame live. Only those have content: a dead one decodes to zeros.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Live(Box<[u8]>);
+
+impl Live {
+    /// Whether all of these do, by their number in the frame.
+    pub(crate) fn has_all(&self, mut slots: Range<usize>) -> bool {
+        let lives = |slot: usize| {
+            let byte = self.0.get(slot / 8);
+            byte.is_some_and(|byte| byte >> (slot % 8) & 1 == 1)
+        };
+        slots.all(lives)
     }
 }
 

@@ -10,11 +10,11 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::frame::Decoder;
 use crate::name::FileId;
-use crate::pack::{Pack, Table};
+use crate::pack::{Live, Pack};
 use crate::recipe::BlockCoder;
 use crate::store::Shared;
 
-/// Packs that are kept open; each takes a file descriptor and 16 KiB.
+/// Packs that are kept open; each takes a file descriptor and 70 KiB.
 const OPEN_PACKS: usize = 256;
 
 /// Caches for reading.
@@ -39,26 +39,22 @@ impl Weighter<(FileId, u32), Arc<Frame>> for ByBytes {
 #[derive(Debug)]
 pub(super) struct Frame {
     pub(super) plain: Vec<u8>,
-    /// The pack's as it was when the frame was read: a collection or a repair may have written the pack anew since.
-    table: Arc<Table>,
+    /// As it was when the frame was read: a collection or a repair may have written the pack anew since.
+    live: Live,
 }
 
 impl Frame {
-    /// `bytes` of the frame, which is the pack's `number`; `None` unless all chunks that they are in are there.
-    pub(super) fn get(&self, config: &Config, number: u32, bytes: &Range<usize>) -> Option<&[u8]> {
-        let slots = slots_of(config, number, bytes);
-        self.table
-            .has_all(slots)
-            .then(|| self.plain.get(bytes.clone()))
-            .flatten()
+    /// `bytes` of the frame; `None` unless all chunks that they are in are there.
+    pub(super) fn get(&self, config: &Config, bytes: &Range<usize>) -> Option<&[u8]> {
+        let live = self.live.has_all(slots_of(config, bytes));
+        live.then(|| self.plain.get(bytes.clone())).flatten()
     }
 }
 
-/// The slots that `bytes` of a pack's frame `number` are in.
-pub(super) fn slots_of(config: &Config, number: u32, bytes: &Range<usize>) -> Range<u32> {
-    let first = number * config.frame_chunks();
+/// The slots that `bytes` of a frame are in, by their number in it.
+pub(super) fn slots_of(config: &Config, bytes: &Range<usize>) -> Range<usize> {
     let chunk_size = config.chunk_size as usize;
-    first + (bytes.start / chunk_size) as u32..first + bytes.end.div_ceil(chunk_size) as u32
+    bytes.start / chunk_size..bytes.end.div_ceil(chunk_size)
 }
 
 /// What it takes to decode a frame.
@@ -134,8 +130,8 @@ impl Frames {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(reader);
-            let table = pack.table().clone();
-            Ok(Arc::new(Frame { plain, table }))
+            let live = pack.table().live_of(frame);
+            Ok(Arc::new(Frame { plain, live }))
         })
     }
 }

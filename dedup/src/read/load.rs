@@ -233,10 +233,13 @@ impl<'r> Loader<'r> {
         let (chunk_size, group_chunks) = (config.chunk_size as usize, group_chunks(config));
         let at = |place: Place| place.get(pack_slots).unwrap_or_default();
         let in_group = |place: Place| (at(place).1 % group_chunks) as usize * chunk_size;
+        let Some((first, _)) = chunks.first() else {
+            return Ok(());
+        };
+        let pack = self.pack(at(*first).0)?;
         let mut decoded = None;
         for (place, _) in &*chunks {
-            let (number, slot) = at(*place);
-            let pack = self.pack(number)?;
+            let (_, slot) = at(*place);
             if !pack.table().has(slot) {
                 return Err(not_there(pack.id()));
             }
@@ -274,7 +277,8 @@ impl<'r> Loader<'r> {
         let config = &self.image.shared.config;
         let decoded = self.decoded.zip(self.pack.as_ref());
         let there = decoded.filter(|((_, frame), (_, pack))| {
-            pack.table().has_all(slots_of(config, *frame, &bytes))
+            let live = pack.table().live_of(*frame);
+            live.has_all(slots_of(config, &bytes))
         });
         let plain = there.and_then(|_| self.plain.get(bytes));
         plain.ok_or_else(|| {

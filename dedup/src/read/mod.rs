@@ -106,7 +106,7 @@ impl ImageReader {
                     let pack = self.recipe.directory.packs[pack as usize];
                     let decoded = self.shared.frames.get(&self.shared, pack, frame)?;
                     let from = in_frame as usize * chunk_size as usize + in_chunk;
-                    let bytes = decoded.get(config, frame, &(from..from + len));
+                    let bytes = decoded.get(config, &(from..from + len));
                     part.copy_from_slice(bytes.ok_or_else(|| not_there(pack))?);
                 }
             }

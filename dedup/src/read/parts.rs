@@ -74,10 +74,7 @@ impl ImageReader {
         let id = self.recipe.directory.packs[within.pack as usize];
         let frame = self.shared.frames.get(&self.shared, id, within.frame)?;
         let bytes = piece.bytes_in_frame(within.from);
-        if frame
-            .get(&self.shared.config, within.frame, &bytes)
-            .is_none()
-        {
+        if frame.get(&self.shared.config, &bytes).is_none() {
             return Err(not_there(id));
         }
         Ok(Around::Data(Decoded {
