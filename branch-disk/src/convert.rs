@@ -10,13 +10,12 @@ use std::{
 use rustix::{fs::SeekFrom, io::Errno};
 
 use crate::{
-    anything,
     chain::Rule,
-    create::{Foundation, absolute, new_id},
+    create::{Draft, absolute, new_id},
     disk::Disk,
     error::Error,
-    layout::SECTOR_BYTES,
-    media::sync_directory_of,
+    header::{Header, Parent},
+    layout::{Geometry, SECTOR_BYTES},
     name,
 };
 
@@ -97,25 +96,24 @@ pub(crate) fn import(
     if to.symlink_metadata().is_ok() {
         return Err(Error::Exists { path: to });
     }
+    let header = Header {
+        id: new_id(&to)?,
+        geometry: Geometry::of(bytes).ok_or(Error::Size(bytes))?,
+        depth: 1,
+        below: 0,
+        parent: Parent::Nothing,
+    };
     // It gets its name when it is whole.
     name::sweep(&to);
-    let draft = name::draft(&to, new_id(&to)?);
-    let mut disk = Disk::create(&draft, Some(bytes), &Foundation::Nothing, &anything)?;
-    let written = copy(bytes, next, read, |offset, mut data| {
+    let draft = Draft::of_its_own(&to, &header)?;
+    let mut disk = Disk::of_draft(&draft)?;
+    let copied = copy(bytes, next, read, |offset, mut data| {
         disk.write(offset, &mut data)
     });
-    let written = written.map_err(Error::io("import to", &to));
-    let written = written.and_then(|copied| {
-        disk.flush()?;
-        std::fs::hard_link(&draft, &to).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => Error::Exists { path: to.clone() },
-            _ => Error::io("name", &to)(error),
-        })?;
-        Ok(copied)
-    });
-    name::discard(&draft);
-    let copied = written?;
-    sync_directory_of(&to)?;
+    let copied = copied.map_err(Error::io("import to", &to))?;
+    disk.flush()?;
+    drop(disk);
+    draft.publish(&to)?;
     Ok(copied)
 }
 

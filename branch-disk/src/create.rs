@@ -158,7 +158,8 @@ fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
 pub(crate) fn second_name(layer: &Layer, id: LayerId) -> Result<PathBuf, Error> {
     let name = name::kept(layer.path(), id);
     match link(&layer.media, &name) {
-        Ok(()) | Err(Errno::EXIST) => {}
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(name),
         // It was merged, and another file is what it was.
         Err(Errno::NOENT) => {
             std::fs::hard_link(layer.path(), &name).map_err(Error::io("name", &name))?;

@@ -12,13 +12,14 @@ use std::{
 use crate::{
     bits::Bits,
     chain::{Bottom, Chain, Mode, Rule, overlay, sealed_below, whole_map},
-    create::{Foundation, second_name},
+    create::{Draft, Foundation, second_name},
     error::Error,
     header::{LayerId, Parent},
     io::{Sink, Source, Space},
     layer::Layer,
     layout::{Geometry, SECTOR_BYTES},
     map::{BOTTOM, Map, Owner},
+    media::Lock,
     name,
     seal::{Cut, LayerRef, Next, Plan, Seal, is},
 };
@@ -62,6 +63,27 @@ pub struct Counts {
     pub layer_reads: u64,
 }
 
+/// A layer that a snapshot may need which has no content of its disks, and of which nobody else can tell.
+#[derive(Debug)]
+#[must_use]
+pub struct ToKeep(Arc<Layer>);
+
+impl ToKeep {
+    /// Has it stay, if it is sealed, by a second name, also when whoever made it merges it. This may sync a directory; the disk may be in
+    /// use meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]: the layer may go then.
+    pub fn keep(self) -> Result<(), Error> {
+        let Self(layer) = self;
+        if layer.sealed()? {
+            second_name(&layer, layer.header.id)?;
+        }
+        Ok(())
+    }
+}
+
 impl Disk {
     /// Opens a disk by its head or, to be read, by any of its layers.
     ///
@@ -69,7 +91,19 @@ impl Disk {
     ///
     /// [`Error`].
     pub fn open(path: &Path, mode: Mode, rule: &Rule<'_>) -> Result<Self, Error> {
-        let Chain { bottom, layers } = Chain::open(path, mode, rule)?;
+        Self::of(Chain::open(path, mode, rule)?, path, mode)
+    }
+
+    /// A disk that stands on nothing and has no name yet. The draft, which has it locked, must outlive it.
+    pub(crate) fn of_draft(draft: &Draft) -> Result<Self, Error> {
+        let head = Layer::open(draft.path(), true, Lock::Not)?;
+        let layers = vec![Arc::new(head)];
+        let bottom = None;
+        Self::of(Chain { bottom, layers }, draft.path(), Mode::Write)
+    }
+
+    fn of(chain: Chain, path: &Path, mode: Mode) -> Result<Self, Error> {
+        let Chain { bottom, layers } = chain;
         let (Some(head), below) = (layers.last(), &layers[..layers.len() - 1]) else {
             return Err(Error::damaged(path, "it has no layers"));
         };
@@ -78,7 +112,7 @@ impl Disk {
         if mode == Mode::Write {
             // The next head would get this name, and be its own parent.
             let path = head.path();
-            if name::sealed(path, head.header.id)? == path {
+            if name::sealed(path, head.header.id).is_ok_and(|sealed| sealed == path) {
                 return Err(Error::SealedName {
                     path: path.to_owned(),
                 });
@@ -112,17 +146,10 @@ impl Disk {
         })
     }
 
-    /// Has its sealed layer `id` stay, by a second name, also when whoever made it merges it: a snapshot that has no content of its disks
-    /// may need it, and nobody can tell. Does nothing when the disk has no such layer.
-    ///
-    /// # Errors
-    ///
-    /// [`Error`]: the layer may go then.
-    pub fn keep(&self, id: LayerId) -> Result<(), Error> {
-        match self.layers.iter().find(|layer| layer.header.id == id) {
-            Some(layer) if layer.sealed()? => second_name(layer, id).map(drop),
-            _ => Ok(()),
-        }
+    /// Its layer `id`, to be kept.
+    pub fn to_keep(&self, id: LayerId) -> Option<ToKeep> {
+        let layer = self.layers.iter().find(|layer| layer.header.id == id)?;
+        Some(ToKeep(Arc::clone(layer)))
     }
 
     /// When nothing is ever written to it, it is removed as it is dropped.

@@ -65,7 +65,7 @@ pub use chain::{Mode, Rule, anything};
 pub use check::{Checked, check};
 pub use convert::{Copied, export_raw, import_raw};
 pub use create::Foundation;
-pub use disk::{Counts, Disk};
+pub use disk::{Counts, Disk, ToKeep};
 pub use error::Error;
 pub use frozen::Frozen;
 pub use header::LayerId;

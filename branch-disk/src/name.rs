@@ -58,7 +58,7 @@ pub(crate) fn draft(path: &Path, id: LayerId) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Removes the drafts of `path` that a crash has left: those that nobody has locked. Only who has locked `path` may do so.
+/// Removes the drafts of `path` that a crash has left: those that nobody has locked.
 pub(crate) fn sweep(path: &Path) {
     let Some((directory, name)) = path.parent().zip(path.file_name()) else {
         return;

@@ -33,12 +33,12 @@ pub fn import_qcow2(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, E
 /// Refuses an image that is encrypted: what is read of one is noise to its guest. Its header says so at 32, and the library that reads it
 /// does not look (<https://www.qemu.org/docs/master/interop/qcow2.html>).
 fn check_plain(file: &File) -> io::Result<()> {
-    let mut method = [0; 4];
-    match file.read_exact_at(&mut method, 32) {
-        // Too short to be one, which is told when it is opened.
+    let mut header = [0; 36];
+    match file.read_exact_at(&mut header, 0) {
+        // What is none is refused when it is opened.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
         Err(error) => Err(error),
-        Ok(()) if method == [0; 4] => Ok(()),
+        Ok(()) if !header.starts_with(b"QFI\xfb") || header[32..] == [0; 4] => Ok(()),
         Ok(()) => Err(io::Error::new(
             io::ErrorKind::Unsupported,
             "it is encrypted; decrypt it first, with `qemu-img convert`",

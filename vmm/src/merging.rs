@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use branch_disk::{Disk, LayerId, Merge, Merged};
+use branch_disk::{Disk, LayerId, Merge, Merged, ToKeep};
 use devices::virtio::block::SharedDisk;
 
 use crate::{
@@ -90,8 +90,12 @@ impl Merging {
             let disk = lock(branch);
             // What is only read may itself be sealed.
             let own = disk.id().filter(|_| attached.config.read_only);
-            let kept = of_disk.found.into_iter().chain(own);
-            if let Err(error) = { kept }.try_for_each(|layer| disk.keep(layer)) {
+            let layers = of_disk.found.into_iter().chain(own);
+            let to_keep: Vec<_> = layers.filter_map(|layer| disk.to_keep(layer)).collect();
+            // Its device may need it.
+            drop(disk);
+            let kept = to_keep.into_iter().try_for_each(ToKeep::keep);
+            if let Err(error) = kept {
                 // It may be where nobody may write, and nobody merges.
                 tracing::warn!(
                     "who merges layers could remove one that the snapshot needs: {error}"

@@ -289,7 +289,7 @@ fn a_layer_that_was_asked_for_stays_though_nobody_stands_on_it() {
     // Of another machine, which ends and leaves a snapshot without disks.
     let branch = Disk::branch(&layers[0].path, None, &anything).unwrap();
     for _ in 0..2 {
-        branch.keep(layers[0].id).unwrap();
+        branch.to_keep(layers[0].id).unwrap().keep().unwrap();
     }
     drop(branch);
     let merged = merge(&mut disk, layers[0].id, layers[2].id);
