@@ -171,6 +171,9 @@ mod tests {
         limit_waiting(0);
         assert!(!kick.send());
         let kicker = thread::spawn(move || kick.kick());
+        // It would be long done.
+        thread::sleep(20 * RETRY_INTERVAL);
+        assert!(!kicker.is_finished());
         limit_waiting(libc::RLIM_INFINITY);
         kicker.join().unwrap();
         look.send(()).unwrap();

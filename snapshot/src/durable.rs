@@ -14,11 +14,12 @@ use std::{
         unix::fs::OpenOptionsExt,
     },
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::{
     fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock},
-    io::{Errno, retry_on_intr},
+    io::Errno,
 };
 
 use crate::Error;
@@ -209,17 +210,32 @@ pub(crate) fn open_for_reading(path: &Path) -> Result<File, Error> {
         .map_err(Error::errno("open", path))
 }
 
-/// Has nobody else who asks for it change the names in `directory`, until what this returns is dropped. It waits for who does.
+/// How long another is waited for who changes names in a directory: it takes two renames. Anybody who may look into the directory can
+/// hold its lock for as long as they like.
+const LOCK_BOUND: Duration = Duration::from_secs(10);
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Has nobody else who asks for it change the names in `directory`, until what this returns is dropped. It waits for who does, for a
+/// while.
 pub(crate) fn lock_directory(directory: &Path) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let locked = rustix::fs::open(directory, flags, Mode::empty())
         .map_err(Error::errno("open", directory))?;
-    let lock = || flock(&locked, FlockOperation::LockExclusive);
-    if let Err(errno) = retry_on_intr(lock) {
-        // Some network file systems have no locks on directories. A snapshot without one is better than none.
-        tracing::warn!(path = %directory.display(), "two who save here at once are not kept apart: {errno}");
+    let begun = Instant::now();
+    loop {
+        match flock(&locked, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(locked),
+            Err(Errno::INTR) => {}
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_BOUND => {
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            // Some network file systems have no locks on directories. A snapshot without one is better than none.
+            Err(errno) => {
+                tracing::warn!(path = %directory.display(), "two who save here at once are not kept apart: {errno}");
+                return Ok(locked);
+            }
+        }
     }
-    Ok(locked)
 }
 
 /// Makes the names in `directory` durable.

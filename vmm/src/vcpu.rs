@@ -235,6 +235,10 @@ impl VcpuThread {
                     (self.on_end)(vcpu.id(), VcpuEnd::Failed(error));
                     return State::Held(None);
                 }
+                // Who comes late finds more than one order, and the kicks of all of them are behind it.
+                if let Ok(order) = self.orders.try_recv() {
+                    return self.obey(vcpu, State::Running, order);
+                }
                 clock.wait();
                 return State::Running;
             }

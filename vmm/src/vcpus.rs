@@ -150,7 +150,8 @@ impl Vcpus {
         Ok(())
     }
 
-    /// As [`Vcpus::run`], without waiting until they have heard of it: a guest of which one cannot run ends. Those that are not held run on.
+    /// As [`Vcpus::run`], without waiting until they have heard of it: a guest of which one cannot run ends. One that has not come back
+    /// from a hold that was given up is told behind that.
     pub(crate) fn go(&mut self, start: ClockStart) {
         self.none_is_parked();
         self.tell(|_| Command::Go(start));
