@@ -40,8 +40,10 @@ pub(crate) async fn run(
     let shown = show(ours.try_clone()?);
     let bound = machine::launch_bound(&spec.origin);
     let mut vmm = tokio::select! {
+        // A machine that runs by now is stopped as one.
+        biased;
         vmm = spawn(&program, &spec, Log::Terminal(theirs), bound) => vmm?,
-        // The VMM finds that nobody waits for it, and has its machine not begin.
+        // The VMM finds that nobody waits for it, and has its machine not begin, or end.
         () = signals.any() => bail!("ended before the machine ran"),
     };
     let raw = RawMode::enter()?;

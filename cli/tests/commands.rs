@@ -381,6 +381,26 @@ fn a_machine_that_takes_long_to_be_made_can_be_ended() {
 }
 
 #[test]
+fn a_machine_that_runs_by_the_time_it_is_to_be_ended_is_stopped() {
+    let bench = Bench::new();
+    let vmm = bench.path().join("vmm");
+    // Who started it finds its answer and the signal at once.
+    let script = r#"#!/bin/sh
+cat > /dev/null
+kill -STOP $PPID
+echo '{"ready":{"port":1}}'
+kill -TERM $PPID
+kill -CONT $PPID
+exit 13
+"#;
+    fs::write(&vmm, script).unwrap();
+    fs::set_permissions(&vmm, fs::Permissions::from_mode(0o700)).unwrap();
+    let mut run = bench.command(&["run", "kernel"]);
+    let output = run.env("FERMATA_VMM_BIN", vmm).output().unwrap();
+    assert_eq!(output.status.code(), Some(13), "{output:?}");
+}
+
+#[test]
 fn layers_of_a_disk_are_merged() {
     let bench = Bench::new();
     let path = bench.path().join("d");

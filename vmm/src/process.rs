@@ -42,7 +42,8 @@ use crate::{
 
 /// Does `errand` with the descriptor that came with it, and those that follow it on `errands`: makes a machine, lets it run, and
 /// serves its control channel until it ends; or writes a hot image. `answer` is called once for each errand, when it is done or has
-/// failed, which is the end. It writes to `answers`: once nobody reads from there, no machine begins.
+/// failed, which is the end. It writes to `answers`: if nobody reads from there any more when a machine would begin or has just
+/// begun, there is none.
 pub fn run(
     errand: Errand,
     with: Option<OwnedFd>,
@@ -107,7 +108,7 @@ enum Done {
     Machine(Box<Started>),
     /// The image of a machine of this size is written.
     Image(Shape),
-    /// Who asked for a machine went away before it ran. Nothing of it is left.
+    /// Who asked for a machine went away before it was told that it runs. Nothing of it is left.
     CalledOff,
 }
 
@@ -152,7 +153,13 @@ fn all_done(
     if is_gone(&answers) {
         return Ok(Done::CalledOff);
     }
-    Ok(Done::Machine(Box::new(made.begin()?)))
+    let started = made.begin()?;
+    // To begin takes a while too, and who has not learnt of a machine does not stop it.
+    if is_gone(&answers) {
+        started.call_off();
+        return Ok(Done::CalledOff);
+    }
+    Ok(Done::Machine(Box::new(started)))
 }
 
 /// Whether nobody reads any more what is written to this pipe.
@@ -382,6 +389,16 @@ impl Made {
 
 impl Started {
     fn finish(self) -> Exit {
+        let exit = self.end_after(Controller::run);
+        tracing::info!(?exit, "the machine has ended");
+        exit
+    }
+
+    fn call_off(self) {
+        self.end_after(drop);
+    }
+
+    fn end_after<T>(self, run: impl FnOnce(Controller) -> T) -> T {
         let Self {
             port: _,
             controller,
@@ -389,14 +406,13 @@ impl Started {
             server,
             registration,
         } = self;
-        let exit = controller.run();
+        let exit = run(controller);
         // The server gives its last answers; then nobody can find the machine any more.
         drop(shutdown);
         if server.join().is_err() {
             tracing::error!("the control channel ended in a panic");
         }
         drop(registration);
-        tracing::info!(?exit, "the machine has ended");
         exit
     }
 }
