@@ -9,11 +9,12 @@ use std::{
 };
 
 use futures::future::join_all;
-use tokio::{process::Child, time::timeout};
+use tokio::process::Child;
 
 use crate::{
-    Client, Errand, Failure, HotImage, LaunchSpec, Registry, RegistryError, Secret, Shape,
+    Errand, Failure, HotImage, LaunchSpec, Registry, RegistryError, Secret, Shape,
     started::{EXIT_BOUND, Made, Started, end},
+    stop::{Asked, ask},
 };
 
 /// How many logs and consoles of ended VMMs are kept.
@@ -40,19 +41,17 @@ pub struct Spawned {
 }
 
 impl Spawned {
-    /// Asks the VMM, whose clients know `secret`, to stop, and kills it if it has not ended within `grace`; says how it ended. It need
-    /// not be in the registry.
+    /// Asks the VMM, whose clients know `secret`, to stop, and kills it if it does not answer, or has not ended, within `grace`; says
+    /// how it ended. It need not be in the registry.
     ///
     /// # Errors
     ///
     /// When it cannot be waited for.
     pub async fn stop(&mut self, secret: &Secret, grace: Duration) -> io::Result<ExitStatus> {
-        let ask = async {
-            let client = Client::connect(self.port, secret).await?;
-            client.stop().await
+        let grace = match ask(self.pid, self.port, secret, grace).await {
+            Asked::Ends => grace,
+            Asked::Silent => Duration::ZERO,
         };
-        // One that cannot be asked may just be ending by itself, and one that does not answer is killed.
-        let _ = timeout(grace, ask).await;
         end(&mut self.child, grace).await;
         self.child.wait().await
     }

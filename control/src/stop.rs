@@ -5,7 +5,7 @@ use std::{io, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::{Client, ProcessHandle, Record};
+use crate::{Client, ClientError, ProcessHandle, Record, Secret};
 
 /// How long a killed process may take to be gone: the kernel has its memory to free.
 const KILL_BOUND: Duration = Duration::from_secs(30);
@@ -28,20 +28,45 @@ pub async fn stop(record: &Record, grace: Duration) -> io::Result<Stopped> {
     let Some(process) = record.process.open()? else {
         return Ok(Stopped::OnRequest);
     };
-    let asked = async {
-        let client = Client::connect(record.port, &record.secret).await?;
-        client.stop().await
-    };
+    match ask(record.process.pid, record.port, &record.secret, grace).await {
+        Asked::Ends => end(record, &process, grace).await,
+        Asked::Silent => kill(&process).await,
+    }
+}
+
+/// What has come of it that a VMM was asked to stop.
+pub(crate) enum Asked {
+    /// It ends: it has been asked, or cannot be, because it is just ending by itself. It has disks to sync, and is given the time.
+    Ends,
+    /// It does not answer.
+    Silent,
+}
+
+/// Asks the VMM on `port` to stop, and waits for its answer no longer than `grace`.
+pub(crate) async fn ask(pid: u32, port: u16, secret: &Secret, grace: Duration) -> Asked {
+    let asked = async { Client::connect(port, secret).await?.stop().await };
     match timeout(grace, asked).await {
-        Ok(Ok(())) => {}
-        // It may just be ending by itself, and is given the time for that: it has disks to sync.
-        Ok(Err(error)) => warn!(pid = record.process.pid, %error, "a VMM cannot be asked to stop"),
-        Err(_) => {
-            warn!(pid = record.process.pid, "a VMM does not answer");
-            return kill(&process).await;
+        Ok(Ok(())) => Asked::Ends,
+        Ok(Err(error)) if !is_silence(&error) => {
+            warn!(pid, %error, "a VMM cannot be asked to stop");
+            Asked::Ends
+        }
+        Ok(Err(_)) | Err(_) => {
+            warn!(pid, "a VMM does not answer");
+            Asked::Silent
         }
     }
-    end(record, &process, grace).await
+}
+
+/// Whether the VMM is there and says nothing, as one that is frozen.
+fn is_silence(error: &ClientError) -> bool {
+    match error {
+        ClientError::Connect { source, .. } | ClientError::Handshake { source, .. } => {
+            source.kind() == io::ErrorKind::TimedOut
+        }
+        ClientError::Deadline(_) => true,
+        ClientError::Lost(_) | ClientError::Refused(_) => false,
+    }
 }
 
 /// Waits for a VMM that is to end by now, and kills it if it has not after `grace`.

@@ -334,6 +334,21 @@ async fn a_vmm_that_is_just_ending_by_itself_is_not_killed() {
 }
 
 #[tokio::test]
+async fn a_vmm_that_does_not_answer_is_killed_without_a_further_wait() {
+    let vmm = serve().await;
+    // Who connects waits, as for a VMM that is frozen.
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let mut child = sleep("1000");
+    let record = Record {
+        port: silent.local_addr().unwrap().port(),
+        ..record_of(&child, &vmm)
+    };
+    let stopped = timeout(BOUND, control::stop(&record, 2 * BOUND)).await;
+    assert_eq!(stopped.unwrap().unwrap(), Stopped::Killed);
+    child.wait().await.unwrap();
+}
+
+#[tokio::test]
 async fn what_nobody_waits_for_any_more_is_dropped() {
     let vmm = serve().await;
     // With a runtime of its own, so that it can say nothing when it ends.

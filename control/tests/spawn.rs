@@ -164,6 +164,20 @@ async fn one_that_has_no_record_is_ended_by_who_started_it() {
     assert_eq!(status.signal(), Some(9));
 }
 
+#[tokio::test]
+async fn one_that_does_not_answer_is_killed_without_a_further_wait() {
+    let bench = Bench::new();
+    // Who connects waits, as for a VMM that is frozen.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let program = bench.script(&format!(
+        r#"cat > /dev/null; echo '{{"ready":{{"port":{port}}}}}'; exec sleep 1000"#
+    ));
+    let mut vmm = bench.spawn(&program, BOUND).await.unwrap();
+    let stopped = tokio::time::timeout(BOUND, vmm.stop(&bench.spec.secret, 2 * BOUND)).await;
+    assert_eq!(stopped.unwrap().unwrap().signal(), Some(9));
+}
+
 /// A program that does every errand as a VMM would, but for the machine.
 const OBEDIENT: &str = r#"while read -r line; do case $line in
     *prepare*) echo '"prepared"';;
