@@ -23,7 +23,10 @@ pub use describe::{balloon_of, describe, disk_of, reset_of, runs_of, status_of};
 pub use openapi::document;
 pub use plan::cpu_model;
 
-use std::{io, path::Path};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use control::{DiskConfig, DiskFormat, Registry, RegistryError};
 use rocket::{
@@ -44,7 +47,7 @@ pub enum SetupError {
     #[error("cannot serve the tree {}; name an existing directory", root.display())]
     Tree {
         /// The directory.
-        root: std::path::PathBuf,
+        root: PathBuf,
         /// What the kernel said.
         #[source]
         source: io::Error,
@@ -56,9 +59,9 @@ pub enum SetupError {
     )]
     InTree {
         /// The store's directory, a key file, or the run directory.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// The tree.
-        root: std::path::PathBuf,
+        root: PathBuf,
     },
     /// A disk that branches would get its layers where no restore may reach them.
     #[error(
@@ -67,9 +70,9 @@ pub enum SetupError {
     )]
     BranchOutside {
         /// The disk.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// The tree.
-        root: std::path::PathBuf,
+        root: PathBuf,
     },
     /// The run directory cannot be used.
     #[error(transparent)]
@@ -105,7 +108,8 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
     for disk in &config.defaults.disks {
         within(&tree, disk)?;
     }
-    // Opened before, so that it is there.
+    // Not even made in the tree; and a path with `..` in it is known only once all of it is there.
+    keep_apart(&tree, &config.run_dir)?;
     keep_apart(&tree, Registry::open(&config.run_dir)?.dir())?;
     let machines = Machines::new(config, tree)?;
     Ok(rocket::custom(listen)
@@ -132,8 +136,7 @@ fn within(tree: &Tree, disk: &DiskConfig) -> Result<(), SetupError> {
 /// are not theirs, or of how these are reached, may be among them.
 fn keep_apart(tree: &Tree, path: &Path) -> Result<(), SetupError> {
     let root = tree.resolved();
-    // One that is not there is refused when it is opened.
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let real = real(path);
     match real.starts_with(root) || root.starts_with(&real) {
         true => Err(SetupError::InTree {
             path: path.to_owned(),
@@ -141,6 +144,17 @@ fn keep_apart(tree: &Tree, path: &Path) -> Result<(), SetupError> {
         }),
         false => Ok(()),
     }
+}
+
+/// `path`, absolute and without links as far as there is something of that name.
+fn real(path: &Path) -> PathBuf {
+    // Only an empty one cannot be made absolute, and is refused one way or another.
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let there = path.ancestors().find_map(|ancestor| {
+        let rest = path.strip_prefix(ancestor).ok()?;
+        Some(ancestor.canonicalize().ok()?.join(rest))
+    });
+    there.unwrap_or(path)
 }
 
 #[cfg(test)]
@@ -186,5 +200,9 @@ mod tests {
         assert!(!apart("tree", "tree/store"));
         assert!(!apart("store/tree", "store"));
         assert!(!apart("tree", "tree/key"));
+        // Nor one that is not there yet.
+        std::os::unix::fs::symlink(path("tree"), path("link")).unwrap();
+        assert!(apart("tree", "absent/store"));
+        assert!(!apart("tree", "link/absent/store"));
     }
 }

@@ -264,6 +264,7 @@ fn machines_are_not_written_down_where_clients_could_read_of_them() {
         config.run_dir = dir.path().join(inside);
         let refused = server(config.clone()).map(drop).unwrap_err();
         assert!(refused.to_string().contains("keep them apart"), "{refused}");
+        assert!(!config.run_dir.exists());
     }
     // Nor may the tree lie among them.
     config.run_dir = dir.path().join("run");
