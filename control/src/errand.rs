@@ -4,7 +4,8 @@
 //! A descriptor that is sent need not be inherited: no other process that is started meanwhile has it by accident, and a process
 //! that was started before there was one can be given it. Each errand is answered by a line on its standard output, a
 //! [`Launched`](crate::Launched), before the next one comes. Who is started and is told nothing more, because the other end of the
-//! socket is closed, ends and leaves nothing behind; and so does, before its machine runs, who finds that nobody reads its answers.
+//! socket is closed, ends and leaves nothing behind, but for disks that it has made anew for a machine to be restored;
+//! and so does, while its machine is made or has just begun, who finds that nobody reads its answers.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},

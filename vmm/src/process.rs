@@ -108,7 +108,8 @@ enum Done {
     Machine(Box<Started>),
     /// The image of a machine of this size is written.
     Image(Shape),
-    /// Who asked for a machine went away before it was told that it runs. Nothing of it is left.
+    /// Who asked for a machine went away before it was told that it runs. Nothing of it is left, but for disks that were rebuilt
+    /// to restore it.
     CalledOff,
 }
 
