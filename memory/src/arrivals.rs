@@ -29,7 +29,7 @@ use crate::{
 
 /// More ranges than this are not watched each on its own: each is a mapping of the process, as is what lies between two,
 /// and Linux gives a process 65,530 (`vm.max_map_count`).
-const MAX_RANGES: usize = 16_384;
+const MAX_WATCHED: usize = 16_384;
 
 /// Brings content to a machine's memory.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl MachineMemory {
 
 impl Arrivals {
     fn watch(host: Host, settled: Arc<Settled>, data: &[Range<u64>]) -> io::Result<Self> {
-        let ranges = few_of(data, MAX_RANGES, host.bytes());
+        let ranges = few_of(data, MAX_WATCHED, host.bytes());
         let userfault = Userfault::new(host.clone())?;
         for range in &ranges {
             // Else the kernel would make a huge page for each first touch, and throw it away when it finds that the touch

@@ -2,10 +2,10 @@
 //!
 //! A device is split in two, because two sides use it at once. The vCPUs touch registers
 //! ([`MmioTransport`]), the event loop serves queues (the worker). A vCPU waits for the end of a round only
-//! where it changes what the worker works with: it resets or starts the device, has agreed on its features, sets up a queue or asks whether one is
-//! ready, or writes to the configuration space. What a driver does for each request it does without a lock, or with
-//! one that is held for no longer than a copy takes: a slow disk never holds up a vCPU that notifies, acknowledges an interrupt or
-//! reads the configuration space.
+//! where it changes what the worker works with: it resets or starts the device, has agreed on its features, sets up
+//! a queue or asks whether one is ready, or writes to the configuration space. What a driver does for each request it
+//! does without a lock, or with one that is held for no longer than a copy takes: a slow disk never holds up a vCPU
+//! that notifies, acknowledges an interrupt or reads the configuration space.
 
 pub mod balloon;
 pub mod block;
