@@ -31,8 +31,8 @@ const DATA: u16 = 5;
 
 /// The port that somebody listens on.
 const PORT: u32 = 52;
-/// And where ports begin that the device gives to who connects.
-const FIRST_PORT: u32 = 1 << 30;
+/// And the first that a device that is built for a fuzzer gives to who connects.
+const FIRST_PORT: u32 = (1 << 30) + 1;
 /// More than all those who may be waiting have to say.
 const MOST_PACKETS: usize = 4000;
 /// Streams that a program may have.
