@@ -1,13 +1,16 @@
 //! The transport, tested with the entropy device on it.
 
+use std::sync::mpsc;
+
 use proptest::{collection::vec, prelude::*};
+use rustix::thread::{Pid, gettid};
 use virtio_bindings::{virtio_config::*, virtio_mmio::*, virtio_ring::*};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{state::acceptable, *};
 use crate::{
     BusDevice,
-    conformance::Line,
+    conformance::{Line, PATIENCE},
     virtio::{
         driver::{
             self, AVAILABLE_EVENT, AVAILABLE_INDEX, DESCRIPTORS, Driver, ENTRIES, MEMORY_BYTES,
@@ -293,18 +296,43 @@ fn a_driver_that_is_restored_between_two_reads_finds_another_generation() {
     assert!(once != before && again != before && again != once);
 }
 
+/// Whether a thread of this process waits for something.
+fn is_asleep(thread: Pid) -> bool {
+    let path = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    // Behind the name, which may have anything in it.
+    std::fs::read_to_string(path)
+        .is_ok_and(|stat| stat.rsplit(") ").next().unwrap().starts_with('S'))
+}
+
 #[test]
 fn a_vcpu_does_not_wait_with_who_tells_of_a_change() {
     let (mut device, _memory, _line) = machine();
     let (worker, host) = (Arc::clone(device.worker()), device.host_side());
+    let (begins, begun) = mpsc::channel();
+    let (ends, ended) = mpsc::channel();
     // As while a round takes long.
     let round = lock(&worker);
     std::thread::scope(|scope| {
-        let telling = scope.spawn(|| host.refresh_config());
-        get(&mut device, VIRTIO_MMIO_INTERRUPT_STATUS);
-        set(&mut device, VIRTIO_MMIO_INTERRUPT_ACK, 0);
-        assert!(!telling.is_finished());
+        let telling = scope.spawn(move || {
+            begins.send(gettid()).unwrap();
+            host.refresh_config();
+        });
+        let thread = begun.recv().unwrap();
+        while !is_asleep(thread) && !telling.is_finished() {
+            std::thread::yield_now();
+        }
+        scope.spawn(move || {
+            get(&mut device, VIRTIO_MMIO_INTERRUPT_STATUS);
+            set(&mut device, VIRTIO_MMIO_INTERRUPT_ACK, 0);
+            get(&mut device, VIRTIO_MMIO_CONFIG);
+            ends.send(()).unwrap();
+        });
+        let vcpu = ended.recv_timeout(PATIENCE);
+        let waits = !telling.is_finished();
+        // Or a failure would wait for itself.
         drop(round);
+        assert!(waits, "nobody was waited with");
+        assert!(vcpu.is_ok(), "it waits for the round");
     });
 }
 
