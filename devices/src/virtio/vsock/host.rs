@@ -166,7 +166,7 @@ impl Host {
             let Ok((socket, _)) = self.listener.accept() else {
                 return;
             };
-            if self.streams.len() >= MAX_CONNECTIONS || socket.set_nonblocking(true).is_err() {
+            if !self.has_room() || socket.set_nonblocking(true).is_err() {
                 self.metrics.refused.add(1);
                 continue;
             }
@@ -175,6 +175,19 @@ impl Host {
         }
     }
 
+    /// Whether there is room for another stream, or would be if one that is over were forgotten.
+    fn has_room(&self) -> bool {
+        self.streams.len() < MAX_CONNECTIONS || self.oldest_over().is_some()
+    }
+
+    /// The oldest of those that are only there for a reader that is slow, or hangs.
+    fn oldest_over(&self) -> Option<u64> {
+        let over = |stream: &Stream| matches!(&stream.role, Role::Connected { connection, .. } if connection.is_gone());
+        let (token, _) = self.streams.iter().find(|(_, stream)| over(stream))?;
+        Some(*token)
+    }
+
+    /// Where there is no room, in place of the oldest that is over.
     fn insert(&mut self, socket: UnixStream, role: Role) -> Option<u64> {
         let token = self.next_token;
         let flags = epoll::EventFlags::IN
@@ -184,6 +197,11 @@ impl Host {
         if watch(&self.epoll, &socket, token, flags).is_err() {
             self.metrics.refused.add(1);
             return None;
+        }
+        if self.streams.len() >= MAX_CONNECTIONS
+            && let Some(over) = self.oldest_over()
+        {
+            self.forget(over);
         }
         self.next_token += 1;
         let stream = Stream {
@@ -257,7 +275,7 @@ impl Host {
                 self.forget(token);
             } else {
                 // Who reads slowly still gets all that was sent before the end: a guest may give a connection up seconds
-                // after it has closed it. To the guest it is none any more.
+                // after it has closed it. To the guest it is none any more, and it makes room for one that is.
                 let ports = *ports;
                 self.release(ports, token);
             }
@@ -411,8 +429,7 @@ impl Host {
         let ports = header.ports();
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", ports.host));
-        let room = self.streams.len() < MAX_CONNECTIONS;
-        let socket = room.then(|| dial(Path::new(&path)));
+        let socket = self.has_room().then(|| dial(Path::new(&path)));
         if let Some(Ok(socket)) = socket {
             let role = connected(ports, Connection::from_guest(header));
             if let Some(token) = self.insert(socket, role) {

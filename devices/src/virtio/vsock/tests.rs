@@ -147,6 +147,7 @@ impl Bench {
         let path = self.path("v_52");
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(path).unwrap();
+        listener.set_nonblocking(true).unwrap();
         let ports = Ports {
             host: 52,
             guest: 1024,
@@ -420,25 +421,58 @@ fn what_was_sent_before_a_reset_reaches_who_reads_slowly() {
     assert!(bench.get().is_none());
 }
 
-#[test]
-fn what_nobody_reads_any_more_makes_room() {
+/// A stream, and all that the guest has sent there.
+type Sent = (UnixStream, Vec<u8>);
+
+/// A device without room for another stream. The guest has given up two, the older first, and their readers have not taken all. The
+/// others have not said yet where they want to go.
+fn full() -> (Bench, [Sent; 2], Vec<UnixStream>) {
     let mut bench = Bench::new();
-    let (ports, gone) = bench.connected();
-    bench.fill(ports);
-    bench.say(ports, RESET);
-    let waiting: Vec<_> = (1..MAX_CONNECTIONS)
+    let over = [(); 2].map(|()| {
+        let (ports, stream) = bench.connected();
+        let sent = bench.fill(ports);
+        bench.say(ports, RESET);
+        (stream, sent)
+    });
+    let waiting = (over.len()..MAX_CONNECTIONS)
         .map(|_| {
             let stream = bench.dial("CONN");
             lock(bench.device.worker()).process(RECEIVE);
             stream
         })
         .collect();
-    bench.say(ports, REQUEST);
-    bench.expect(RESET);
+    (bench, over, waiting)
+}
+
+#[test]
+fn what_nobody_reads_any_more_makes_room() {
+    let (mut bench, [(slow, sent), (gone, _)], _waiting) = full();
     drop(gone);
     lock(bench.device.worker()).process(RECEIVE);
     bench.connected();
-    drop(waiting);
+    assert!(bench.read_all(&slow) == sent);
+}
+
+#[test]
+fn a_new_connection_takes_the_place_of_the_oldest_that_the_guest_has_given_up() {
+    let (mut bench, [(oldest, cut), (slow, sent)], waiting) = full();
+    let (ports, one) = bench.connected();
+    assert!(bench.read_all(&oldest).len() < cut.len());
+    assert!(at_end(&oldest));
+    // One that does not come about takes none.
+    bench.say(Ports { host: 53, guest: 1 }, REQUEST);
+    bench.expect(RESET);
+    let other = bench.dial("CONNECT 9\n");
+    bench.expect(REQUEST);
+    assert!(bench.read_all(&slow).len() < sent.len());
+    assert!(at_end(&slow));
+    // Those that are the guest's, or may become so, stay.
+    let refused = bench.dial("CONNECT 9\n");
+    assert!(bench.get().is_none());
+    assert!(at_end(&refused));
+    assert!(!waiting.iter().chain([&other]).any(at_end));
+    bench.give(ports, DATA, |_| {}, b"still");
+    assert_eq!(read(&one), b"still");
 }
 
 #[test]
