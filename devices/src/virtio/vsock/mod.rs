@@ -77,6 +77,9 @@ pub struct Vsock {
     reset_due: bool,
     /// And before it hears of others, which it would take for some of those that are: nothing is received until the event queue
     /// has been looked at. If the driver has no room there then, it hears of others all the same, for it may never have any.
+    /// This is the order in which the driver can find the two, not that in which it looks: one that looks at what was received
+    /// first may still meet a request before the event, and end that connection with the others. That it has handled the event
+    /// only shows when it gives the buffer back, which it need not do.
     reset_first: bool,
     buffer: Box<[u8]>,
     metrics: Arc<VsockMetrics>,
