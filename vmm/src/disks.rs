@@ -111,7 +111,7 @@ pub(crate) fn reattach(
                     let disk = match begin(&config.path) {
                         Err(error) if is_gone(&error) => {
                             let Some(content) = saved.disk(number)? else {
-                                return Err(error.into());
+                                return Err(Error::LayerNotHere(error));
                             };
                             let path = &config.path;
                             config.path =

@@ -70,6 +70,10 @@ pub(crate) enum Error {
         path.display()
     )]
     DiskNotHere { path: PathBuf },
+    #[error(
+        "{0}; bring it back, or, if the snapshot is in a store, restore it from there with --disks DIRECTORY and fork that machine"
+    )]
+    LayerNotHere(#[source] branch_disk::Error),
     #[error("the saved state of the disk {path} is impossible; take another copy of the snapshot")]
     DiskState { path: String },
     #[error(transparent)]
@@ -206,7 +210,7 @@ impl Error {
             Self::DiskOutside { .. } | Self::TooLarge { .. } => FailureKind::BadRequest,
             Self::DiskState { .. } => FailureKind::NotASnapshot,
             Self::DiskNotHere { .. } => FailureKind::NotFound,
-            Self::Branch(e) => branch_kind(e),
+            Self::Branch(e) | Self::LayerNotHere(e) => branch_kind(e),
             Self::NoSuchDisk { .. } => FailureKind::NotFound,
             Self::NothingToChange => FailureKind::BadRequest,
             Self::NothingGoesOn | Self::NothingBeside => FailureKind::BadRequest,
