@@ -343,8 +343,12 @@ fn a_round_that_ends_at_its_bound_asks_for_the_next() {
     for _ in 0..ENTRIES {
         driver.offer(&[Part::In(1)]);
     }
-    assert!(lock(device.worker()).process(0));
-    assert_eq!(driver.used(), ENTRIES);
+    // On a host that is very busy, one may end at its time instead, and there are more.
+    let mut asks = false;
+    while driver.used() < ENTRIES {
+        asks |= lock(device.worker()).process(0);
+    }
+    assert!(asks);
     let signal = |device: &MmioTransport| {
         let (_, _, event) = device.ioeventfds().next().unwrap();
         event.read().is_ok()
