@@ -154,12 +154,12 @@ fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
     }
 }
 
-/// Gives `layer` the second name for who has this id, durably, unless it has that; gives the name.
+/// Gives `layer` the second name for who has this id, durably; gives the name.
 pub(crate) fn second_name(layer: &Layer, id: LayerId) -> Result<PathBuf, Error> {
     let name = name::kept(layer.path(), id);
     match link(&layer.media, &name) {
-        Ok(()) => {}
-        Err(Errno::EXIST) => return Ok(name),
+        // Whoever has made it may not have come to have it durable.
+        Ok(()) | Err(Errno::EXIST) => {}
         // It was merged, and another file is what it was.
         Err(Errno::NOENT) => {
             std::fs::hard_link(layer.path(), &name).map_err(Error::io("name", &name))?;

@@ -8,7 +8,7 @@ use super::{Check, snapshots};
 use crate::annotation;
 use crate::backend::{Area, Backend, Publish, ReadAt};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Malformed, Result};
 use crate::frame::{Decoder, Encoder};
 use crate::hash::ChunkId;
 use crate::index::{self, BucketBuffer, EMPTY_BUCKET, View};
@@ -18,7 +18,7 @@ use crate::protect;
 use crate::refs;
 use crate::store::{CONFIG, read_config};
 
-/// Bytes that are kept of a damaged file. No pack and hardly a snapshot has more, but a file can be sparse, and without an end.
+/// Bytes that a damaged file has of which a copy is kept, at most. No pack and hardly a snapshot has more, but a file can be sparse, and without an end.
 const MAX_KEPT_BYTES: u64 = 1 << 30;
 
 /// Bytes that are copied at a time.
@@ -46,8 +46,10 @@ pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
             .open(Area::Packs, &entry.name)
             .and_then(|pack| pack.read_exact_at(&mut bytes, CONFIG_AT));
         if read.is_ok() && Config::parse(&bytes, CONFIG).is_ok() {
-            if let Ok(damaged) = backend.open(Area::Root, CONFIG) {
-                keep_copy(backend, &*damaged, CONFIG)?;
+            if let Ok(damaged) = backend.open(Area::Root, CONFIG)
+                && !keep_copy(backend, &*damaged, CONFIG)?
+            {
+                return Err(Malformed("too long to be kept: move it away by hand").in_file(CONFIG));
             }
             publish(backend, Area::Root, CONFIG, &bytes)?;
             return Ok(true);
@@ -140,13 +142,9 @@ fn move_away(backend: &dyn Backend, area: Area, name: &str) -> Result<Option<Str
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(Error::file(format!("read {path}")))?,
     };
-    if file.size() > MAX_KEPT_BYTES {
-        let left = format!(
-            "left {path} as it is: it is longer than anything of a store; move it away by hand"
-        );
-        return Ok(Some(left));
+    if !keep_copy(backend, &*file, &format!("{}-{name}", area.dir()))? {
+        return Ok(Some(left(&path)));
     }
-    keep_copy(backend, &*file, &format!("{}-{name}", area.dir()))?;
     refs::remove_file(backend, area, name)?;
     backend
         .sync(area)
@@ -190,7 +188,9 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     let file = backend
         .open(Area::Packs, &id.to_string())
         .map_err(Error::file(format!("read packs/{id}")))?;
-    keep_copy(backend, &*file, &format!("packs-{id}"))?;
+    if !keep_copy(backend, &*file, &format!("packs-{id}"))? {
+        return Ok(left(&format!("packs/{id}")));
+    }
 
     let identifier = shared.identifier()?;
     let column = Pack::open(shared, id).and_then(|pack| pack.ids()).ok();
@@ -313,14 +313,22 @@ impl<'a> Elsewhere<'a> {
     }
 }
 
-/// Copies a damaged file, its first [`MAX_KEPT_BYTES`], to where somebody may look at it later. What was kept of it before stays.
-fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<()> {
+/// What is said of a file of which no copy was kept.
+fn left(path: &str) -> String {
+    format!("left {path} as it is: it is longer than anything of a store; move it away by hand")
+}
+
+/// Copies a damaged file to where somebody may look at it later; says whether it has: not if it has more than [`MAX_KEPT_BYTES`]. What was
+/// kept of it before stays.
+fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<bool> {
+    if file.size() > MAX_KEPT_BYTES {
+        return Ok(false);
+    }
     let failed = || Error::io(format!("write {}", Area::Damaged.path(name)));
     let mut draft = backend.draft().map_err(failed())?;
     let (mut at, mut piece) = (0, vec![0; COPY_BYTES as usize]);
-    let size = file.size().min(MAX_KEPT_BYTES);
-    while at < size {
-        let piece = &mut piece[..COPY_BYTES.min(size - at) as usize];
+    while at < file.size() {
+        let piece = &mut piece[..COPY_BYTES.min(file.size() - at) as usize];
         file.read_exact_at(piece, at)
             .map_err(Error::file(format!("read {name}")))?;
         draft.append(piece).map_err(failed())?;
@@ -341,7 +349,8 @@ fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<()>
     draft
         .publish(Area::Damaged, &name, Publish::New)
         .map_err(failed())?;
-    backend.sync(Area::Damaged).map_err(failed())
+    backend.sync(Area::Damaged).map_err(failed())?;
+    Ok(true)
 }
 
 fn publish(backend: &dyn Backend, area: Area, name: &str, bytes: &[u8]) -> Result<()> {

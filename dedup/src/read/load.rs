@@ -277,8 +277,8 @@ impl<'r> Loader<'r> {
         let config = &self.image.shared.config;
         let decoded = self.decoded.zip(self.pack.as_ref());
         let there = decoded.filter(|((_, frame), (_, pack))| {
-            let live = pack.table().live_of(*frame);
-            live.has_all(slots_of(config, &bytes))
+            let first = *frame * config.frame_chunks();
+            slots_of(config, &bytes).all(|slot| pack.table().has(first + slot as u32))
         });
         let plain = there.and_then(|_| self.plain.get(bytes));
         plain.ok_or_else(|| {
