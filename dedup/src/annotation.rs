@@ -8,10 +8,11 @@ use std::io;
 use crate::backend::{Area, Backend, Publish};
 use crate::bytes::{Cursor, from_hex};
 use crate::error::{Error, Malformed, Result};
+use crate::facts::SnapshotId;
 use crate::hash::digest;
 use crate::name::check_name;
 use crate::refs::{self, remove_file};
-use crate::snapshot::{Snapshot, SnapshotId};
+use crate::snapshot::Snapshot;
 use crate::store::Shared;
 
 const MAGIC: &[u8; 8] = b"DEDUPANN";

@@ -3,11 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::error::Result;
+use crate::facts::SnapshotId;
 use crate::name::FileId;
 use crate::protect::claimed;
 use crate::recipe::BlockCoder;
 use crate::refs::open_all;
-use crate::snapshot::SnapshotId;
 use crate::store::Shared;
 
 /// A set of slots of one pack.

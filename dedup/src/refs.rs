@@ -7,9 +7,10 @@ use crate::annotation;
 use crate::backend::{Area, Backend, Publish};
 use crate::bytes::Cursor;
 use crate::error::{Error, Malformed, Result};
+use crate::facts::SnapshotId;
 use crate::hash::digest;
 use crate::name::check_name;
-use crate::snapshot::{Snapshot, SnapshotId};
+use crate::snapshot::Snapshot;
 use crate::store::Shared;
 
 const MAGIC: &[u8; 8] = b"DEDUPTAG";

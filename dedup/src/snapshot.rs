@@ -4,12 +4,11 @@ use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
 use crate::backend::{Area, Backend, Publish, ReadAt};
-use crate::bytes::{Cursor, from_hex, to_hex};
+use crate::bytes::Cursor;
 use crate::config::Config;
 use crate::error::{Error, Malformed, Result};
+use crate::facts::{Facts, ImageFacts, SnapshotId, Span};
 use crate::hash::{digest, short_digest};
 use crate::name::{FileId, check_name};
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Directory, Place, chunks_of};
@@ -30,117 +29,6 @@ const MAX_FACTS_BYTES: u32 = 16 << 20;
 
 /// No directory and no manifest is longer: a directory of this size is that of an image of 80 TiB.
 const MAX_SPAN_BYTES: u64 = 256 << 20;
-
-/// What a snapshot is, whatever its name: the digest of all it holds.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SnapshotId(pub(crate) [u8; 16]);
-
-impl SnapshotId {
-    /// Its bytes. In hexadecimal they are a name by which the store finds the snapshot.
-    #[must_use]
-    pub fn as_bytes(&self) -> &[u8; 16] {
-        &self.0
-    }
-}
-
-impl std::fmt::Display for SnapshotId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&to_hex(&self.0))
-    }
-}
-
-impl std::fmt::Debug for SnapshotId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(self, f)
-    }
-}
-
-impl Serialize for SnapshotId {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for SnapshotId {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        parse_hex(deserializer).map(SnapshotId)
-    }
-}
-
-fn parse_hex<'de, D: serde::Deserializer<'de>, const N: usize>(
-    deserializer: D,
-) -> Result<[u8; N], D::Error> {
-    let hex = String::deserialize(deserializer)?;
-    from_hex(&hex).ok_or_else(|| serde::de::Error::custom("not a digest"))
-}
-
-/// What a snapshot says about itself.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Facts {
-    /// The name it was saved under.
-    pub name: String,
-    /// When it was saved: milliseconds since 1970, UTC.
-    pub created_ms: u64,
-    /// The host that saved it.
-    pub host: String,
-    /// The snapshot it came from.
-    pub parent: Option<SnapshotId>,
-    /// Its images, in the order in which they were saved.
-    pub images: Vec<ImageFacts>,
-    pub(crate) manifest: Span,
-    /// In an encrypted store, what the snapshot's own keys are derived from.
-    #[serde(
-        default,
-        skip_serializing_if = "Option::is_none",
-        serialize_with = "write_salt",
-        deserialize_with = "parse_salt"
-    )]
-    salt: Option<FileId>,
-}
-
-/// What a snapshot says about one of its images.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImageFacts {
-    /// The image's name, unique in its snapshot.
-    pub name: String,
-    /// Bytes.
-    pub size: u64,
-    /// Chunks that are all zeros.
-    pub zero_chunks: u64,
-    /// Chunks that the store did not hold before.
-    pub new_chunks: u64,
-    pub(crate) blocks_at: u64,
-    pub(crate) directory: Span,
-}
-
-/// A part of a file.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Span {
-    at: u64,
-    len: u64,
-    #[serde(serialize_with = "write_hex", deserialize_with = "parse_hex")]
-    digest: [u8; 16],
-}
-
-fn write_hex<S: serde::Serializer>(bytes: &[u8; 16], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&to_hex(bytes))
-}
-
-fn write_salt<S: serde::Serializer>(
-    salt: &Option<FileId>,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    salt.as_ref().map(FileId::to_string).serialize(serializer)
-}
-
-fn parse_salt<'de, D: serde::Deserializer<'de>>(
-    deserializer: D,
-) -> Result<Option<FileId>, D::Error> {
-    parse_hex(deserializer).map(FileId).map(Some)
-}
 
 /// An image that is ready to be written: its recipe, and what there is to say about it.
 pub(crate) struct ImageDraft {
@@ -469,14 +357,6 @@ impl Snapshot {
 
     fn damaged(&self, malformed: Malformed) -> Error {
         malformed.in_file(Area::Snapshots.path(&self.name))
-    }
-}
-
-impl Span {
-    fn end(&self) -> Result<u64, Malformed> {
-        self.at
-            .checked_add(self.len)
-            .ok_or(Malformed("a part is outside of the file"))
     }
 }
 

@@ -7,6 +7,7 @@ use crate::annotation;
 use crate::backend::{Area, Backend, LocalDir, Publish};
 use crate::config::{Config, CreateOptions};
 use crate::error::{Error, Result};
+use crate::facts::{Facts, SnapshotId};
 use crate::hash::Identifier;
 use crate::index::Index;
 use crate::key::Key;
@@ -16,7 +17,7 @@ use crate::progress::Progress;
 use crate::read::{Frames, ImageReader};
 use crate::refs;
 use crate::seal::{Access, Keys};
-use crate::snapshot::{Facts, Snapshot, SnapshotId};
+use crate::snapshot::Snapshot;
 use crate::write::{Saved, Writer};
 
 /// The name of the image in a snapshot of a single file.

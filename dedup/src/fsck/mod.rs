@@ -9,12 +9,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use crate::annotation;
 use crate::backend::{Area, Backend, Lock};
 use crate::error::{Error, Malformed, Result};
+use crate::facts::SnapshotId;
 use crate::index::Segment;
 use crate::marks::Slots;
 use crate::name::FileId;
 use crate::protect;
 use crate::refs;
-use crate::snapshot::SnapshotId;
 use crate::store::{Shared, Store};
 
 pub use repair::repair_config;

@@ -23,8 +23,9 @@ use worker::Worker;
 
 use crate::backend::Area;
 use crate::error::{Error, Result};
+use crate::facts::SnapshotId;
 use crate::name::check_name;
-use crate::snapshot::{self, ImageDraft, Snapshot, SnapshotDraft, SnapshotId};
+use crate::snapshot::{self, ImageDraft, Snapshot, SnapshotDraft};
 use crate::store::Shared;
 use parent::ParentSnapshot;
 

@@ -9,7 +9,7 @@ use std::{ops::Range, time::Duration};
 use control::{LaunchSpec, UseWorkingSet};
 use snapshot::{Lost, OnDemand, Snapshot};
 
-use super::{Bounds, CLOCK_LEAD, Listeners, Machine, host_pages};
+use super::{Bounds, Listeners, Machine, going_on::CLOCK_LEAD, host_pages};
 use crate::{
     error::Error,
     frame::{Frame, Restored},
