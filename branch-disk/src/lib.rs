@@ -74,6 +74,7 @@ pub use io::{Sink, Source, Space, discard_range, zero_range};
 pub use layout::{MAX_BYTES, MAX_DEPTH, SECTOR_BYTES};
 pub use merge::{Merge, Merged};
 pub use merged_away::Rest;
+pub use name::rebuilt as rebuilt_name;
 pub use parts::{Kind, Part};
 pub use qcow2::{export_qcow2, import_qcow2};
 pub use rebuild::rebuild;

@@ -13,6 +13,8 @@ const HEAD: &str = ".head";
 const PARTIAL: &str = ".partial";
 const KEPT: &str = ".kept";
 const ID_DIGITS: usize = 32;
+/// Bytes of a name of somebody's that are kept where two ids come behind it: files have names of 255 at most, and drafts have more.
+const STEM_BYTES: usize = 128;
 
 /// The name that a head called `path` gets when it is sealed.
 pub(crate) fn sealed(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
@@ -22,6 +24,31 @@ pub(crate) fn sealed(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
 /// A name for a head on the sealed layer `path`.
 pub(crate) fn head_on(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
     named(path, |stem| format!("{stem}.{id}{HEAD}"))
+}
+
+/// The file name for the layer `id`, once at `path`, where it is made again of what the snapshot `of` has of it: its own, if that is a
+/// sealed layer's, whose id stands for its content (a head that was about to end has that name, too, after a crash, until it is opened). What
+/// was only read need not be sealed, and then its id stands for whatever is written to it: such a name has the snapshot's id, too, so
+/// that what two snapshots have of it does not meet.
+///
+/// # Errors
+///
+/// [`Error::Path`] when `path` has no file name, or one that is not UTF-8.
+pub fn rebuilt(path: &Path, id: LayerId, of: &str) -> Result<OsString, Error> {
+    let own = path.file_name().unwrap_or_default();
+    if own
+        .as_encoded_bytes()
+        .ends_with(format!(".{id}{LAYER}").as_bytes())
+    {
+        return Ok(own.to_owned());
+    }
+    let named = named(path, |stem| {
+        let fits = |end: &usize| stem.is_char_boundary(*end);
+        let end = (0..=STEM_BYTES.min(stem.len())).rev().find(fits);
+        let stem = &stem[..end.unwrap_or_default()];
+        format!("{stem}.{of}.{id}{LAYER}")
+    })?;
+    Ok(named.file_name().unwrap_or_default().to_owned())
 }
 
 /// A second name for the layer `path`, for its child with that id.
@@ -139,8 +166,32 @@ mod tests {
             sealed(&head, two).unwrap(),
             Path::new(&format!("/d/web.disk.{two}.layer"))
         );
+        assert_eq!(
+            rebuilt(&layer, one, "monday").unwrap(),
+            layer.file_name().unwrap()
+        );
         // A user's own name is not taken apart.
         assert_eq!(stem("my.layer"), "my.layer");
         assert_eq!(stem(&format!(".{one}.layer")), format!(".{one}.layer"));
+    }
+
+    #[test]
+    fn what_is_not_sealed_is_made_for_each_snapshot() {
+        let [one, two] = [1, 2].map(|n| LayerId([n; 16]));
+        let made = |path: &str, of| rebuilt(Path::new(path), one, of);
+        for own in ["/d/tools".to_owned(), format!("/d/tools.{one}.head")] {
+            let monday = made(&own, "monday").unwrap();
+            assert_eq!(monday, *format!("tools.monday.{one}.layer"));
+            assert_ne!(made(&own, "tuesday").unwrap(), monday);
+            // A snapshot of a machine that goes on from it means this one.
+            let again = rebuilt(Path::new(&monday), one, "tuesday").unwrap();
+            assert_eq!(again, monday);
+        }
+        // A name that tells of another layer tells nothing of this one.
+        let other = made(&format!("/d/tools.{two}.layer"), "monday").unwrap();
+        assert_eq!(other, *format!("tools.monday.{one}.layer"));
+        assert!(matches!(made("/", "monday"), Err(Error::Path { .. })));
+        let long = made(&format!("/d/{}", "ä".repeat(127)), &"0".repeat(32)).unwrap();
+        assert!(draft(Path::new(&long), one).as_os_str().len() <= 255);
     }
 }

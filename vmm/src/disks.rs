@@ -82,11 +82,15 @@ pub(crate) fn reattach(
             let mut config = state.config().ok_or_else(impossible)?;
             let layer = state.layer().map_err(|()| impossible())?;
             let rule = |path: &Path| allows(confinement, path);
+            let rebuild = |path: &Path, id, content: &_| {
+                let of = saved.stored_as().unwrap_or_default();
+                stored_disks::rebuild(path, id, of, content, directory, &rule)
+            };
             if let Some(id) = layer
                 && !is_there(&config.path)
                 && let Some(content) = saved.disk(number)?
             {
-                config.path = stored_disks::rebuild(&config.path, id, &content, directory, &rule)?;
+                config.path = rebuild(&config.path, id, &content)?;
             }
             // One that is not there is refused when it is opened.
             if DiskState::of(&config).is_ok_and(|now| state.changed_since(&now)) {
@@ -113,9 +117,7 @@ pub(crate) fn reattach(
                             let Some(content) = saved.disk(number)? else {
                                 return Err(Error::LayerNotHere(error));
                             };
-                            let path = &config.path;
-                            config.path =
-                                stored_disks::rebuild(path, id, &content, directory, &rule)?;
+                            config.path = rebuild(&config.path, id, &content)?;
                             begin(&config.path)?
                         }
                         begun => begun?,

@@ -73,22 +73,21 @@ pub(crate) fn save(
     Ok(layers)
 }
 
-/// Makes the layer `id`, which was at `path`, in `directory`, unless it is there. Gives its path there.
+/// Makes the layer `id`, which was at `path`, in `directory`, of what the snapshot `of` has of it, unless it is there. Gives its path there.
 ///
 /// A snapshot may come from anybody, so it does not say where files are made.
 pub(crate) fn rebuild(
     path: &Path,
     id: LayerId,
+    of: &str,
     content: &StoredDisk,
     directory: Option<&Path>,
     rule: &Rule<'_>,
 ) -> Result<PathBuf, Error> {
-    let (Some(directory), Some(name)) = (directory, path.file_name()) else {
-        return Err(Error::DiskNotHere {
-            path: path.to_owned(),
-        });
-    };
-    let here = directory.join(name);
+    let directory = directory.ok_or_else(|| Error::DiskNotHere {
+        path: path.to_owned(),
+    })?;
+    let here = directory.join(branch_disk::rebuilt_name(path, id, of)?);
     if !crate::disks::is_there(&here) {
         let read = |offset, buffer: &mut [u8]| content.read(offset, buffer);
         match branch_disk::rebuild(&here, id, content.bytes(), read, rule) {

@@ -142,6 +142,40 @@ fn a_disk_is_saved_into_a_store_with_its_machine_and_made_elsewhere() {
 }
 
 #[test]
+fn what_two_snapshots_have_of_a_disk_that_is_only_read_does_not_meet() {
+    let Some((server, cli)) = bench() else { return };
+    let mut more = disk(&server, "d");
+    more["disks"][0]["read_only"] = json!(true);
+    let kernel = server.path("kernel");
+    let machine = server.client.boot(&kernel, &more).unwrap();
+    counts(&server, machine);
+    let pid = machine.pid.to_string();
+    cli.run(&["store", "init"]).unwrap();
+    for name in ["monday", "tuesday"] {
+        cli.run(&["snapshot", &pid, name]).unwrap();
+    }
+    cli.run(&["stop", &pid]).unwrap();
+    std::fs::remove_file(server.tree().join("d")).unwrap();
+
+    let elsewhere = server.tree().join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    for name in ["monday", "tuesday", "tuesday"] {
+        let restored = cli
+            .json(&["restore", name, "--disks", "elsewhere", "--json"])
+            .unwrap();
+        let number = |key: &str| restored[key].as_u64().unwrap();
+        let machine = Machine {
+            pid: number("pid") as u32,
+            port: number("port") as u16,
+        };
+        counts(&server, machine);
+    }
+    let made = std::fs::read_dir(&elsewhere).unwrap();
+    let made: Vec<_> = made.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(made.len(), 2, "{made:?}");
+}
+
+#[test]
 fn a_saved_layer_that_is_another_or_gone_is_refused() {
     let Some((server, _)) = bench() else { return };
     let client = &server.client;
