@@ -209,8 +209,8 @@ impl EventLoop {
     ///
     /// # Errors
     ///
-    /// [`EventLoopError::NotAnswering`] when that takes longer than `timeout`, whereupon the loop goes
-    /// on; [`EventLoopError::Ended`].
+    /// [`EventLoopError::NotAnswering`] when that takes longer than `timeout`, also what a device does beside the loop, whereupon the
+    /// loop goes on; [`EventLoopError::Ended`].
     pub fn quiesce(&self, timeout: Duration) -> Result<Quiesced, EventLoopError> {
         let (acknowledge, acknowledged) = mpsc::channel();
         let (release, released) = mpsc::channel();
@@ -218,30 +218,37 @@ impl EventLoop {
         // Before the loop hears of it, so that a stop cannot come in between.
         *lock(&self.release) = Some(release);
         let (workers, gate) = (Arc::clone(&self.workers), Arc::clone(&self.gate));
+        let deadline = Instant::now() + timeout;
         self.endpoint
             .fire(move |_| {
-                gate.pass(|| drain(&workers));
-                if acknowledge.send(()).is_ok() {
+                let mut is_settled = true;
+                gate.pass(|| is_settled = drain(&workers, deadline));
+                if acknowledge.send(is_settled).is_ok() && is_settled {
                     stand_still(&released, &workers, &gate);
                 }
             })
             .map_err(|_| EventLoopError::Ended)?;
         match acknowledged.recv_timeout(timeout) {
-            Ok(()) => Ok(quiesced),
-            Err(RecvTimeoutError::Timeout) => Err(EventLoopError::NotAnswering(timeout)),
+            Ok(true) => Ok(quiesced),
+            Ok(false) | Err(RecvTimeoutError::Timeout) => {
+                Err(EventLoopError::NotAnswering(timeout))
+            }
             Err(RecvTimeoutError::Disconnected) => Err(EventLoopError::Ended),
         }
     }
 
     /// Has the loop do nothing until what it returns is dropped, as [`EventLoop::quiesce`] does, but at once, and without serving
-    /// what the guest has made available: for who takes from it all that it has done. `None` if the loop is just
+    /// what the guest has made available: for who takes from it all that it has done. `None` if the loop, or a device beside it, is just
     /// at work. The guard of an earlier one must be gone.
     pub fn halt(&self) -> Option<Quiesced> {
-        let closed = self.gate.close();
-        closed.then(|| {
-            let (gate, workers) = (Arc::clone(&self.gate), Arc::clone(&self.workers));
-            Quiesced(StandsStill::Out(gate, self.endpoint.clone(), workers))
-        })
+        if !self.gate.close() {
+            return None;
+        }
+        let (gate, workers) = (Arc::clone(&self.gate), Arc::clone(&self.workers));
+        let halted = Quiesced(StandsStill::Out(gate, self.endpoint.clone(), workers));
+        // The loop is out: nothing can begin now.
+        let at_work = |worker: &Arc<Mutex<Worker>>| lock(worker).is_at_work();
+        (!self.workers.iter().any(at_work)).then_some(halted)
     }
 
     /// What the loop has in hand, to be waited for.
@@ -250,7 +257,7 @@ impl EventLoop {
         InHand(Arc::clone(&self.gate))
     }
 
-    /// Ends the loop and waits for it. A quiesced loop ends without having done anything more.
+    /// Ends the loop and waits for it, and for what devices do beside it. A quiesced loop ends without having done anything more.
     ///
     /// # Errors
     ///
@@ -259,7 +266,11 @@ impl EventLoop {
     pub fn stop(mut self, timeout: Duration) -> Result<(), EventLoopError> {
         self.request_stop();
         let thread = self.thread.take();
+        let deadline = Instant::now() + timeout;
         if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(timeout) {
+            return Err(EventLoopError::NotAnswering(timeout));
+        }
+        if !settle(&self.workers, deadline) {
             return Err(EventLoopError::NotAnswering(timeout));
         }
         match thread.map(JoinHandle::join) {
@@ -280,19 +291,24 @@ impl EventLoop {
 }
 
 impl Drop for EventLoop {
-    /// Waits for the thread, though not for long: with what it has of the devices go files that are there only while they are, like
-    /// a vsock device's socket, and a process that ends does not wait for its threads.
+    /// Waits for the thread and for what devices do beside it, though not for long: with what they have go files that are there only
+    /// while they are, like a vsock device's socket, a disk is left in order, and a process that ends does not wait for its threads.
     fn drop(&mut self) {
         let Some(thread) = self.thread.take() else {
             return;
         };
         self.request_stop();
-        match self.ended.recv_timeout(END_BOUND) {
-            Err(RecvTimeoutError::Timeout) => {
-                tracing::warn!("thread {THREAD_NAME} is left behind; a disk is slow or hangs");
+        let deadline = Instant::now() + END_BOUND;
+        let ended = match self.ended.recv_timeout(END_BOUND) {
+            Err(RecvTimeoutError::Timeout) => false,
+            _ => {
+                // That it panicked was said.
+                drop(thread.join());
+                true
             }
-            // That it panicked was said.
-            _ => drop(thread.join()),
+        };
+        if !ended || !settle(&self.workers, deadline) {
+            tracing::warn!("a thread that serves devices is left behind; a disk is slow or hangs");
         }
     }
 }
@@ -338,15 +354,20 @@ impl Loop {
     }
 }
 
-/// Serves the requests that are available, until there are none or [`DRAIN_TIME`] is over.
-fn drain(workers: &Workers) {
+/// Serves the requests that are available, until there are none or [`DRAIN_TIME`] is over. Says whether nothing is under way then,
+/// which has to be so by `deadline`.
+fn drain(workers: &Workers, deadline: Instant) -> bool {
     let start = Instant::now();
-    for worker in workers.iter() {
+    workers.iter().all(|worker| {
         let mut worker = lock(worker);
-        for index in 0..worker.queue_count() {
-            worker.drain(index, || start.elapsed() < DRAIN_TIME);
-        }
-    }
+        let mut queues = 0..worker.queue_count();
+        queues.all(|index| worker.drain(index, deadline, || start.elapsed() < DRAIN_TIME))
+    })
+}
+
+/// Waits until nothing is under way beside the loop; says whether that is so by `deadline`.
+fn settle(workers: &Workers, deadline: Instant) -> bool {
+    workers.iter().all(|worker| lock(worker).settle(deadline))
 }
 
 /// Waits until released, and then looks at all queues: the guest may have notified the machine that

@@ -354,7 +354,8 @@ fn block(disk: &AttachedDisk) -> Result<Block, Error> {
         Some(branch) => Block::branching(Arc::clone(branch), &id),
         None => Block::open(&config.path, config.read_only, &id),
     };
-    let block = block.map_err(devices::Error::Disk)?;
+    let aside = block.and_then(Block::flushing_aside);
+    let block = aside.map_err(devices::Error::Disk)?;
     Ok(block.limited(disks::limits(config.limits)))
 }
 

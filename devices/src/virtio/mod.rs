@@ -24,7 +24,7 @@ mod used;
 pub mod vsock;
 mod worker;
 
-use std::{os::fd::BorrowedFd, sync::Arc};
+use std::{os::fd::BorrowedFd, sync::Arc, time::Instant};
 
 use memory::GuestMemory;
 use saved_state::{Kind, Section};
@@ -38,7 +38,8 @@ pub(crate) use worker::Worker;
 /// A virtio device without its transport.
 ///
 /// Requests are served synchronously on the event loop: between two calls nothing is in flight,
-/// which is what makes saving a device as simple as reading its fields. A request that has to wait is begun with later.
+/// which is what makes saving a device as simple as reading its fields. A request that has to wait is begun with later. What
+/// a device does beside the loop nonetheless ([`VirtioDevice::is_at_work`]) does not touch guest memory, and is over before a machine is saved.
 pub trait VirtioDevice: Send {
     /// The kind of the section that the device and its transport save together.
     fn kind(&self) -> Kind;
@@ -104,6 +105,31 @@ pub trait VirtioDevice: Send {
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError>;
 
+    /// Whether something is under way that a round has begun. The device looks at its queues when it is over.
+    fn is_at_work(&self) -> bool {
+        false
+    }
+
+    /// Waits until nothing is; says whether that is so by `deadline`.
+    #[must_use = "something may be under way still"]
+    fn settle(&self, _deadline: Instant) -> bool {
+        true
+    }
+
+    /// Answers in queue `index` what is over of what rounds have begun, and begins nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`VirtioDevice::process_queue`].
+    fn answer_queue(
+        &mut self,
+        _index: usize,
+        _queue: &mut Queue,
+        _memory: &GuestMemory,
+    ) -> Result<Progress, DriverError> {
+        Ok(Progress::default())
+    }
+
     /// Saves the device together with its transport.
     ///
     /// # Errors
@@ -145,6 +171,8 @@ pub struct Progress {
     pub interrupt: bool,
     /// The round ended at its bound and there may be more to do.
     pub more: bool,
+    /// It has begun what goes on beside the loop, whose end makes its queue worth a look.
+    pub begun: bool,
     /// It has made another queue worth a look.
     pub also: Option<usize>,
 }

@@ -18,6 +18,8 @@ pub(crate) enum Outcome {
     Used(u32),
     /// It is the device's until [`Handler::finish`] gives it back, in this round or a later one.
     Kept,
+    /// As that, and it is the last of this round. The device looks at the queue again by itself.
+    KeptLast,
     /// It stays available, and so do those after it. The device looks at the queue again by itself.
     Later,
 }
@@ -96,6 +98,7 @@ pub(crate) fn serve_round<'m>(
     Ok(Progress {
         interrupt,
         more,
+        begun: false,
         also: None,
     })
 }
@@ -123,6 +126,7 @@ fn serve_chains<'m>(
                 *used += 1;
             }
             Outcome::Kept => {}
+            Outcome::KeptLast => return Ok(false),
             Outcome::Later => {
                 queue.go_to_previous_position();
                 return Ok(false);

@@ -1,11 +1,11 @@
 //! The event loop's side of a virtio device: its queues and the device behind them.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use memory::GuestMemory;
 use virtio_queue::{Queue, QueueT};
 
-use super::{VirtioDevice, shared::Shared};
+use super::{DriverError, Progress, VirtioDevice, shared::Shared};
 
 /// The queues of one device and what serves them.
 pub(crate) struct Worker {
@@ -23,9 +23,24 @@ impl Worker {
         self.active
     }
 
-    /// Serves queue `index` for one bounded round. Returns whether there may be more to do; then the
-    /// queue's event is signalled.
+    /// Serves queue `index` for one bounded round. Returns whether there may be more to do: the queue's event is signalled then, or
+    /// another will be.
     pub(crate) fn process(&mut self, index: usize) -> bool {
+        self.round(index, |device, queue, memory| {
+            device.process_queue(index, queue, memory)
+        })
+    }
+
+    /// A round over queue `index`, which `serve` serves.
+    fn round(
+        &mut self,
+        index: usize,
+        serve: impl FnOnce(
+            &mut dyn VirtioDevice,
+            &mut Queue,
+            &GuestMemory,
+        ) -> Result<Progress, DriverError>,
+    ) -> bool {
         let Self {
             device,
             queues,
@@ -44,7 +59,7 @@ impl Worker {
             return false;
         }
         shared.rounds.add(1);
-        let round = device.process_queue(index, queue, memory);
+        let round = serve(device.as_mut(), queue, memory);
         if device.take_config_change() {
             shared.change_config(device.config(), true);
         }
@@ -59,7 +74,7 @@ impl Worker {
                 if let Some(also) = progress.also {
                     shared.signal(also);
                 }
-                progress.more
+                progress.more || progress.begun
             }
             Err(error) => {
                 tracing::debug!(device = %device.kind(), queue = index, %error, "driver broke a rule");
@@ -69,11 +84,40 @@ impl Worker {
         }
     }
 
-    /// Serves the requests in queue `index` until there are none or `go_on` says so.
-    pub(crate) fn drain(&mut self, index: usize, go_on: impl Fn() -> bool) {
-        if self.device.holds_requests(index) {
-            while self.process(index) && go_on() {}
+    /// Serves the requests in queue `index` until there are none or `go_on` says so. Says whether nothing is under way then, and
+    /// nothing that is over is left unanswered, which has to be so by `deadline`.
+    #[must_use = "something may be under way still"]
+    pub(crate) fn drain(
+        &mut self,
+        index: usize,
+        deadline: Instant,
+        go_on: impl Fn() -> bool,
+    ) -> bool {
+        if !self.device.holds_requests(index) {
+            return true;
         }
+        let mut is_settled = self.settle(deadline);
+        while is_settled && self.process(index) && go_on() {
+            is_settled = self.settle(deadline);
+        }
+        is_settled = is_settled && self.settle(deadline);
+        if is_settled {
+            self.round(index, |device, queue, memory| {
+                device.answer_queue(index, queue, memory)
+            });
+        }
+        is_settled
+    }
+
+    /// Waits until nothing is under way that a round has begun; says whether that is so by `deadline`.
+    #[must_use = "something may be under way still"]
+    pub(crate) fn settle(&self, deadline: Instant) -> bool {
+        self.device.settle(deadline)
+    }
+
+    /// Whether something is under way that a round has begun.
+    pub(crate) fn is_at_work(&self) -> bool {
+        self.device.is_at_work()
     }
 
     /// Number of queues.

@@ -126,9 +126,9 @@ pub enum DiskError {
         /// What the host says.
         source: io::Error,
     },
-    /// There is no timer for its limits.
-    #[error("a disk needs a timer: {0}; raise the limit of open files (ulimit -n)")]
-    Timer(#[source] io::Error),
+    /// There is no timer for its limits, or no eventfd for its flushes.
+    #[error("a disk needs a timer and an eventfd: {0}; raise the limit of open files (ulimit -n)")]
+    Events(#[source] io::Error),
     /// A disk that branches cannot get another layer.
     #[error(transparent)]
     Branch(#[from] branch_disk::Error),

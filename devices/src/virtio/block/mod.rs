@@ -4,6 +4,9 @@
 mod branching_tests;
 mod control;
 mod disk;
+mod flusher;
+#[cfg(test)]
+mod flusher_tests;
 mod overlap;
 #[cfg(test)]
 mod overlap_tests;
@@ -20,7 +23,7 @@ mod throttle;
 mod throttle_tests;
 mod vectored;
 
-use std::{io, path::Path, sync::Arc};
+use std::{io, path::Path, sync::Arc, time::Instant};
 
 use branch_disk::Space;
 use memory::GuestMemory;
@@ -45,6 +48,7 @@ use crate::{Counter, Error, Metrics, StoppedClock, sync::lock};
 pub use control::DiskControl;
 use disk::{Disk, Peek};
 pub use disk::{DiskError, SharedDisk};
+use flusher::Flusher;
 use overlap::Overlap;
 use range::Range;
 use round::Round;
@@ -88,6 +92,10 @@ pub struct Block {
     disk: Arc<Disk>,
     overlap: Overlap,
     throttle: Throttle,
+    /// Without one, flushes are made where they are served.
+    flusher: Option<Flusher>,
+    /// The head of the request for which it flushes.
+    flushing: Option<u16>,
     id: String,
     /// What the driver has accepted.
     accepted: u64,
@@ -120,7 +128,9 @@ impl Block {
         Ok(Self {
             disk: Arc::new(disk),
             overlap: Overlap::Untried,
-            throttle: Throttle::new().map_err(DiskError::Timer)?,
+            throttle: Throttle::new().map_err(DiskError::Events)?,
+            flusher: None,
+            flushing: None,
             id: id.to_owned(),
             accepted: 0,
             metrics: Arc::default(),
@@ -132,6 +142,18 @@ impl Block {
     pub fn limited(mut self, limits: DiskLimits) -> Self {
         self.throttle.set_limits(limits);
         self
+    }
+
+    /// The same, whose flushes are made on a thread of their own: meanwhile this disk serves nothing else, but whoever serves it can
+    /// serve others.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Events`].
+    pub fn flushing_aside(mut self) -> Result<Self, DiskError> {
+        let flusher = Flusher::new(Arc::clone(&self.disk)).map_err(DiskError::Events)?;
+        self.flusher = Some(flusher);
+        Ok(self)
     }
 
     /// Has its limits take the time from `clock`. For tests and fuzzers, which then look at the queue themselves when time has
@@ -253,6 +275,35 @@ impl Block {
         Ok(())
     }
 
+    /// Begins the flush that the request with this head asks for; says whether that could be done.
+    fn begin_flush(&mut self, head: u16) -> bool {
+        let begun = self.flusher.as_mut().is_some_and(Flusher::begin);
+        if begun {
+            self.metrics.flushes.add(1);
+            self.flushing = Some(head);
+        }
+        begun
+    }
+
+    /// Serves a round; or of it only the answers to what was begun in earlier ones, if `begins` nothing.
+    fn serve(
+        &mut self,
+        queue: &mut Queue,
+        memory: &GuestMemory,
+        begins: bool,
+    ) -> Result<Progress, DriverError> {
+        // Its end has it look again.
+        if self.is_at_work() {
+            return Ok(Progress::default());
+        }
+        let mut round = Round::begin(self, memory, begins);
+        let progress = serve_round(queue, memory, &mut round)?;
+        Ok(Progress {
+            begun: self.flushing.is_some(),
+            ..progress
+        })
+    }
+
     /// Makes all writes that have completed durable.
     fn flush(&self) -> io::Result<()> {
         self.metrics.flushes.add(1);
@@ -302,11 +353,23 @@ impl VirtioDevice for Block {
     }
 
     fn sources(&self) -> Vec<EventSource<'_>> {
-        vec![EventSource {
-            descriptor: self.throttle.timer(),
+        let flushed = self.flusher.as_ref().map(Flusher::ended);
+        let descriptors = std::iter::once(self.throttle.timer()).chain(flushed);
+        let source = |descriptor| EventSource {
+            descriptor,
             readable: Some(0),
             writable: None,
-        }]
+        };
+        descriptors.map(source).collect()
+    }
+
+    fn is_at_work(&self) -> bool {
+        self.flusher.as_ref().is_some_and(Flusher::is_under_way)
+    }
+
+    fn settle(&self, deadline: Instant) -> bool {
+        let flusher = self.flusher.as_ref();
+        flusher.is_none_or(|flusher| flusher.wait_until(deadline))
     }
 
     fn activate(&mut self, features: u64) {
@@ -315,11 +378,12 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.accepted = 0;
-        self.throttle.set_waiting(&[]);
+        self.forget_queue(0);
     }
 
     fn forget_queue(&mut self, _index: usize) {
         self.throttle.set_waiting(&[]);
+        self.flushing = None;
     }
 
     fn process_queue(
@@ -328,8 +392,20 @@ impl VirtioDevice for Block {
         queue: &mut Queue,
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
-        let mut round = Round::begin(self, memory);
-        serve_round(queue, memory, &mut round)
+        self.serve(queue, memory, true)
+    }
+
+    fn answer_queue(
+        &mut self,
+        _index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemory,
+    ) -> Result<Progress, DriverError> {
+        // Else there is nothing to answer.
+        match self.flushing {
+            Some(_) => self.serve(queue, memory, false),
+            None => Ok(Progress::default()),
+        }
     }
 
     fn save(
@@ -339,9 +415,12 @@ impl VirtioDevice for Block {
     ) -> Result<Section, saved_state::Error> {
         let Self {
             disk,
-            // Nothing is under way between two rounds.
+            // No read is under way between two rounds.
             overlap: _,
             throttle,
+            // None is under way, and one that is over is answered, unless its driver has broken a rule since.
+            flusher: _,
+            flushing,
             id,
             // The transport has it.
             accepted: _,
@@ -361,7 +440,7 @@ impl VirtioDevice for Block {
             total_limit: total.into(),
             read_limit: reads.into(),
             write_limit: writes.into(),
-            waiting: throttle.waiting(),
+            waiting: flushing.iter().copied().chain(throttle.waiting()).collect(),
         };
         Section::encode(instance, &saved)
     }
@@ -406,6 +485,7 @@ impl VirtioDevice for Block {
             writes: write_limit.into(),
         });
         self.throttle.set_waiting(&waiting);
+        self.flushing = None;
         Ok(transport)
     }
 

@@ -365,7 +365,8 @@ fn before_a_save_all_is_printed_and_what_is_typed_stays() {
     let text = long_text();
     transmit.offer(&[Part::Out(&text)]);
     for queue in [RECEIVE, TRANSMIT] {
-        lock(device.worker()).drain(queue, || true);
+        let deadline = std::time::Instant::now();
+        assert!(lock(device.worker()).drain(queue, deadline, || true));
     }
     assert_eq!((receive.used(), transmit.used()), (0, 1));
     assert_eq!(written.all(), text);

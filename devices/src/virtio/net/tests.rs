@@ -403,7 +403,7 @@ fn a_drain_sends_and_does_not_receive() {
     sender.offer(&[Part::Out(&with_header(&frame(60, 1)))]);
     bench.push(&frame(60, 2));
     for queue in 0..2 {
-        lock(bench.device.worker()).drain(queue, || true);
+        assert!(lock(bench.device.worker()).drain(queue, Instant::now(), || true));
     }
     assert_eq!((receive.used(), sender.used()), (0, 1));
     bench.receive();
