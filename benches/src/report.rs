@@ -212,9 +212,10 @@ fn at_its_setting<'r>(rows: &'r [Row], row: &Row, bench: Bench) -> Option<&'r Ro
 /// The row that bounds another, at the same setting.
 fn bound_of(bench: Bench) -> Option<Bench> {
     match bench {
-        Bench::Save => Some(Bench::SaveBound),
-        Bench::SaveAgain => Some(Bench::SaveAgainBound),
+        Bench::Save | Bench::SaveMemory => Some(Bench::SaveBound),
+        Bench::SaveAgain | Bench::SaveMemoryAgain => Some(Bench::SaveAgainBound),
         Bench::Load => Some(Bench::LoadBound),
+        Bench::LoadMemory => Some(Bench::LoadMemoryBound),
         _ => None,
     }
 }

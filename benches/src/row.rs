@@ -40,12 +40,20 @@ pub enum Bench {
     ReadAt,
     /// The 99th percentile of that.
     ReadAtP99,
+    /// Saving all images from memory, as a guest's is saved, in MB/s.
+    SaveMemory,
+    /// Saving them once more, unchanged.
+    SaveMemoryAgain,
+    /// Loading all images into memory, checked.
+    LoadMemory,
     /// What the slowest primitive of a save allows, in MB/s.
     SaveBound,
     /// What the slowest primitive of a second save allows.
     SaveAgainBound,
     /// What the slowest primitive of a load allows.
     LoadBound,
+    /// What the slowest primitive of a load into memory allows.
+    LoadMemoryBound,
     /// What four snapshots of a small guest take, in MiB.
     FourSize,
     /// Saving them, in seconds.
@@ -228,9 +236,13 @@ impl Bench {
             Self::Save
             | Self::SaveAgain
             | Self::Load
+            | Self::SaveMemory
+            | Self::SaveMemoryAgain
+            | Self::LoadMemory
             | Self::SaveBound
             | Self::SaveAgainBound
             | Self::LoadBound
+            | Self::LoadMemoryBound
             | Self::SeqRead
             | Self::SeqWrite
             | Self::RandRead
@@ -262,9 +274,13 @@ impl fmt::Display for Bench {
             Self::LoadOne => "load-one",
             Self::ReadAt => "read-at",
             Self::ReadAtP99 => "read-at-p99",
+            Self::SaveMemory => "save-memory",
+            Self::SaveMemoryAgain => "save-memory-again",
+            Self::LoadMemory => "load-memory",
             Self::SaveBound => "save-bound",
             Self::SaveAgainBound => "save-again-bound",
             Self::LoadBound => "load-bound",
+            Self::LoadMemoryBound => "load-memory-bound",
             Self::FourSize => "four-size",
             Self::FourSave => "four-save",
             Self::CourseSize => "course-size",

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use benches::{
     Bench, Row, System, images, report,
     store::{
-        self, Borg, Bounds, Casync, ChunkSize, Fermata, Race, Restic, Rustic, SETTINGS, SMALLEST,
-        Subject, Task,
+        self, Borg, Bounds, Casync, ChunkSize, Fermata, InMemory, MemoryRates, Race, Restic,
+        Rustic, SETTINGS, SMALLEST, Subject, Task,
     },
 };
 use clap::{Parser, Subcommand};
@@ -88,6 +88,7 @@ impl Run {
         let mut race = Race::new(self.subjects()?, &images, &scratch.path().join("race"))?;
         let kinds = [SETTINGS[0], QUICK];
         let mut bounds = SETTINGS.map(|_| Vec::new());
+        let mut in_memory = SETTINGS.map(|_| Vec::new());
         let (mut four, mut course) = (Vec::new(), Vec::new());
         for round in 0..self.rounds {
             println!("\nround {} of {}", round + 1, self.rounds);
@@ -95,6 +96,13 @@ impl Run {
             for ((level, setting), of_level) in SETTINGS.into_iter().zip(&mut bounds) {
                 of_level.push(bound(&race, scratch.path(), level, setting)?);
             }
+            let images = InMemory::read(race.images())?;
+            for ((level, setting), of_level) in SETTINGS.into_iter().zip(&mut in_memory) {
+                let rates = images.measure(scratch.path(), level)?;
+                println!("{setting}, in memory: {rates:.0?}");
+                of_level.push(rates);
+            }
+            drop(images);
             four.push(self.four(scratch.path(), &kinds.map(|(level, _)| at_level(level)))?);
             course.extend(self.course(scratch.path(), &[CreateOptions::default()])?);
         }
@@ -104,6 +112,9 @@ impl Run {
         drop(race);
         for ((_, setting), of_level) in SETTINGS.into_iter().zip(&bounds) {
             rows.extend(bound_rows(of_level, setting));
+        }
+        for ((_, setting), of_level) in SETTINGS.into_iter().zip(&in_memory) {
+            rows.extend(memory_rows(of_level, setting));
         }
         rows.extend(bound_rows(&smallest, setting));
         for (number, (_, setting)) in kinds.iter().enumerate() {
@@ -193,19 +204,47 @@ fn bound(race: &Race, scratch: &Path, level: i32, setting: &str) -> Result<Bound
 
 /// What the slowest primitive allows, under the setting's name, and what all in sum do.
 fn bound_rows(bounds: &[Bounds], setting: &str) -> Vec<Row> {
-    let row = |bench, time: fn(&Bounds) -> Duration, setting: &str| {
-        let rate = |bound: &Bounds| bound.bytes as f64 / 1e6 / time(bound).as_secs_f64();
-        let rates: Vec<_> = bounds.iter().map(rate).collect();
+    let rate = |bound: &Bounds, time: Duration| bound.bytes as f64 / 1e6 / time.as_secs_f64();
+    let row = |bench, time: fn(&Bounds) -> Option<Duration>, setting: &str| {
+        let rates = bounds
+            .iter()
+            .filter_map(|bound| Some(rate(bound, time(bound)?)));
+        let rates: Vec<_> = rates.collect();
         Row::of(bench, System::Fermata, images::MEMORY_MIB, &rates).map(|row| row.at(setting))
     };
     let sum = format!("{setting}, all in sum");
     [
-        row(Bench::SaveBound, Bounds::save, setting),
-        row(Bench::SaveBound, Bounds::save_in_sum, &sum),
-        row(Bench::SaveAgainBound, Bounds::save_again, setting),
-        row(Bench::SaveAgainBound, Bounds::save_again_in_sum, &sum),
-        row(Bench::LoadBound, Bounds::load, setting),
-        row(Bench::LoadBound, Bounds::load_in_sum, &sum),
+        row(Bench::SaveBound, |bounds| Some(bounds.save()), setting),
+        row(Bench::SaveBound, |bounds| Some(bounds.save_in_sum()), &sum),
+        row(
+            Bench::SaveAgainBound,
+            |bounds| Some(bounds.save_again()),
+            setting,
+        ),
+        row(
+            Bench::SaveAgainBound,
+            |bounds| Some(bounds.save_again_in_sum()),
+            &sum,
+        ),
+        row(Bench::LoadBound, |bounds| Some(bounds.load()), setting),
+        row(Bench::LoadBound, |bounds| Some(bounds.load_in_sum()), &sum),
+        row(Bench::LoadMemoryBound, Bounds::load_memory, setting),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// What was saved from memory and loaded to it.
+fn memory_rows(rates: &[MemoryRates], setting: &str) -> Vec<Row> {
+    let row = |bench, of: fn(&MemoryRates) -> f64| {
+        let rates: Vec<_> = rates.iter().map(of).collect();
+        Row::of(bench, System::Fermata, images::MEMORY_MIB, &rates).map(|row| row.at(setting))
+    };
+    [
+        row(Bench::SaveMemory, |rates| rates.save),
+        row(Bench::SaveMemoryAgain, |rates| rates.save_again),
+        row(Bench::LoadMemory, |rates| rates.load),
     ]
     .into_iter()
     .flatten()

@@ -93,6 +93,13 @@ impl Bounds {
         self.decode.max(self.write)
     }
 
+    /// The slowest primitive of a load into memory, where no file is written; `None` where a store does not compress, for what is
+    /// left is copying.
+    #[must_use]
+    pub fn load_memory(&self) -> Option<Duration> {
+        (!self.decode.is_zero()).then_some(self.decode)
+    }
+
     /// All primitives of a load.
     #[must_use]
     pub fn load_in_sum(&self) -> Duration {
@@ -271,5 +278,9 @@ mod tests {
         assert!(bounds.save_in_sum() > bounds.save());
         let raw = Bounds::measure(&images, directory.path(), 0).unwrap();
         assert_eq!((raw.compress, raw.decode), Default::default());
+        assert_eq!(
+            (raw.load_memory(), bounds.load_memory().is_some()),
+            (None, true)
+        );
     }
 }
