@@ -81,7 +81,7 @@ pub(crate) fn kind(error: &VsockError) -> control::FailureKind {
         VsockError::Listen { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             FailureKind::NotFound
         }
-        VsockError::Listen { .. } => FailureKind::Host,
+        VsockError::Listen { .. } | VsockError::Timer(_) => FailureKind::Host,
     }
 }
 

@@ -543,7 +543,9 @@ fn reads_that_wait_for_the_disk_together_are_under_limits_one_by_one() {
     driver.notify(&mut device);
     // A burst is a tenth of a second's, and one more begins in it.
     assert_eq!(driver.used(), 4);
-    assert_eq!(metric(&device, "overlapped_reads"), 4);
+    // On a host that is very busy, the round may end at its time between two of them.
+    let overlapped = metric(&device, "overlapped_reads");
+    assert!((2..=4).contains(&overlapped), "{overlapped}");
     bench.pass(&device, SECOND / 10);
     assert_eq!(driver.used(), 7);
     bench.pass(&device, SECOND);

@@ -3,6 +3,7 @@
 mod connection;
 mod host;
 mod metrics;
+mod news;
 mod packet;
 mod state;
 #[cfg(test)]
@@ -11,13 +12,13 @@ mod tests;
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use memory::GuestMemory;
 use saved_state::{Kind, SavedState, Section};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
-use virtio_queue::{DescriptorChain, Queue};
+use virtio_queue::{DescriptorChain, Queue, QueueT};
 
 use super::{
     DriverError, EventSource, Progress, SavedTransport, VirtioDevice,
@@ -28,6 +29,7 @@ use crate::{Error, Metrics};
 use connection::BUFFER_BYTES;
 use host::Host;
 use metrics::VsockMetrics;
+use news::News;
 use packet::{HEADER_BYTES, Header};
 pub use state::SavedVsock;
 
@@ -66,6 +68,9 @@ pub enum VsockError {
     /// The path is saved as text.
     #[error("{0:?} cannot be saved as text; give the socket a path in UTF-8")]
     Path(PathBuf),
+    /// The host has no timer left.
+    #[error("a vsock device needs a timer: {0}; raise the limit of open files (ulimit -n)")]
+    Timer(#[source] io::Error),
 }
 
 /// A vsock device.
@@ -73,14 +78,7 @@ pub struct Vsock {
     cid: u64,
     path: String,
     host: Host,
-    /// The driver has to be told that its connections are gone.
-    reset_due: bool,
-    /// And before it hears of others, which it would take for some of those that are: nothing is received until the event queue
-    /// has been looked at. If the driver has no room there then, it hears of others all the same, for it may never have any.
-    /// This is the order in which the driver can find the two, not that in which it looks: one that looks at what was received
-    /// first may still meet a request before the event, and end that connection with the others. That it has handled the event
-    /// only shows when it gives the buffer back, which it need not do.
-    reset_first: bool,
+    news: News,
     buffer: Box<[u8]>,
     metrics: Arc<VsockMetrics>,
 }
@@ -104,8 +102,7 @@ impl Vsock {
             cid,
             path: text.to_owned(),
             host: Host::listen(path, Arc::clone(&metrics))?,
-            reset_due: false,
-            reset_first: false,
+            news: News::none().map_err(VsockError::Timer)?,
             buffer: vec![0; BUFFER_BYTES as usize].into(),
             metrics,
         })
@@ -163,14 +160,14 @@ impl Vsock {
         chain: DescriptorChain<&GuestMemory>,
         memory: &GuestMemory,
     ) -> Result<Outcome, DriverError> {
-        if !self.reset_due {
+        if !self.news.is_due() {
             return Ok(Outcome::Later);
         }
         let room = Buffers::of(chain, memory, QUEUE_ENTRIES.into())?.writable;
         if room.len() < TRANSPORT_RESET.len() as u64 {
             return Err(DriverError::Incomplete("room for an event"));
         }
-        self.reset_due = false;
+        self.news.are_put();
         Ok(Outcome::Used(room.fill(&TRANSPORT_RESET)))
     }
 }
@@ -198,11 +195,15 @@ impl VirtioDevice for Vsock {
     }
 
     fn sources(&self) -> Vec<EventSource<'_>> {
-        vec![EventSource {
-            descriptor: self.host.descriptor(),
-            readable: Some(RECEIVE),
+        let source = |descriptor, queue| EventSource {
+            descriptor,
+            readable: Some(queue),
             writable: None,
-        }]
+        };
+        vec![
+            source(self.host.descriptor(), RECEIVE),
+            source(self.news.timer(), EVENT),
+        ]
     }
 
     fn holds_requests(&self, index: usize) -> bool {
@@ -213,8 +214,7 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.host.clear();
-        self.reset_due = false;
-        self.reset_first = false;
+        self.news.forget();
     }
 
     fn process_queue(
@@ -224,7 +224,7 @@ impl VirtioDevice for Vsock {
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
         match index {
-            RECEIVE if self.reset_first => Ok(Progress::default()),
+            RECEIVE if self.news.hold() => Ok(Progress::default()),
             RECEIVE => {
                 self.host.poll();
                 serve_until_later(queue, memory, |chain| self.give_packet(chain, memory))
@@ -237,9 +237,10 @@ impl VirtioDevice for Vsock {
                 Ok(progress)
             }
             EVENT => {
+                let available = queue.avail_idx(memory, Ordering::Acquire)?.0;
                 let mut progress =
                     serve_until_later(queue, memory, |chain| self.give_event(chain, memory))?;
-                if std::mem::take(&mut self.reset_first) {
+                if self.news.end_hold(available) {
                     progress.also = Some(RECEIVE);
                 }
                 Ok(progress)
@@ -259,8 +260,7 @@ impl VirtioDevice for Vsock {
             // Connections end with the machine that was saved.
             host: _,
             // A machine that is restored is always told.
-            reset_due: _,
-            reset_first: _,
+            news: _,
             buffer: _,
             metrics: _,
         } = self;
@@ -280,9 +280,7 @@ impl VirtioDevice for Vsock {
             path: _,
             transport,
         } = section.decode()?;
-        self.reset_due = true;
-        // A queue that the driver does not use is not looked at.
-        self.reset_first = transport.is_ready(EVENT);
+        self.news.arrive(transport.is_ready(EVENT));
         Ok(transport)
     }
 

@@ -364,13 +364,37 @@ fn restored(event_queue: bool, event_room: bool) -> (Bench, Driver<'static>, Uni
 
 #[test]
 fn a_restored_guest_is_told_before_it_is_asked_for_connections() {
-    let (mut bench, events, _stream) = restored(true, true);
+    let (mut bench, mut events, _stream) = restored(true, true);
     assert_eq!((bench.receive.used(), events.used()), (0, 0));
+    for queue in [EVENT, RECEIVE] {
+        lock(bench.device.worker()).process(queue);
+        driver::serve_notified(&mut bench.device);
+        assert_eq!((bench.receive.used(), events.used()), (0, 1));
+    }
+    // It has handled it when it gives the buffer back.
+    events.offer(&[Part::In(4)]);
     lock(bench.device.worker()).process(EVENT);
-    assert_eq!((bench.receive.used(), events.used()), (0, 1));
-    // Without a notification of the driver's or another event.
     driver::serve_notified(&mut bench.device);
-    assert_eq!(bench.receive.used(), 1);
+    assert_eq!((bench.receive.used(), events.used()), (1, 1));
+}
+
+#[test]
+fn the_loop_finds_by_itself_that_a_driver_has_handled_the_news_or_will_not_tell() {
+    for mut gives_back in [true, false] {
+        let (bench, mut events, _stream) = restored(true, true);
+        let device = Arc::new(Mutex::new(bench.device));
+        let (event_loop, quiesced) = EventLoop::spawn(&[Arc::clone(&device)], None).unwrap();
+        drop(quiesced);
+        let late = Instant::now() + PATIENCE;
+        while bench.receive.used() == 0 {
+            assert!(Instant::now() < late, "nothing comes any more");
+            if events.used() == 1 && std::mem::take(&mut gives_back) {
+                events.offer(&[Part::In(4)]);
+            }
+        }
+        assert_eq!(events.used(), 1);
+        event_loop.stop(PATIENCE).unwrap();
+    }
 }
 
 #[test]
