@@ -362,6 +362,14 @@ impl Disk {
         }
     }
 
+    /// Has a sync of a raw image have failed, as far as the disk knows.
+    #[cfg(test)]
+    pub(super) fn has_failed(&self) {
+        if let Backing::Raw { failed, .. } = &self.backing {
+            failed.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// As [`super::DiskControl::grow`].
     pub(super) fn grow(&self, bytes: u64) -> Result<(), DiskError> {
         let (path, now) = (self.path.clone(), self.sectors() * SECTOR_BYTES);

@@ -252,6 +252,26 @@ fn each_is_counted_once() {
     }
 }
 
+#[test]
+fn a_flush_that_fails_is_told_to_who_asked_before_the_machine_is_saved() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let memory = driver::memory();
+    let block = Block::open(image.path(), false, "").unwrap();
+    let block = block.flushing_aside().unwrap();
+    block.disk.has_failed();
+    let (mut device, _) = driver::transport(block, &memory);
+    let mut driver = Driver::start(&mut device, &memory, VERSION_1 | FLUSH);
+    let flushes = [(); 2].map(|()| offer(&mut driver, VIRTIO_BLK_T_FLUSH));
+    driver.notify(&mut device);
+    // It is not made again by who opens the disk anew, and knows of no failure.
+    assert!(lock(device.worker()).drain(0, soon(), || false));
+    assert_eq!((driver.used(), waiting(&device)), (2, 0));
+    for flush in flushes {
+        assert_eq!(status(&driver, &flush), VIRTIO_BLK_S_IOERR as u8);
+    }
+}
+
 /// A disk and another device, on one loop.
 struct Both<'b> {
     disk: Arc<Mutex<MmioTransport>>,
