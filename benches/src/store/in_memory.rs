@@ -90,7 +90,7 @@ impl InMemory {
         Ok(begun.elapsed())
     }
 
-    /// Loads all, one after the other, into memory that has been touched and is zero, as a new guest's is.
+    /// Loads all, one after the other, into memory that has been touched and is zero.
     fn load(&self, store: &Store, name: &str) -> Result<Duration> {
         let longest = self.0.iter().map(|(_, bytes)| bytes.len()).max();
         let mut memory = vec![0; longest.unwrap_or_default()];

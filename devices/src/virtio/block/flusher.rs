@@ -24,6 +24,9 @@ pub(super) struct Flusher {
     thread: Option<JoinHandle<()>>,
     /// It was said that there is no thread.
     is_said: bool,
+    /// As if the host had none.
+    #[cfg(test)]
+    pub(super) is_refused: bool,
 }
 
 /// What it has in common with its thread.
@@ -58,6 +61,8 @@ impl Flusher {
             shared: Arc::new(shared),
             thread: None,
             is_said: false,
+            #[cfg(test)]
+            is_refused: false,
         })
     }
 
@@ -69,6 +74,10 @@ impl Flusher {
     /// Begins to make durable what was written until now; says whether the host has a thread for it. The disk is not to be used
     /// until it has ended, and none may be under way.
     pub(super) fn begin(&mut self) -> bool {
+        #[cfg(test)]
+        if self.is_refused {
+            return false;
+        }
         if self.thread.is_none() {
             let shared = Arc::clone(&self.shared);
             let thread = thread::Builder::new().name(THREAD_NAME.to_owned());

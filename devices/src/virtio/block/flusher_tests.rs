@@ -253,6 +253,22 @@ fn each_is_counted_once() {
 }
 
 #[test]
+fn where_the_host_has_no_thread_the_loop_flushes_and_goes_on() {
+    let bench = Bench::new();
+    let mut block = bench.block();
+    block.flusher.as_mut().unwrap().is_refused = true;
+    let (mut device, _) = driver::transport(block, &bench.memory);
+    let mut driver = bench.driver(&mut device);
+    let requests = [VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_FLUSH];
+    let requests = requests.map(|request| offer(&mut driver, request));
+    driver.notify(&mut device);
+    assert_eq!((driver.used(), waiting(&device)), (3, 0));
+    for request in requests {
+        assert_eq!(status(&driver, &request), OK);
+    }
+}
+
+#[test]
 fn a_flush_that_fails_is_told_to_who_asked_before_the_machine_is_saved() {
     let image = tempfile::NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();

@@ -299,6 +299,7 @@ impl Block {
         let mut round = Round::begin(self, memory, begins);
         let progress = serve_round(queue, memory, &mut round)?;
         Ok(Progress {
+            more: progress.more || round.ended_early,
             begun: self.flushing.is_some(),
             ..progress
         })

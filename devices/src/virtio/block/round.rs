@@ -29,6 +29,8 @@ pub(super) struct Round<'b, 'm> {
     flush: Option<Flush<'m>>,
     /// Whether more is served than what was begun before.
     begins: bool,
+    /// It ended with a flush that is over, so that nothing else has the queue looked at.
+    pub(super) ended_early: bool,
 }
 
 /// A flush that begins when the reads of its round are over.
@@ -48,6 +50,7 @@ impl<'b, 'm> Round<'b, 'm> {
             kept_bytes: 0,
             flush: None,
             begins,
+            ended_early: false,
         }
     }
 
@@ -188,6 +191,7 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
         if let Some(flush) = flush.take()
             && !block.begin_flush(flush.head)
         {
+            self.ended_early = true;
             let outcome = block.flush().map(|()| Some(0));
             done.push((
                 flush.head,

@@ -195,15 +195,12 @@ impl VirtioDevice for Vsock {
     }
 
     fn sources(&self) -> Vec<EventSource<'_>> {
-        let source = |descriptor, queue| EventSource {
+        let source = |descriptor| EventSource {
             descriptor,
-            readable: Some(queue),
+            readable: Some(RECEIVE),
             writable: None,
         };
-        vec![
-            source(self.host.descriptor(), RECEIVE),
-            source(self.news.timer(), EVENT),
-        ]
+        vec![source(self.host.descriptor()), source(self.news.timer())]
     }
 
     fn holds_requests(&self, index: usize) -> bool {
@@ -217,6 +214,12 @@ impl VirtioDevice for Vsock {
         self.news.forget();
     }
 
+    fn forget_queue(&mut self, index: usize) {
+        if index == EVENT {
+            self.news.let_go();
+        }
+    }
+
     fn process_queue(
         &mut self,
         index: usize,
@@ -224,7 +227,10 @@ impl VirtioDevice for Vsock {
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
         match index {
-            RECEIVE if self.news.hold() => Ok(Progress::default()),
+            RECEIVE if self.news.hold() => Ok(Progress {
+                also: Some(EVENT),
+                ..Progress::default()
+            }),
             RECEIVE => {
                 self.host.poll();
                 serve_until_later(queue, memory, |chain| self.give_packet(chain, memory))
@@ -240,7 +246,7 @@ impl VirtioDevice for Vsock {
                 let available = queue.avail_idx(memory, Ordering::Acquire)?.0;
                 let mut progress =
                     serve_until_later(queue, memory, |chain| self.give_event(chain, memory))?;
-                if self.news.end_hold(available) {
+                if self.news.look(available) {
                     progress.also = Some(RECEIVE);
                 }
                 Ok(progress)

@@ -379,6 +379,18 @@ fn a_restored_guest_is_told_before_it_is_asked_for_connections() {
 }
 
 #[test]
+fn a_restored_guest_that_gives_its_queue_for_events_up_hears_of_everything() {
+    let (mut bench, events, _stream) = restored(true, true);
+    lock(bench.device.worker()).process(EVENT);
+    assert_eq!((bench.receive.used(), events.used()), (0, 1));
+    driver::set(&mut bench.device, VIRTIO_MMIO_QUEUE_SEL, 2);
+    driver::set(&mut bench.device, VIRTIO_MMIO_QUEUE_READY, 0);
+    // As the timer has it looked at.
+    lock(bench.device.worker()).process(RECEIVE);
+    assert_eq!(bench.receive.used(), 1);
+}
+
+#[test]
 fn the_loop_finds_by_itself_that_a_driver_has_handled_the_news_or_will_not_tell() {
     for mut gives_back in [true, false] {
         let (bench, mut events, _stream) = restored(true, true);
