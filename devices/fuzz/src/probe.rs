@@ -140,7 +140,7 @@ impl VirtioDevice for Probe {
         Ok(Progress {
             interrupt,
             more: used == ROUND,
-            also: None,
+            ..Progress::default()
         })
     }
 

@@ -98,8 +98,7 @@ pub(crate) fn serve_round<'m>(
     Ok(Progress {
         interrupt,
         more,
-        begun: false,
-        also: None,
+        ..Progress::default()
     })
 }
 

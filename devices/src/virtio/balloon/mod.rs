@@ -207,8 +207,7 @@ impl Balloon {
         Ok(Progress {
             interrupt: used && queue.needs_notification(memory)?,
             more,
-            begun: false,
-            also: None,
+            ..Progress::default()
         })
     }
 

@@ -100,8 +100,7 @@ impl Net {
         Ok(Progress {
             interrupt,
             more,
-            begun: false,
-            also: None,
+            ..Progress::default()
         })
     }
 
