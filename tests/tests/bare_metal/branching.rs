@@ -31,6 +31,18 @@ fn counts(server: &Server, machine: Machine) {
     console.first("a count", bare_metal::count).unwrap();
 }
 
+/// A machine that goes on from a snapshot in the store, with what is not here of its disks in `elsewhere`.
+fn restored_elsewhere(cli: &Cli, name: &str) -> Machine {
+    let restored = cli
+        .json(&["restore", name, "--disks", "elsewhere", "--json"])
+        .unwrap();
+    let number = |key: &str| restored[key].as_u64().unwrap();
+    Machine {
+        pid: number("pid") as u32,
+        port: number("port") as u16,
+    }
+}
+
 fn named(server: &Server, ending: &str) -> Vec<String> {
     let names = server.names().unwrap().into_iter();
     names.filter(|name| name.ends_with(ending)).collect()
@@ -115,15 +127,7 @@ fn a_disk_is_saved_into_a_store_with_its_machine_and_made_elsewhere() {
     std::fs::create_dir(server.tree().join("elsewhere")).unwrap();
     // Two from one snapshot: the second finds the layer that the first has made.
     for _ in 0..2 {
-        let restored = cli
-            .json(&["restore", "tuesday", "--disks", "elsewhere", "--json"])
-            .unwrap();
-        let number = |key: &str| restored[key].as_u64().unwrap();
-        let machine = Machine {
-            pid: number("pid") as u32,
-            port: number("port") as u16,
-        };
-        counts(&server, machine);
+        counts(&server, restored_elsewhere(&cli, "tuesday"));
     }
     let made = std::fs::read_dir(server.tree().join("elsewhere")).unwrap();
     let made: Vec<String> = made
@@ -160,15 +164,7 @@ fn what_two_snapshots_have_of_a_disk_that_is_only_read_does_not_meet() {
     let elsewhere = server.tree().join("elsewhere");
     std::fs::create_dir(&elsewhere).unwrap();
     for name in ["monday", "tuesday", "tuesday"] {
-        let restored = cli
-            .json(&["restore", name, "--disks", "elsewhere", "--json"])
-            .unwrap();
-        let number = |key: &str| restored[key].as_u64().unwrap();
-        let machine = Machine {
-            pid: number("pid") as u32,
-            port: number("port") as u16,
-        };
-        counts(&server, machine);
+        counts(&server, restored_elsewhere(&cli, name));
     }
     let made = std::fs::read_dir(&elsewhere).unwrap();
     let made: Vec<_> = made.map(|entry| entry.unwrap().file_name()).collect();
