@@ -44,7 +44,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long L1 may show no sign of life, of which it gives one every five seconds: more than a busy host ever took. Where its
 /// CPU is not interrupted, its kernel's own watchdog does not see it.
 const LIFE_TIMEOUT: Duration = Duration::from_secs(180);
-/// After how long without one it is interrupted, and then again and again: an interrupt that QEMU has lost comes with the next.
+/// After how long without one it is interrupted, and then again and again: with the next, an interrupt may come that QEMU has lost.
 const WAKE_AFTER: Duration = Duration::from_secs(20);
 /// Bytes of each log that an error shows.
 const LAST_WORDS: usize = 4096;
@@ -290,10 +290,10 @@ impl L1 {
         touched.is_ok_and(|touched| touched.elapsed().unwrap_or_default() < bound)
     }
 
-    /// Has its CPU be interrupted, by a line that says nothing. QEMU 7.2 can lose that interrupts are pending for a CPU that leaves a
-    /// guest just then; whatever comes next has it look (`docs/decisions/emulated-machines-break-down.md`).
+    /// Has its CPU be interrupted, by a line that says nothing. QEMU 7.2 seems to lose that interrupts are pending for a CPU that leaves
+    /// a guest just then, and to look again when another comes (`docs/decisions/emulated-machines-break-down.md`).
     fn wake(&mut self) {
-        println!("The emulated machine shows no sign of life, and is interrupted");
+        eprintln!("The emulated machine shows no sign of life, and is interrupted");
         if let Some(requests) = &mut self.requests {
             // One that is gone is found out soon.
             let _ = writeln!(requests, "wake");

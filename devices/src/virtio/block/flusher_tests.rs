@@ -197,8 +197,11 @@ fn one_that_nobody_was_told_the_end_of_is_made_again_after_a_restore() {
     for (block, is_aside) in [(at_once, false), (aside, true)] {
         let (mut restored, _) = driver::transport(block, &bench.memory);
         restored.restore(&section).unwrap();
+        let unanswered = flush.last().unwrap();
+        driver.store(unanswered.0, 0xffu8);
         lock(restored.worker()).process(0);
         if is_aside {
+            assert_eq!(status(&driver, &flush), 0xff);
             ends(&restored);
         }
         assert_eq!((driver.used(), status(&driver, &flush)), (1, OK));
