@@ -29,8 +29,8 @@ use control::{LOG_VARIABLE, Registry, allow_many_files};
 use tracing_subscriber::EnvFilter;
 
 use commands::{
-    balloon as balloon_commands, cancel, disk as disk_commands, fork, inspect, pause, ps, receive,
-    reset, restore, run, serve, snapshot, stop, store as store_commands,
+    balloon as balloon_commands, cancel, disk as disk_commands, fork, inspect, metrics, pause, ps,
+    receive, reset, restore, run, serve, snapshot, stop, store as store_commands,
 };
 
 /// Runs virtual machines, saves them, and lets them go on: later, elsewhere, or many times over.
@@ -53,6 +53,8 @@ enum Command {
     Run(run::Args),
     /// Lists the machines that run.
     Ps(ps::Args),
+    /// Shows what a machine counts.
+    Metrics(metrics::Args),
     /// Holds a machine: its guest stands still until it is let go on.
     Pause(pause::PauseArgs),
     /// Lets a machine go on that is held.
@@ -107,6 +109,7 @@ fn dispatch(run_dir: PathBuf, command: Command) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => wait(serve::serve(args, run_dir)),
         Command::Run(args) => wait(run::run(args, run_dir)),
         Command::Ps(args) => wait(ps::ps(&args, run_dir)),
+        Command::Metrics(args) => wait(metrics::metrics(&args, run_dir)),
         Command::Pause(args) => wait(pause::pause(&args, run_dir)),
         Command::Resume(args) => wait(pause::resume(&args, run_dir)),
         Command::Snapshot(args) => wait(snapshot::snapshot(args, run_dir)),

@@ -7,14 +7,20 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
 use tempfile::TempDir;
 use testbed::{debian, environment, l1};
 
-use crate::{cli::Cli, console::Console, tap::Tap, wait};
+use crate::{
+    cli::Cli,
+    console::Console,
+    post_mortem::{self, Standstill},
+    tap::Tap,
+    wait,
+};
 
 /// The host's address on the TAP device; the guest's is in `resources/debian/wired.network`.
 pub const HOST: &str = "10.77.1.1";
@@ -22,8 +28,9 @@ const GUEST: &str = "10.77.1.2";
 /// As `resources/debian/customize` sets it.
 const PASSWORD: &str = "fermata";
 
-/// A boot takes more than a minute on an idle emulated machine.
-const BOOT: Duration = Duration::from_secs(480);
+/// A boot takes more than a minute on an idle emulated machine, and has taken more than three on a slow host. One that stands still is
+/// noticed long before.
+const BOOT: Duration = Duration::from_secs(900);
 /// What guests do under load, some ten times what it takes on an idle emulated machine.
 const WORK: Duration = Duration::from_secs(480);
 
@@ -92,17 +99,17 @@ impl Host {
         &self.guest
     }
 
-    /// Starts the guest with its kernel of a series and 4 vCPUs, and streams at `vsock`.
+    /// Starts the guest with its kernel of a series and so many vCPUs, and streams at `vsock`.
     ///
     /// # Errors
     ///
     /// When it cannot be started.
-    pub fn boot(&self, series: &str) -> Result<Machine<'_>> {
+    pub fn boot(&self, series: &str, vcpus: u32) -> Result<Machine<'_>> {
         let (kernel, initrd) = (self.guest.kernel(series), self.guest.initrd(series));
         let mut command = self.cli.command(&["run"]);
         command.arg(kernel).arg("--initrd").arg(initrd);
         command.args(["--cmdline", &command_line()]);
-        command.args(["--vcpus", "4", "--memory", "512"]);
+        command.args(["--vcpus", &vcpus.to_string(), "--memory", "512"]);
         command.args(["--disk", "root.disk,format=branch"]);
         command.args(["--net", &format!("tap={}", self.tap.name())]);
         command.args(["--vsock", "cid=5,path=vsock"]);
@@ -134,6 +141,12 @@ impl Host {
             keys,
             console: Console::new(console),
         })
+    }
+
+    /// The process of the only machine, once it is listed.
+    fn pid(&self) -> Option<u64> {
+        let machines = self.cli.json(&["ps", "--json"]).ok()?;
+        machines.as_array()?.first()?["pid"].as_u64()
     }
 
     fn ssh(&self, arguments: &[&str]) -> Command {
@@ -255,18 +268,29 @@ impl Machine<'_> {
     }
 
     fn shows(&mut self, text: &str) -> Result<()> {
-        let (console, process) = (&self.console, &mut self.process);
-        let shown = || match console.text().contains(text) {
-            true => Some(Ok(())),
+        let (host, console, process) = (self.host, &self.console, &mut self.process);
+        let mut standstill = Standstill::new();
+        // A guest runs before its machine is listed.
+        let mut pid = None;
+        let shown = || {
+            if console.text().contains(text) {
+                return Some(Ok(()));
+            }
             // Nothing more comes then.
-            false => match process.try_wait() {
-                Ok(Some(status)) => Some(Err(anyhow!("the machine has ended: {status}"))),
-                _ => None,
-            },
+            if let Ok(Some(status)) = process.try_wait() {
+                return Some(Err(anyhow!("the machine has ended: {status}")));
+            }
+            pid = pid.or_else(|| host.pid());
+            let used = post_mortem::used(pid?).ok()?;
+            let still = standstill.seen(Instant::now(), used);
+            still.then(|| Err(anyhow!("the machine stands still")))
         };
-        wait::within(BOOT, &format!("{text:?} on the console"), shown)
-            .flatten()
-            .with_context(|| format!("the console shows {:?}", self.console.text()))
+        let waited = wait::within(BOOT, &format!("{text:?} on the console"), shown).flatten();
+        waited.with_context(|| {
+            let at = pid.map(|pid| post_mortem::describe(&host.cli, pid));
+            let at = at.unwrap_or_default();
+            format!("the console shows {:?}\n{at}", console.text())
+        })
     }
 
     /// Saves it into two files, and ends it.
@@ -275,7 +299,7 @@ impl Machine<'_> {
     ///
     /// When it is not saved.
     pub fn save(mut self, state: &str, memory: &str) -> Result<()> {
-        let pid = self.pid().context("the machine is gone")?.to_string();
+        let pid = self.host.pid().context("the machine is gone")?.to_string();
         self.host
             .cli
             .run(&["snapshot", &pid, state, memory, "--halt"])?;
@@ -303,17 +327,12 @@ impl Machine<'_> {
         })?;
         Ok(ended?.code())
     }
-
-    fn pid(&self) -> Option<u64> {
-        let machines = self.host.cli.json(&["ps", "--json"]).ok()?;
-        machines.as_array()?.first()?["pid"].as_u64()
-    }
 }
 
 impl Drop for Machine<'_> {
     fn drop(&mut self) {
         // Nobody is left to complain to.
-        if let (Ok(None), Some(pid)) = (self.process.try_wait(), self.pid()) {
+        if let (Ok(None), Some(pid)) = (self.process.try_wait(), self.host.pid()) {
             let _ = self.host.cli.run(&["stop", &pid.to_string()]);
         }
         let _ = self.process.kill();

@@ -11,6 +11,7 @@ pub mod http;
 pub mod huge_pages;
 pub mod linux;
 pub mod memory;
+pub mod post_mortem;
 pub mod programs;
 pub mod server;
 pub mod tap;

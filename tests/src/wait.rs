@@ -10,7 +10,10 @@ use anyhow::{Result, bail};
 /// Guests in an emulated machine are some fifty times slower than on hardware.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
+/// Between two looks at least.
 const INTERVAL: Duration = Duration::from_millis(5);
+/// At most: who waits for long takes no time from the guest that it waits for, with which it may have to share one emulated CPU.
+const LONG_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Calls `look` until it finds something.
 ///
@@ -32,9 +35,10 @@ pub fn within<T>(bound: Duration, what: &str, mut look: impl FnMut() -> Option<T
         if let Some(found) = look() {
             return Ok(found);
         }
-        if begun.elapsed() > bound {
+        let waited = begun.elapsed();
+        if waited > bound {
             bail!("waited {bound:?} in vain for {what}");
         }
-        sleep(INTERVAL);
+        sleep((waited / 100).clamp(INTERVAL, LONG_INTERVAL));
     }
 }

@@ -113,7 +113,7 @@ impl Ground {
 
     /// Tells `job` where everything is.
     fn equip(&self, job: Job) -> Job {
-        let job = job.env("RUST_BACKTRACE", "1").directory(cache::workspace());
+        let job = job.directory(cache::workspace());
         self.environment
             .iter()
             .fold(job, |job, (name, path)| job.env(*name, path))

@@ -5,6 +5,7 @@ pub(crate) mod cancel;
 pub(crate) mod disk;
 pub(crate) mod fork;
 pub(crate) mod inspect;
+pub(crate) mod metrics;
 pub(crate) mod pause;
 pub(crate) mod ps;
 pub(crate) mod receive;

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use control::{Client, Exit, LOG_VARIABLE, Metric, Registry};
+use control::{Exit, LOG_VARIABLE, Metric, Registry};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal, kill_process},
@@ -349,15 +349,10 @@ fn terminal() -> (File, OwnedFd) {
     (user.into(), programs)
 }
 
-/// What the only machine's serial port has taken.
-fn printed(desk: &Desk) -> u64 {
-    let record = desk.registry().list().unwrap().pop().unwrap();
-    let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().build().unwrap();
-    let metrics = runtime.block_on(async {
-        let client = Client::connect(record.port, &record.secret).await.unwrap();
-        client.metrics().await.unwrap()
-    });
+/// What the serial port of machine `pid` has taken.
+fn printed(desk: &Desk, pid: &str) -> u64 {
+    let metrics = desk.json(&["metrics", pid, "--json"]);
+    let metrics: Vec<Metric> = serde_json::from_value(metrics).unwrap();
     let taken = |metric: &&Metric| metric.name == "fermata_device_output_bytes_total";
     metrics
         .iter()
@@ -381,7 +376,7 @@ fn unread(desk: &Desk, log: &str) -> (File, Child, String) {
         .spawn()
         .unwrap();
     let pid = desk.only_machine()["pid"].to_string();
-    let enough = || (printed(desk) > PRINTED as u64).then_some(());
+    let enough = || (printed(desk, &pid) > PRINTED as u64).then_some(());
     wait::until("the guest to print", enough).unwrap();
     (user, command, pid)
 }

@@ -100,8 +100,8 @@ impl Stopwatch {
     }
 }
 
-fn up<'a>(host: &'a Host, series: &str, watch: &mut Stopwatch) -> Machine<'a> {
-    let mut machine = host.boot(series).unwrap();
+fn up<'a>(host: &'a Host, series: &str, vcpus: u32, watch: &mut Stopwatch) -> Machine<'a> {
+    let mut machine = host.boot(series, vcpus).unwrap();
     machine.comes_up().unwrap();
     watch.lap(&format!("Debian with {series}, to the login prompt"));
     host.log_in().unwrap();
@@ -119,7 +119,7 @@ fn up<'a>(host: &'a Host, series: &str, watch: &mut Stopwatch) -> Machine<'a> {
 fn debian_comes_up_installs_a_package_and_shuts_down() {
     let mut watch = Stopwatch(Instant::now());
     let host = Host::new().unwrap();
-    let mut machine = up(&host, "6.1", &mut watch);
+    let mut machine = up(&host, "6.1", 2, &mut watch);
     let release = host.command("uname -r").unwrap();
     let said = machine.log_in_at_the_console("uname -r").unwrap();
     assert_eq!(said, release.trim_end());
@@ -168,7 +168,7 @@ fn echoes(mut stream: UnixStream, bytes: &[u8]) {
 fn debian_under_load_is_saved_and_goes_on() {
     let mut watch = Stopwatch(Instant::now());
     let host = Host::new().unwrap();
-    let machine = up(&host, "6.12", &mut watch);
+    let machine = up(&host, "6.12", 4, &mut watch);
 
     let listeners = [7011, 7012].map(|port| TcpListener::bind((HOST, port)).unwrap());
     host.command(&[LOAD, START].concat()).unwrap();

@@ -7,7 +7,7 @@ use std::{
     process::{Child, ChildStdin, Stdio},
 };
 
-use control::{Client, Exit, Metric, Registry};
+use control::{Exit, Metric};
 use serde_json::Value;
 use system_tests::{cli::Cli, console::Console, linux, server::Server, wait};
 
@@ -64,16 +64,10 @@ impl Drop for Foreground {
     }
 }
 
-/// What the only machine of a run directory counts.
-fn metrics(server: &Server) -> Vec<Metric> {
-    let registry = Registry::open(server.run_directory()).unwrap();
-    let [record] = registry.list().unwrap().try_into().unwrap();
-    let mut runtime = tokio::runtime::Builder::new_current_thread();
-    let runtime = runtime.enable_all().build().unwrap();
-    runtime.block_on(async {
-        let client = Client::connect(record.port, &record.secret).await.unwrap();
-        client.metrics().await.unwrap()
-    })
+/// What machine `pid` counts.
+fn metrics(cli: &Cli, pid: &str) -> Vec<Metric> {
+    let printed = cli.json(&["metrics", pid, "--json"]).unwrap();
+    serde_json::from_value(printed).unwrap()
 }
 
 /// The sum of those of a name, with a label of this value.
@@ -107,10 +101,11 @@ fn a_linux_guest_prints_to_a_virtio_console_and_reads_from_it_and_goes_on_after_
     machine.types("one line");
     machine.says("heard 1 one line");
 
-    let before = metrics(&server);
+    let pid = cli.json(&["ps", "--json"]).unwrap()[0]["pid"].to_string();
+    let before = metrics(&cli, &pid);
     machine.types("print");
     machine.says("heard 2 print");
-    let after = metrics(&server);
+    let after = metrics(&cli, &pid);
     let text = machine.console.text();
     assert_eq!(numbers(&text), (1..=NUMBERS).collect::<Vec<_>>());
     // Once, and not by the serial port, too.
@@ -130,7 +125,6 @@ fn a_linux_guest_prints_to_a_virtio_console_and_reads_from_it_and_goes_on_after_
         15
     );
 
-    let pid = cli.json(&["ps", "--json"]).unwrap()[0]["pid"].to_string();
     cli.run(&["snapshot", &pid, "state", "memory", "--halt"])
         .unwrap();
     assert_eq!(machine.ended(), Some(Exit::Halted.code().into()));
