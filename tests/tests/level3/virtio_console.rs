@@ -9,7 +9,7 @@ use std::{
 
 use control::{Exit, Metric};
 use serde_json::Value;
-use system_tests::{cli::Cli, console::Console, linux, server::Server, wait};
+use system_tests::{cli::Cli, console::Console, linux, wait};
 
 /// The kernel's messages are the serial port's until there is a virtio console, and only that one's from then on.
 const CMDLINE: &str = "earlyprintk=ttyS0 console=hvc0 quiet panic=-1 reboot=t fermata.role=console";
