@@ -299,15 +299,13 @@ impl Drop for EventLoop {
         };
         self.request_stop();
         let deadline = Instant::now() + END_BOUND;
-        let ended = match self.ended.recv_timeout(END_BOUND) {
-            Err(RecvTimeoutError::Timeout) => false,
-            _ => {
-                // That it panicked was said.
-                drop(thread.join());
-                true
-            }
-        };
-        if !ended || !settle(&self.workers, deadline) {
+        let ended = self.ended.recv_timeout(END_BOUND);
+        let left = matches!(ended, Err(RecvTimeoutError::Timeout));
+        // Before the thread, whose end can take as long as the reads that it has begun.
+        if !left && settle(&self.workers, deadline) {
+            // That it panicked was said.
+            drop(thread.join());
+        } else {
             tracing::warn!("a thread that serves devices is left behind; a disk is slow or hangs");
         }
     }

@@ -354,7 +354,9 @@ fn block(disk: &AttachedDisk) -> Result<Block, Error> {
         Some(branch) => Block::branching(Arc::clone(branch), &id),
         None => Block::open(&config.path, config.read_only, &id),
     };
-    let aside = block.and_then(Block::flushing_aside);
+    let aside = block
+        .and_then(Block::flushing_aside)
+        .and_then(Block::reading_aside);
     let block = aside.map_err(devices::Error::Disk)?;
     Ok(block.limited(disks::limits(config.limits)))
 }

@@ -112,9 +112,7 @@ impl Subject for Raw {
         self.control = None;
         let block = Block::open(&self.path, self.read_only, "disk").expect("nobody else has it");
         let block = self.throttled.limit(block);
-        if self.keep_reads {
-            block.keep_reads();
-        }
+        let block = aside(block, self.keep_reads);
         self.control = Some(block.control());
         Box::new(block)
     }
@@ -155,6 +153,16 @@ impl Subject for Raw {
             );
         }
     }
+}
+
+/// The disk; if `keep_reads`, each of its reads is made in the round behind the one that it was asked for in.
+pub(crate) fn aside(block: Block, keep_reads: bool) -> Block {
+    if !keep_reads {
+        return block;
+    }
+    let block = block.reading_aside().expect("there are eventfds");
+    block.keep_reads();
+    block
 }
 
 /// Sectors of the disk that the device has.

@@ -63,9 +63,7 @@ impl Subject for Branching {
     fn device(&mut self) -> Box<dyn VirtioDevice> {
         let block = Block::branching(Arc::clone(&self.disk), "disk").expect("it is in order");
         let block = self.throttled.limit(block);
-        if self.keep_reads {
-            block.keep_reads();
-        }
+        let block = block::aside(block, self.keep_reads);
         self.control = Some(block.control());
         Box::new(block)
     }

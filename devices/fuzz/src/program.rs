@@ -118,6 +118,8 @@ impl Bench {
     /// If it is not served.
     pub(crate) fn request(&mut self, queue: u16, parts: &[Part]) -> (u32, Vec<Vec<u8>>) {
         let offered = self.offer(queue, parts);
+        // What that has begun, if it was to wait for anything.
+        self.device().serve(queue.into());
         let outcome = self.guest.outcome(&offered);
         assert_eq!(
             get(self.device(), VIRTIO_MMIO_STATUS) & 0x40,

@@ -66,14 +66,6 @@ pub(crate) struct Run<'m> {
 }
 
 impl<'m> Run<'m> {
-    /// Memory that is no guest's.
-    #[cfg(test)]
-    pub(crate) fn of_bytes(bytes: &'m mut [u8]) -> Self {
-        Self {
-            slices: vec![VolatileSlice::from(bytes)],
-        }
-    }
-
     /// Bytes in the run; a chain has at most 4 GiB.
     pub(crate) fn len(&self) -> u64 {
         self.slices.iter().map(|slice| slice.len() as u64).sum()

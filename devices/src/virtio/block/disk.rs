@@ -16,7 +16,7 @@ use std::{
 
 use branch_disk::{Sink, Source, Space};
 
-use super::{SECTOR_BYTES, ring::Piece, vectored};
+use super::{SECTOR_BYTES, ring::Part, vectored};
 use crate::{sync::lock, virtio::buffers::Run};
 
 /// A disk that branches, shared with who takes snapshots of the machine.
@@ -126,7 +126,7 @@ pub enum DiskError {
         /// What the host says.
         source: io::Error,
     },
-    /// There is no timer for its limits, or no eventfd for its flushes.
+    /// There is no timer for its limits, or no eventfd for its reads and flushes.
     #[error("a disk needs a timer and an eventfd: {0}; raise the limit of open files (ulimit -n)")]
     Events(#[source] io::Error),
     /// A disk that branches cannot get another layer.
@@ -284,13 +284,13 @@ impl Disk {
         }
     }
 
-    /// Reads as much as need not wait, and says what is left; pieces are of files that are open in
-    /// [`Disk::while_open`].
-    pub(super) fn read_without_waiting<'m>(
+    /// Reads as much as need not wait, and says what is left: parts of files that stay open until the machine is held, when nothing is
+    /// under way ([`branch_disk::Disk::adopt`]).
+    pub(super) fn read_without_waiting(
         &self,
         sector: u64,
-        data: &Run<'m>,
-    ) -> io::Result<Vec<Piece<'m>>> {
+        data: &Run<'_>,
+    ) -> io::Result<Vec<Part>> {
         let offset = self.offset(sector, data.len())?;
         let mut peek = lock(&self.peek);
         let mut sink = Peeking {
@@ -303,17 +303,6 @@ impl Disk {
             Backing::Branch(disk) => lock(disk).read(offset, &mut sink)?,
         }
         Ok(sink.left)
-    }
-
-    /// Does something while no file of the disk is closed.
-    pub(super) fn while_open<T>(&self, then: impl FnOnce() -> T) -> T {
-        match &self.backing {
-            Backing::Raw { .. } => then(),
-            Backing::Branch(disk) => {
-                let _disk = lock(disk);
-                then()
-            }
-        }
     }
 
     /// Says what is done with reads.
@@ -454,7 +443,7 @@ fn grow_raw(file: &File, path: String, bytes: u64) -> Result<(), DiskError> {
 struct Peeking<'m, 'p> {
     rest: Run<'m>,
     peek: &'p mut Peek,
-    left: Vec<Piece<'m>>,
+    left: Vec<Part>,
 }
 
 impl Sink for Peeking<'_, '_> {
@@ -475,10 +464,10 @@ impl Sink for Peeking<'_, '_> {
         if *self.peek == Peek::Wait {
             return vectored::read_exact_at(file, now.slices(), offset);
         }
-        self.left.push(Piece {
+        self.left.push(Part {
             file: file.as_raw_fd(),
             offset,
-            data: now,
+            len,
         });
         Ok(())
     }

@@ -2,14 +2,14 @@
 
 #[cfg(test)]
 mod branching_tests;
+mod bringer;
+#[cfg(test)]
+mod bringer_tests;
 mod control;
 mod disk;
 mod flusher;
 #[cfg(test)]
 mod flusher_tests;
-mod overlap;
-#[cfg(test)]
-mod overlap_tests;
 mod range;
 mod ring;
 mod round;
@@ -23,7 +23,7 @@ mod throttle;
 mod throttle_tests;
 mod vectored;
 
-use std::{io, path::Path, sync::Arc, time::Instant};
+use std::{collections::VecDeque, io, path::Path, sync::Arc, time::Instant};
 
 use branch_disk::Space;
 use memory::GuestMemory;
@@ -45,12 +45,13 @@ use super::{
     serve::serve_round,
 };
 use crate::{Counter, Error, Metrics, StoppedClock, sync::lock};
+use bringer::Bringer;
 pub use control::DiskControl;
 use disk::{Disk, Peek};
 pub use disk::{DiskError, SharedDisk};
 use flusher::Flusher;
-use overlap::Overlap;
 use range::Range;
+use ring::Part;
 use round::Round;
 pub use state::SavedBlock;
 pub use throttle::DiskLimits;
@@ -90,16 +91,28 @@ const DISCARD_ALIGNMENT: u32 = 8;
 /// A disk.
 pub struct Block {
     disk: Arc<Disk>,
-    overlap: Overlap,
     throttle: Throttle,
+    /// Without one, reads wait where they are served.
+    bringer: Option<Bringer>,
+    /// The reads for which it brings, or has brought, what they want.
+    brought: VecDeque<Brought>,
     /// Without one, flushes are made where they are served.
     flusher: Option<Flusher>,
     /// The head of the request for which it flushes.
     flushing: Option<u16>,
+    /// That of a flush which is made when the reads that came before it are answered.
+    flush_behind: Option<u16>,
     id: String,
     /// What the driver has accepted.
     accepted: u64,
     metrics: Arc<BlockMetrics>,
+}
+
+/// A read that was kept, to be made when what it wants is in the page cache.
+struct Brought {
+    head: u16,
+    /// What it reads.
+    bytes: u64,
 }
 
 impl Block {
@@ -127,10 +140,12 @@ impl Block {
     fn new(disk: Disk, id: &str) -> Result<Self, DiskError> {
         Ok(Self {
             disk: Arc::new(disk),
-            overlap: Overlap::Untried,
             throttle: Throttle::new().map_err(DiskError::Events)?,
+            bringer: None,
+            brought: VecDeque::new(),
             flusher: None,
             flushing: None,
+            flush_behind: None,
             id: id.to_owned(),
             accepted: 0,
             metrics: Arc::default(),
@@ -156,6 +171,18 @@ impl Block {
         Ok(self)
     }
 
+    /// The same, for whose reads the kernel brings into the page cache what is not there: meanwhile this disk serves nothing else, but
+    /// whoever serves it can serve others.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::Events`].
+    pub fn reading_aside(mut self) -> Result<Self, DiskError> {
+        let bringer = Bringer::new(Arc::clone(&self.disk)).map_err(DiskError::Events)?;
+        self.bringer = Some(bringer);
+        Ok(self)
+    }
+
     /// Has its limits take the time from `clock`. For tests and fuzzers, which then look at the queue themselves when time has
     /// passed.
     pub fn stop_clock(&mut self, clock: &StoppedClock) {
@@ -167,8 +194,8 @@ impl Block {
         DiskControl::new(Arc::clone(&self.disk), Arc::clone(self.throttle.limits()))
     }
 
-    /// Has every read kept until the end of its round, as if nothing were in the host's page cache. For tests and fuzzers, whose
-    /// files always are.
+    /// Has every read kept for a later round, if it [reads aside](Self::reading_aside), as if nothing were in the host's page cache. For
+    /// tests and fuzzers, whose files always are.
     pub fn keep_reads(&self) {
         self.disk.set_peek(Peek::Nothing);
     }
@@ -275,6 +302,22 @@ impl Block {
         Ok(())
     }
 
+    /// Begins to bring what these reads want, which are made in a later round, come what may; says whether that could be done.
+    fn begin_to_bring(&mut self, reads: &mut Vec<Brought>, wanted: &[Part]) -> bool {
+        let bringer = self.bringer.as_ref();
+        let begun = bringer.is_some_and(|bringer| bringer.begin(wanted));
+        if begun {
+            self.metrics.awaited_reads.add(reads.len() as u64);
+        }
+        self.brought.append(&mut std::mem::take(reads).into());
+        begun
+    }
+
+    /// Whether a request was begun in an earlier round that is not answered yet.
+    fn owes_answers(&self) -> bool {
+        self.flushing.is_some() || !self.brought.is_empty() || self.flush_behind.is_some()
+    }
+
     /// Begins the flush that the request with this head asks for; says whether that could be done.
     fn begin_flush(&mut self, head: u16) -> bool {
         let begun = self.flusher.as_mut().is_some_and(Flusher::begin);
@@ -300,7 +343,7 @@ impl Block {
         let progress = serve_round(queue, memory, &mut round)?;
         Ok(Progress {
             more: progress.more || round.ended_early,
-            begun: self.flushing.is_some(),
+            begun: self.owes_answers(),
             ..progress
         })
     }
@@ -355,7 +398,9 @@ impl VirtioDevice for Block {
 
     fn sources(&self) -> Vec<EventSource<'_>> {
         let flushed = self.flusher.as_ref().map(Flusher::ended);
-        let descriptors = std::iter::once(self.throttle.timer()).chain(flushed);
+        let brought = self.bringer.as_ref().map(Bringer::ended);
+        let timer = std::iter::once(self.throttle.timer());
+        let descriptors = timer.chain(flushed).chain(brought);
         let source = |descriptor| EventSource {
             descriptor,
             readable: Some(0),
@@ -366,11 +411,13 @@ impl VirtioDevice for Block {
 
     fn is_at_work(&self) -> bool {
         self.flusher.as_ref().is_some_and(Flusher::is_under_way)
+            || self.bringer.as_ref().is_some_and(Bringer::is_under_way)
     }
 
     fn settle(&self, deadline: Instant) -> bool {
-        let flusher = self.flusher.as_ref();
+        let (flusher, bringer) = (self.flusher.as_ref(), self.bringer.as_ref());
         flusher.is_none_or(|flusher| flusher.wait_until(deadline))
+            && bringer.is_none_or(|bringer| bringer.wait_until(deadline))
     }
 
     fn activate(&mut self, features: u64) {
@@ -385,6 +432,8 @@ impl VirtioDevice for Block {
     fn forget_queue(&mut self, _index: usize) {
         self.throttle.set_waiting(&[]);
         self.flushing = None;
+        self.flush_behind = None;
+        self.brought.clear();
     }
 
     fn process_queue(
@@ -403,9 +452,9 @@ impl VirtioDevice for Block {
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
         // Else there is nothing to answer.
-        match self.flushing {
-            Some(_) => self.serve(queue, memory, false),
-            None => Ok(Progress::default()),
+        match self.owes_answers() {
+            true => self.serve(queue, memory, false),
+            false => Ok(Progress::default()),
         }
     }
 
@@ -416,12 +465,13 @@ impl VirtioDevice for Block {
     ) -> Result<Section, saved_state::Error> {
         let Self {
             disk,
-            // No read is under way between two rounds.
-            overlap: _,
             throttle,
-            // None is under way, and one that is over is answered, unless its driver has broken a rule since.
+            // Nothing is under way, and what is over is answered, unless its driver has broken a rule since or there was no time.
+            bringer: _,
+            brought,
             flusher: _,
             flushing,
+            flush_behind,
             id,
             // The transport has it.
             accepted: _,
@@ -432,6 +482,8 @@ impl VirtioDevice for Block {
             reads,
             writes,
         } = *lock(throttle.limits());
+        let brought = brought.iter().map(|read| read.head);
+        let flushes = flush_behind.iter().chain(flushing).copied();
         let saved = SavedBlock {
             path: disk.path().to_owned(),
             capacity_sectors: disk.sectors(),
@@ -441,7 +493,7 @@ impl VirtioDevice for Block {
             total_limit: total.into(),
             read_limit: reads.into(),
             write_limit: writes.into(),
-            waiting: flushing.iter().copied().chain(throttle.waiting()).collect(),
+            waiting: brought.chain(flushes).chain(throttle.waiting()).collect(),
         };
         Section::encode(instance, &saved)
     }
@@ -487,6 +539,8 @@ impl VirtioDevice for Block {
         });
         self.throttle.set_waiting(&waiting);
         self.flushing = None;
+        self.flush_behind = None;
+        self.brought.clear();
         Ok(transport)
     }
 
@@ -523,8 +577,8 @@ impl Header {
 #[derive(Default)]
 struct BlockMetrics {
     reads: Counter,
-    /// Of the reads, those that waited for the host's disk together with others.
-    overlapped_reads: Counter,
+    /// Reads for which the host's disk was waited for beside the loop.
+    awaited_reads: Counter,
     writes: Counter,
     flushes: Counter,
     read_bytes: Counter,
@@ -545,7 +599,7 @@ impl Metrics for BlockMetrics {
     fn list(&self) -> Vec<(&'static str, u64)> {
         vec![
             ("reads", self.reads.get()),
-            ("overlapped_reads", self.overlapped_reads.get()),
+            ("awaited_reads", self.awaited_reads.get()),
             ("writes", self.writes.get()),
             ("flushes", self.flushes.get()),
             ("discards", self.discards.get()),

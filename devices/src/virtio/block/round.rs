@@ -1,5 +1,7 @@
 //! A round over a disk's queue.
 
+use std::io;
+
 use memory::GuestMemory;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -8,8 +10,9 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::{DescriptorChain, Queue};
 
 use super::{
-    Block, Header, MAX_REQUEST_BYTES, QUEUE_ENTRIES,
-    overlap::Kept,
+    Block, Brought, Header, MAX_REQUEST_BYTES, QUEUE_ENTRIES,
+    bringer::Bringer,
+    ring::{ENTRIES, Part},
     throttle::{Admission, Way},
 };
 use crate::virtio::{
@@ -19,21 +22,27 @@ use crate::virtio::{
     serve::{Handler, Outcome},
 };
 
-/// A round, and the reads that it keeps until its end.
+/// The most bytes of a round's reads that are kept, as of one request.
+const MAX_KEPT_BYTES: u64 = MAX_REQUEST_BYTES;
+
+/// A round, and the reads that it keeps for a later one.
 pub(super) struct Round<'b, 'm> {
     block: &'b mut Block,
     memory: &'m GuestMemory,
-    kept: Vec<Kept<'m>>,
+    kept: Vec<Brought>,
     kept_bytes: u64,
+    /// What of the disk's files those want, and how many reads bring it.
+    wanted: Vec<Part>,
+    reads: u64,
     /// The flush that ends it.
     flush: Option<Flush<'m>>,
     /// Whether more is served than what was begun before.
     begins: bool,
-    /// It ended with a flush that is over, so that nothing else has the queue looked at.
+    /// It ended with what could not be begun beside the loop, so that nothing else has the queue looked at.
     pub(super) ended_early: bool,
 }
 
-/// A flush that begins when the reads of its round are over.
+/// A flush that begins when its round ends, or when the reads of its round are answered.
 struct Flush<'m> {
     head: u16,
     header: Header,
@@ -48,6 +57,8 @@ impl<'b, 'm> Round<'b, 'm> {
             memory,
             kept: Vec::new(),
             kept_bytes: 0,
+            wanted: Vec::new(),
+            reads: 0,
             flush: None,
             begins,
             ended_early: false,
@@ -81,17 +92,9 @@ impl<'b, 'm> Round<'b, 'm> {
         }
         let outcome = if self.may_keep(&header, &input) {
             match self.block.disk.read_without_waiting(header.sector, &input) {
-                Ok(pieces) if pieces.is_empty() => Ok(Some(self.block.has_read(&input))),
-                Ok(pieces) => {
-                    self.kept_bytes += input.len();
-                    self.kept.push(Kept {
-                        head,
-                        status,
-                        header,
-                        data: input,
-                        pieces,
-                    });
-                    return Ok(Outcome::Kept);
+                Ok(wanted) if wanted.is_empty() => Ok(Some(self.block.has_read(&input))),
+                Ok(wanted) => {
+                    return Ok(self.keep(head, input.len(), wanted));
                 }
                 Err(error) => Err(error),
             }
@@ -99,6 +102,61 @@ impl<'b, 'm> Round<'b, 'm> {
             self.block.execute(&header, &output, &input)
         };
         Ok(Outcome::Used(self.block.answer(&header, outcome, &status)))
+    }
+
+    /// Keeps a read of so many bytes for a later round, since it wants what is not there yet.
+    fn keep(&mut self, head: u16, bytes: u64, wanted: Vec<Part>) -> Outcome {
+        self.kept.push(Brought { head, bytes });
+        self.kept_bytes += bytes;
+        self.reads += wanted.iter().map(|part| part.read_count()).sum::<u64>();
+        self.wanted.extend(wanted);
+        // More would not be brought with it, and wait on the loop.
+        match self.reads < ENTRIES.into() {
+            true => Outcome::Kept,
+            false => Outcome::KeptLast,
+        }
+    }
+
+    /// Makes a read for which what it wants was brought, if there is one.
+    fn brought(&mut self, queue: &Queue) -> Option<Result<(u16, Outcome), DriverError>> {
+        let Brought { head, bytes } = self.block.brought.pop_front()?;
+        let request = self.taken(queue, head).and_then(Request::of);
+        Some(request.map(|request| {
+            let Request {
+                header,
+                output,
+                input,
+                status,
+            } = request;
+            // It is still the driver's to change, and was admitted as what it was.
+            let same = header.request == VIRTIO_BLK_T_IN && input.len() == bytes;
+            let outcome = match same {
+                true => self.block.execute(&header, &output, &input),
+                false => Err(io::ErrorKind::InvalidInput.into()),
+            };
+            let answered = self.block.answer(&header, outcome, &status);
+            (head, Outcome::Used(answered))
+        }))
+    }
+
+    /// Makes the flush that came behind reads, now that they are answered, if there is one.
+    fn flush_behind(&mut self, queue: &Queue) -> Option<Result<(u16, Outcome), DriverError>> {
+        let head = self.block.flush_behind.take()?;
+        let request = self.taken(queue, head).and_then(Request::of);
+        Some(request.map(|Request { header, status, .. }| {
+            // As above.
+            if header.request != VIRTIO_BLK_T_FLUSH {
+                let outcome = Err(io::ErrorKind::InvalidInput.into());
+                let answered = self.block.answer(&header, outcome, &status);
+                return (head, Outcome::Used(answered));
+            }
+            self.flush = Some(Flush {
+                head,
+                header,
+                status,
+            });
+            (head, Outcome::KeptLast)
+        }))
     }
 
     /// Answers the request for which a flush was made, if one has ended.
@@ -144,10 +202,11 @@ impl<'b, 'm> Round<'b, 'm> {
         Some(Outcome::Kept)
     }
 
-    /// Whether it is a read that may wait for the end of the round.
+    /// Whether it is a read that may wait for a later round.
     fn may_keep(&self, header: &Header, input: &Run<'_>) -> bool {
         header.request == VIRTIO_BLK_T_IN
-            && self.block.overlap.has_room(self.kept_bytes + input.len())
+            && self.kept_bytes + input.len() <= MAX_KEPT_BYTES
+            && self.block.bringer.as_ref().is_some_and(Bringer::is_of_use)
     }
 }
 
@@ -156,8 +215,14 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
         if let Some(flushed) = self.flushed(queue) {
             return Some(flushed);
         }
+        if let Some(brought) = self.brought(queue) {
+            return Some(brought);
+        }
         if !self.begins {
             return None;
+        }
+        if let Some(flush) = self.flush_behind(queue) {
+            return Some(flush);
         }
         let head = self.block.throttle.due()?;
         let buffers = self.taken(queue, head);
@@ -175,30 +240,30 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
 
     fn finish(&mut self) -> Vec<(u16, u32)> {
         let Self {
-            block, kept, flush, ..
+            block,
+            kept,
+            wanted,
+            flush,
+            ..
         } = self;
-        let outcomes = block.overlap.read(&block.disk, kept);
-        if kept.len() > 1 {
-            block.metrics.overlapped_reads.add(kept.len() as u64);
+        let flush = flush.take();
+        if !kept.is_empty() {
+            // Who asked for them is not to wait for the flush, too.
+            block.flush_behind = flush.map(|flush| flush.head);
+            // If it is not begun they are made in the next round all the same, and wait.
+            self.ended_early = !block.begin_to_bring(kept, wanted);
+            return Vec::new();
         }
-        let both = kept.iter().zip(outcomes);
-        let read = both.map(|(kept, outcome)| {
-            let outcome = outcome.map(|()| Some(block.has_read(&kept.data)));
-            let written = block.answer(&kept.header, outcome, &kept.status);
-            (kept.head, written)
-        });
-        let mut done: Vec<(u16, u32)> = read.collect();
-        if let Some(flush) = flush.take()
-            && !block.begin_flush(flush.head)
-        {
-            self.ended_early = true;
-            let outcome = block.flush().map(|()| Some(0));
-            done.push((
-                flush.head,
-                block.answer(&flush.header, outcome, &flush.status),
-            ));
+        let Some(flush) = flush else {
+            return Vec::new();
+        };
+        if block.begin_flush(flush.head) {
+            return Vec::new();
         }
-        done
+        self.ended_early = true;
+        let outcome = block.flush().map(|()| Some(0));
+        let answered = block.answer(&flush.header, outcome, &flush.status);
+        vec![(flush.head, answered)]
     }
 }
 

@@ -28,8 +28,8 @@ pub struct SavedBlock {
     /// The limit on writes, and on all that is no read.
     #[version(start = 2)]
     pub write_limit: SavedRateLimit,
-    /// The heads of the requests that were taken off the ring and are not answered: they wait for a limit; or for a flush, if their
-    /// driver has broken a rule meanwhile. In the order in which they came.
+    /// The heads of the requests that were taken off the ring and are not answered: they wait for a limit; or, if their
+    /// driver has broken a rule meanwhile or there was no time, for what was brought for them, or for a flush.
     #[version(start = 2)]
     pub(super) waiting: Vec<u16>,
 }

@@ -9,7 +9,7 @@ use libc::{c_int, iovec, off_t};
 use vm_memory::VolatileSlice;
 
 /// Linux takes no more in one call (`UIO_MAXIOV`).
-pub(super) const MAX_VECTORS: usize = 1024;
+const MAX_VECTORS: usize = 1024;
 
 type Call = unsafe extern "C" fn(c_int, *const iovec, c_int, off_t) -> isize;
 
@@ -78,7 +78,7 @@ pub(super) fn read_without_waiting(
 }
 
 /// The places of `slices` as the kernel takes them.
-pub(super) fn vectors(slices: &[VolatileSlice<'_>]) -> Vec<iovec> {
+fn vectors(slices: &[VolatileSlice<'_>]) -> Vec<iovec> {
     let slices = slices.iter().filter(|slice| !slice.is_empty());
     slices
         .map(|slice| iovec {

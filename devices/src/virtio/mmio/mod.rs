@@ -6,7 +6,10 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use memory::GuestMemory;
 use saved_state::{Kind, Section};
@@ -29,6 +32,9 @@ pub const MMIO_BYTES: u64 = 0x1000;
 
 /// The register that a driver writes a queue's index to, in 32 bits, to notify the device.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// How long who has no loop waits for what a device does beside its rounds.
+const SERVE_BOUND: Duration = Duration::from_secs(60);
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -102,9 +108,13 @@ impl MmioTransport {
     }
 
     /// Serves queue `index` for one bounded round on this thread, as the [`crate::EventLoop`] does when it was notified
-    /// or one of its sources has an event; returns whether there may be more to do. For who has no loop, such as a fuzzer.
+    /// or one of its sources has an event, once what earlier rounds have begun is over; returns whether there may be more to do. For
+    /// who has no loop, such as a fuzzer.
     pub fn serve(&self, index: usize) -> bool {
-        lock(&self.worker).process(index)
+        let mut worker = lock(&self.worker);
+        // Else there is nothing to be served yet.
+        let _ = worker.settle(Instant::now() + SERVE_BOUND);
+        worker.process(index)
     }
 
     /// The side that the event loop works on.

@@ -1,0 +1,119 @@
+//! Reads that have to wait for the host's disk: what they want is brought into the page cache beside the loop.
+//!
+//! What is in the host's page cache is copied at once, which costs less than to hand it to anybody. What is not is kept until
+//! the round ends, and then brought there together with the others by [`Ring`]; a disk does many at once several times as fast as
+//! one after the other (`docs/decisions/io-uring.md`). Meanwhile the loop serves other devices. Then the reads are made, and need not
+//! wait: no device touches guest memory beside the loop. Should what was brought be gone by then, they wait.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{
+    disk::Disk,
+    ring::{Part, Ring},
+};
+use crate::sync::lock;
+
+/// After so many failures it is not tried again: the kernel has no io_uring for us, and is not only short of memory.
+const TRIES: u32 = 8;
+
+/// Brings what one disk's reads want.
+pub(super) struct Bringer {
+    disk: Arc<Disk>,
+    /// An eventfd that is signalled when something was brought.
+    ended: OwnedFd,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Made when something has to wait for the first time, and anew when it has failed.
+    ring: Option<Box<Ring>>,
+    failures: u32,
+}
+
+impl Bringer {
+    pub(super) fn new(disk: Arc<Disk>) -> io::Result<Self> {
+        Ok(Self {
+            disk,
+            ended: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            state: Mutex::default(),
+        })
+    }
+
+    /// The same with this ring, or where there is none.
+    #[cfg(test)]
+    pub(super) fn with(disk: Arc<Disk>, ring: Option<Ring>) -> Self {
+        let bringer = Self::new(disk).unwrap();
+        let failures = if ring.is_some() { 0 } else { TRIES };
+        let ring = ring.map(Box::new);
+        *lock(&bringer.state) = State { ring, failures };
+        bringer
+    }
+
+    /// What becomes readable, as an edge, when something was brought, so that it may be all.
+    pub(super) fn ended(&self) -> BorrowedFd<'_> {
+        self.ended.as_fd()
+    }
+
+    /// Whether it is worth while to keep a read for it.
+    pub(super) fn is_of_use(&self) -> bool {
+        lock(&self.state).failures < TRIES
+    }
+
+    /// Begins to bring `parts` of the disk's files; says whether that was done, so that its end will be told. Nothing may be under
+    /// way.
+    pub(super) fn begin(&self, parts: &[Part]) -> bool {
+        let state = &mut *lock(&self.state);
+        match self.try_to_begin(state, parts) {
+            Ok(begun) => begun,
+            Err(error) => {
+                state.ring = None;
+                state.failures += 1;
+                if state.failures == TRIES {
+                    tracing::warn!(
+                        path = self.disk.path(),
+                        %error,
+                        "io_uring is not to be had here; the disk is read one request after the other, and other devices wait for it"
+                    );
+                }
+                false
+            }
+        }
+    }
+
+    fn try_to_begin(&self, state: &mut State, parts: &[Part]) -> io::Result<bool> {
+        let ring = match &mut state.ring {
+            Some(ring) => ring,
+            none => none.insert(Box::new(Ring::new(self.ended())?)),
+        };
+        ring.begin(parts)
+    }
+
+    /// Whether something is being brought.
+    pub(super) fn is_under_way(&self) -> bool {
+        let ring = &mut lock(&self.state).ring;
+        ring.as_mut().is_some_and(|ring| ring.is_under_way())
+    }
+
+    /// Waits until nothing is; says whether that is so by `deadline`.
+    pub(super) fn wait_until(&self, deadline: Instant) -> bool {
+        let ring = &mut lock(&self.state).ring;
+        ring.as_mut().is_none_or(|ring| ring.wait_until(deadline))
+    }
+}
+
+impl Drop for Bringer {
+    /// Of a disk that hangs, the kernel may not have looked for the files yet: they stay open.
+    fn drop(&mut self) {
+        if self.is_under_way() {
+            std::mem::forget(Arc::clone(&self.disk));
+        }
+    }
+}

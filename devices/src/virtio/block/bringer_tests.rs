@@ -1,0 +1,560 @@
+//! Reads that wait for the host's disk beside the loop.
+
+use std::{
+    fs,
+    io::{PipeReader, PipeWriter, Write, pipe},
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use branch_disk::{Disk as Branch, Foundation, Mode, anything};
+use tempfile::TempDir;
+use virtio_bindings::{
+    virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET,
+    virtio_mmio::{VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_STATUS},
+};
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::{
+    Device,
+    conformance::{PATIENCE, Subject, conforms},
+    event_loop::EventLoop,
+    virtio::{
+        MMIO_BYTES, MmioTransport,
+        driver::{self, DESCRIPTORS, Driver, Part as Buffer, VERSION_1},
+        entropy::Entropy,
+    },
+};
+
+const BYTES: usize = 1 << 20;
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+/// As many as the test driver's queue has room for, and sectors of each.
+const READS: u64 = 20;
+const SECTORS: u64 = 3;
+const LEN: usize = (SECTORS * SECTOR_BYTES) as usize;
+/// What a read of so much writes, with its status.
+const USED: u32 = LEN as u32 + 1;
+
+fn content() -> Vec<u8> {
+    let words = (0..BYTES as u64 / 8).map(|at| at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    words.flat_map(u64::to_le_bytes).collect()
+}
+
+fn header(request: u32, sector: u64) -> Vec<u8> {
+    let mut header = request.to_le_bytes().to_vec();
+    header.extend([0; 4]);
+    header.extend(sector.to_le_bytes());
+    header
+}
+
+fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+/// A raw image, and a disk that branches of the same content, half of it in either of two layers: by turns of sectors, so that each
+/// read is of several parts.
+struct Bench {
+    dir: TempDir,
+    memory: GuestMemory,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let bench = Self {
+            dir: tempfile::tempdir().unwrap(),
+            memory: driver::memory(),
+        };
+        fs::write(bench.raw(), content()).unwrap();
+        let path = bench.dir.path().join("branch");
+        let mut disk =
+            Branch::create(&path, Some(BYTES as u64), &Foundation::Nothing, &anything).unwrap();
+        for half in 0..2 {
+            for (sector, bytes) in content().chunks(512).enumerate() {
+                if sector % 2 == half {
+                    disk.write(sector as u64 * 512, &mut &*bytes).unwrap();
+                }
+            }
+            if half == 0 {
+                disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+            }
+        }
+        bench
+    }
+
+    fn raw(&self) -> std::path::PathBuf {
+        self.dir.path().join("raw")
+    }
+
+    /// A raw disk of which nothing is taken from the page cache.
+    fn block(&self) -> Block {
+        let block = Block::open(&self.raw(), false, "").unwrap();
+        let block = block.reading_aside().unwrap();
+        block.keep_reads();
+        block
+    }
+
+    /// That, and one that branches.
+    fn blocks(&self) -> [Block; 2] {
+        let path = self.dir.path().join("branch");
+        let branch = Branch::open(&path, Mode::Write, &anything).unwrap();
+        let branch = Block::branching(Arc::new(Mutex::new(branch)), "").unwrap();
+        let branch = branch.reading_aside().unwrap();
+        branch.keep_reads();
+        [self.block(), branch]
+    }
+
+    fn device(&self, block: Block) -> MmioTransport {
+        driver::transport(block, &self.memory).0
+    }
+
+    fn driver(&self, device: &mut MmioTransport) -> Driver<'_> {
+        Driver::start(device, &self.memory, VERSION_1 | FLUSH)
+    }
+}
+
+/// A disk that takes its time: it is at a read that ends when this is dropped.
+struct Slow {
+    writer: PipeWriter,
+    _reader: PipeReader,
+}
+
+impl Slow {
+    fn disk(block: &Block) -> Self {
+        let (reader, writer) = pipe().unwrap();
+        let part = Part {
+            file: reader.as_raw_fd(),
+            offset: 0,
+            len: 1,
+        };
+        assert!(block.bringer.as_ref().unwrap().begin(&[part]));
+        Self {
+            writer,
+            _reader: reader,
+        }
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        // Who waited may be gone, with a test that has failed.
+        let _ = self.writer.write_all(&[0]);
+    }
+}
+
+/// A read, and where its parts are.
+struct Read {
+    sector: u64,
+    places: Vec<GuestAddress>,
+}
+
+fn offer(driver: &mut Driver<'_>, sector: u64) -> Read {
+    let header = header(VIRTIO_BLK_T_IN, sector);
+    let parts = [Buffer::Out(&header), Buffer::In(LEN), Buffer::In(1)];
+    let places = driver.offer(&parts);
+    // Neither answer is there yet.
+    driver.store(places[2].0, 0xffu8);
+    Read { sector, places }
+}
+
+impl Read {
+    fn status(&self, driver: &Driver<'_>) -> u8 {
+        driver.bytes(self.places[2], 1)[0]
+    }
+
+    fn is_right(&self, driver: &Driver<'_>) -> bool {
+        let at = (self.sector * SECTOR_BYTES) as usize;
+        self.status(driver) == OK && driver.bytes(self.places[1], LEN) == content()[at..at + LEN]
+    }
+}
+
+/// Serves one round, which answers no read that it keeps.
+fn serve(device: &MmioTransport) {
+    lock(device.worker()).process(0);
+}
+
+/// Serves until nothing is under way.
+fn ends(device: &MmioTransport) {
+    let mut worker = lock(device.worker());
+    assert!(worker.drain(0, soon(), || true));
+}
+
+fn waiting(device: &MmioTransport) -> usize {
+    let section = Device::save(device, 0).unwrap();
+    section.decode::<SavedBlock>().unwrap().waiting.len()
+}
+
+fn awaited(device: &MmioTransport) -> u64 {
+    let list = Device::metrics(device);
+    let mut found = list.iter().filter(|(name, _)| *name == "awaited_reads");
+    found.next().unwrap().1
+}
+
+impl Subject for Bench {
+    type Device = MmioTransport;
+    type Saved = SavedBlock;
+    const SPAN: u64 = MMIO_BYTES;
+
+    fn new() -> Self {
+        Bench::new()
+    }
+
+    fn fresh(&self) -> MmioTransport {
+        self.device(self.block())
+    }
+
+    fn work(&self, device: &mut MmioTransport) {
+        let mut driver = self.driver(device);
+        offer(&mut driver, 3);
+        offer(&mut driver, 700);
+        serve(device);
+        assert!(lock(device.worker()).settle(soon()));
+    }
+
+    fn go_on(&self, device: &mut MmioTransport) {
+        device.resume();
+        ends(device);
+    }
+}
+
+conforms!(conformance, super::Bench);
+
+#[test]
+fn reads_of_one_round_are_brought_together_and_read_what_is_there() {
+    let bench = Bench::new();
+    for block in bench.blocks() {
+        let mut device = bench.device(block);
+        let mut driver = bench.driver(&mut device);
+        let reads: Vec<_> = (0..READS)
+            .map(|n| offer(&mut driver, n * 97 % 2000))
+            .collect();
+        serve(&device);
+        // None is made before the next round, whenever they are brought.
+        assert_eq!(driver.used(), 0);
+        assert_ne!(awaited(&device), 0);
+        ends(&device);
+        assert_eq!(u64::from(driver.used()), READS);
+        for (nth, read) in (0..).zip(&reads) {
+            assert_eq!(driver.used_len(nth), USED);
+            assert!(read.is_right(&driver), "sector {}", read.sector);
+        }
+        assert_eq!((awaited(&device), waiting(&device)), (READS, 0));
+    }
+}
+
+#[test]
+fn without_io_uring_every_read_is_served_all_the_same() {
+    let bench = Bench::new();
+    for mut block in bench.blocks() {
+        block.bringer = Some(Bringer::with(Arc::clone(&block.disk), None));
+        let mut device = bench.device(block);
+        let mut driver = bench.driver(&mut device);
+        let reads: Vec<_> = (0..READS).map(|n| offer(&mut driver, n)).collect();
+        driver.notify(&mut device);
+        assert_eq!(u64::from(driver.used()), READS);
+        assert!(reads.iter().all(|read| read.is_right(&driver)));
+        assert_eq!(awaited(&device), 0);
+    }
+}
+
+#[test]
+fn when_the_ring_breaks_every_read_is_served_and_there_is_another() {
+    let bench = Bench::new();
+    for mut block in bench.blocks() {
+        let broken = Some(ring::Ring::broken());
+        block.bringer = Some(Bringer::with(Arc::clone(&block.disk), broken));
+        let mut device = bench.device(block);
+        let mut driver = bench.driver(&mut device);
+        let first = offer(&mut driver, 1);
+        // Nobody else has the queue looked at once more.
+        driver.notify(&mut device);
+        assert!(first.is_right(&driver));
+        assert_eq!((driver.used(), awaited(&device)), (1, 0));
+        let second = offer(&mut driver, 2);
+        serve(&device);
+        assert_eq!((driver.used(), awaited(&device)), (1, 1));
+        ends(&device);
+        assert!(second.is_right(&driver));
+    }
+}
+
+#[test]
+fn what_is_in_more_pieces_than_can_be_brought_at_once_is_read_all_the_same() {
+    const LONG: usize = 200 * 512;
+    let bench = Bench::new();
+    let [_, branch] = bench.blocks();
+    let mut device = bench.device(branch);
+    let mut driver = bench.driver(&mut device);
+    let reads: Vec<_> = [0, 300, 600]
+        .into_iter()
+        .map(|sector| {
+            let header = header(VIRTIO_BLK_T_IN, sector);
+            let parts = [Buffer::Out(&header), Buffer::In(LONG), Buffer::In(1)];
+            (sector as usize * 512, driver.offer(&parts))
+        })
+        .collect();
+    serve(&device);
+    assert_eq!(driver.used(), 0);
+    // The third is not taken before the others are answered.
+    assert!((1..=2).contains(&waiting(&device)));
+    ends(&device);
+    for (at, places) in reads {
+        assert_eq!(driver.bytes(places[2], 1), [OK]);
+        assert!(driver.bytes(places[1], LONG) == content()[at..at + LONG]);
+    }
+    assert_eq!(awaited(&device), 3);
+}
+
+#[test]
+fn a_flush_is_made_when_the_reads_before_it_are_answered() {
+    let bench = Bench::new();
+    for block in bench.blocks() {
+        let mut device = bench.device(block.flushing_aside().unwrap());
+        let mut driver = bench.driver(&mut device);
+        let read = offer(&mut driver, 5);
+        let flush = driver.offer(&[Buffer::Out(&header(VIRTIO_BLK_T_FLUSH, 0)), Buffer::In(1)]);
+        let behind = offer(&mut driver, 6);
+        serve(&device);
+        assert_eq!(driver.used(), 0);
+        assert!(waiting(&device) <= 2);
+        ends(&device);
+        let lengths = [0, 1, 2].map(|nth| driver.used_len(nth));
+        assert_eq!(lengths, [USED, 1, USED]);
+        assert_eq!(driver.bytes(flush[1], 1), [OK]);
+        assert!(read.is_right(&driver) && behind.is_right(&driver));
+        let metrics = Device::metrics(&device);
+        assert!(metrics.contains(&("flushes", 1)), "{metrics:?}");
+    }
+}
+
+#[test]
+fn one_that_fails_is_an_error_of_its_own() {
+    let bench = Bench::new();
+    let mut device = bench.device(bench.block());
+    let image = fs::File::options().write(true).open(bench.raw()).unwrap();
+    image.set_len(100 * SECTOR_BYTES).unwrap();
+    let mut driver = bench.driver(&mut device);
+    let reads = [5, 99, 7, 300].map(|sector| offer(&mut driver, sector));
+    ends(&device);
+    assert_eq!(driver.used(), 4);
+    let status = reads.each_ref().map(|read| read.status(&driver));
+    assert_eq!(status, [OK, IOERR, OK, IOERR]);
+    assert!(reads[0].is_right(&driver) && reads[2].is_right(&driver));
+}
+
+#[test]
+fn what_was_just_written_is_taken_from_the_page_cache_where_the_host_can_tell() {
+    let bench = Bench::new();
+    let file = fs::File::options().write(true).open(bench.raw()).unwrap();
+    file.write_all_at(&content(), 0).unwrap();
+    let block = Block::open(&bench.raw(), false, "").unwrap();
+    let mut device = bench.device(block.reading_aside().unwrap());
+    let mut driver = bench.driver(&mut device);
+    let reads = [1, 9, 4].map(|sector| offer(&mut driver, sector));
+    driver.notify(&mut device);
+    assert_eq!((driver.used(), awaited(&device)), (3, 0));
+    assert!(reads.iter().all(|read| read.is_right(&driver)));
+}
+
+#[test]
+fn a_driver_that_breaks_a_rule_behind_reads_can_start_anew() {
+    let bench = Bench::new();
+    for block in bench.blocks() {
+        let mut device = bench.device(block);
+        let mut driver = bench.driver(&mut device);
+        offer(&mut driver, 5);
+        offer(&mut driver, 800);
+        // It has no room for a status.
+        driver.offer(&[Buffer::Out(&header(VIRTIO_BLK_T_IN, 0))]);
+        ends(&device);
+        let status = driver::get(&mut device, VIRTIO_MMIO_STATUS);
+        assert_ne!(status & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
+        assert_eq!(usize::from(driver.used()) + waiting(&device), 2);
+        let mut driver = bench.driver(&mut device);
+        assert_eq!(waiting(&device), 0);
+        let read = offer(&mut driver, 5);
+        ends(&device);
+        assert_eq!((driver.used(), read.is_right(&driver)), (1, true));
+    }
+}
+
+#[test]
+fn what_is_no_read_any_more_when_it_is_to_be_made_is_an_error() {
+    let bench = Bench::new();
+    // A round that is interrupted may keep only some of them.
+    let (device, driver, [disguised, shorter, right]) = loop {
+        let mut device = bench.device(bench.block());
+        let mut driver = bench.driver(&mut device);
+        let reads = [5, 7, 9].map(|sector| offer(&mut driver, sector));
+        serve(&device);
+        if waiting(&device) == reads.len() {
+            break (device, driver, reads);
+        }
+    };
+    driver.store(disguised.places[0].0, VIRTIO_BLK_T_FLUSH);
+    // The room of the other: of each request's three descriptors the second.
+    driver.store(DESCRIPTORS + 4 * 16 + 8, 512u32);
+    ends(&device);
+    assert_eq!(driver.used(), 3);
+    let status = [disguised, shorter].map(|read| read.status(&driver));
+    assert_eq!(status, [IOERR; 2]);
+    assert!(right.is_right(&driver));
+    let metrics = Device::metrics(&device);
+    assert!(metrics.contains(&("flushes", 0)), "{metrics:?}");
+}
+
+#[test]
+fn what_is_no_flush_any_more_when_it_is_to_be_made_is_an_error() {
+    let bench = Bench::new();
+    let (device, driver, write) = loop {
+        let mut device = bench.device(bench.block().flushing_aside().unwrap());
+        let mut driver = bench.driver(&mut device);
+        offer(&mut driver, 5);
+        let flush = header(VIRTIO_BLK_T_FLUSH, 7);
+        let parts = [Buffer::Out(&flush), Buffer::Out(&[9; 512]), Buffer::In(1)];
+        let places = driver.offer(&parts);
+        serve(&device);
+        if waiting(&device) == 2 {
+            break (device, driver, places);
+        }
+    };
+    driver.store(write[0].0, VIRTIO_BLK_T_OUT);
+    ends(&device);
+    assert_eq!((driver.used(), driver.bytes(write[2], 1)[0]), (2, IOERR));
+    assert!(fs::read(bench.raw()).unwrap() == content());
+    let metrics = Device::metrics(&device);
+    assert!(metrics.contains(&("flushes", 0)), "{metrics:?}");
+}
+
+#[test]
+fn a_disk_that_takes_its_time_is_waited_for_before_its_machine_is_saved() {
+    let bench = Bench::new();
+    let block = bench.block();
+    let slow = Slow::disk(&block);
+    let mut device = bench.device(block);
+    let mut driver = bench.driver(&mut device);
+    let reads = [1, 2].map(|sector| offer(&mut driver, sector));
+    driver.notify(&mut device);
+    let worker = device.worker();
+    assert!(lock(worker).is_at_work());
+    assert!(!lock(worker).drain(0, Instant::now() + Duration::from_millis(20), || true));
+    assert_eq!(driver.used(), 0);
+    drop(slow);
+    // Of one that runs out of time, what was begun is answered.
+    assert!(lock(worker).drain(0, soon(), || false));
+    assert!(!lock(worker).is_at_work());
+    assert!(driver.used() > 0);
+    assert_eq!(waiting(&device), 0);
+    ends(&device);
+    assert!(reads.iter().all(|read| read.is_right(&driver)));
+}
+
+#[test]
+fn a_read_that_nobody_was_told_the_end_of_is_made_again_after_a_restore() {
+    let bench = Bench::new();
+    let mut device = bench.device(bench.block());
+    let mut driver = bench.driver(&mut device);
+    let reads = [40, 41].map(|sector| offer(&mut driver, sector));
+    serve(&device);
+    assert!(lock(device.worker()).settle(soon()));
+    let section = Device::save(&device, 0).unwrap();
+    assert_eq!(driver.used(), 0);
+    assert_ne!(waiting(&device), 0);
+    drop(device);
+    // Whatever serves it: an older release's waits.
+    let at_once = || Block::open(&bench.raw(), false, "").unwrap();
+    for is_aside in [false, true] {
+        let block = match is_aside {
+            true => bench.block(),
+            false => at_once(),
+        };
+        let mut restored = bench.device(block);
+        restored.restore(&section).unwrap();
+        for read in &reads {
+            driver.store(read.places[2].0, 0xffu8);
+        }
+        ends(&restored);
+        assert_eq!((driver.used(), waiting(&restored)), (2, 0));
+        assert!(reads.iter().all(|read| read.is_right(&driver)));
+    }
+}
+
+#[test]
+fn others_are_served_while_a_disk_takes_its_time_to_read() {
+    let bench = Bench::new();
+    let block = bench.block();
+    let slow = Slow::disk(&block);
+    let mut disk = bench.device(block);
+    let mut disks = bench.driver(&mut disk);
+    let memory = driver::memory();
+    let (mut other, line) = driver::transport(Entropy::new(), &memory);
+    let mut others = Driver::start(&mut other, &memory, VERSION_1);
+    let [disk, other] = [disk, other].map(|device| Arc::new(Mutex::new(device)));
+    let transports = [Arc::clone(&disk), Arc::clone(&other)];
+    let (event_loop, quiesced) = EventLoop::spawn(&transports, None).unwrap();
+    drop(quiesced);
+
+    let reads = [8, 9].map(|sector| offer(&mut disks, sector));
+    let notify = |device: &Mutex<MmioTransport>| {
+        driver::set(&mut lock(device), VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+    };
+    notify(&disk);
+    others.offer(&[Buffer::In(8)]);
+    notify(&other);
+    line.wait();
+    assert_eq!((others.used(), disks.used()), (1, 0));
+    assert!(event_loop.halt().is_none());
+    assert!(event_loop.quiesce(Duration::from_millis(50)).is_err());
+    others.offer(&[Buffer::In(8)]);
+    notify(&other);
+    while others.used() < 2 {
+        line.wait();
+    }
+    assert_eq!(disks.used(), 0);
+    drop(slow);
+    let late = soon();
+    while disks.used() < 2 {
+        assert!(Instant::now() < late, "nobody has heard of its end");
+    }
+    assert!(reads.iter().all(|read| read.is_right(&disks)));
+    drop(event_loop.quiesce(PATIENCE).unwrap());
+    event_loop.stop(PATIENCE).unwrap();
+}
+
+/// A loop that has only a disk which takes its time.
+fn slow_loop(bench: &Bench) -> (Slow, Arc<Mutex<MmioTransport>>, EventLoop) {
+    let block = bench.block();
+    let slow = Slow::disk(&block);
+    let disk = Arc::new(Mutex::new(bench.device(block)));
+    let (event_loop, quiesced) = EventLoop::spawn(&[Arc::clone(&disk)], None).unwrap();
+    drop(quiesced);
+    (slow, disk, event_loop)
+}
+
+#[test]
+fn who_ends_a_machine_waits_for_the_reads_of_its_disk() {
+    let stops: fn(EventLoop) = |event_loop| event_loop.stop(PATIENCE).unwrap();
+    for ends in [stops, drop] {
+        let bench = Bench::new();
+        let (slow, disk, event_loop) = slow_loop(&bench);
+        let ends = std::thread::spawn(move || ends(event_loop));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!ends.is_finished());
+        drop(slow);
+        ends.join().unwrap();
+        assert!(!lock(lock(&disk).worker()).is_at_work());
+    }
+}
+
+#[test]
+fn the_files_of_a_disk_that_hangs_stay_open_for_the_kernel() {
+    let bench = Bench::new();
+    let (slow, disk, event_loop) = slow_loop(&bench);
+    assert!(event_loop.stop(Duration::from_millis(50)).is_err());
+    drop(disk);
+    let again = Block::open(&bench.raw(), false, "");
+    assert!(matches!(again, Err(DiskError::InUse { .. })));
+    drop(slow);
+}
