@@ -367,6 +367,7 @@ impl<S: Subject> Attack<S> {
     }
 
     fn save(&mut self) -> Section {
+        self.device().settle();
         self.device()
             .save(INSTANCE)
             .expect("a device can always be saved")
@@ -374,9 +375,14 @@ impl<S: Subject> Attack<S> {
 
     /// A fresh device; the one that was is gone.
     fn renew(&mut self) -> &mut MmioTransport {
-        self.bench.device = None;
+        self.drop_device();
         let device = transport(&mut self.subject, &self.bench.guest);
         self.bench.device.insert(device)
+    }
+
+    fn drop_device(&mut self) {
+        self.device().settle();
+        self.bench.device = None;
     }
 
     fn save_and_restore(&mut self) {
@@ -415,7 +421,7 @@ impl<S: Subject> Attack<S> {
     fn end(mut self) {
         self.bench.start(0);
         self.subject.prove(&mut self.bench);
-        self.bench.device = None;
+        self.drop_device();
         self.subject.finish();
     }
 }

@@ -111,10 +111,16 @@ impl MmioTransport {
     /// or one of its sources has an event, once what earlier rounds have begun is over; returns whether there may be more to do. For
     /// who has no loop, such as a fuzzer.
     pub fn serve(&self, index: usize) -> bool {
-        let mut worker = lock(&self.worker);
-        // Else there is nothing to be served yet.
-        let _ = worker.settle(Instant::now() + SERVE_BOUND);
-        worker.process(index)
+        self.settle();
+        lock(&self.worker).process(index)
+    }
+
+    /// Waits for what [`Self::serve`] has begun, as who has no loop has to before the device is saved or dropped.
+    pub fn settle(&self) {
+        let settled = lock(&self.worker).settle(Instant::now() + SERVE_BOUND);
+        if !settled {
+            tracing::warn!(kind = %self.kind, "a device is still at work");
+        }
     }
 
     /// The side that the event loop works on.
