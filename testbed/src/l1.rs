@@ -41,11 +41,13 @@ const MODULES: [&str; 5] = [
 /// About ten times what it takes on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(150);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long L1 may show no sign of life, of which it gives one every five seconds: more than a busy host ever took. Where its
+/// How long L1 may show no sign of life, of which it gives one every two seconds: more than a busy host ever took. Where its
 /// CPU is not interrupted, its kernel's own watchdog does not see it.
 const LIFE_TIMEOUT: Duration = Duration::from_secs(180);
-/// After how long without one it is interrupted, and then again and again: with the next, an interrupt may come that QEMU has lost.
-const WAKE_AFTER: Duration = Duration::from_secs(20);
+/// After how long without one it is interrupted, and then again and again: with the next, an interrupt comes that QEMU has lost. It
+/// does no harm to one that is only slow, and a guest in it is not to see so long a pause that its kernel warns of it, which Linux
+/// does after 21 seconds.
+const WAKE_AFTER: Duration = Duration::from_secs(6);
 /// Bytes of each log that an error shows.
 const LAST_WORDS: usize = 4096;
 /// How often output that a job has written is looked for.
@@ -293,7 +295,9 @@ impl L1 {
     /// Has its CPU be interrupted, by a line that says nothing. QEMU 7.2 seems to lose that interrupts are pending for a CPU that leaves
     /// a guest just then, and to look again when another comes (`docs/decisions/emulated-machines-break-down.md`).
     fn wake(&mut self) {
-        eprintln!("The emulated machine shows no sign of life, and is interrupted");
+        eprintln!(
+            "The emulated machine shows no sign of life for {WAKE_AFTER:?}, and is interrupted"
+        );
         if let Some(requests) = &mut self.requests {
             // One that is gone is found out soon.
             let _ = writeln!(requests, "wake");
