@@ -10,6 +10,7 @@ mod disk;
 mod flusher;
 #[cfg(test)]
 mod flusher_tests;
+mod metrics;
 mod range;
 mod ring;
 mod round;
@@ -44,12 +45,13 @@ use super::{
     DriverError, EventSource, Progress, SavedTransport, VirtioDevice, buffers::Run,
     serve::serve_round,
 };
-use crate::{Counter, Error, Metrics, StoppedClock, sync::lock};
+use crate::{Error, Metrics, StoppedClock, sync::lock};
 use bringer::Bringer;
 pub use control::DiskControl;
 use disk::{Disk, Peek};
 pub use disk::{DiskError, SharedDisk};
 use flusher::Flusher;
+use metrics::BlockMetrics;
 use range::Range;
 use ring::Part;
 use round::Round;
@@ -571,47 +573,5 @@ impl Header {
         let _reserved: [u8; 4] = output.take_front()?;
         let sector = u64::from_le_bytes(output.take_front()?);
         Some(Self { request, sector })
-    }
-}
-
-#[derive(Default)]
-struct BlockMetrics {
-    reads: Counter,
-    /// Reads for which the host's disk was waited for beside the loop.
-    awaited_reads: Counter,
-    writes: Counter,
-    flushes: Counter,
-    read_bytes: Counter,
-    written_bytes: Counter,
-    /// How often a limit stopped the guest from reading.
-    read_throttled: Counter,
-    /// How often a limit stopped the guest from writing, flushing or discarding.
-    write_throttled: Counter,
-    discards: Counter,
-    discarded_bytes: Counter,
-    write_zeroes: Counter,
-    zeroed_bytes: Counter,
-    errors: Counter,
-    unsupported: Counter,
-}
-
-impl Metrics for BlockMetrics {
-    fn list(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("reads", self.reads.get()),
-            ("awaited_reads", self.awaited_reads.get()),
-            ("writes", self.writes.get()),
-            ("flushes", self.flushes.get()),
-            ("discards", self.discards.get()),
-            ("discarded_bytes", self.discarded_bytes.get()),
-            ("write_zeroes", self.write_zeroes.get()),
-            ("zeroed_bytes", self.zeroed_bytes.get()),
-            ("read_bytes", self.read_bytes.get()),
-            ("written_bytes", self.written_bytes.get()),
-            ("read_throttled", self.read_throttled.get()),
-            ("write_throttled", self.write_throttled.get()),
-            ("errors", self.errors.get()),
-            ("unsupported", self.unsupported.get()),
-        ]
     }
 }
