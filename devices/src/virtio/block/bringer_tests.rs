@@ -175,6 +175,29 @@ fn serve(device: &MmioTransport) {
     lock(device.worker()).process(0);
 }
 
+/// How often a round may be interrupted before it has taken all that a test offers: it ends at its time.
+const ATTEMPTS: usize = 20;
+
+/// Has `offer` make requests, of which one round keeps all so many; what it then has of them, with the device and its driver.
+fn kept<'b, T>(
+    bench: &'b Bench,
+    count: usize,
+    offer: impl Fn(&mut Driver<'b>) -> T,
+) -> (MmioTransport, Driver<'b>, T) {
+    for _ in 0..ATTEMPTS {
+        let mut device = bench.device(bench.block().flushing_aside().unwrap());
+        let mut driver = bench.driver(&mut device);
+        let offered = offer(&mut driver);
+        serve(&device);
+        if waiting(&device) == count {
+            return (device, driver, offered);
+        }
+        // Else its image is in use.
+        ends(&device);
+    }
+    panic!("no round keeps {count} requests");
+}
+
 /// Serves until nothing is under way.
 fn ends(device: &MmioTransport) {
     let mut worker = lock(device.worker());
@@ -383,16 +406,10 @@ fn a_driver_that_breaks_a_rule_behind_reads_can_start_anew() {
 #[test]
 fn what_is_no_read_any_more_when_it_is_to_be_made_is_an_error() {
     let bench = Bench::new();
-    // A round that is interrupted may keep only some of them.
-    let (device, driver, [disguised, shorter, right]) = loop {
-        let mut device = bench.device(bench.block());
-        let mut driver = bench.driver(&mut device);
-        let reads = [5, 7, 9].map(|sector| offer(&mut driver, sector));
-        serve(&device);
-        if waiting(&device) == reads.len() {
-            break (device, driver, reads);
-        }
-    };
+    let (device, driver, reads) = kept(&bench, 3, |driver| {
+        [5, 7, 9].map(|sector| offer(driver, sector))
+    });
+    let [disguised, shorter, right] = reads;
     driver.store(disguised.places[0].0, VIRTIO_BLK_T_FLUSH);
     // The room of the other: of each request's three descriptors the second.
     driver.store(DESCRIPTORS + 4 * 16 + 8, 512u32);
@@ -408,18 +425,11 @@ fn what_is_no_read_any_more_when_it_is_to_be_made_is_an_error() {
 #[test]
 fn what_is_no_flush_any_more_when_it_is_to_be_made_is_an_error() {
     let bench = Bench::new();
-    let (device, driver, write) = loop {
-        let mut device = bench.device(bench.block().flushing_aside().unwrap());
-        let mut driver = bench.driver(&mut device);
-        offer(&mut driver, 5);
+    let (device, driver, write) = kept(&bench, 2, |driver| {
+        offer(driver, 5);
         let flush = header(VIRTIO_BLK_T_FLUSH, 7);
-        let parts = [Buffer::Out(&flush), Buffer::Out(&[9; 512]), Buffer::In(1)];
-        let places = driver.offer(&parts);
-        serve(&device);
-        if waiting(&device) == 2 {
-            break (device, driver, places);
-        }
-    };
+        driver.offer(&[Buffer::Out(&flush), Buffer::Out(&[9; 512]), Buffer::In(1)])
+    });
     driver.store(write[0].0, VIRTIO_BLK_T_OUT);
     ends(&device);
     assert_eq!((driver.used(), driver.bytes(write[2], 1)[0]), (2, IOERR));

@@ -311,7 +311,7 @@ impl Block {
         if begun {
             self.metrics.awaited_reads.add(reads.len() as u64);
         }
-        self.brought.append(&mut std::mem::take(reads).into());
+        self.brought.extend(reads.drain(..));
         begun
     }
 
