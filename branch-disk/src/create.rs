@@ -128,12 +128,16 @@ fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, 
             path: parent.to_owned(),
         });
     }
-    let reference = Parent::Layer {
-        path: reference(path, parent),
+    Ok((name_of(layer, path), layer.header.depth))
+}
+
+/// `layer` as the parent of a layer at `path`.
+pub(crate) fn name_of(layer: &Layer, path: &Path) -> Parent {
+    Parent::Layer {
+        path: reference(path, layer.path()),
         id: layer.header.id,
         bytes: layer.header.geometry.bytes(),
-    };
-    Ok((reference, layer.header.depth))
+    }
 }
 
 /// Has `layer` stay for its child at `path` in another directory, where whoever merges layers does not look for it: by a second
@@ -265,16 +269,22 @@ impl Draft {
 
     /// Gives it its name, which nothing may have.
     pub(crate) fn publish(self, path: &Path) -> Result<(), Error> {
-        if let Some(media) = &self.media {
-            link(media, path).map_err(|errno| match errno {
-                Errno::EXIST => Error::Exists {
-                    path: path.to_owned(),
-                },
-                errno => Error::errno("name", path)(errno),
-            })?;
-        }
+        self.link(path)?;
         drop(self);
         sync_directory_of(path)
+    }
+
+    /// Gives it a further name, which nothing may have.
+    pub(crate) fn link(&self, path: &Path) -> Result<(), Error> {
+        let Some(media) = &self.media else {
+            return Ok(());
+        };
+        link(media, path).map_err(|errno| match errno {
+            Errno::EXIST => Error::Exists {
+                path: path.to_owned(),
+            },
+            errno => Error::errno("name", path)(errno),
+        })
     }
 
     /// Gives it the name of what it follows.

@@ -91,7 +91,20 @@ impl Disk {
     ///
     /// [`Error`].
     pub fn open(path: &Path, mode: Mode, rule: &Rule<'_>) -> Result<Self, Error> {
-        Self::of(Chain::open(path, mode, rule)?, path, mode)
+        let chain = Chain::open(path, mode, rule)?;
+        if let [below @ .., head] = &*chain.layers
+            && mode == Mode::Write
+        {
+            // The next head would get this name, and be its own parent.
+            let path = head.path();
+            if name::sealed(path, head.header.id).is_ok_and(|sealed| sealed == path) {
+                return Err(Error::SealedName {
+                    path: path.to_owned(),
+                });
+            }
+            complete(below, sealed_below(&chain.layers)?)?;
+        }
+        Self::of(chain, path, mode)
     }
 
     /// A disk that stands on nothing and has no name yet. The draft, which has it locked, must outlive it.
@@ -102,23 +115,14 @@ impl Disk {
         Self::of(Chain { bottom, layers }, draft.path(), Mode::Write)
     }
 
-    fn of(chain: Chain, path: &Path, mode: Mode) -> Result<Self, Error> {
+    /// A disk of layers that are open, as [`Disk::open`] makes it of those that are durable.
+    pub(crate) fn of(chain: Chain, path: &Path, mode: Mode) -> Result<Self, Error> {
         let Chain { bottom, layers } = chain;
         let (Some(head), below) = (layers.last(), &layers[..layers.len() - 1]) else {
             return Err(Error::damaged(path, "it has no layers"));
         };
         let bits = Bits::load(&head.media, &head.header)?;
-        let sealed = sealed_below(&layers)?;
-        if mode == Mode::Write {
-            // The next head would get this name, and be its own parent.
-            let path = head.path();
-            if name::sealed(path, head.header.id).is_ok_and(|sealed| sealed == path) {
-                return Err(Error::SealedName {
-                    path: path.to_owned(),
-                });
-            }
-            complete(below, sealed)?;
-        }
+        sealed_below(&layers)?;
         let (path, geometry) = (head.path().to_owned(), head.header.geometry);
         let map = if mode == Mode::Read && head.descriptor()?.is_some() {
             whole_map(&layers)?
@@ -177,6 +181,11 @@ impl Disk {
     pub fn sealed_layers(&self) -> Vec<LayerId> {
         let below = &self.layers[..self.layers.len().saturating_sub(1)];
         below.iter().map(|layer| layer.header.id).collect()
+    }
+
+    /// Whether anything was written to it since it was opened.
+    pub fn is_touched(&self) -> bool {
+        self.touched
     }
 
     /// Whether it is open for reading only.

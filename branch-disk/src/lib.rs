@@ -29,6 +29,7 @@
 #![forbid(unsafe_code)]
 #![allow(unexpected_cfgs, reason = "`fuzzing` is set by fuzzers alone")]
 
+mod arrival;
 mod bits;
 mod chain;
 mod check;
@@ -61,6 +62,7 @@ mod tests;
 /// Whether checksums are taken on trust, so that a fuzzer comes to what is behind them.
 const FORGED: bool = cfg!(fuzzing);
 
+pub use arrival::Origin;
 pub use chain::{Mode, Rule, anything};
 pub use check::{Checked, check};
 pub use convert::{Copied, export_raw, import_raw};
@@ -77,5 +79,5 @@ pub use merged_away::Rest;
 pub use name::rebuilt as rebuilt_name;
 pub use parts::{Kind, Part};
 pub use qcow2::{export_qcow2, import_qcow2};
-pub use rebuild::rebuild;
+pub use rebuild::{Rebuild, rebuild};
 pub use seal::{Cut, LayerRef, Next, Plan};

@@ -5,7 +5,10 @@ use std::{
     io::{self, Seek, SeekFrom},
     os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use rustix::{
@@ -16,6 +19,7 @@ use rustix::{
 #[cfg(test)]
 use crate::tape::Call;
 use crate::{
+    arrival::Arrival,
     error::Error,
     io::{Sink, Source, Space, zero_range},
     layout::SECTOR_BYTES,
@@ -38,6 +42,8 @@ pub(crate) struct Media {
     file: File,
     path: PathBuf,
     reads: AtomicU64,
+    /// There if its data comes from elsewhere.
+    arrival: Option<Arc<Arrival>>,
 }
 
 impl Media {
@@ -68,7 +74,19 @@ impl Media {
             file,
             path: path.to_owned(),
             reads: AtomicU64::new(0),
+            arrival: None,
         }
+    }
+
+    /// Its data comes so.
+    pub(crate) fn arrives(&mut self, arrival: Arc<Arrival>) {
+        self.arrival = Some(arrival);
+    }
+
+    /// Whether all of its data is there.
+    pub(crate) fn is_whole(&self) -> bool {
+        let arrival = self.arrival.as_ref();
+        arrival.is_none_or(|arrival| arrival.is_complete())
     }
 
     /// Locks it, or changes its lock.
@@ -182,6 +200,9 @@ impl Media {
         len: u64,
     ) -> io::Result<()> {
         self.reads.fetch_add(1, Ordering::Relaxed);
+        if let Some(arrival) = &self.arrival {
+            arrival.bring(&self.file, offset, len)?;
+        }
         sink.fill(&self.file, offset, len)
     }
 

@@ -50,11 +50,16 @@ pub struct Merged {
 
 impl Disk {
     /// Its sealed layers from the one with the id `lowest` up to that with the id `topmost`, to be merged without holding this disk up.
-    /// `None` when its chain has no two such layers, one above the other.
+    /// `None` when its chain has no two such layers, one above the other, or not all of them is here yet.
     pub fn merge(&self, lowest: LayerId, topmost: LayerId) -> Option<Merge> {
         let below_head = &self.layers()[..self.layers().len().saturating_sub(1)];
         let at = |id| below_head.iter().position(|layer| layer.header.id == id);
         let (lowest, topmost) = (at(lowest)?, at(topmost)?);
+        let parts = below_head.get(lowest..=topmost)?;
+        parts
+            .iter()
+            .all(|layer| layer.media.is_whole())
+            .then_some(())?;
         (lowest < topmost).then(|| Merge {
             path: self.path().to_owned(),
             bottom: self.bottom.clone(),

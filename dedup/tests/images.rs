@@ -498,6 +498,24 @@ fn is_around(reader: &ImageReader, offset: u64, image: &[u8]) -> bool {
     range.contains(&offset) && image[range.start as usize..range.end as usize] == found
 }
 
+/// Asserts that what the reader calls data is all that is not zeros, and begins and ends with chunks that are not.
+fn is_data(reader: &ImageReader, image: &[u8]) {
+    let mut end = 0;
+    let chunk = reader.chunk_bytes() as usize;
+    let is_zero = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    for run in reader
+        .parts()
+        .flat_map(|part| reader.data_in(part).unwrap())
+    {
+        let (start, before) = (run.start as usize, end);
+        end = run.end as usize;
+        assert!(before <= start && is_zero(&image[before..start]));
+        let chunks = image[start..end].chunks(chunk);
+        assert!(chunks.into_iter().all(|chunk| !is_zero(chunk)));
+    }
+    assert!(is_zero(&image[end..]));
+}
+
 #[test]
 fn what_is_read_by_parts_and_by_places_is_the_image() {
     for chunk_size in [512, 4096, 8192, 1 << 20] {
@@ -513,6 +531,7 @@ fn what_is_read_by_parts_and_by_places_is_the_image() {
             save(&store, name, &image).unwrap();
             let reader = store.image(name, "memory").unwrap();
             assert!(by_parts(&reader) == image, "{name} of {chunk_size}");
+            is_data(&reader, &image);
             let chunks = (0..reader.size()).step_by(chunk_size as usize);
             // From anywhere in a chunk.
             for offset in chunks.map(|at| (at + 5).min(reader.size() - 1)) {
@@ -544,9 +563,14 @@ fn parts_of_zeros_are_known_and_what_is_not_wanted_is_not_read() {
         })
         .unwrap();
     assert_eq!(got, [(1030 * 4096, 4096)]);
+    let run = reader.data_in(1).unwrap();
+    assert_eq!(run, [1030 * 4096..1032 * 4096]);
+    assert_eq!(reader.data_in(0).unwrap(), []);
     for beyond in [5, u64::MAX] {
         let read = part_reader.read(beyond, |_| true, |_, _| Ok(()));
         assert!(matches!(read, Err(Error::OutOfRange { .. })));
+        let told = reader.data_in(beyond);
+        assert!(matches!(told, Err(Error::OutOfRange { .. })));
     }
     assert!(matches!(
         reader.around(image.len() as u64),

@@ -1,6 +1,6 @@
 //! Disks of a machine, as images of its snapshot in a store.
 
-use std::io;
+use std::{io, ops::Range};
 
 use dedup::ImageReader;
 
@@ -31,6 +31,24 @@ impl StoredDisk {
     /// Size of the disk.
     pub fn bytes(&self) -> u64 {
         self.0.size()
+    }
+
+    /// Calls `found` with each range, in bytes and ascending, that is not zeros. No content is read for that.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be told.
+    pub fn each_data(&self, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        for part in self.0.parts() {
+            let runs = self.0.data_in(part).map_err(io::Error::other)?;
+            runs.into_iter().for_each(&mut found);
+        }
+        Ok(())
+    }
+
+    /// Forgets what is open and decoded: what could not be read may be there again.
+    pub fn refresh(&self) {
+        self.0.refresh();
     }
 
     /// Fills `buffer` with what is at `offset`, verified.

@@ -19,6 +19,8 @@ mod cpu_template;
 mod crash;
 #[path = "bare_metal/disk_limits.rs"]
 mod disk_limits;
+#[path = "bare_metal/disks_on_demand.rs"]
+mod disks_on_demand;
 #[path = "bare_metal/ends.rs"]
 mod ends;
 #[path = "bare_metal/errands.rs"]

@@ -52,8 +52,8 @@ pub(crate) enum Event {
     Parked,
     /// Somebody in the machine waits for memory that cannot be had.
     Lost(Lost),
-    /// All of the memory has come that the snapshot of this round waited for, or cannot.
-    Arrived(u64, Result<(), Lost>),
+    /// All has come that the snapshot of this round waited for, or cannot.
+    Arrived(u64, Result<(), Error>),
 }
 
 /// The machine's owner.
@@ -63,7 +63,7 @@ pub(crate) struct Controller {
     pub(crate) events: Receiver<Event>,
     /// The other end of `events`.
     pub(crate) teller: Sender<Event>,
-    /// A snapshot that is to be taken as soon as all memory is there.
+    /// A snapshot that is to be taken as soon as all memory and disks are there.
     pub(crate) waiting: Option<Waiting>,
     /// How many have waited so.
     pub(crate) rounds: u64,
@@ -121,8 +121,8 @@ impl Controller {
             Event::Client(Request::Pause(reply)) => self.pause(reply),
             Event::Client(Request::Resume(clock, reply)) => self.resume(clock, reply),
             Event::Client(Request::Snapshot(request, reply)) => {
-                if self.machine.counters().is_memory_missing() {
-                    self.wait_for_memory(request, reply);
+                if self.machine.counters().is_any_missing() {
+                    self.wait_for_all(request, reply);
                 } else {
                     self.snapshot(&request, reply);
                 }
@@ -131,9 +131,10 @@ impl Controller {
             Event::Lost(lost) => self.stall(&lost),
             Event::Client(Request::ChangeDisk(index, change, reply)) => {
                 let counters = self.machine.counters();
-                // A request of the guest's may wait for memory that does not come, and the disk's new size for that request.
+                // A request of the guest's may wait for memory that does not come, and the disk's new size for that request. A layer does
+                // not end above one that is not here.
                 let changed = match change.bytes {
-                    Some(_) if counters.is_memory_missing() => Err(Error::GrowsLater),
+                    Some(_) if counters.is_any_missing() => Err(Error::GrowsLater),
                     _ => counters.devices.change_disk(index, change),
                 };
                 match &changed {
@@ -347,10 +348,11 @@ impl Controller {
         self.apply(lifecycle::Event::Stalled);
     }
 
-    fn wait_for_memory(&mut self, request: SnapshotRequest, reply: Reply<SnapshotReport>) {
+    fn wait_for_all(&mut self, request: SnapshotRequest, reply: Reply<SnapshotReport>) {
         self.rounds += 1;
         let counters = self.machine.counters();
-        match waiting::bring_all(self.rounds, counters, &self.teller) {
+        let wanted = self.machine.wanted();
+        match waiting::bring_all(self.rounds, counters, wanted, &self.teller) {
             Ok(()) => {
                 let come = counters.come();
                 self.waiting = Some(Waiting::new(self.rounds, request, reply, come));
@@ -359,14 +361,14 @@ impl Controller {
         }
     }
 
-    fn arrived(&mut self, round: u64, came: Result<(), Lost>) {
+    fn arrived(&mut self, round: u64, came: Result<(), Error>) {
         let Some(waiting) = self.waiting.take_if(|waiting| waiting.round == round) else {
             return;
         };
         let Waiting { request, reply, .. } = waiting;
         match came {
             Ok(()) => self.snapshot(&request, reply),
-            Err(lost) => self.snapshot_failed(lost.into(), self.machine.is_running(), reply),
+            Err(error) => self.snapshot_failed(error, self.machine.is_running(), reply),
         }
     }
 

@@ -347,6 +347,7 @@ fn block(disk: &AttachedDisk) -> Result<Block, Error> {
         config,
         branch,
         began_on: _,
+        comes: _,
     } = disk;
     let id = config.serial.clone();
     let id = id.unwrap_or_else(|| disk_id(&config.path));
@@ -417,6 +418,7 @@ mod tests {
             },
             branch: None,
             began_on: None,
+            comes: None,
         };
         let memory = MachineMemory::zeroed(Layout::new(64 << 20).unwrap()).unwrap();
         let guest = memory.guest().clone();

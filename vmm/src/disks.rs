@@ -7,19 +7,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use branch_disk::{Cut, Disk, Frozen, LayerId, LayerRef, Mode, Next};
+use branch_disk::{Cut, Disk, Frozen, LayerId, LayerRef, Mode, Next, Rebuild, Rule};
 use control::{Confinement, DiskConfig, DiskFormat, DiskLimits, DiskStatus};
 use devices::{
     RateLimit,
     virtio::block::{DiskControl, SharedDisk},
 };
 use saved_state::{Container, SavedState};
-use snapshot::Snapshot;
+use snapshot::{Snapshot, StoredDisk};
 
 use crate::{
     error::Error,
     state::{DiskState, MachineState},
-    stored_disks,
+    stored_disks::{Had, Rebuilding},
 };
 
 /// A disk of a machine.
@@ -30,6 +30,8 @@ pub(crate) struct AttachedDisk {
     pub(crate) branch: Option<SharedDisk>,
     /// The sealed layer that its first head was made on, of a machine that goes on and writes to it.
     pub(crate) began_on: Option<LayerRef>,
+    /// There if it stands on a layer that comes while the machine runs, or is such a layer.
+    pub(crate) comes: Option<Arc<Rebuild>>,
 }
 
 /// What each disk was at a cut, in their order; nothing of those that do not branch.
@@ -59,81 +61,117 @@ pub(crate) fn attach(
             config: config.clone(),
             branch,
             began_on: None,
+            comes: None,
         })
     };
     configs.iter().map(attach).collect()
 }
 
 /// Opens the disks of a machine that goes on. What branches goes on in a head of its own, so that any number of machines can
-/// go on from one snapshot. What is not here is made in `directory`, if the snapshot has it.
+/// go on from one snapshot. What is not here is made where `rebuilding` says, if the snapshot has it.
 pub(crate) fn reattach(
     states: &[DiskState],
     saved: &Snapshot,
-    directory: Option<&Path>,
-    confinement: Option<&Confinement>,
+    rebuilding: &Rebuilding<'_>,
 ) -> Result<Vec<AttachedDisk>, Error> {
+    let states = states.iter().enumerate();
     states
-        .iter()
-        .enumerate()
         .map(|(number, state)| {
-            let impossible = || Error::DiskState {
-                path: state.path.clone(),
-            };
-            let mut config = state.config().ok_or_else(impossible)?;
-            let layer = state.layer().map_err(|()| impossible())?;
-            let rule = |path: &Path| allows(confinement, path);
-            let rebuild = |path: &Path, id, content: &_| {
-                let of = saved.stored_as().unwrap_or_default();
-                stored_disks::rebuild(path, id, of, content, directory, &rule)
-            };
-            if let Some(id) = layer
-                && !is_there(&config.path)
-                && let Some(content) = saved.disk(number)?
-            {
-                config.path = rebuild(&config.path, id, &content)?;
-            }
-            // One that is not there is refused when it is opened.
-            if DiskState::of(&config).is_ok_and(|now| state.changed_since(&now)) {
-                return Err(Error::DiskChanged {
-                    path: state.path.clone(),
-                });
-            }
-            let mut began_on = None;
-            let branch = match layer {
-                None => None,
-                Some(id) if config.read_only => {
-                    let disk = open(&config, confinement)?;
-                    if lock(&disk).id() != Some(id) {
-                        return Err(Error::DiskChanged {
-                            path: state.path.clone(),
-                        });
-                    }
-                    Some(disk)
-                }
-                Some(id) => {
-                    let begin = |on: &Path| Disk::branch(on, Some(id), &rule);
-                    let disk = match begin(&config.path) {
-                        Err(error) if is_gone(&error) => {
-                            let Some(content) = saved.disk(number)? else {
-                                return Err(Error::LayerNotHere(error));
-                            };
-                            config.path = rebuild(&config.path, id, &content)?;
-                            begin(&config.path)?
-                        }
-                        begun => begun?,
-                    };
-                    let path = std::mem::replace(&mut config.path, disk.path().to_owned());
-                    began_on = Some(LayerRef { path, id });
-                    Some(Arc::new(Mutex::new(disk)))
-                }
-            };
-            Ok(AttachedDisk {
-                config,
-                branch,
-                began_on,
-            })
+            let content = || Ok(saved.disk(number)?);
+            reattach_one(state, &content, rebuilding)
         })
         .collect()
+}
+
+fn reattach_one(
+    state: &DiskState,
+    content: &dyn Fn() -> Result<Option<StoredDisk>, Error>,
+    rebuilding: &Rebuilding<'_>,
+) -> Result<AttachedDisk, Error> {
+    let impossible = || Error::DiskState {
+        path: state.path.clone(),
+    };
+    let mut attached = AttachedDisk {
+        config: state.config().ok_or_else(impossible)?,
+        branch: None,
+        began_on: None,
+        comes: None,
+    };
+    let layer = state.layer().map_err(|()| impossible())?;
+    if let Some(id) = layer
+        && !is_there(&attached.config.path)
+        && let Some(content) = content()?
+    {
+        attached.have(id, content, rebuilding)?;
+    }
+    // One that is not there is refused when it is opened.
+    if DiskState::of(&attached.config).is_ok_and(|now| state.changed_since(&now)) {
+        return Err(Error::DiskChanged {
+            path: state.path.clone(),
+        });
+    }
+    let Some(id) = layer else {
+        return Ok(attached);
+    };
+    if attached.config.read_only {
+        let disk = attached.read(rebuilding.rule)?;
+        if disk.id() != Some(id) {
+            return Err(Error::DiskChanged {
+                path: state.path.clone(),
+            });
+        }
+        attached.branch = Some(Arc::new(Mutex::new(disk)));
+        return Ok(attached);
+    }
+    let disk = match attached.branch(id, rebuilding.rule) {
+        Err(error) if is_gone(&error) => {
+            let Some(content) = content()? else {
+                return Err(Error::LayerNotHere(error));
+            };
+            attached.have(id, content, rebuilding)?;
+            attached.branch(id, rebuilding.rule)?
+        }
+        begun => begun?,
+    };
+    let path = std::mem::replace(&mut attached.config.path, disk.path().to_owned());
+    attached.began_on = Some(LayerRef { path, id });
+    attached.branch = Some(Arc::new(Mutex::new(disk)));
+    Ok(attached)
+}
+
+impl AttachedDisk {
+    /// Has the layer `id`, which was at its path, be elsewhere, or come there.
+    fn have(
+        &mut self,
+        id: LayerId,
+        content: StoredDisk,
+        rebuilding: &Rebuilding<'_>,
+    ) -> Result<(), Error> {
+        match rebuilding.have(&self.config.path, id, content)? {
+            Had::Here(path) => self.config.path = path,
+            Had::Comes(rebuild) => {
+                self.config.path = rebuild.path().to_owned();
+                self.comes = Some(rebuild);
+            }
+        }
+        Ok(())
+    }
+
+    /// The disk whose layer is at its path.
+    fn read(&self, rule: &Rule<'_>) -> Result<Disk, branch_disk::Error> {
+        match &self.comes {
+            Some(rebuild) => rebuild.read(),
+            None => Disk::open(&self.config.path, Mode::Read, rule),
+        }
+    }
+
+    /// A disk that begins as the layer `id`, which is at its path.
+    fn branch(&self, id: LayerId, rule: &Rule<'_>) -> Result<Disk, branch_disk::Error> {
+        match &self.comes {
+            Some(rebuild) => rebuild.branch(),
+            None => Disk::branch(&self.config.path, Some(id), rule),
+        }
+    }
 }
 
 /// A disk's limits as its device knows them.

@@ -3,6 +3,7 @@
 //! [`run`] makes the machine that a [`LaunchSpec`](control::LaunchSpec) describes, serves its control channel, and returns
 //! how it ended. `ARCHITECTURE.md` draws the threads.
 
+mod arriving_disks;
 mod awake;
 mod balloons;
 mod beside;

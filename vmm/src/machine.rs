@@ -15,6 +15,7 @@ use saved_state::SavedState;
 use snapshot::{Lost, OnDemand, Saving, Snapshot};
 
 use crate::{
+    arriving_disks::{ArrivingDisks, Bringer},
     balloons, boot, console, cpu,
     device_set::{Chosen, DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk},
@@ -26,6 +27,7 @@ use crate::{
     metrics::{ExitCounts, MachineCounts},
     nets,
     state::MachineState,
+    stored_disks::Rebuilding,
     stored_disks::StoredAs,
     urgent::Urgent,
     vcpu::VcpuEnd,
@@ -95,6 +97,8 @@ pub(crate) struct Counters {
     pub(crate) saving: Saving,
     /// Of a machine whose memory comes on demand, or came so.
     pub(crate) arriving: Option<OnDemand>,
+    /// Its disks that come so, or did.
+    pub(crate) arriving_disks: ArrivingDisks,
 }
 
 impl Counters {
@@ -103,16 +107,17 @@ impl Counters {
         self.arriving.as_ref().and_then(OnDemand::lost)
     }
 
-    /// Bytes of memory that have come.
+    /// Bytes of memory and of disks that have come.
     pub(crate) fn come(&self) -> u64 {
         let arriving = self.arriving.as_ref();
-        arriving.map_or(0, |arriving| arriving.progress().done())
+        let memory = arriving.map_or(0, |arriving| arriving.progress().done());
+        memory.saturating_add(self.arriving_disks.come())
     }
 
-    /// Whether memory is still to come.
-    pub(crate) fn is_memory_missing(&self) -> bool {
+    /// Whether memory or disks are still to come.
+    pub(crate) fn is_any_missing(&self) -> bool {
         let arriving = self.arriving.as_ref();
-        arriving.is_some_and(|arriving| !arriving.is_complete())
+        arriving.is_some_and(|arriving| !arriving.is_complete()) || !self.arriving_disks.are_here()
     }
 }
 
@@ -146,6 +151,8 @@ pub(crate) struct Machine {
     pub(crate) live: Option<Live>,
     /// How many layers its disks have.
     merging: Merging,
+    /// Who has those of its disks come that are not all here.
+    bringer: Bringer,
     /// What it can be again, if it can.
     baseline: Option<Baseline>,
 }
@@ -260,8 +267,13 @@ impl Machine {
             .iter()
             .map(|disk| disk.layer().ok().flatten())
             .collect();
-        let directory = spec.disk_directory.as_deref();
-        let disks = disks::reattach(&disks, &saved, directory, confinement)?;
+        let rebuilding = Rebuilding {
+            of: saved.stored_as().unwrap_or_default(),
+            directory: spec.disk_directory.as_deref(),
+            rule: &|path| disks::allows(confinement, path),
+            on_demand: spec.on_demand,
+        };
+        let disks = disks::reattach(&disks, &saved, &rebuilding)?;
         let goes_on = GoesOn::of(&spec.origin);
         let nets = nets::saved(&state, &spec.net_changes, confinement.is_some(), goes_on)?;
         let vsock = vsocks::saved(&state, &spec.vsock_change, confinement, goes_on)?;
@@ -343,6 +355,7 @@ impl Machine {
             arriving,
             baseline,
         } = parts;
+        let arriving_disks = ArrivingDisks::of(&disks);
         let input = input.map(|source| devices.console_input(source));
         let (event_loop, quiesced) =
             EventLoop::start_on(threads.devices, &devices.transports, input)?;
@@ -356,6 +369,7 @@ impl Machine {
             memory,
             vcpu_count,
             merging: Merging::new(&disks),
+            bringer: Bringer::new(arriving_disks.clone(), &disks),
             disks,
             vcpus,
             event_loop,
@@ -365,6 +379,7 @@ impl Machine {
                 devices,
                 saving: Saving::default(),
                 arriving,
+                arriving_disks,
             }),
             quiesced: Some(quiesced),
             held_since: Instant::now(),
@@ -378,6 +393,11 @@ impl Machine {
             live: None,
             baseline,
         })
+    }
+
+    /// Says whether it is still there.
+    pub(crate) fn wanted(&self) -> impl Fn() -> bool + Send + 'static {
+        self.bringer.wanted()
     }
 
     /// What it counts.

@@ -316,6 +316,7 @@ mod tests {
             },
             branch: Some(Arc::new(Mutex::new(disk))),
             began_on: None,
+            comes: None,
         }
     }
 

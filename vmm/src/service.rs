@@ -154,11 +154,13 @@ impl Vmm for Service {
             devices,
             saving,
             arriving,
+            arriving_disks,
         } = &*self.counters;
         let mut metrics = exits.metrics();
         metrics.extend(machine.metrics());
         metrics.extend(saving_metrics(saving.progress()));
         metrics.extend(arriving.iter().flat_map(arriving_metrics));
+        metrics.extend(arriving_disks.metrics());
         metrics.extend(devices.metrics());
         metrics
     }

@@ -2,13 +2,15 @@
 
 use std::{
     io,
+    ops::Range,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use branch_disk::{Disk, Error as DiskError, Frozen, Kind, LayerId, Part, Rule};
+use branch_disk::{Disk, Error as DiskError, Frozen, Kind, LayerId, Origin, Part, Rebuild, Rule};
 use snapshot::{Content, Piece, Saving, StoredDisk, Unpublished};
 
-use crate::error::Error;
+use crate::{disks, error::Error};
 
 /// What a machine was last in a store.
 #[derive(Clone, Debug)]
@@ -73,33 +75,67 @@ pub(crate) fn save(
     Ok(layers)
 }
 
-/// Makes the layer `id`, which was at `path`, in `directory`, of what the snapshot `of` has of it, unless it is there. Gives its path there.
-///
-/// A snapshot may come from anybody, so it does not say where files are made.
-pub(crate) fn rebuild(
-    path: &Path,
-    id: LayerId,
-    of: &str,
-    content: &StoredDisk,
-    directory: Option<&Path>,
-    rule: &Rule<'_>,
-) -> Result<PathBuf, Error> {
-    let directory = directory.ok_or_else(|| Error::DiskNotHere {
-        path: path.to_owned(),
-    })?;
-    let here = directory.join(branch_disk::rebuilt_name(path, id, of)?);
-    if !crate::disks::is_there(&here) {
-        let read = |offset, buffer: &mut [u8]| content.read(offset, buffer);
-        match branch_disk::rebuild(&here, id, content.bytes(), read, rule) {
-            Ok(copied) => tracing::info!(
-                path = %here.display(),
-                bytes = copied.data_bytes,
-                "a disk was made as the snapshot has it"
-            ),
-            // Another machine of the snapshot was faster.
-            Err(DiskError::Exists { .. }) => {}
-            Err(error) => return Err(error.into()),
+/// A layer that a snapshot has.
+pub(crate) enum Had {
+    /// It is at this path.
+    Here(PathBuf),
+    /// It comes.
+    Comes(Arc<Rebuild>),
+}
+
+/// Has the layers of a snapshot be here.
+pub(crate) struct Rebuilding<'a> {
+    /// The snapshot's id.
+    pub(crate) of: &'a str,
+    /// Where they are made: a snapshot may come from anybody, so it does not say where files are.
+    pub(crate) directory: Option<&'a Path>,
+    pub(crate) rule: &'a Rule<'a>,
+    /// Whether they may come while their machine runs.
+    pub(crate) on_demand: bool,
+}
+
+impl Rebuilding<'_> {
+    /// Has the layer `id`, which was at `path`, be in the directory, unless it is there, or begins to.
+    pub(crate) fn have(&self, path: &Path, id: LayerId, content: StoredDisk) -> Result<Had, Error> {
+        let directory = self.directory.ok_or_else(|| Error::DiskNotHere {
+            path: path.to_owned(),
+        })?;
+        let here = directory.join(branch_disk::rebuilt_name(path, id, self.of)?);
+        if disks::is_there(&here) {
+            return Ok(Had::Here(here));
         }
+        let begun = Rebuild::begin(&here, id, Box::new(Kept(content)), self.rule);
+        let rebuild = match begun {
+            Ok(rebuild) => rebuild,
+            // Another machine of the snapshot was faster.
+            Err(DiskError::Exists { .. }) => return Ok(Had::Here(here)),
+            Err(error) => return Err(error.into()),
+        };
+        if self.on_demand {
+            return Ok(Had::Comes(Arc::new(rebuild)));
+        }
+        rebuild.finish(&|| true)?;
+        let (_, bytes) = rebuild.progress();
+        tracing::info!(path = %here.display(), bytes, "a disk was made as the snapshot has it");
+        Ok(Had::Here(here))
     }
-    Ok(here)
+}
+
+/// What a store has of a disk.
+struct Kept(StoredDisk);
+
+impl Origin for Kept {
+    fn bytes(&self) -> u64 {
+        self.0.bytes()
+    }
+
+    fn each_data(&self, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        self.0.each_data(found)
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let read = self.0.read(offset, buffer);
+        // It may be repaired, or be there again, when it is asked for once more.
+        read.inspect_err(|_| self.0.refresh())
+    }
 }

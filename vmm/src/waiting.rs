@@ -1,4 +1,4 @@
-//! A snapshot that waits until all of its machine's memory has come.
+//! A snapshot that waits until all of its machine's memory and disks have come.
 //!
 //! The guest runs meanwhile, and the machine's controller does what else it is told: only then is memory copied, which nobody does
 //! of pages that are not there. The wait ends when a page cannot be had, when nothing comes any more, when who asked has gone
@@ -25,7 +25,7 @@ pub(crate) const INTERVAL: Duration = Duration::from_millis(500);
 /// How long nothing may come: longer than a store on a network is away when its server starts anew.
 const STILL: Duration = Duration::from_secs(300);
 
-/// What is done when memory is there.
+/// What is done when all is there.
 pub(crate) struct Waiting {
     pub(crate) request: SnapshotRequest,
     pub(crate) reply: Reply<SnapshotReport>,
@@ -68,17 +68,23 @@ impl Waiting {
     }
 }
 
-/// Has all memory come as soon as can be, and tells `events` when it has, or cannot.
+/// Has all memory and all disks come as soon as can be, and tells `events` when they have, or cannot. The machine is there as long as
+/// it is `wanted`.
 pub(crate) fn bring_all(
     round: u64,
     counters: &Arc<Counters>,
+    wanted: impl Fn() -> bool + Send + 'static,
     events: &Sender<Event>,
 ) -> Result<(), Error> {
     // Nothing else of the machine's: if it ends before, this ends with it.
     let finisher = counters.arriving.as_ref().map(OnDemand::finisher);
+    let disks = counters.arriving_disks.clone();
     let events = events.clone();
     let bring = move || {
-        let came = finisher.map_or(Ok(()), |finisher| finisher.finish());
+        let memory = finisher.map_or(Ok(()), |finisher| finisher.finish());
+        let came = memory
+            .map_err(Error::from)
+            .and_then(|()| disks.finish(&wanted));
         // The controller has ended.
         let _ = events.send(Event::Arrived(round, came));
     };

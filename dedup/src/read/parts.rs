@@ -60,6 +60,37 @@ impl ImageReader {
         at(number)..at(number.saturating_add(1))
     }
 
+    /// The runs of chunks of a part that are not zeros, ascending. That is known without reading a frame.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfRange`] when there is no such part; as [`ImageReader::read_at`].
+    pub fn data_in(&self, part: u64) -> Result<Vec<Range<u64>>> {
+        let at = self.part(part);
+        if at.is_empty() {
+            return Err(self.no_part(&at));
+        }
+        let block = part as usize;
+        let places = self.places(block)?;
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for chunk in (0..places.len()).filter(|chunk| !places[*chunk].is_zero()) {
+            let Range { start, end } = self.bytes_of(block, &(chunk..chunk + 1));
+            match runs.last_mut() {
+                Some(run) if run.end == start => run.end = end,
+                _ => runs.push(start..end),
+            }
+        }
+        Ok(runs)
+    }
+
+    fn no_part(&self, at: &Range<u64>) -> Error {
+        Error::OutOfRange {
+            offset: at.start,
+            len: 1,
+            size: self.size(),
+        }
+    }
+
     /// What is at `offset`, with all of its frame, or of its run of zeros, that lies around it in the image and in the same
     /// part. Finds a frame decoded that was decoded before, as [`ImageReader::read_at`] does.
     ///
@@ -144,12 +175,7 @@ impl PartReader<'_> {
         let image = self.loader.image();
         let at = image.part(part);
         if at.is_empty() {
-            return Err(Error::OutOfRange {
-                offset: at.start,
-                len: 1,
-                size: image.size(),
-            }
-            .into());
+            return Err(image.no_part(&at).into());
         }
         let block = part as usize;
         let config = &image.shared.config;

@@ -1,5 +1,7 @@
 //! A Linux guest goes on before its memory has come, as many at once, and from snapshots that it did not stand still for.
 
+use std::fs;
+
 use api_types::EndReason;
 use serde_json::{Value, json};
 use system_tests::{
@@ -72,9 +74,24 @@ fn a_linux_guest_goes_on_at_once_on_demand_and_forked() {
     assert_eq!(ended.unwrap().reason, EndReason::Halted);
     let cut = console.last(count).unwrap();
 
-    // Its memory comes when it is touched, and nothing of it is lost.
-    let words = ["restore", "noon", "--on-demand", "--json"];
+    // Its memory comes when it is touched, and its disk, which is not here any more, when it is read; nothing of them is lost.
+    for name in server.names().unwrap() {
+        if name.starts_with("web.disk") {
+            fs::remove_file(server.tree().join(name)).unwrap();
+        }
+    }
+    let elsewhere = server.tree().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let words = ["restore", "noon", "--on-demand", "--json", "--disks"];
+    let words = [&words[..], &[elsewhere.to_str().unwrap()]].concat();
     let lazy = machine(&cli.json(&words).unwrap());
     let console = goes_on(&server, lazy, cut);
     linux::nothing_lost(&before, &linux::verify(&console).unwrap()).unwrap();
+    // With what it has come to.
+    cli.run(&["snapshot", &lazy.pid.to_string(), "one"])
+        .unwrap();
+    let made = fs::read_dir(&elsewhere).unwrap();
+    let made = made.map(|entry| entry.unwrap().path());
+    let layers = made.filter(|path| path.extension().is_some_and(|end| end == "layer"));
+    assert!(layers.count() >= 1);
 }

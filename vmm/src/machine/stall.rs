@@ -97,9 +97,10 @@ fn on_demand(
 }
 
 impl Machine {
-    /// Has the rest of its memory come, too, which takes CPUs that it had to itself to start. What it touches from now on may be
-    /// recorded first.
+    /// Has the rest of its memory and its disks come, too, which takes CPUs that it had to itself to start. What it touches from now on
+    /// may be recorded first.
     pub(crate) fn bring_the_rest(&self) -> Result<(), Error> {
+        self.bringer.bring_the_rest()?;
         if let Some(arriving) = &self.counters.arriving {
             arriving.bring_the_rest(self.is_running())?;
         }

@@ -1,0 +1,369 @@
+use std::{
+    sync::{
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc,
+    },
+    thread,
+    time::Duration,
+};
+
+use super::*;
+use crate::{Disk, Foundation, Mode, SECTOR_BYTES, anything, check};
+
+const BYTES: u64 = 3 << 20;
+const ID: LayerId = LayerId([1; 16]);
+
+/// The second of three megabytes is zeros.
+fn content() -> Vec<u8> {
+    let mut content: Vec<u8> = (0..BYTES).map(|at| (at / 700 + 1) as u8).collect();
+    content[1 << 20..2 << 20].fill(0);
+    content
+}
+
+fn all(disk: &Disk) -> Vec<u8> {
+    let mut found = vec![0xee; disk.bytes() as usize];
+    disk.read(0, &mut &mut found[..]).unwrap();
+    found
+}
+
+/// That content, kept elsewhere.
+#[derive(Default)]
+struct Kept {
+    /// Bytes that were read.
+    read: AtomicU64,
+    /// From which offset on there is nothing to be had.
+    lost_from: Option<AtomicU64>,
+    /// Called before each read.
+    before: Option<Box<dyn Fn(u64) + Send + Sync>>,
+}
+
+impl Origin for Arc<Kept> {
+    fn bytes(&self) -> u64 {
+        BYTES
+    }
+
+    fn each_data(&self, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        found(0..1 << 20);
+        // More than there is.
+        found(2 << 20..4 << 20);
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        if let Some(before) = &self.before {
+            before(offset);
+        }
+        let lost = self.lost_from.as_ref().map(|from| from.load(Relaxed));
+        if lost.is_some_and(|from| offset + buffer.len() as u64 > from) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        self.read.fetch_add(buffer.len() as u64, Relaxed);
+        buffer.copy_from_slice(&content()[offset as usize..][..buffer.len()]);
+        Ok(())
+    }
+}
+
+fn begin(path: &Path, kept: &Arc<Kept>) -> Result<Rebuild, Error> {
+    Rebuild::begin(path, ID, Box::new(Arc::clone(kept)), &anything)
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.collect()
+}
+
+#[test]
+fn a_layer_that_was_lost_is_what_it_was_and_others_can_stand_on_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let mut disk = Disk::create(&path, Some(BYTES), &Foundation::Nothing, &anything).unwrap();
+    disk.write(0, &mut &content()[..]).unwrap();
+    let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+    drop(disk);
+    std::fs::remove_file(&layer.path).unwrap();
+
+    let elsewhere = directory.path().join("elsewhere");
+    let origin = || Box::new(Arc::new(Kept::default()));
+    rebuild(&elsewhere, layer.id, origin(), &anything).unwrap();
+    let again = rebuild(&elsewhere, layer.id, origin(), &anything);
+    assert!(matches!(again, Err(Error::Exists { .. })));
+    assert_eq!(names(directory.path()).len(), 2);
+    check(&elsewhere, &anything).unwrap();
+    for mode in [Mode::Read, Mode::Write] {
+        let read_only = mode == Mode::Read;
+        let disk = match mode {
+            Mode::Read => Disk::open(&elsewhere, mode, &anything).unwrap(),
+            Mode::Write => Disk::branch(&elsewhere, Some(layer.id), &anything).unwrap(),
+        };
+        assert_eq!(disk.read_only(), read_only);
+        assert!(all(&disk) == content());
+    }
+}
+
+#[test]
+fn what_is_read_comes_first_and_nothing_else_with_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let kept = Arc::new(Kept::default());
+    let rebuild = begin(&path, &kept).unwrap();
+    let mut disk = rebuild.branch().unwrap();
+    assert!(
+        disk.path()
+            .starts_with(directory.path().canonicalize().unwrap())
+    );
+    let mut sector = [0; 512];
+    let last = BYTES - SECTOR_BYTES;
+    for _ in 0..2 {
+        disk.read(last, &mut &mut sector[..]).unwrap();
+        assert_eq!(sector, content()[last as usize..]);
+    }
+    // What is zeros is known to be.
+    disk.read(1 << 20, &mut &mut sector[..]).unwrap();
+    assert_eq!(sector, [0; 512]);
+    assert_eq!(kept.read.load(Relaxed), 64 << 10);
+    assert_eq!(rebuild.progress(), (64 << 10, 2 << 20));
+
+    // A write reads nothing, and what comes later does not undo it.
+    disk.write(512, &mut &[7; 512][..]).unwrap();
+    disk.flush().unwrap();
+    assert_eq!(kept.read.load(Relaxed), 64 << 10);
+    assert!(!path.exists() && !rebuild.is_finished());
+    rebuild.finish(&|| true).unwrap();
+    assert!(rebuild.is_finished());
+    assert_eq!(kept.read.load(Relaxed), 2 << 20, "each part once");
+    rebuild.finish(&|| true).unwrap();
+
+    let mut expected = content();
+    expected[512..1024].fill(7);
+    assert!(all(&disk) == expected);
+    let head = disk.path().to_owned();
+    drop((disk, rebuild));
+    check(&head, &anything).unwrap();
+    let mut disk = Disk::open(&head, Mode::Write, &anything).unwrap();
+    assert!(all(&disk) == expected);
+    let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+    assert!(all(&Disk::open(&layer.path, Mode::Read, &anything).unwrap()) == expected);
+    assert_eq!(names(directory.path()).len(), 3);
+}
+
+#[test]
+fn a_disk_that_is_only_read_is_the_layer_itself() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let rebuild = begin(&path, &Arc::default()).unwrap();
+    let disk = rebuild.read().unwrap();
+    assert_eq!(disk.id(), Some(ID));
+    assert!(disk.read_only() && disk.path().ends_with("disk.layer"));
+    assert!(all(&disk) == content());
+    // All of it came, and yet it has no name.
+    assert!(!rebuild.is_finished());
+    rebuild.finish(&|| true).unwrap();
+    drop((rebuild, disk));
+    assert!(all(&Disk::open(&path, Mode::Read, &anything).unwrap()) == content());
+}
+
+#[test]
+fn many_who_read_and_who_brings_it_all_wait_for_each_other_and_for_nobody_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let kept = Arc::new(Kept::default());
+    let rebuild = begin(&path, &kept).unwrap();
+    let disk = rebuild.branch().unwrap();
+    thread::scope(|scope| {
+        for step in [512, 4096, 9 << 9, 64 << 10] {
+            let disk = &disk;
+            scope.spawn(move || {
+                let content = content();
+                let mut bytes = vec![0; step as usize];
+                for at in (0..BYTES - step).step_by(step as usize * 7) {
+                    disk.read(at, &mut &mut bytes[..]).unwrap();
+                    assert!(bytes == content[at as usize..][..bytes.len()]);
+                }
+            });
+        }
+        for _ in 0..2 {
+            scope.spawn(|| rebuild.finish(&|| true).unwrap());
+        }
+    });
+    assert_eq!(kept.read.load(Relaxed), 2 << 20, "each part once");
+}
+
+#[test]
+fn who_waits_for_what_another_brings_has_it_then() {
+    let directory = tempfile::tempdir().unwrap();
+    let (begun, has_begun) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let gate = Mutex::new((begun, may_go_on));
+    let before = move |offset| {
+        if offset == 0 {
+            let (begun, may_go_on) = &*gate.lock().unwrap();
+            begun.send(()).unwrap();
+            may_go_on.recv().unwrap();
+        }
+    };
+    let kept = Arc::new(Kept {
+        before: Some(Box::new(before)),
+        ..Kept::default()
+    });
+    let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
+    let disk = rebuild.branch().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| rebuild.finish(&|| true).unwrap());
+        has_begun.recv().unwrap();
+        // Of what nobody is at.
+        let mut sector = [0; 512];
+        disk.read(2 << 20, &mut &mut sector[..]).unwrap();
+        assert_eq!(sector, content()[2 << 20..][..512]);
+        let waits = scope.spawn(|| {
+            let mut sector = [0; 512];
+            disk.read(0, &mut &mut sector[..]).unwrap();
+            sector
+        });
+        thread::sleep(Duration::from_millis(20));
+        assert!(!waits.is_finished());
+        go_on.send(()).unwrap();
+        assert_eq!(waits.join().unwrap(), content()[..512]);
+    });
+}
+
+#[test]
+fn neither_who_was_killed_nor_who_is_at_work_is_in_the_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    for draft in [ID, LayerId([2; 16])] {
+        std::fs::write(name::draft(&path, draft), "half of it").unwrap();
+    }
+    let [first, second] = [(); 2].map(|()| begin(&path, &Arc::default()).unwrap());
+    assert_eq!(names(directory.path()).len(), 2);
+    let on_second = second.branch().unwrap();
+    first.finish(&|| true).unwrap();
+    second.finish(&|| true).unwrap();
+    assert!(second.is_finished());
+    assert!(all(&on_second) == content());
+    drop((first, second, on_second));
+    assert_eq!(names(directory.path()).len(), 1);
+}
+
+#[test]
+fn what_cannot_be_read_is_an_error_until_it_can_be() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let kept = Arc::new(Kept {
+        lost_from: Some(AtomicU64::new(2 << 20)),
+        ..Kept::default()
+    });
+    let rebuild = begin(&path, &kept).unwrap();
+    let mut disk = rebuild.branch().unwrap();
+    let mut sector = [0; 512];
+    let failed = disk.read(2 << 20, &mut &mut sector[..]).unwrap_err();
+    assert_eq!(failed.kind(), io::ErrorKind::InvalidData);
+    let failed = rebuild.finish(&|| true);
+    assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
+    disk.read(0, &mut &mut sector[..]).unwrap();
+    disk.write(0, &mut &[9; 512][..]).unwrap();
+    assert!(!rebuild.is_finished() && !path.exists());
+    if let Some(lost) = &kept.lost_from {
+        lost.store(u64::MAX, Relaxed);
+    }
+    rebuild.finish(&|| true).unwrap();
+    disk.read(2 << 20, &mut &mut sector[..]).unwrap();
+    assert_eq!(sector, content()[2 << 20..][..512]);
+}
+
+#[test]
+fn a_panic_of_who_brings_something_leaves_nobody_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let panicked = AtomicU64::new(0);
+    let before = move |_| assert!(panicked.fetch_add(1, Relaxed) > 0, "only at first");
+    let kept = Arc::new(Kept {
+        before: Some(Box::new(before)),
+        ..Kept::default()
+    });
+    let rebuild = Arc::new(begin(&directory.path().join("disk.layer"), &kept).unwrap());
+    let other = Arc::clone(&rebuild);
+    assert!(
+        thread::spawn(move || other.finish(&|| true))
+            .join()
+            .is_err()
+    );
+    rebuild.finish(&|| true).unwrap();
+}
+
+#[test]
+fn what_is_not_wanted_any_more_leaves_nothing_but_what_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let rebuild = begin(&path, &Arc::default()).unwrap();
+    let untouched = rebuild.branch().unwrap();
+    let mut touched = rebuild.branch().unwrap();
+    touched.write(0, &mut &[9; 512][..]).unwrap();
+    assert!(touched.is_touched() && !untouched.is_touched());
+    let ended = rebuild.finish(&|| false).unwrap_err();
+    assert!(
+        matches!(ended, Error::Io { source, .. } if source.kind() == io::ErrorKind::Interrupted)
+    );
+    let head = touched.path().to_owned();
+    rebuild.give_up();
+    let ended = rebuild.finish(&|| true).unwrap_err();
+    assert!(
+        matches!(ended, Error::Io { source, .. } if source.kind() == io::ErrorKind::Interrupted)
+    );
+    assert_eq!(names(directory.path()).len(), 2, "the heads");
+    drop((rebuild, touched, untouched));
+    assert_eq!(
+        names(directory.path()),
+        [head.file_name().unwrap().to_str().unwrap()]
+    );
+    // It is of use again once the layer is.
+    assert!(Disk::open(&head, Mode::Write, &anything).is_err());
+    super::rebuild(&path, ID, Box::new(Arc::<Kept>::default()), &anything).unwrap();
+    let mut expected = content();
+    expected[..512].fill(9);
+    assert!(all(&Disk::open(&head, Mode::Write, &anything).unwrap()) == expected);
+}
+
+#[test]
+fn what_cannot_be_leaves_nothing() {
+    struct Crooked;
+    impl Origin for Crooked {
+        fn bytes(&self) -> u64 {
+            BYTES + 1
+        }
+        fn each_data(&self, _: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+            Ok(())
+        }
+        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let crooked = Rebuild::begin(&path, ID, Box::new(Crooked), &anything);
+    assert!(matches!(crooked, Err(Error::Size(_))));
+    let origin = Box::new(Arc::<Kept>::default());
+    let forbidden = Rebuild::begin(&path, ID, origin, &|_| false);
+    assert!(matches!(forbidden, Err(Error::NotAllowed { .. })));
+    let kept = Arc::new(Kept {
+        lost_from: Some(AtomicU64::new(0)),
+        ..Kept::default()
+    });
+    let failed = super::rebuild(&path, ID, Box::new(kept), &anything);
+    assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
+    assert_eq!(names(directory.path()).len(), 0);
+}
+
+#[test]
+fn layers_that_are_not_all_here_are_not_merged() {
+    let directory = tempfile::tempdir().unwrap();
+    let rebuild = begin(&directory.path().join("disk.layer"), &Arc::default()).unwrap();
+    let mut disk = rebuild.branch().unwrap();
+    disk.write(0, &mut &[9; 512][..]).unwrap();
+    let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+    assert!(disk.merge(ID, layer.id).is_none());
+    rebuild.finish(&|| true).unwrap();
+    assert!(disk.merge(ID, layer.id).is_some());
+    let mut expected = content();
+    expected[..512].fill(9);
+    assert!(all(&Disk::open(&layer.path, Mode::Read, &anything).unwrap()) == expected);
+}
