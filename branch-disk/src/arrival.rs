@@ -8,7 +8,7 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -49,12 +49,39 @@ pub trait Origin: Send + Sync {
 pub(crate) struct Arrival {
     origin: Box<dyn Origin>,
     geometry: Geometry,
+    /// The layer's.
+    file: File,
     state: Mutex<State>,
     /// Told when units have come, or could not be had.
     changed: Condvar,
     complete: AtomicBool,
     come: AtomicU64,
     total: u64,
+}
+
+/// A part of a disk that is not here yet.
+#[derive(Debug)]
+pub struct Awaited {
+    pub(crate) arrival: Arc<Arrival>,
+    /// In the layer's file.
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+}
+
+impl Awaited {
+    /// Its bytes.
+    pub fn bytes(&self) -> u64 {
+        self.len
+    }
+
+    /// Has it come. The disk may be in use meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be had. It can be tried again.
+    pub fn bring(&self) -> io::Result<()> {
+        self.arrival.bring(self.offset, self.len)
+    }
 }
 
 struct State {
@@ -68,7 +95,12 @@ struct State {
 
 impl Arrival {
     /// Of what the layer owns, of a disk of this geometry.
-    pub(crate) fn new(origin: Box<dyn Origin>, geometry: Geometry, owned: &Bits) -> Self {
+    pub(crate) fn new(
+        origin: Box<dyn Origin>,
+        geometry: Geometry,
+        owned: &Bits,
+        file: File,
+    ) -> Self {
         let units = geometry.bytes().div_ceil(UNIT_BYTES);
         let mut state = State {
             absent: vec![0; units.div_ceil(WORD_BITS) as usize],
@@ -82,6 +114,7 @@ impl Arrival {
         Self {
             origin,
             geometry,
+            file,
             complete: AtomicBool::new(state.left == 0),
             come: AtomicU64::new(0),
             total: state.left * UNIT_BYTES,
@@ -110,25 +143,16 @@ impl Arrival {
     }
 
     /// Has `len` bytes of the layer's file at `offset` be there; waits for others who bring some of them.
-    pub(crate) fn bring(&self, file: &File, offset: u64, len: u64) -> io::Result<()> {
-        if self.is_complete() {
-            return Ok(());
-        }
-        self.bring_units(file, units_of(&self.in_disk(offset, len)), &|| true)
+    fn bring(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.bring_units(units_of(&self.in_disk(offset, len)), &|| true)
     }
 
     /// Has everything be there, as long as it is `wanted`: `Interrupted` once it is not.
-    pub(crate) fn bring_all(&self, file: &File, wanted: &dyn Fn() -> bool) -> io::Result<()> {
-        let units = units_of(&(0..self.geometry.bytes()));
-        self.bring_units(file, units, wanted)
+    pub(crate) fn bring_all(&self, wanted: &dyn Fn() -> bool) -> io::Result<()> {
+        self.bring_units(units_of(&(0..self.geometry.bytes())), wanted)
     }
 
-    fn bring_units(
-        &self,
-        file: &File,
-        units: Range<u64>,
-        wanted: &dyn Fn() -> bool,
-    ) -> io::Result<()> {
+    fn bring_units(&self, units: Range<u64>, wanted: &dyn Fn() -> bool) -> io::Result<()> {
         let mut state = self.state();
         let mut at = units.start;
         while let Some(next) = state.next_absent(at..units.end) {
@@ -148,7 +172,7 @@ impl Arrival {
                 run,
                 done: false,
             };
-            work.read_to(file)?;
+            work.bring()?;
             drop(work);
             state = self.state();
         }
@@ -229,9 +253,12 @@ struct InWork<'a> {
 }
 
 impl InWork<'_> {
-    fn read_to(&mut self, file: &File) -> io::Result<()> {
+    fn bring(&mut self) -> io::Result<()> {
         let Arrival {
-            origin, geometry, ..
+            origin,
+            geometry,
+            file,
+            ..
         } = self.arrival;
         let offset = self.run.start * UNIT_BYTES;
         let end = geometry.bytes().min(self.run.end * UNIT_BYTES);

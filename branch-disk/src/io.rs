@@ -5,6 +5,8 @@ use std::{fs::File, io, os::unix::fs::FileExt};
 
 use rustix::{fs::FallocateFlags, io::Errno};
 
+use crate::arrival::Awaited;
+
 /// Memory to be filled, from its front.
 pub trait Sink {
     /// Bytes still to be filled.
@@ -24,6 +26,16 @@ pub trait Sink {
 
     /// Fills the next `len` bytes with zeros.
     fn zero(&mut self, len: u64);
+
+    /// What its next bytes are is not here yet. Waits for it and says so; or takes those bytes for filled, so that they are not, and
+    /// says no.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be had.
+    fn is_to_wait(&mut self, awaited: Awaited) -> io::Result<bool> {
+        awaited.bring().map(|()| true)
+    }
 }
 
 /// Memory to be written, from its front.

@@ -62,7 +62,7 @@ mod tests;
 /// Whether checksums are taken on trust, so that a fuzzer comes to what is behind them.
 const FORGED: bool = cfg!(fuzzing);
 
-pub use arrival::Origin;
+pub use arrival::{Awaited, Origin};
 pub use chain::{Mode, Rule, anything};
 pub use check::{Checked, check};
 pub use convert::{Copied, export_raw, import_raw};

@@ -19,7 +19,7 @@ use rustix::{
 #[cfg(test)]
 use crate::tape::Call;
 use crate::{
-    arrival::Arrival,
+    arrival::{Arrival, Awaited},
     error::Error,
     io::{Sink, Source, Space, zero_range},
     layout::SECTOR_BYTES,
@@ -81,6 +81,17 @@ impl Media {
     /// Its data comes so.
     pub(crate) fn arrives(&mut self, arrival: Arc<Arrival>) {
         self.arrival = Some(arrival);
+    }
+
+    /// What of it has to come before it can be read there.
+    fn awaited(&self, offset: u64, len: u64) -> Option<Awaited> {
+        let arrival = self.arrival.as_ref();
+        let arrival = arrival.filter(|arrival| !arrival.has(offset, len))?;
+        Some(Awaited {
+            arrival: Arc::clone(arrival),
+            offset,
+            len,
+        })
     }
 
     /// Whether all of its data is there.
@@ -200,8 +211,10 @@ impl Media {
         len: u64,
     ) -> io::Result<()> {
         self.reads.fetch_add(1, Ordering::Relaxed);
-        if let Some(arrival) = &self.arrival {
-            arrival.bring(&self.file, offset, len)?;
+        if let Some(awaited) = self.awaited(offset, len)
+            && !sink.is_to_wait(awaited)?
+        {
+            return Ok(());
         }
         sink.fill(&self.file, offset, len)
     }

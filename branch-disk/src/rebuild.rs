@@ -75,13 +75,13 @@ impl Rebuild {
         };
         let told = origin.each_data(&mut own);
         told.map_err(failed(&path))?;
-        let arrival = Arc::new(Arrival::new(origin, geometry, &bits));
-
         // Of those that others are at work on, one gets the name. What a crash has left of another is nobody's.
         name::sweep(&path);
         let draft = Draft::of_its_own(&path, &header)?;
         draft.lock(Lock::Shared)?;
         let mut layer = Layer::open(draft.path(), true, Lock::Shared)?;
+        let file = layer.media.file().try_clone().map_err(failed(&path))?;
+        let arrival = Arc::new(Arrival::new(origin, geometry, &bits, file));
         let (_, total) = arrival.progress();
         if layer.media.free_bytes()? < total {
             return Err(failed(&path)(ErrorKind::StorageFull.into()));
@@ -153,7 +153,7 @@ impl Rebuild {
     ///
     /// [`Error`]; of the kind [`Interrupted`](ErrorKind::Interrupted) once `wanted` says no.
     pub fn finish(&self, wanted: &dyn Fn() -> bool) -> Result<(), Error> {
-        let all = self.arrival.bring_all(self.layer.media.file(), wanted);
+        let all = self.arrival.bring_all(wanted);
         all.map_err(failed(&self.path))?;
         let mut draft = self.draft.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(whole) = &*draft else {

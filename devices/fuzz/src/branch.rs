@@ -1,12 +1,13 @@
 //! The block device on a disk that branches, which is cut and grows while the driver is at work.
 
 use std::{
-    fs,
+    fs, io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use branch_disk::{Disk, Foundation, Mode, anything};
+use branch_disk::{Disk, Foundation, LayerId, Mode, Origin, Rebuild, anything};
 use devices::virtio::{
     MmioTransport, VirtioDevice,
     block::{Block, DiskControl, SECTOR_BYTES, SharedDisk},
@@ -26,10 +27,15 @@ thread_local! {
     static SCRATCH: Scratch = Scratch::new();
 }
 
-/// A disk on a raw base of half its size, and a layer that was sealed.
+/// What the lower half of the disk is.
+const FILL: u8 = 0x5a;
+const HALF: usize = block::BYTES / 2;
+
+/// A disk on a raw base of half its size, or on a layer that is not here, and a layer that was sealed.
 pub struct Branching {
     disk: SharedDisk,
     path: PathBuf,
+    comes: Option<Rebuild>,
     cuts: u32,
     keep_reads: bool,
     throttled: Throttled,
@@ -42,17 +48,28 @@ impl Subject for Branching {
             scratch.clear();
             ["base", "disk"].map(|name| scratch.path(name))
         });
-        fs::write(&base, [0x5a; block::BYTES / 2]).expect("there is room");
-        let on = Foundation::Raw(base);
-        let disk = Disk::create(&path, Some(block::BYTES as u64), &on, &anything);
+        let how = input.byte();
+        let comes = (how & 1 != 0).then(|| {
+            let origin = Box::new(Elsewhere);
+            let rebuild = Rebuild::begin(&path, LayerId([1; 16]), origin, &anything);
+            rebuild.expect("there is room")
+        });
+        let disk = match &comes {
+            Some(rebuild) => rebuild.branch(),
+            None => {
+                fs::write(&base, [FILL; HALF]).expect("there is room");
+                let on = Foundation::Raw(base);
+                Disk::create(&path, Some(block::BYTES as u64), &on, &anything)
+            }
+        };
         let mut disk = disk.expect("there is room");
         disk.write(1024, &mut &[1; 3072][..])
             .expect("there is room");
         cut(&mut disk);
-        let how = input.byte();
         Self {
+            path: disk.path().to_owned(),
             disk: Arc::new(Mutex::new(disk)),
-            path,
+            comes,
             cuts: 0,
             keep_reads: how & 2 != 0,
             throttled: Throttled::new(how),
@@ -96,6 +113,9 @@ impl Subject for Branching {
     fn finish(self) {
         let bytes = block::sectors(&self.control) * SECTOR_BYTES;
         drop((self.disk, self.control));
+        if let Some(rebuild) = self.comes {
+            rebuild.finish(&|| true).expect("there is room");
+        }
         let rule = |path: &Path| path.starts_with("/");
         branch_disk::check(&self.path, &rule)
             .expect("the disk is in order, whatever the guest does");
@@ -103,6 +123,27 @@ impl Subject for Branching {
         let mut all = vec![0; bytes as usize];
         disk.read(0, &mut &mut all[..])
             .expect("the disk is in order");
+    }
+}
+
+/// What a layer is that is not here.
+struct Elsewhere;
+
+impl Origin for Elsewhere {
+    fn bytes(&self) -> u64 {
+        block::BYTES as u64
+    }
+
+    fn each_data(&self, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        found(0..HALF as u64);
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let half = HALF.saturating_sub(offset as usize).min(buffer.len());
+        buffer[..half].fill(FILL);
+        buffer[half..].fill(0);
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Reads that have to wait for the host's disk: what they want is brought into the page cache beside the loop.
 //!
 //! What is in the host's page cache is copied at once, which costs less than to hand it to anybody. What is not is kept until
-//! the round ends, and then brought there together with the others by [`Ring`]; a disk does many at once several times as fast as
+//! the round ends, and then brought there together with the others by [`Ring`], or by [`Fetch`] if it is not on this host; a disk does many at once several times as fast as
 //! one after the other (`docs/decisions/io-uring.md`). Meanwhile the loop serves other devices. Then the reads are made, and need not
 //! wait: no device touches guest memory beside the loop. Should what was brought be gone by then, they wait.
 
@@ -12,10 +12,12 @@ use std::{
     time::Instant,
 };
 
+use branch_disk::Awaited;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::{
-    disk::Disk,
+    disk::{Disk, Left},
+    fetch::Fetch,
     ring::{Part, Ring},
 };
 use crate::sync::lock;
@@ -27,8 +29,9 @@ const TRIES: u32 = 8;
 pub(super) struct Bringer {
     disk: Arc<Disk>,
     /// An eventfd that is signalled when something was brought.
-    ended: OwnedFd,
+    ended: Arc<OwnedFd>,
     state: Mutex<State>,
+    fetch: Fetch,
 }
 
 #[derive(Default)]
@@ -40,9 +43,12 @@ struct State {
 
 impl Bringer {
     pub(super) fn new(disk: Arc<Disk>) -> io::Result<Self> {
+        let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let ended = Arc::new(ended);
         Ok(Self {
             disk,
-            ended: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            fetch: Fetch::new(Arc::clone(&ended)),
+            ended,
             state: Mutex::default(),
         })
     }
@@ -67,9 +73,25 @@ impl Bringer {
         lock(&self.state).failures < TRIES
     }
 
-    /// Begins to bring `parts` of the disk's files; says whether that was done, so that its end will be told. Nothing may be under
-    /// way.
-    pub(super) fn begin(&self, parts: &[Part]) -> bool {
+    /// Begins to bring what is `left` of reads; says whether that was done with any of it, so that its end will be told. Nothing may be
+    /// under way.
+    pub(super) fn begin(&self, left: Left) -> bool {
+        let Left { parts, awaited } = left;
+        let fetches = !awaited.is_empty() && self.begin_to_fetch(awaited);
+        fetches | (!parts.is_empty() && self.begin_to_read(&parts))
+    }
+
+    fn begin_to_fetch(&self, awaited: Vec<Awaited>) -> bool {
+        let begun = self.fetch.begin(awaited);
+        let path = self.disk.path();
+        begun
+            .inspect_err(
+                |error| tracing::debug!(path, %error, "no thread to fetch a part of a disk"),
+            )
+            .is_ok()
+    }
+
+    fn begin_to_read(&self, parts: &[Part]) -> bool {
         let state = &mut *lock(&self.state);
         match self.try_to_begin(state, parts) {
             Ok(begun) => begun,
@@ -98,6 +120,10 @@ impl Bringer {
 
     /// Whether something is being brought.
     pub(super) fn is_under_way(&self) -> bool {
+        self.fetch.is_under_way() || self.is_reading()
+    }
+
+    fn is_reading(&self) -> bool {
         let ring = &mut lock(&self.state).ring;
         ring.as_mut().is_some_and(|ring| ring.is_under_way())
     }
@@ -106,13 +132,14 @@ impl Bringer {
     pub(super) fn wait_until(&self, deadline: Instant) -> bool {
         let ring = &mut lock(&self.state).ring;
         ring.as_mut().is_none_or(|ring| ring.wait_until(deadline))
+            && self.fetch.wait_until(deadline)
     }
 }
 
 impl Drop for Bringer {
     /// Of a disk that hangs, the kernel may not have looked for the files yet: they stay open.
     fn drop(&mut self) {
-        if self.is_under_way() {
+        if self.is_reading() {
             std::mem::forget(Arc::clone(&self.disk));
         }
     }

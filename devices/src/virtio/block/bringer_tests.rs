@@ -4,11 +4,14 @@ use std::{
     fs,
     io::{PipeReader, PipeWriter, Write, pipe},
     os::{fd::AsRawFd, unix::fs::FileExt},
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use branch_disk::{Disk as Branch, Foundation, Mode, anything};
+use branch_disk::{Disk as Branch, Foundation, LayerId, Mode, Origin, Rebuild, anything};
 use tempfile::TempDir;
 use virtio_bindings::{
     virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -16,7 +19,7 @@ use virtio_bindings::{
 };
 use vm_memory::GuestAddress;
 
-use super::*;
+use super::{ring::Part, *};
 use crate::{
     Device,
     conformance::{PATIENCE, Subject, conforms},
@@ -96,14 +99,27 @@ impl Bench {
         block
     }
 
-    /// That, and one that branches.
-    fn blocks(&self) -> [Block; 2] {
+    /// That, one that branches, and one that branches of what is not here yet.
+    fn blocks(&self) -> [Block; 3] {
         let path = self.dir.path().join("branch");
         let branch = Branch::open(&path, Mode::Write, &anything).unwrap();
-        let branch = Block::branching(Arc::new(Mutex::new(branch)), "").unwrap();
-        let branch = branch.reading_aside().unwrap();
+        let [branch, comes] = [branch, self.coming(Elsewhere::default())].map(|disk| {
+            let block = Block::branching(Arc::new(Mutex::new(disk)), "").unwrap();
+            block.reading_aside().unwrap()
+        });
         branch.keep_reads();
-        [self.block(), branch]
+        [self.block(), branch, comes]
+    }
+
+    /// A disk that branches of what is elsewhere.
+    fn coming(&self, elsewhere: Elsewhere) -> Branch {
+        self.rebuild(elsewhere).branch().unwrap()
+    }
+
+    fn rebuild(&self, elsewhere: Elsewhere) -> Rebuild {
+        let path = self.dir.path().join("comes.layer");
+        let origin = Box::new(elsewhere);
+        Rebuild::begin(&path, LayerId([1; 16]), origin, &anything).unwrap()
     }
 
     fn device(&self, block: Block) -> MmioTransport {
@@ -112,6 +128,34 @@ impl Bench {
 
     fn driver(&self, device: &mut MmioTransport) -> Driver<'_> {
         Driver::start(device, &self.memory, VERSION_1 | FLUSH)
+    }
+}
+
+/// Has the content.
+#[derive(Default)]
+struct Elsewhere {
+    /// Held by who does not want it to be had.
+    gate: Arc<Mutex<()>>,
+    is_lost: Arc<AtomicBool>,
+}
+
+impl Origin for Elsewhere {
+    fn bytes(&self) -> u64 {
+        BYTES as u64
+    }
+
+    fn each_data(&self, found: &mut dyn FnMut(std::ops::Range<u64>)) -> io::Result<()> {
+        found(0..BYTES as u64);
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let _gate = lock(&self.gate);
+        if self.is_lost.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        buffer.copy_from_slice(&content()[offset as usize..][..buffer.len()]);
+        Ok(())
     }
 }
 
@@ -129,7 +173,11 @@ impl Slow {
             offset: 0,
             len: 1,
         };
-        assert!(block.bringer.as_ref().unwrap().begin(&[part]));
+        let left = Left {
+            parts: vec![part],
+            awaited: Vec::new(),
+        };
+        assert!(block.bringer.as_ref().unwrap().begin(left));
         Self {
             writer,
             _reader: reader,
@@ -244,6 +292,86 @@ impl Subject for Bench {
 
 conforms!(conformance, super::Bench);
 
+/// With a disk of which nothing is here.
+struct OfWhatComes(Bench);
+
+impl Subject for OfWhatComes {
+    type Device = MmioTransport;
+    type Saved = SavedBlock;
+    const SPAN: u64 = MMIO_BYTES;
+
+    fn new() -> Self {
+        Self(Bench::new())
+    }
+
+    fn fresh(&self) -> MmioTransport {
+        let disk = self.0.rebuild(Elsewhere::default()).read().unwrap();
+        let block = Block::branching(Arc::new(Mutex::new(disk)), "").unwrap();
+        self.0.device(block.reading_aside().unwrap())
+    }
+
+    fn work(&self, device: &mut MmioTransport) {
+        self.0.work(device);
+    }
+
+    fn go_on(&self, device: &mut MmioTransport) {
+        self.0.go_on(device);
+    }
+}
+
+conforms!(conformance_of_what_comes, super::OfWhatComes);
+
+#[test]
+fn what_is_elsewhere_is_waited_for_beside_the_loop_and_before_its_machine_is_saved() {
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let gate = Arc::clone(&elsewhere.gate);
+    let closed = lock(&gate);
+    let disk = Arc::new(Mutex::new(bench.coming(elsewhere)));
+    let block = Block::branching(Arc::clone(&disk), "").unwrap();
+    let mut device = bench.device(block.reading_aside().unwrap());
+    let mut driver = bench.driver(&mut device);
+    let reads = [1, 2, 1900].map(|sector| offer(&mut driver, sector));
+    driver.notify(&mut device);
+    let worker = device.worker();
+    assert!(lock(worker).is_at_work());
+    // Nor has it the disk to itself, which others cut.
+    lock(&disk).write(0, &mut &[0; 512][..]).unwrap();
+    assert!(!lock(worker).drain(0, Instant::now() + Duration::from_millis(20), || true));
+    assert_eq!((driver.used(), awaited(&device)), (0, 3));
+    drop(closed);
+    ends(&device);
+    assert!(!lock(worker).is_at_work());
+    assert!(reads.iter().all(|read| read.is_right(&driver)));
+    // It is here now.
+    let closed = lock(&gate);
+    let read = offer(&mut driver, 70);
+    driver.notify(&mut device);
+    assert!(read.is_right(&driver));
+    drop(closed);
+}
+
+#[test]
+fn what_cannot_be_had_is_an_error_of_the_disk_until_it_can() {
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let is_lost = Arc::clone(&elsewhere.is_lost);
+    let block = Block::branching(Arc::new(Mutex::new(bench.coming(elsewhere))), "").unwrap();
+    let mut device = bench.device(block.reading_aside().unwrap());
+    let mut driver = bench.driver(&mut device);
+    for lost in [true, false, true] {
+        is_lost.store(lost, Ordering::Relaxed);
+        let first = driver.used();
+        let read = offer(&mut driver, 5);
+        ends(&device);
+        assert_eq!(driver.used(), first + 1);
+        // What has come once is here.
+        let is_there = !lost || first == 2;
+        assert_eq!(read.is_right(&driver), is_there);
+        assert!(is_there || read.status(&driver) == IOERR);
+    }
+}
+
 #[test]
 fn reads_of_one_round_are_brought_together_and_read_what_is_there() {
     let bench = Bench::new();
@@ -285,7 +413,9 @@ fn without_io_uring_every_read_is_served_all_the_same() {
 #[test]
 fn when_the_ring_breaks_every_read_is_served_and_there_is_another() {
     let bench = Bench::new();
-    for mut block in bench.blocks() {
+    // It has nothing to do with what is not here.
+    let [raw, branch, _] = bench.blocks();
+    for mut block in [raw, branch] {
         let broken = Some(ring::Ring::broken());
         block.bringer = Some(Bringer::with(Arc::clone(&block.disk), broken));
         let mut device = bench.device(block);
@@ -307,7 +437,7 @@ fn when_the_ring_breaks_every_read_is_served_and_there_is_another() {
 fn what_is_in_more_pieces_than_can_be_brought_at_once_is_read_all_the_same() {
     const LONG: usize = 200 * 512;
     let bench = Bench::new();
-    let [_, branch] = bench.blocks();
+    let [_, branch, _] = bench.blocks();
     let mut device = bench.device(branch);
     let mut driver = bench.driver(&mut device);
     let reads: Vec<_> = [0, 300, 600]

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use branch_disk::{Sink, Source, Space};
+use branch_disk::{Awaited, Sink, Source, Space};
 
 use super::{SECTOR_BYTES, ring::Part, vectored};
 use crate::{sync::lock, virtio::buffers::Run};
@@ -284,19 +284,14 @@ impl Disk {
         }
     }
 
-    /// Reads as much as need not wait, and says what is left: parts of files that stay open until the machine is held, when nothing is
-    /// under way ([`branch_disk::Disk::adopt`]).
-    pub(super) fn read_without_waiting(
-        &self,
-        sector: u64,
-        data: &Run<'_>,
-    ) -> io::Result<Vec<Part>> {
+    /// Reads as much as need not wait, and says what is left.
+    pub(super) fn read_without_waiting(&self, sector: u64, data: &Run<'_>) -> io::Result<Left> {
         let offset = self.offset(sector, data.len())?;
         let mut peek = lock(&self.peek);
         let mut sink = Peeking {
             rest: data.clone(),
             peek: &mut peek,
-            left: Vec::new(),
+            left: Left::default(),
         };
         match &self.backing {
             Backing::Raw { file, .. } => sink.fill(file, offset, data.len())?,
@@ -439,11 +434,38 @@ fn grow_raw(file: &File, path: String, bytes: u64) -> Result<(), DiskError> {
     Err(DiskError::DeviceTooSmall { path, there })
 }
 
+/// What has to wait of reads.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// What is not in the page cache: parts of files that stay open until the machine is held, when nothing is under way
+    /// ([`branch_disk::Disk::adopt`]).
+    pub(super) parts: Vec<Part>,
+    /// What is not on this host.
+    pub(super) awaited: Vec<Awaited>,
+}
+
+impl Left {
+    pub(super) fn is_empty(&self) -> bool {
+        self.parts.is_empty() && self.awaited.is_empty()
+    }
+
+    /// How many reads bring it.
+    pub(super) fn read_count(&self) -> u64 {
+        let parts = self.parts.iter().map(|part| part.read_count());
+        parts.sum::<u64>() + self.awaited.len() as u64
+    }
+
+    pub(super) fn extend(&mut self, more: Self) {
+        self.parts.extend(more.parts);
+        self.awaited.extend(more.awaited);
+    }
+}
+
 /// Guest memory that a disk reads into as far as that need not wait.
 struct Peeking<'m, 'p> {
     rest: Run<'m>,
     peek: &'p mut Peek,
-    left: Vec<Part>,
+    left: Left,
 }
 
 impl Sink for Peeking<'_, '_> {
@@ -464,7 +486,7 @@ impl Sink for Peeking<'_, '_> {
         if *self.peek == Peek::Wait {
             return vectored::read_exact_at(file, now.slices(), offset);
         }
-        self.left.push(Part {
+        self.left.parts.push(Part {
             file: file.as_raw_fd(),
             offset,
             len,
@@ -475,6 +497,12 @@ impl Sink for Peeking<'_, '_> {
     fn zero(&mut self, len: u64) {
         let rest = self.rest.split_off(len);
         std::mem::replace(&mut self.rest, rest).zero();
+    }
+
+    fn is_to_wait(&mut self, awaited: Awaited) -> io::Result<bool> {
+        self.rest = self.rest.split_off(awaited.bytes());
+        self.left.awaited.push(awaited);
+        Ok(false)
     }
 }
 

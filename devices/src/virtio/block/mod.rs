@@ -7,6 +7,7 @@ mod bringer;
 mod bringer_tests;
 mod control;
 mod disk;
+mod fetch;
 mod flusher;
 #[cfg(test)]
 mod flusher_tests;
@@ -48,12 +49,11 @@ use super::{
 use crate::{Error, Metrics, StoppedClock, sync::lock};
 use bringer::Bringer;
 pub use control::DiskControl;
-use disk::{Disk, Peek};
+use disk::{Disk, Left, Peek};
 pub use disk::{DiskError, SharedDisk};
 use flusher::Flusher;
 use metrics::BlockMetrics;
 use range::Range;
-use ring::Part;
 use round::Round;
 pub use state::SavedBlock;
 pub use throttle::DiskLimits;
@@ -305,7 +305,7 @@ impl Block {
     }
 
     /// Begins to bring what these reads want, which are made in a later round, come what may; says whether that could be done.
-    fn begin_to_bring(&mut self, reads: &mut Vec<Brought>, wanted: &[Part]) -> bool {
+    fn begin_to_bring(&mut self, reads: &mut Vec<Brought>, wanted: Left) -> bool {
         let bringer = self.bringer.as_ref();
         let begun = bringer.is_some_and(|bringer| bringer.begin(wanted));
         if begun {

@@ -12,7 +12,8 @@ use virtio_queue::{DescriptorChain, Queue};
 use super::{
     Block, Brought, Header, MAX_REQUEST_BYTES, QUEUE_ENTRIES,
     bringer::Bringer,
-    ring::{ENTRIES, Part},
+    disk::Left,
+    ring::ENTRIES,
     throttle::{Admission, Way},
 };
 use crate::virtio::{
@@ -31,8 +32,8 @@ pub(super) struct Round<'b, 'm> {
     memory: &'m GuestMemory,
     kept: Vec<Brought>,
     kept_bytes: u64,
-    /// What of the disk's files those want, and how many reads bring it.
-    wanted: Vec<Part>,
+    /// What those want, and how many reads bring it.
+    wanted: Left,
     reads: u64,
     /// The flush that ends it.
     flush: Option<Flush<'m>>,
@@ -57,7 +58,7 @@ impl<'b, 'm> Round<'b, 'm> {
             memory,
             kept: Vec::new(),
             kept_bytes: 0,
-            wanted: Vec::new(),
+            wanted: Left::default(),
             reads: 0,
             flush: None,
             begins,
@@ -105,10 +106,10 @@ impl<'b, 'm> Round<'b, 'm> {
     }
 
     /// Keeps a read of so many bytes for a later round, since it wants what is not there yet.
-    fn keep(&mut self, head: u16, bytes: u64, wanted: Vec<Part>) -> Outcome {
+    fn keep(&mut self, head: u16, bytes: u64, wanted: Left) -> Outcome {
         self.kept.push(Brought { head, bytes });
         self.kept_bytes += bytes;
-        self.reads += wanted.iter().map(|part| part.read_count()).sum::<u64>();
+        self.reads += wanted.read_count();
         self.wanted.extend(wanted);
         // More would not be brought with it, and wait on the loop.
         match self.reads < ENTRIES.into() {
@@ -251,7 +252,7 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
             // Who asked for them is not to wait for the flush, too.
             block.flush_behind = flush.map(|flush| flush.head);
             // If it is not begun they are made in the next round all the same, and wait.
-            self.ended_early = !block.begin_to_bring(kept, wanted);
+            self.ended_early = !block.begin_to_bring(kept, std::mem::take(wanted));
             return Vec::new();
         }
         let Some(flush) = flush else {
