@@ -38,8 +38,8 @@ pub struct CreateRequest {
     /// Whether its memory is made of huge pages that the host has reserved, booted or restored.
     #[serde(default)]
     pub hugepages: bool,
-    /// Whether a restored machine runs at once, and its memory comes from the server's store when it is touched. The memory
-    /// file must be a reference to the store.
+    /// Whether a restored machine runs at once, and its memory, and what is not here of its disks, comes from the server's store when it
+    /// is touched. The memory file must be a reference to the store.
     #[serde(default)]
     pub on_demand: bool,
     /// What is done with the pages that such a machine touches in its first second: `bring` if nothing is said.

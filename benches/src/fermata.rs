@@ -118,7 +118,8 @@ impl Fermata {
         Ok(self.machine(self.runtime.block_on(starting)?, &spec))
     }
 
-    fn launch(&self, spec: LaunchSpec) -> Result<FermataMachine> {
+    /// Starts a process as `spec` says.
+    pub(crate) fn launch(&self, spec: LaunchSpec) -> Result<FermataMachine> {
         let starting = control::spawn(&self.program, &spec, Log::File, START_DEADLINE);
         Ok(self.machine(self.runtime.block_on(starting)?, &spec))
     }
@@ -183,7 +184,8 @@ impl Fermata {
         }
     }
 
-    fn spec(&self, origin: Origin, console: &Path) -> Result<LaunchSpec> {
+    /// By which a process makes the machine of `origin`, if nothing else is said.
+    pub(crate) fn spec(&self, origin: Origin, console: &Path) -> Result<LaunchSpec> {
         Ok(LaunchSpec {
             secret: Secret::random().context("the kernel has no random numbers")?,
             origin,
@@ -367,6 +369,23 @@ impl FermataMachine {
     ///
     /// When it cannot be asked.
     pub fn wait_for_memory(&self) -> Result<()> {
+        self.wait_for("fermata_arrived_bytes", "fermata_arriving_total_bytes")
+    }
+
+    /// Waits until all of its disk has come, of which it has one that comes.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be asked.
+    pub fn wait_for_disk(&self) -> Result<()> {
+        self.wait_for(
+            "fermata_disk_arrived_bytes",
+            "fermata_disk_arriving_total_bytes",
+        )
+    }
+
+    /// Waits until one number that it tells is as large as another.
+    fn wait_for(&self, part: &str, whole: &str) -> Result<()> {
         self.runtime.block_on(async {
             let client = self.connect().await?;
             loop {
@@ -375,7 +394,7 @@ impl FermataMachine {
                     let found = metrics.iter().find(|metric| metric.name == name);
                     found.map(|metric| metric.value)
                 };
-                if gauge("fermata_arrived_bytes") == gauge("fermata_arriving_total_bytes") {
+                if gauge(part) == gauge(whole) {
                     return Ok(());
                 }
                 tokio::time::sleep(LOOK_AGAIN).await;

@@ -9,6 +9,7 @@ mod console;
 mod cycle;
 mod dirtier;
 mod elf;
+pub mod elsewhere;
 mod fermata;
 mod filler;
 pub mod forks;

@@ -24,6 +24,10 @@ pub enum Bench {
     RestoreAll,
     /// From the start of the VMM's process until the restored guest has touched all pages that it needs.
     RestoreTouched,
+    /// As [`Bench::RestoreFirst`], of a machine whose disk is not here.
+    DiskFirst,
+    /// From the start of the VMM's process until all of the restored machine's disk is here.
+    DiskAll,
     /// What the guest's clock goes forward while it is held, in microseconds.
     ClockStep,
     /// What the images take in a store, in MiB.
@@ -213,6 +217,8 @@ impl Bench {
             | Self::RestoreFirst
             | Self::RestoreAll
             | Self::RestoreTouched
+            | Self::DiskFirst
+            | Self::DiskAll
             | Self::Fork
             | Self::ForkP99
             | Self::ForkTold
@@ -266,6 +272,8 @@ impl fmt::Display for Bench {
             Self::RestoreFirst => "restore-first",
             Self::RestoreAll => "restore-all",
             Self::RestoreTouched => "restore-touched",
+            Self::DiskFirst => "disk-first",
+            Self::DiskAll => "disk-all",
             Self::ClockStep => "clock-step",
             Self::Size => "size",
             Self::Save => "save",

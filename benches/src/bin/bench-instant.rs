@@ -8,7 +8,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use benches::{
-    Fermata, Figures, Row, forks,
+    Fermata, Figures, Row,
+    elsewhere::{self, MachineElsewhere},
+    forks,
     instant::{self, Load},
     on_demand::SavedMachine,
     pre_copy, report, resets,
@@ -64,10 +66,12 @@ enum Part {
     Restores,
     /// Restores on demand of a guest whose working set is known.
     Touching,
+    /// Restores where the machine's disk is not.
+    Disks,
 }
 
 impl Part {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Stops,
         Self::Share,
         Self::PreCopy,
@@ -75,6 +79,7 @@ impl Part {
         Self::Resets,
         Self::Restores,
         Self::Touching,
+        Self::Disks,
     ];
 
     fn measure(self, fermata: &Fermata, arguments: &Arguments, scratch: &Path) -> Result<Vec<Row>> {
@@ -86,6 +91,7 @@ impl Part {
             Self::Resets => resets(fermata, arguments.runs, scratch),
             Self::Restores => restores(fermata, arguments.runs),
             Self::Touching => touching(fermata, arguments.runs),
+            Self::Disks => disks(fermata, arguments.runs),
         }
     }
 }
@@ -100,6 +106,7 @@ impl fmt::Display for Part {
             Self::Resets => "resets",
             Self::Restores => "restores",
             Self::Touching => "touching",
+            Self::Disks => "disks",
         })
     }
 }
@@ -153,6 +160,19 @@ fn restores(fermata: &Fermata, runs: u32) -> Result<Vec<Row>> {
         machine.measure(fermata, run, scratch.path(), &mut figures)?;
     }
     Ok(figures.rows(RESTORED_MIB))
+}
+
+/// Of one machine from a store whose disk is nowhere else.
+fn disks(fermata: &Fermata, runs: u32) -> Result<Vec<Row>> {
+    let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
+    let machine = MachineElsewhere::make(fermata, scratch.path())?;
+    // As of restores.
+    machine.measure(fermata, 0, &mut Figures::default())?;
+    let mut figures = Figures::default();
+    for run in 0..runs {
+        machine.measure(fermata, run, &mut figures)?;
+    }
+    Ok(figures.rows(elsewhere::MEM_MIB))
 }
 
 /// Of one machine from a store whose guest touches pages all over its memory.

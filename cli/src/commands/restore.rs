@@ -36,8 +36,8 @@ pub(crate) struct Args {
     /// Has its memory made of huge pages that the host has reserved, whatever it was made of before.
     #[arg(long)]
     hugepages: bool,
-    /// Has the machine run at once: its memory comes from the store when it is touched, and what nobody touches by the way. The
-    /// store has to stay until all is there.
+    /// Has the machine run at once: its memory, and with `--disks` what is not here of its disks, comes from the store when it is
+    /// touched, and what nobody touches by the way. The store has to stay until all is there.
     #[arg(long, conflicts_with = "hugepages")]
     on_demand: bool,
     /// What is done with the pages that the machine touches in its first second, which are kept beside the snapshot: `bring` has
