@@ -47,7 +47,8 @@ pub trait Origin: Send + Sync {
 
 /// The coming of a layer's content.
 pub(crate) struct Arrival {
-    origin: Box<dyn Origin>,
+    /// There until all has come: it may keep files open, and their store from giving space back.
+    origin: Mutex<Option<Arc<dyn Origin>>>,
     geometry: Geometry,
     /// The layer's.
     file: File,
@@ -91,12 +92,23 @@ struct State {
     in_work: BTreeSet<u64>,
     /// How many are absent.
     left: u64,
+    /// What has come may be lost again: the host could not write it.
+    lost: bool,
+}
+
+/// One way through all that is to come. What cannot be had does not end it.
+#[derive(Default)]
+pub(crate) struct Pass {
+    at: u64,
+    /// Up to here units are brought one by one: not all of them can be had.
+    alone_until: u64,
+    failed: Option<io::Error>,
 }
 
 impl Arrival {
     /// Of what the layer owns, of a disk of this geometry.
     pub(crate) fn new(
-        origin: Box<dyn Origin>,
+        origin: Arc<dyn Origin>,
         geometry: Geometry,
         owned: &Bits,
         file: File,
@@ -106,21 +118,27 @@ impl Arrival {
             absent: vec![0; units.div_ceil(WORD_BITS) as usize],
             in_work: BTreeSet::new(),
             left: 0,
+            lost: false,
         };
         owned.each_run(|start, end| {
             let bytes = start * SECTOR_BYTES..end * SECTOR_BYTES;
             units_of(&bytes).for_each(|unit| state.expect(unit));
         });
-        Self {
-            origin,
+        let total = state.left * UNIT_BYTES;
+        let arrival = Self {
+            origin: Mutex::new(Some(origin)),
             geometry,
             file,
-            complete: AtomicBool::new(state.left == 0),
-            come: AtomicU64::new(0),
-            total: state.left * UNIT_BYTES,
             state: Mutex::new(state),
             changed: Condvar::new(),
+            complete: AtomicBool::new(false),
+            come: AtomicU64::new(0),
+            total,
+        };
+        if total == 0 {
+            arrival.complete(&mut arrival.state());
         }
+        arrival
     }
 
     /// Whether all is there.
@@ -138,45 +156,103 @@ impl Arrival {
         self.is_complete() || {
             let state = self.state();
             let mut units = units_of(&self.in_disk(offset, len));
-            units.all(|unit| !state.is_absent(unit))
+            !state.lost && units.all(|unit| !state.is_absent(unit))
         }
+    }
+
+    /// What has come cannot be relied upon any more: from now on, nothing can be had.
+    pub(crate) fn lose(&self) {
+        let mut state = self.state();
+        state.lost = true;
+        self.complete.store(false, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// All is there, by whatever way.
+    pub(crate) fn end(&self) {
+        self.complete(&mut self.state());
+        self.come.store(self.total, Ordering::Relaxed);
+        self.changed.notify_all();
+    }
+
+    fn complete(&self, state: &mut State) {
+        state.absent = Vec::new();
+        state.left = 0;
+        *lock(&self.origin) = None;
+        self.complete.store(true, Ordering::Release);
     }
 
     /// Has `len` bytes of the layer's file at `offset` be there; waits for others who bring some of them.
     fn bring(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.bring_units(units_of(&self.in_disk(offset, len)), &|| true)
-    }
-
-    /// Has everything be there, as long as it is `wanted`: `Interrupted` once it is not.
-    pub(crate) fn bring_all(&self, wanted: &dyn Fn() -> bool) -> io::Result<()> {
-        self.bring_units(units_of(&(0..self.geometry.bytes())), wanted)
-    }
-
-    fn bring_units(&self, units: Range<u64>, wanted: &dyn Fn() -> bool) -> io::Result<()> {
+        let units = units_of(&self.in_disk(offset, len));
         let mut state = self.state();
         let mut at = units.start;
-        while let Some(next) = state.next_absent(at..units.end) {
-            if !wanted() {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
+        loop {
+            state.trusted()?;
+            let Some(next) = state.next_absent(at..units.end) else {
+                return Ok(());
+            };
             at = next;
             let run = state.take(at..units.end.min(at + RUN_UNITS));
             if run.is_empty() {
-                // Its end is told, whatever it is, and it is looked at anew then.
+                // Whatever comes of it, it is looked at anew then.
                 state = self.wait(state);
                 continue;
             }
             drop(state);
-            let mut work = InWork {
-                arrival: self,
-                run,
-                done: false,
-            };
-            work.bring()?;
-            drop(work);
+            InWork::new(self, run).bring()?;
             state = self.state();
         }
-        Ok(())
+    }
+
+    /// Brings the next of what nobody is bringing, and says how many bytes that were; `None` when all is there. What others bring is waited
+    /// for at the end.
+    ///
+    /// # Errors
+    ///
+    /// At the end, what the first was that could not be had.
+    pub(crate) fn bring_next(&self, pass: &mut Pass) -> io::Result<Option<u64>> {
+        let mut state = self.state();
+        loop {
+            state.trusted()?;
+            let at_once = match pass.at < pass.alone_until {
+                true => 1,
+                false => RUN_UNITS,
+            };
+            if let Some(run) = state.take_next(pass.at, at_once) {
+                drop(state);
+                return Ok(Some(self.try_run(run, pass)));
+            }
+            if state.left == 0 {
+                return Ok(None);
+            }
+            if let Some(error) = pass.failed.take() {
+                return Err(error);
+            }
+            if !state.in_work.is_empty() {
+                state = self.wait(state);
+            }
+            // They may not have been had.
+            pass.at = 0;
+        }
+    }
+
+    fn try_run(&self, run: Range<u64>, pass: &mut Pass) -> u64 {
+        match InWork::new(self, run.clone()).bring() {
+            Ok(()) => {
+                pass.at = run.end;
+                (run.end - run.start) * UNIT_BYTES
+            }
+            Err(_) if run.end - run.start > 1 => {
+                (pass.at, pass.alone_until) = (run.start, run.end);
+                0
+            }
+            Err(error) => {
+                pass.at = run.end;
+                pass.failed.get_or_insert(error);
+                0
+            }
+        }
     }
 
     fn in_disk(&self, offset: u64, len: u64) -> Range<u64> {
@@ -190,8 +266,7 @@ impl Arrival {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Each change of it is whole.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
@@ -204,19 +279,34 @@ impl fmt::Debug for Arrival {
 }
 
 impl State {
+    fn trusted(&self) -> io::Result<()> {
+        match self.lost {
+            true => Err(io::Error::other("an earlier sync of it failed")),
+            false => Ok(()),
+        }
+    }
+
     fn expect(&mut self, unit: u64) {
-        let (word, bit) = (unit / WORD_BITS, 1 << (unit % WORD_BITS));
-        if let Some(word) = self.absent.get_mut(word as usize)
-            && *word & bit == 0
+        if let Some(word) = self.absent.get_mut((unit / WORD_BITS) as usize)
+            && *word & bit(unit) == 0
         {
-            *word |= bit;
+            *word |= bit(unit);
             self.left += 1;
+        }
+    }
+
+    fn has_come(&mut self, unit: u64) {
+        if let Some(word) = self.absent.get_mut((unit / WORD_BITS) as usize)
+            && *word & bit(unit) != 0
+        {
+            *word &= !bit(unit);
+            self.left -= 1;
         }
     }
 
     fn is_absent(&self, unit: u64) -> bool {
         let word = self.absent.get((unit / WORD_BITS) as usize);
-        word.is_some_and(|word| word & (1 << (unit % WORD_BITS)) != 0)
+        word.is_some_and(|word| word & bit(unit) != 0)
     }
 
     /// The first of `units` that is absent.
@@ -237,11 +327,23 @@ impl State {
     /// The absent ones that `units` begin with and that nobody is bringing, which the caller now is.
     fn take(&mut self, units: Range<u64>) -> Range<u64> {
         let first = units.start;
-        let mut free =
-            units.take_while(|unit| self.is_absent(*unit) && !self.in_work.contains(unit));
-        let run = first..free.by_ref().last().map_or(first, |last| last + 1);
+        let is_free = |unit: &u64| self.is_absent(*unit) && !self.in_work.contains(unit);
+        let last = units.take_while(is_free).last();
+        let run = first..last.map_or(first, |last| last + 1);
         self.in_work.extend(run.clone());
         run
+    }
+
+    /// As [`State::take`], of the first so many from `at` on that there are.
+    fn take_next(&mut self, mut at: u64, most: u64) -> Option<Range<u64>> {
+        loop {
+            at = self.next_absent(at..u64::MAX)?;
+            let run = self.take(at..at + most);
+            if !run.is_empty() {
+                return Some(run);
+            }
+            at += 1;
+        }
     }
 }
 
@@ -252,25 +354,38 @@ struct InWork<'a> {
     done: bool,
 }
 
-impl InWork<'_> {
-    fn bring(&mut self) -> io::Result<()> {
+impl<'a> InWork<'a> {
+    fn new(arrival: &'a Arrival, run: Range<u64>) -> Self {
+        Self {
+            arrival,
+            run,
+            done: false,
+        }
+    }
+
+    fn bring(mut self) -> io::Result<()> {
         let Arrival {
             origin,
             geometry,
             file,
             ..
         } = self.arrival;
+        let origin = lock(origin).clone();
+        // It goes when all has come, by whatever way.
+        let Some(origin) = origin else {
+            return Ok(());
+        };
         let offset = self.run.start * UNIT_BYTES;
         let end = geometry.bytes().min(self.run.end * UNIT_BYTES);
         let mut bytes = vec![0; (end - offset) as usize];
         origin.read(offset, &mut bytes)?;
-        for (block, at) in bytes
-            .chunks(BLOCK_BYTES)
-            .zip((offset..).step_by(BLOCK_BYTES))
-        {
-            if block.iter().any(|byte| *byte != 0) {
-                file.write_all_at(block, geometry.data_at() + at)?;
-            }
+        for data in data_of(&bytes) {
+            let at = geometry.data_at() + offset + data.start as u64;
+            #[cfg(test)]
+            let len = data.len() as u64;
+            file.write_all_at(&bytes[data], at)?;
+            #[cfg(test)]
+            crate::tape::wrote(file, at, len);
         }
         self.done = true;
         Ok(())
@@ -282,26 +397,49 @@ impl Drop for InWork<'_> {
         let mut state = self.arrival.state();
         for unit in self.run.clone() {
             state.in_work.remove(&unit);
-            if self.done
-                && let Some(word) = state.absent.get_mut((unit / WORD_BITS) as usize)
-            {
-                *word &= !(1 << (unit % WORD_BITS));
-                state.left -= 1;
+            if self.done {
+                state.has_come(unit);
             }
         }
-        if self.done {
+        if self.done && !self.arrival.is_complete() {
             let bytes = (self.run.end - self.run.start) * UNIT_BYTES;
             self.arrival.come.fetch_add(bytes, Ordering::Relaxed);
-            self.arrival
-                .complete
-                .store(state.left == 0, Ordering::Release);
+            if state.left == 0 && !state.lost {
+                self.arrival.complete(&mut state);
+            }
         }
         drop(state);
         self.arrival.changed.notify_all();
     }
 }
 
+fn bit(unit: u64) -> u64 {
+    1 << (unit % WORD_BITS)
+}
+
 /// The units that have some of these bytes.
 fn units_of(bytes: &Range<u64>) -> Range<u64> {
     bytes.start / UNIT_BYTES..bytes.end.div_ceil(UNIT_BYTES)
+}
+
+/// The runs of blocks that are not all zeros.
+fn data_of(bytes: &[u8]) -> impl Iterator<Item = Range<usize>> {
+    let is_data = |at: &usize| {
+        let block = &bytes[*at..bytes.len().min(at + BLOCK_BYTES)];
+        block.iter().any(|byte| *byte != 0)
+    };
+    let mut blocks = (0..bytes.len()).step_by(BLOCK_BYTES).peekable();
+    std::iter::from_fn(move || {
+        let start = blocks.find(is_data)?;
+        let mut end = start + BLOCK_BYTES;
+        while let Some(next) = blocks.next_if(is_data) {
+            end = next + BLOCK_BYTES;
+        }
+        Some(start..end.min(bytes.len()))
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change of what they guard is whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

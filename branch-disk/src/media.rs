@@ -6,7 +6,7 @@ use std::{
     os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -43,7 +43,15 @@ pub(crate) struct Media {
     path: PathBuf,
     reads: AtomicU64,
     /// There if its data comes from elsewhere.
-    arrival: Option<Arc<Arrival>>,
+    coming: Option<Box<Coming>>,
+}
+
+/// How a file's data comes.
+#[derive(Debug)]
+struct Coming {
+    arrival: Arc<Arrival>,
+    /// The same by somebody else, which is used instead.
+    stand_in: OnceLock<File>,
 }
 
 impl Media {
@@ -74,20 +82,30 @@ impl Media {
             file,
             path: path.to_owned(),
             reads: AtomicU64::new(0),
-            arrival: None,
+            coming: None,
+        }
+    }
+
+    /// Uses another file instead, which has the same and stays locked as it is.
+    pub(crate) fn stand_in(&self, other: Self) {
+        if let Some(coming) = &self.coming {
+            // The first one stays, which has the same.
+            let _ = coming.stand_in.set(other.file);
         }
     }
 
     /// Its data comes so.
     pub(crate) fn arrives(&mut self, arrival: Arc<Arrival>) {
-        self.arrival = Some(arrival);
+        self.coming = Some(Box::new(Coming {
+            arrival,
+            stand_in: OnceLock::new(),
+        }));
     }
 
     /// What of it has to come before it can be read there.
     fn awaited(&self, offset: u64, len: u64) -> Option<Awaited> {
-        let arrival = self.arrival.as_ref();
-        let arrival = arrival.filter(|arrival| !arrival.has(offset, len))?;
-        Some(Awaited {
+        let Coming { arrival, .. } = self.coming.as_deref()?;
+        (!arrival.has(offset, len)).then(|| Awaited {
             arrival: Arc::clone(arrival),
             offset,
             len,
@@ -96,15 +114,15 @@ impl Media {
 
     /// Whether all of its data is there.
     pub(crate) fn is_whole(&self) -> bool {
-        let arrival = self.arrival.as_ref();
-        arrival.is_none_or(|arrival| arrival.is_complete())
+        let coming = self.coming.as_ref();
+        coming.is_none_or(|coming| coming.arrival.is_complete())
     }
 
     /// Locks it, or changes its lock.
     pub(crate) fn lock(&self, lock: Lock) -> Result<(), Error> {
         let locked = match lock {
-            Lock::Alone => self.file.try_lock(),
-            Lock::Shared => self.file.try_lock_shared(),
+            Lock::Alone => self.file().try_lock(),
+            Lock::Shared => self.file().try_lock_shared(),
             Lock::Not => Ok(()),
         };
         locked.map_err(|error| match error {
@@ -116,7 +134,10 @@ impl Media {
     }
 
     pub(crate) fn file(&self) -> &File {
-        &self.file
+        let coming = self.coming.as_ref();
+        coming
+            .and_then(|coming| coming.stand_in.get())
+            .unwrap_or(&self.file)
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -125,14 +146,14 @@ impl Media {
 
     /// Where its data ends; unlike the metadata, right for a block device, too.
     pub(crate) fn bytes(&self) -> Result<u64, Error> {
-        let end = (&self.file).seek(SeekFrom::End(0));
+        let end = self.file().seek(SeekFrom::End(0));
         end.map_err(Error::io("look at", &self.path))
     }
 
     /// Device and inode.
     pub(crate) fn identity(&self) -> Result<(u64, u64), Error> {
         let metadata = self
-            .file
+            .file()
             .metadata()
             .map_err(Error::io("look at", &self.path))?;
         Ok((metadata.dev(), metadata.ino()))
@@ -153,11 +174,14 @@ impl Media {
         Ok((found < end).then_some(found))
     }
 
-    /// Bytes that are free where it is, for who is not privileged.
+    /// Bytes that are free where it is, for who is not privileged; as many as there can be where the file system does not tell.
     pub(crate) fn free_bytes(&self) -> Result<u64, Error> {
-        let found = rustix::fs::fstatvfs(&self.file);
+        let found = rustix::fs::fstatvfs(self.file());
         let found = found.map_err(Error::errno("look at the file system of", &self.path))?;
-        Ok(found.f_bavail.saturating_mul(found.f_frsize))
+        Ok(match found.f_blocks {
+            0 => u64::MAX,
+            _ => found.f_bavail.saturating_mul(found.f_frsize),
+        })
     }
 
     /// Gives it the owner and the permissions of `other`, if it has others.
@@ -167,11 +191,11 @@ impl Media {
             let theirs = of(other)?;
             if (ours.st_uid, ours.st_gid) != (theirs.st_uid, theirs.st_gid) {
                 let (user, group) = (Uid::from_raw(theirs.st_uid), Gid::from_raw(theirs.st_gid));
-                rustix::fs::fchown(&self.file, Some(user), Some(group))?;
+                rustix::fs::fchown(self.file(), Some(user), Some(group))?;
             }
             let mode = |stat: &Stat| Mode::from_raw_mode(stat.st_mode);
             if mode(&ours) != mode(&theirs) {
-                rustix::fs::fchmod(&self.file, mode(&theirs))?;
+                rustix::fs::fchmod(self.file(), mode(&theirs))?;
             }
             Ok(())
         });
@@ -188,13 +212,13 @@ impl Media {
 
     /// How many names it has.
     pub(crate) fn names(&self) -> Result<u64, Error> {
-        let metadata = self.file.metadata();
+        let metadata = self.file().metadata();
         Ok(metadata.map_err(Error::io("look at", &self.path))?.nlink())
     }
 
     /// Bytes that it takes on the host.
     pub(crate) fn allocated_bytes(&self) -> Result<u64, Error> {
-        let metadata = self.file.metadata();
+        let metadata = self.file().metadata();
         let metadata = metadata.map_err(Error::io("look at", &self.path))?;
         Ok(metadata.blocks() * SECTOR_BYTES)
     }
@@ -216,22 +240,22 @@ impl Media {
         {
             return Ok(());
         }
-        sink.fill(&self.file, offset, len)
+        sink.fill(self.file(), offset, len)
     }
 
     pub(crate) fn drain(&self, source: &mut (impl Source + ?Sized), offset: u64) -> io::Result<()> {
         #[cfg(test)]
         let len = source.len();
-        let done = source.drain(&self.file, offset);
+        let done = source.drain(self.file(), offset);
         #[cfg(test)]
-        crate::tape::wrote(&self.file, offset, len);
+        crate::tape::wrote(self.file(), offset, len);
         done
     }
 
     pub(crate) fn zero(&self, offset: u64, len: u64, space: Space) -> io::Result<()> {
-        let done = zero_range(&self.file, offset, len, space);
+        let done = zero_range(self.file(), offset, len, space);
         #[cfg(test)]
-        crate::tape::zeroed(&self.file, offset, len);
+        crate::tape::zeroed(self.file(), offset, len);
         done
     }
 
@@ -239,7 +263,7 @@ impl Media {
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {
         let written = self.put(bytes, offset);
         #[cfg(test)]
-        crate::tape::wrote(&self.file, offset, bytes.len() as u64);
+        crate::tape::wrote(self.file(), offset, bytes.len() as u64);
         written.map_err(Error::io("write to", &self.path))
     }
 
@@ -247,21 +271,22 @@ impl Media {
         #[cfg(test)]
         if let Err(error) = crate::tape::ask(Call::Write) {
             // As where the space ends within it: behind the digest, before what it is of.
-            self.file.write_all_at(&bytes[..bytes.len() / 64], offset)?;
+            self.file()
+                .write_all_at(&bytes[..bytes.len() / 64], offset)?;
             return Err(error);
         }
-        self.file.write_all_at(bytes, offset)
+        self.file().write_all_at(bytes, offset)
     }
 
     /// Makes its data durable. When this fails, what is durable cannot be known any more, and a later call that does not
     /// fail tells nothing.
     pub(crate) fn sync(&self) -> Result<(), Error> {
-        let synced = self.file.sync_data();
+        let synced = self.file().sync_data();
         #[cfg(test)]
         let synced = synced.and(crate::tape::ask(Call::Sync));
         #[cfg(test)]
         if synced.is_ok() {
-            crate::tape::synced(&self.file);
+            crate::tape::synced(self.file());
         }
         synced.map_err(Error::io("make durable", &self.path))
     }

@@ -5,14 +5,14 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use crate::{
     Disk, LayerId, Rule,
-    arrival::{Arrival, Origin},
+    arrival::{Arrival, Origin, Pass},
     bits::Bits,
     chain::{Chain, Mode},
     create::{Draft, absolute, name_of, new_id},
@@ -22,8 +22,11 @@ use crate::{
     layout::{Geometry, SECTOR_BYTES},
     media::{Lock, sync_directory_of},
     name,
-    seal::Seal,
+    seal::{Seal, is},
 };
+
+/// Brought before it is synced, in bytes: else what the host cannot write is known only at the end.
+const SYNC_BYTES: u64 = 128 << 20;
 
 /// A layer whose content comes from elsewhere. It stands on nothing. Disks can stand on it from the beginning: what is read of it comes
 /// first. It gets its name, by which others find it, when all of it is here and durable. Dropped before, it is gone, and what was written to
@@ -33,10 +36,18 @@ pub struct Rebuild {
     path: PathBuf,
     layer: Arc<Layer>,
     arrival: Arc<Arrival>,
-    seal: Seal,
-    /// There until the layer has its name.
-    draft: Mutex<Option<Draft>>,
+    /// There until it has its name.
+    work: Mutex<Option<Work>>,
     finished: AtomicBool,
+}
+
+/// What a layer is that has no name yet.
+#[derive(Debug)]
+struct Work {
+    seal: Seal,
+    draft: Draft,
+    /// A sync of its directory has failed: nobody knows what names are durable, and the next need not tell.
+    unsure: bool,
 }
 
 impl Rebuild {
@@ -49,13 +60,15 @@ impl Rebuild {
     pub fn begin(
         path: &Path,
         id: LayerId,
-        origin: Box<dyn Origin>,
+        origin: Arc<dyn Origin>,
         rule: &Rule<'_>,
     ) -> Result<Self, Error> {
         let path = absolute(path)?;
         if !rule(&path) {
             return Err(Error::NotAllowed { path });
         }
+        // Of those that others are at work on, one gets the name. What a crash has left of another is nobody's.
+        name::sweep(&path);
         if path.symlink_metadata().is_ok() {
             return Err(Error::Exists { path });
         }
@@ -75,29 +88,30 @@ impl Rebuild {
         };
         let told = origin.each_data(&mut own);
         told.map_err(failed(&path))?;
-        // Of those that others are at work on, one gets the name. What a crash has left of another is nobody's.
-        name::sweep(&path);
+
         let draft = Draft::of_its_own(&path, &header)?;
         draft.lock(Lock::Shared)?;
         let mut layer = Layer::open(draft.path(), true, Lock::Shared)?;
-        let file = layer.media.file().try_clone().map_err(failed(&path))?;
-        let arrival = Arc::new(Arrival::new(origin, geometry, &bits, file));
-        let (_, total) = arrival.progress();
-        if layer.media.free_bytes()? < total {
-            return Err(failed(&path)(ErrorKind::StorageFull.into()));
-        }
+        let needed = bits.count() * SECTOR_BYTES;
+        has_room(&layer, needed).map_err(failed(&path))?;
         // So that what it owns is found as of any layer.
         bits.write(&layer.media, id)?;
+        let file = layer.media.file().try_clone().map_err(failed(&path))?;
+        let arrival = Arc::new(Arrival::new(origin, geometry, &bits, file));
         layer.media.arrives(Arc::clone(&arrival));
         layer.rename(&path);
         let layer = Arc::new(layer);
         let layers = vec![Arc::clone(&layer)];
-        Ok(Self {
+        let work = Work {
             seal: Seal::new(layers, Arc::clone(&layer), draft.path().to_owned(), bits),
+            draft,
+            unsure: false,
+        };
+        Ok(Self {
             path,
             layer,
             arrival,
-            draft: Mutex::new(Some(draft)),
+            work: Mutex::new(Some(work)),
             finished: AtomicBool::new(false),
         })
     }
@@ -117,8 +131,11 @@ impl Rebuild {
     /// # Errors
     ///
     /// [`Error`].
-    pub fn branch(&self) -> Result<Disk, Error> {
+    pub fn branch(&self, rule: &Rule<'_>) -> Result<Disk, Error> {
         let path = name::head_on(&self.path, new_id(&self.path)?)?;
+        if !rule(&path) {
+            return Err(Error::NotAllowed { path });
+        }
         let on = &self.layer.header;
         let header = Header {
             id: new_id(&path)?,
@@ -147,36 +164,114 @@ impl Rebuild {
         Disk::of(Chain { bottom, layers }, &self.path, mode)
     }
 
-    /// Has all of it come, and gives it its name. It can be called again when it fails, and by several at once.
+    /// Has all of it come, and gives it its name; or uses the same layer of somebody else who was faster. It can be called again when it
+    /// fails, and by several at once. What cannot be had does not keep the rest from coming.
     ///
     /// # Errors
     ///
-    /// [`Error`]; of the kind [`Interrupted`](ErrorKind::Interrupted) once `wanted` says no.
+    /// [`Error`]; of the kind [`Interrupted`](ErrorKind::Interrupted) once `wanted` says no, or it was given up, and
+    /// [`Error::Exists`] when what has its name is something else.
     pub fn finish(&self, wanted: &dyn Fn() -> bool) -> Result<(), Error> {
-        let all = self.arrival.bring_all(wanted);
-        all.map_err(failed(&self.path))?;
-        let mut draft = self.draft.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(whole) = &*draft else {
+        let mut pass = Pass::default();
+        let mut unsynced = 0;
+        loop {
+            if self.is_finished() || self.is_made_by_another()? {
+                return Ok(());
+            }
+            if !wanted() {
+                return Err(self.interrupted());
+            }
+            let Some(bytes) = self
+                .arrival
+                .bring_next(&mut pass)
+                .map_err(failed(&self.path))?
+            else {
+                break;
+            };
+            unsynced += bytes;
+            if unsynced >= SYNC_BYTES {
+                self.layer
+                    .media
+                    .sync()
+                    .inspect_err(|_| self.arrival.lose())?;
+                unsynced = 0;
+            }
+        }
+        self.name()
+    }
+
+    /// Makes durable what is all here, and gives it its name.
+    fn name(&self) -> Result<(), Error> {
+        let mut held = self.work();
+        let Some(work) = &mut *held else {
             return match self.is_finished() {
                 true => Ok(()),
-                false => Err(failed(&self.path)(ErrorKind::Interrupted.into())),
+                false => Err(self.interrupted()),
             };
         };
-        self.seal.finish()?;
-        match whole.link(&self.path) {
-            // Somebody else was faster, with the same.
-            Ok(()) | Err(Error::Exists { .. }) => {}
-            Err(error) => return Err(error),
+        if work.unsure {
+            return Err(Error::damaged(&self.path, "an earlier sync of it failed"));
         }
-        sync_directory_of(&self.path)?;
-        *draft = None;
+        let sealed = work.seal.finish();
+        if work.seal.has_failed() {
+            self.arrival.lose();
+        }
+        sealed?;
+        match work.draft.link(&self.path) {
+            Err(Error::Exists { .. }) if self.adopt()? => {}
+            linked => linked?,
+        }
+        let synced = sync_directory_of(&self.path);
+        work.unsure = synced.is_err();
+        synced?;
+        *held = None;
         self.finished.store(true, Ordering::Release);
         Ok(())
     }
 
+    /// Whether somebody else has made it, which is used from now on.
+    fn is_made_by_another(&self) -> Result<bool, Error> {
+        if self.path.symlink_metadata().is_err() {
+            return Ok(false);
+        }
+        let mut held = self.work();
+        let Some(work) = &*held else {
+            return Ok(self.is_finished());
+        };
+        // By an earlier try, if it is its own.
+        if work.unsure || is(&self.path, &self.layer)? || !self.adopt()? {
+            return Ok(false);
+        }
+        *held = None;
+        self.finished.store(true, Ordering::Release);
+        Ok(true)
+    }
+
+    /// Uses what has its name, which must be the same layer, if it is another file.
+    fn adopt(&self) -> Result<bool, Error> {
+        let theirs = Layer::open(&self.path, false, Lock::Shared)?;
+        let same = theirs.header == self.layer.header;
+        if !same || !theirs.sealed()? || theirs.descriptor()?.is_none() {
+            let path = self.path.clone();
+            return Err(Error::Exists { path });
+        }
+        self.layer.media.stand_in(theirs.media);
+        self.arrival.end();
+        Ok(true)
+    }
+
+    fn work(&self) -> MutexGuard<'_, Option<Work>> {
+        // It is put in and taken out whole.
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn interrupted(&self) -> Error {
+        failed(&self.path)(ErrorKind::Interrupted.into())
+    }
+
     /// Leaves nothing of it in its directory, if it has no name yet, which it does not get any more.
     pub fn give_up(&self) {
-        *self.draft.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.work() = None;
     }
 
     /// Whether it has its name.
@@ -188,6 +283,18 @@ impl Rebuild {
     pub fn progress(&self) -> (u64, u64) {
         self.arrival.progress()
     }
+}
+
+/// Whether there is room for so many bytes where `layer` is, as far as its file system tells.
+fn has_room(layer: &Layer, needed: u64) -> io::Result<()> {
+    let free = layer.media.free_bytes().unwrap_or(u64::MAX);
+    if free >= needed {
+        return Ok(());
+    }
+    let text = format!(
+        "it takes {needed} bytes, and {free} are free; make room, or choose another directory"
+    );
+    Err(io::Error::new(ErrorKind::StorageFull, text))
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -202,7 +309,7 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
 pub fn rebuild(
     path: &Path,
     id: LayerId,
-    origin: Box<dyn Origin>,
+    origin: Arc<dyn Origin>,
     rule: &Rule<'_>,
 ) -> Result<(), Error> {
     Rebuild::begin(path, id, origin, rule)?.finish(&|| true)

@@ -168,7 +168,7 @@ impl AttachedDisk {
     /// A disk that begins as the layer `id`, which is at its path.
     fn branch(&self, id: LayerId, rule: &Rule<'_>) -> Result<Disk, branch_disk::Error> {
         match &self.comes {
-            Some(rebuild) => rebuild.branch(),
+            Some(rebuild) => rebuild.branch(rule),
             None => Disk::branch(&self.config.path, Some(id), rule),
         }
     }

@@ -104,7 +104,7 @@ impl Rebuilding<'_> {
         if disks::is_there(&here) {
             return Ok(Had::Here(here));
         }
-        let begun = Rebuild::begin(&here, id, Box::new(Kept(content)), self.rule);
+        let begun = Rebuild::begin(&here, id, Arc::new(Kept::new(content)), self.rule);
         let rebuild = match begun {
             Ok(rebuild) => rebuild,
             // Another machine of the snapshot was faster.

@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::*;
+use crate::tape::{self, Call};
 use crate::{Disk, Foundation, Mode, SECTOR_BYTES, anything, check};
 
 const BYTES: u64 = 3 << 20;
@@ -31,13 +32,15 @@ fn all(disk: &Disk) -> Vec<u8> {
 struct Kept {
     /// Bytes that were read.
     read: AtomicU64,
-    /// From which offset on there is nothing to be had.
-    lost_from: Option<AtomicU64>,
     /// Called before each read.
     before: Option<Box<dyn Fn(u64) + Send + Sync>>,
+    /// Which ranges cannot be had.
+    refuses: Option<Refuses>,
 }
 
-impl Origin for Arc<Kept> {
+type Refuses = Box<dyn Fn(&Range<u64>) -> bool + Send + Sync>;
+
+impl Origin for Kept {
     fn bytes(&self) -> u64 {
         BYTES
     }
@@ -53,8 +56,8 @@ impl Origin for Arc<Kept> {
         if let Some(before) = &self.before {
             before(offset);
         }
-        let lost = self.lost_from.as_ref().map(|from| from.load(Relaxed));
-        if lost.is_some_and(|from| offset + buffer.len() as u64 > from) {
+        let range = offset..offset + buffer.len() as u64;
+        if self.refuses.as_ref().is_some_and(|refuses| refuses(&range)) {
             return Err(io::ErrorKind::InvalidData.into());
         }
         self.read.fetch_add(buffer.len() as u64, Relaxed);
@@ -64,7 +67,7 @@ impl Origin for Arc<Kept> {
 }
 
 fn begin(path: &Path, kept: &Arc<Kept>) -> Result<Rebuild, Error> {
-    Rebuild::begin(path, ID, Box::new(Arc::clone(kept)), &anything)
+    Rebuild::begin(path, ID, Arc::<Kept>::clone(kept), &anything)
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -84,7 +87,7 @@ fn a_layer_that_was_lost_is_what_it_was_and_others_can_stand_on_it() {
     std::fs::remove_file(&layer.path).unwrap();
 
     let elsewhere = directory.path().join("elsewhere");
-    let origin = || Box::new(Arc::new(Kept::default()));
+    let origin = || Arc::new(Kept::default());
     rebuild(&elsewhere, layer.id, origin(), &anything).unwrap();
     let again = rebuild(&elsewhere, layer.id, origin(), &anything);
     assert!(matches!(again, Err(Error::Exists { .. })));
@@ -107,7 +110,7 @@ fn what_is_read_comes_first_and_nothing_else_with_it() {
     let path = directory.path().join("disk.layer");
     let kept = Arc::new(Kept::default());
     let rebuild = begin(&path, &kept).unwrap();
-    let mut disk = rebuild.branch().unwrap();
+    let mut disk = rebuild.branch(&anything).unwrap();
     assert!(
         disk.path()
             .starts_with(directory.path().canonicalize().unwrap())
@@ -169,7 +172,7 @@ fn many_who_read_and_who_brings_it_all_wait_for_each_other_and_for_nobody_else()
     let path = directory.path().join("disk.layer");
     let kept = Arc::new(Kept::default());
     let rebuild = begin(&path, &kept).unwrap();
-    let disk = rebuild.branch().unwrap();
+    let disk = rebuild.branch(&anything).unwrap();
     thread::scope(|scope| {
         for step in [512, 4096, 9 << 9, 64 << 10] {
             let disk = &disk;
@@ -207,7 +210,7 @@ fn who_waits_for_what_another_brings_has_it_then() {
         ..Kept::default()
     });
     let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
-    let disk = rebuild.branch().unwrap();
+    let disk = rebuild.branch(&anything).unwrap();
     thread::scope(|scope| {
         scope.spawn(|| rebuild.finish(&|| true).unwrap());
         has_begun.recv().unwrap();
@@ -236,7 +239,7 @@ fn neither_who_was_killed_nor_who_is_at_work_is_in_the_way() {
     }
     let [first, second] = [(); 2].map(|()| begin(&path, &Arc::default()).unwrap());
     assert_eq!(names(directory.path()).len(), 2);
-    let on_second = second.branch().unwrap();
+    let on_second = second.branch(&anything).unwrap();
     first.finish(&|| true).unwrap();
     second.finish(&|| true).unwrap();
     assert!(second.is_finished());
@@ -249,12 +252,14 @@ fn neither_who_was_killed_nor_who_is_at_work_is_in_the_way() {
 fn what_cannot_be_read_is_an_error_until_it_can_be() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.layer");
+    let lost_from = Arc::new(AtomicU64::new(2 << 20));
+    let from = Arc::clone(&lost_from);
     let kept = Arc::new(Kept {
-        lost_from: Some(AtomicU64::new(2 << 20)),
+        refuses: Some(Box::new(move |range| range.end > from.load(Relaxed))),
         ..Kept::default()
     });
     let rebuild = begin(&path, &kept).unwrap();
-    let mut disk = rebuild.branch().unwrap();
+    let mut disk = rebuild.branch(&anything).unwrap();
     let mut sector = [0; 512];
     let failed = disk.read(2 << 20, &mut &mut sector[..]).unwrap_err();
     assert_eq!(failed.kind(), io::ErrorKind::InvalidData);
@@ -263,9 +268,7 @@ fn what_cannot_be_read_is_an_error_until_it_can_be() {
     disk.read(0, &mut &mut sector[..]).unwrap();
     disk.write(0, &mut &[9; 512][..]).unwrap();
     assert!(!rebuild.is_finished() && !path.exists());
-    if let Some(lost) = &kept.lost_from {
-        lost.store(u64::MAX, Relaxed);
-    }
+    lost_from.store(u64::MAX, Relaxed);
     rebuild.finish(&|| true).unwrap();
     disk.read(2 << 20, &mut &mut sector[..]).unwrap();
     assert_eq!(sector, content()[2 << 20..][..512]);
@@ -295,8 +298,8 @@ fn what_is_not_wanted_any_more_leaves_nothing_but_what_was_written() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.layer");
     let rebuild = begin(&path, &Arc::default()).unwrap();
-    let untouched = rebuild.branch().unwrap();
-    let mut touched = rebuild.branch().unwrap();
+    let untouched = rebuild.branch(&anything).unwrap();
+    let mut touched = rebuild.branch(&anything).unwrap();
     touched.write(0, &mut &[9; 512][..]).unwrap();
     assert!(touched.is_touched() && !untouched.is_touched());
     let ended = rebuild.finish(&|| false).unwrap_err();
@@ -317,7 +320,7 @@ fn what_is_not_wanted_any_more_leaves_nothing_but_what_was_written() {
     );
     // It is of use again once the layer is.
     assert!(Disk::open(&head, Mode::Write, &anything).is_err());
-    super::rebuild(&path, ID, Box::new(Arc::<Kept>::default()), &anything).unwrap();
+    super::rebuild(&path, ID, Arc::new(Kept::default()), &anything).unwrap();
     let mut expected = content();
     expected[..512].fill(9);
     assert!(all(&Disk::open(&head, Mode::Write, &anything).unwrap()) == expected);
@@ -339,16 +342,16 @@ fn what_cannot_be_leaves_nothing() {
     }
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk");
-    let crooked = Rebuild::begin(&path, ID, Box::new(Crooked), &anything);
+    let crooked = Rebuild::begin(&path, ID, Arc::new(Crooked), &anything);
     assert!(matches!(crooked, Err(Error::Size(_))));
-    let origin = Box::new(Arc::<Kept>::default());
+    let origin = Arc::new(Kept::default());
     let forbidden = Rebuild::begin(&path, ID, origin, &|_| false);
     assert!(matches!(forbidden, Err(Error::NotAllowed { .. })));
     let kept = Arc::new(Kept {
-        lost_from: Some(AtomicU64::new(0)),
+        refuses: Some(Box::new(|_| true)),
         ..Kept::default()
     });
-    let failed = super::rebuild(&path, ID, Box::new(kept), &anything);
+    let failed = super::rebuild(&path, ID, kept, &anything);
     assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
     assert_eq!(names(directory.path()).len(), 0);
 }
@@ -357,7 +360,7 @@ fn what_cannot_be_leaves_nothing() {
 fn layers_that_are_not_all_here_are_not_merged() {
     let directory = tempfile::tempdir().unwrap();
     let rebuild = begin(&directory.path().join("disk.layer"), &Arc::default()).unwrap();
-    let mut disk = rebuild.branch().unwrap();
+    let mut disk = rebuild.branch(&anything).unwrap();
     disk.write(0, &mut &[9; 512][..]).unwrap();
     let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
     assert!(disk.merge(ID, layer.id).is_none());
@@ -366,4 +369,134 @@ fn layers_that_are_not_all_here_are_not_merged() {
     let mut expected = content();
     expected[..512].fill(9);
     assert!(all(&Disk::open(&layer.path, Mode::Read, &anything).unwrap()) == expected);
+}
+
+#[test]
+fn what_somebody_else_has_made_is_used_instead() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let kept = Arc::new(Kept::default());
+    let [first, second] = [(); 2].map(|()| begin(&path, &kept).unwrap());
+    let mut disk = second.branch(&anything).unwrap();
+    let mut sector = [0; 512];
+    disk.read(0, &mut &mut sector[..]).unwrap();
+    first.finish(&|| true).unwrap();
+    let read = kept.read.load(Relaxed);
+    second.finish(&|| true).unwrap();
+    assert!(second.is_finished());
+    assert_eq!(second.progress(), (2 << 20, 2 << 20));
+    assert!(all(&disk) == content());
+    assert_eq!(kept.read.load(Relaxed), read, "nothing was read again");
+    assert_eq!(names(directory.path()).len(), 2, "a layer and a head");
+    // Nor does it need anybody from here on.
+    drop((first, second));
+    assert_eq!(Arc::strong_count(&kept), 1);
+    disk.write(0, &mut &[9; 512][..]).unwrap();
+    let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
+    let mut expected = content();
+    expected[..512].fill(9);
+    assert!(all(&disk) == expected);
+    assert!(all(&Disk::open(&layer.path, Mode::Read, &anything).unwrap()) == expected);
+}
+
+#[test]
+fn what_is_in_the_way_is_not_taken_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let rebuild = begin(&path, &Arc::default()).unwrap();
+    let disk = rebuild.branch(&anything).unwrap();
+    // The same content, but on something else: what stands on it says otherwise.
+    let base = directory.path().join("base");
+    std::fs::write(&base, content()).unwrap();
+    let other = Disk::create(&path, None, &Foundation::Raw(base), &anything).unwrap();
+    drop(other);
+    for _ in 0..2 {
+        let refused = rebuild.finish(&|| true).unwrap_err();
+        assert!(matches!(refused, Error::Exists { .. }), "{refused}");
+        assert!(!rebuild.is_finished());
+    }
+    std::fs::write(&path, "something").unwrap();
+    rebuild.finish(&|| true).unwrap_err();
+    assert!(all(&disk) == content());
+    std::fs::remove_file(&path).unwrap();
+    rebuild.finish(&|| true).unwrap();
+    assert!(all(&Disk::open(&path, Mode::Read, &anything).unwrap()) == content());
+}
+
+#[test]
+fn what_cannot_be_had_keeps_nothing_else_from_coming() {
+    let directory = tempfile::tempdir().unwrap();
+    let is_lost = Arc::new(AtomicU64::new(1));
+    let lost = Arc::clone(&is_lost);
+    let bad = 3 * (64 << 10)..4 * (64 << 10);
+    let refuses = move |range: &Range<u64>| {
+        lost.load(Relaxed) == 1 && range.start < bad.end && bad.start < range.end
+    };
+    let kept = Arc::new(Kept {
+        refuses: Some(Box::new(refuses)),
+        ..Kept::default()
+    });
+    let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
+    let failed = rebuild.finish(&|| true);
+    assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
+    let (come, total) = rebuild.progress();
+    assert_eq!(total - come, 64 << 10);
+    assert!(!rebuild.is_finished());
+    is_lost.store(0, Relaxed);
+    rebuild.finish(&|| true).unwrap();
+    assert_eq!(kept.read.load(Relaxed), 2 << 20, "each part once");
+    assert_eq!(Arc::strong_count(&kept), 1, "it is let go");
+}
+
+#[test]
+fn what_one_waits_for_does_not_keep_others_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let (begun, has_begun) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel::<()>();
+    let gate = Mutex::new((begun, may_go_on));
+    let before = move |offset| {
+        if offset == 64 << 10 {
+            let (begun, may_go_on) = &*gate.lock().unwrap();
+            begun.send(()).unwrap();
+            may_go_on.recv().unwrap();
+        }
+    };
+    let kept = Arc::new(Kept {
+        before: Some(Box::new(before)),
+        ..Kept::default()
+    });
+    let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
+    let disk = rebuild.branch(&anything).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| disk.read(64 << 10, &mut &mut [0; 512][..]).unwrap());
+        has_begun.recv().unwrap();
+        scope.spawn(|| rebuild.finish(&|| true).unwrap());
+        while rebuild.progress().0 < (2 << 20) - (64 << 10) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(!rebuild.is_finished());
+        go_on.send(()).unwrap();
+    });
+    assert!(rebuild.is_finished());
+}
+
+#[test]
+fn after_a_sync_that_failed_nothing_of_it_is_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.layer");
+    let rebuild = begin(&path, &Arc::default()).unwrap();
+    let disk = rebuild.branch(&anything).unwrap();
+    tape::fail(|call| call == Call::Sync, 0, io::ErrorKind::Other);
+    rebuild.finish(&|| true).unwrap_err();
+    tape::permit();
+    for _ in 0..2 {
+        let mut sector = [0; 512];
+        disk.read(0, &mut &mut sector[..]).unwrap_err();
+        rebuild.finish(&|| true).unwrap_err();
+    }
+    assert!(!path.exists() && !rebuild.is_finished());
+    // Somebody else may do better.
+    super::rebuild(&path, ID, Arc::new(Kept::default()), &anything).unwrap();
+    rebuild.finish(&|| true).unwrap();
+    assert!(all(&disk) == content());
 }

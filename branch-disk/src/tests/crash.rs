@@ -1,6 +1,7 @@
 //! Crashes of the host at any point, with any part of what was not synced on the disk.
 
 mod host;
+mod rebuild;
 
 use std::{collections::BTreeSet, io::ErrorKind, sync::mpsc, thread, time::Duration};
 
@@ -206,9 +207,9 @@ fn expected(events: &[Event]) -> Expected {
     (possible, snapshots)
 }
 
-fn crash_and_look(events: &[Event], at: usize, seed: u32) {
+/// What the first `at` events leave, where the host crashes then.
+fn crashed(events: &[Event], at: usize, seed: u32) -> TempDir {
     let dir = in_memory();
-    std::fs::write(dir.path().join("base"), stamped(&base())).unwrap();
     let mut host = Host::default();
     for event in &events[..at] {
         host.take(event);
@@ -221,6 +222,12 @@ fn crash_and_look(events: &[Event], at: usize, seed: u32) {
         state ^= state << 5;
         state
     });
+    dir
+}
+
+fn crash_and_look(events: &[Event], at: usize, seed: u32) {
+    let dir = crashed(events, at, seed);
+    std::fs::write(dir.path().join("base"), stamped(&base())).unwrap();
     let (possible, snapshots) = expected(&events[..at]);
     let path = dir.path().join("d");
     sound(&path);

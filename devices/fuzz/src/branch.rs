@@ -50,12 +50,12 @@ impl Subject for Branching {
         });
         let how = input.byte();
         let comes = (how & 1 != 0).then(|| {
-            let origin = Box::new(Elsewhere);
+            let origin = Arc::new(Elsewhere);
             let rebuild = Rebuild::begin(&path, LayerId([1; 16]), origin, &anything);
             rebuild.expect("there is room")
         });
         let disk = match &comes {
-            Some(rebuild) => rebuild.branch(),
+            Some(rebuild) => rebuild.branch(&anything),
             None => {
                 fs::write(&base, [FILL; HALF]).expect("there is room");
                 let on = Foundation::Raw(base);

@@ -113,12 +113,12 @@ impl Bench {
 
     /// A disk that branches of what is elsewhere.
     fn coming(&self, elsewhere: Elsewhere) -> Branch {
-        self.rebuild(elsewhere).branch().unwrap()
+        self.rebuild(elsewhere).branch(&anything).unwrap()
     }
 
     fn rebuild(&self, elsewhere: Elsewhere) -> Rebuild {
         let path = self.dir.path().join("comes.layer");
-        let origin = Box::new(elsewhere);
+        let origin = Arc::new(elsewhere);
         Rebuild::begin(&path, LayerId([1; 16]), origin, &anything).unwrap()
     }
 
