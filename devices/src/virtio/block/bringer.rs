@@ -16,7 +16,7 @@ use branch_disk::Awaited;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::{
-    disk::{Disk, Left},
+    disk::{Disk, Left, Peek},
     fetch::Fetch,
     ring::{Part, Ring},
 };
@@ -41,6 +41,21 @@ struct State {
     failures: u32,
 }
 
+/// What was begun. With any of it, its end will be told.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Begun {
+    /// What is not on this host is fetched.
+    pub(super) fetches: bool,
+    /// What is not in the page cache is read.
+    pub(super) reads: bool,
+}
+
+impl Begun {
+    pub(super) fn is_any(self) -> bool {
+        self.fetches || self.reads
+    }
+}
+
 impl Bringer {
     pub(super) fn new(disk: Arc<Disk>) -> io::Result<Self> {
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -58,6 +73,9 @@ impl Bringer {
     pub(super) fn with(disk: Arc<Disk>, ring: Option<Ring>) -> Self {
         let bringer = Self::new(disk).unwrap();
         let failures = if ring.is_some() { 0 } else { TRIES };
+        if ring.is_none() {
+            bringer.disk.set_peek(Peek::Wait);
+        }
         let ring = ring.map(Box::new);
         *lock(&bringer.state) = State { ring, failures };
         bringer
@@ -68,27 +86,22 @@ impl Bringer {
         self.ended.as_fd()
     }
 
-    /// Whether it is worth while to keep a read for it.
-    pub(super) fn is_of_use(&self) -> bool {
-        lock(&self.state).failures < TRIES
-    }
-
-    /// Begins to bring what is `left` of reads; says whether that was done with any of it, so that its end will be told. Nothing may be
-    /// under way.
-    pub(super) fn begin(&self, left: Left) -> bool {
+    /// Begins to bring what is `left` of reads. Nothing may be under way.
+    pub(super) fn begin(&self, left: Left) -> Begun {
         let Left { parts, awaited } = left;
-        let fetches = !awaited.is_empty() && self.begin_to_fetch(awaited);
-        fetches | (!parts.is_empty() && self.begin_to_read(&parts))
+        Begun {
+            fetches: !awaited.is_empty() && self.begin_to_fetch(awaited),
+            reads: !parts.is_empty() && self.begin_to_read(&parts),
+        }
     }
 
     fn begin_to_fetch(&self, awaited: Vec<Awaited>) -> bool {
         let begun = self.fetch.begin(awaited);
-        let path = self.disk.path();
-        begun
-            .inspect_err(
-                |error| tracing::debug!(path, %error, "no thread to fetch a part of a disk"),
-            )
-            .is_ok()
+        if let Err(error) = &begun {
+            let path = self.disk.path();
+            tracing::debug!(path, %error, "no thread to fetch a part of a disk");
+        }
+        begun.is_ok()
     }
 
     fn begin_to_read(&self, parts: &[Part]) -> bool {
@@ -99,6 +112,7 @@ impl Bringer {
                 state.ring = None;
                 state.failures += 1;
                 if state.failures == TRIES {
+                    self.disk.set_peek(Peek::Wait);
                     tracing::warn!(
                         path = self.disk.path(),
                         %error,

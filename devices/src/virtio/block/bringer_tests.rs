@@ -6,7 +6,7 @@ use std::{
     os::{fd::AsRawFd, unix::fs::FileExt},
     sync::{
         Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -137,6 +137,8 @@ struct Elsewhere {
     /// Held by who does not want it to be had.
     gate: Arc<Mutex<()>>,
     is_lost: Arc<AtomicBool>,
+    /// How often it was asked for something that it could not give.
+    refused: Arc<AtomicU32>,
 }
 
 impl Origin for Elsewhere {
@@ -152,6 +154,7 @@ impl Origin for Elsewhere {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let _gate = lock(&self.gate);
         if self.is_lost.load(Ordering::Relaxed) {
+            self.refused.fetch_add(1, Ordering::Relaxed);
             return Err(io::ErrorKind::InvalidData.into());
         }
         buffer.copy_from_slice(&content()[offset as usize..][..buffer.len()]);
@@ -177,7 +180,7 @@ impl Slow {
             parts: vec![part],
             awaited: Vec::new(),
         };
-        assert!(block.bringer.as_ref().unwrap().begin(left));
+        assert!(block.bringer.as_ref().unwrap().begin(left).is_any());
         Self {
             writer,
             _reader: reader,
@@ -356,6 +359,7 @@ fn what_cannot_be_had_is_an_error_of_the_disk_until_it_can() {
     let bench = Bench::new();
     let elsewhere = Elsewhere::default();
     let is_lost = Arc::clone(&elsewhere.is_lost);
+    let refused = Arc::clone(&elsewhere.refused);
     let block = Block::branching(Arc::new(Mutex::new(bench.coming(elsewhere))), "").unwrap();
     let mut device = bench.device(block.reading_aside().unwrap());
     let mut driver = bench.driver(&mut device);
@@ -369,6 +373,8 @@ fn what_cannot_be_had_is_an_error_of_the_disk_until_it_can() {
         let is_there = !lost || first == 2;
         assert_eq!(read.is_right(&driver), is_there);
         assert!(is_there || read.status(&driver) == IOERR);
+        // Beside the loop, and not once more on it.
+        assert_eq!(refused.load(Ordering::Relaxed), 1);
     }
 }
 
@@ -398,7 +404,8 @@ fn reads_of_one_round_are_brought_together_and_read_what_is_there() {
 #[test]
 fn without_io_uring_every_read_is_served_all_the_same() {
     let bench = Bench::new();
-    for mut block in bench.blocks() {
+    let [raw, branch, _] = bench.blocks();
+    for mut block in [raw, branch] {
         block.bringer = Some(Bringer::with(Arc::clone(&block.disk), None));
         let mut device = bench.device(block);
         let mut driver = bench.driver(&mut device);
@@ -408,6 +415,25 @@ fn without_io_uring_every_read_is_served_all_the_same() {
         assert!(reads.iter().all(|read| read.is_right(&driver)));
         assert_eq!(awaited(&device), 0);
     }
+}
+
+#[test]
+fn without_io_uring_what_is_elsewhere_is_waited_for_beside_the_loop_all_the_same() {
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let gate = Arc::clone(&elsewhere.gate);
+    let closed = lock(&gate);
+    let disk = Arc::new(Mutex::new(bench.coming(elsewhere)));
+    let mut block = Block::branching(disk, "").unwrap().reading_aside().unwrap();
+    block.bringer = Some(Bringer::with(Arc::clone(&block.disk), None));
+    let mut device = bench.device(block);
+    let mut driver = bench.driver(&mut device);
+    let read = offer(&mut driver, 1);
+    driver.notify(&mut device);
+    assert!(lock(device.worker()).is_at_work());
+    drop(closed);
+    ends(&device);
+    assert!(read.is_right(&driver));
 }
 
 #[test]

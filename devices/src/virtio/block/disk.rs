@@ -185,7 +185,8 @@ pub(super) struct Disk {
 pub(super) enum Peek {
     /// It is tried without waiting.
     Cache,
-    /// It is made at once, and waits: its file cannot tell, and is in memory as a rule.
+    /// It is made at once, and waits, as far as it is of this host's files: they cannot tell, and are in memory as a rule, or nobody
+    /// can bring what is not.
     Wait,
     /// Nothing: every read is kept.
     Nothing,
@@ -281,6 +282,15 @@ impl Disk {
         match &self.backing {
             Backing::Raw { file, .. } => vectored::read_exact_at(file, data.slices(), offset),
             Backing::Branch(disk) => lock(disk).read(offset, &mut Guest(data.clone())),
+        }
+    }
+
+    /// The same, of what was fetched for it: what is not on this host is an error.
+    pub(super) fn read_here(&self, sector: u64, data: &Run<'_>) -> io::Result<()> {
+        let offset = self.offset(sector, data.len())?;
+        match &self.backing {
+            Backing::Raw { .. } => self.read(sector, data),
+            Backing::Branch(disk) => lock(disk).read(offset, &mut Here(Guest(data.clone()))),
         }
     }
 
@@ -523,6 +533,28 @@ impl Sink for Guest<'_> {
     fn zero(&mut self, len: u64) {
         let rest = self.0.split_off(len);
         std::mem::replace(&mut self.0, rest).zero();
+    }
+}
+
+/// Guest memory that a disk reads into what is on this host.
+struct Here<'m>(Guest<'m>);
+
+impl Sink for Here<'_> {
+    fn len(&self) -> u64 {
+        Sink::len(&self.0)
+    }
+
+    fn fill(&mut self, file: &File, offset: u64, len: u64) -> io::Result<()> {
+        self.0.fill(file, offset, len)
+    }
+
+    fn zero(&mut self, len: u64) {
+        self.0.zero(len);
+    }
+
+    fn is_to_wait(&mut self, awaited: Awaited) -> io::Result<bool> {
+        tracing::debug!(?awaited, "a part of a disk was not to be had");
+        Err(io::ErrorKind::NotFound.into())
     }
 }
 

@@ -47,7 +47,7 @@ use super::{
     serve::serve_round,
 };
 use crate::{Error, Metrics, StoppedClock, sync::lock};
-use bringer::Bringer;
+use bringer::{Begun, Bringer};
 pub use control::DiskControl;
 use disk::{Disk, Left, Peek};
 pub use disk::{DiskError, SharedDisk};
@@ -115,6 +115,8 @@ struct Brought {
     head: u16,
     /// What it reads.
     bytes: u64,
+    /// Some of it was fetched from elsewhere.
+    fetched: bool,
 }
 
 impl Block {
@@ -307,12 +309,17 @@ impl Block {
     /// Begins to bring what these reads want, which are made in a later round, come what may; says whether that could be done.
     fn begin_to_bring(&mut self, reads: &mut Vec<Brought>, wanted: Left) -> bool {
         let bringer = self.bringer.as_ref();
-        let begun = bringer.is_some_and(|bringer| bringer.begin(wanted));
-        if begun {
+        let begun = bringer.map(|bringer| bringer.begin(wanted));
+        let is_any = begun.is_some_and(Begun::is_any);
+        if is_any {
             self.metrics.awaited_reads.add(reads.len() as u64);
         }
-        self.brought.extend(reads.drain(..));
-        begun
+        let fetches = begun.is_some_and(|begun| begun.fetches);
+        self.brought.extend(reads.drain(..).map(|read| Brought {
+            fetched: read.fetched && fetches,
+            ..read
+        }));
+        is_any
     }
 
     /// Whether a request was begun in an earlier round that is not answered yet.

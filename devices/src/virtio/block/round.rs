@@ -11,7 +11,6 @@ use virtio_queue::{DescriptorChain, Queue};
 
 use super::{
     Block, Brought, Header, MAX_REQUEST_BYTES, QUEUE_ENTRIES,
-    bringer::Bringer,
     disk::Left,
     ring::ENTRIES,
     throttle::{Admission, Way},
@@ -107,7 +106,11 @@ impl<'b, 'm> Round<'b, 'm> {
 
     /// Keeps a read of so many bytes for a later round, since it wants what is not there yet.
     fn keep(&mut self, head: u16, bytes: u64, wanted: Left) -> Outcome {
-        self.kept.push(Brought { head, bytes });
+        self.kept.push(Brought {
+            head,
+            bytes,
+            fetched: !wanted.awaited.is_empty(),
+        });
         self.kept_bytes += bytes;
         self.reads += wanted.read_count();
         self.wanted.extend(wanted);
@@ -120,7 +123,11 @@ impl<'b, 'm> Round<'b, 'm> {
 
     /// Makes a read for which what it wants was brought, if there is one.
     fn brought(&mut self, queue: &Queue) -> Option<Result<(u16, Outcome), DriverError>> {
-        let Brought { head, bytes } = self.block.brought.pop_front()?;
+        let Brought {
+            head,
+            bytes,
+            fetched,
+        } = self.block.brought.pop_front()?;
         let request = self.taken(queue, head).and_then(Request::of);
         Some(request.map(|request| {
             let Request {
@@ -132,6 +139,11 @@ impl<'b, 'm> Round<'b, 'm> {
             // It is still the driver's to change, and was admitted as what it was.
             let same = header.request == VIRTIO_BLK_T_IN && input.len() == bytes;
             let outcome = match same {
+                // Whoever has it has been asked, and is not asked by the loop.
+                true if fetched => {
+                    let read = self.block.disk.read_here(header.sector, &input);
+                    read.map(|()| Some(self.block.has_read(&input)))
+                }
                 true => self.block.execute(&header, &output, &input),
                 false => Err(io::ErrorKind::InvalidInput.into()),
             };
@@ -207,7 +219,7 @@ impl<'b, 'm> Round<'b, 'm> {
     fn may_keep(&self, header: &Header, input: &Run<'_>) -> bool {
         header.request == VIRTIO_BLK_T_IN
             && self.kept_bytes + input.len() <= MAX_KEPT_BYTES
-            && self.block.bringer.as_ref().is_some_and(Bringer::is_of_use)
+            && self.block.bringer.is_some()
     }
 }
 
