@@ -51,9 +51,10 @@ pub use save::saved;
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, Failure, FailureKind, GuestClock, MachineState, MemoryCopy, Metric, ResetReport,
-    RunsEnd, RunsReport, RunsRequest, SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SentReport,
-    SnapshotReport, SnapshotRequest, Status, StoredReport, Vmm, VmmClient,
+    AfterSnapshot, DISK_BYTES_COME, DISK_BYTES_TO_COME, Failure, FailureKind, GuestClock,
+    MachineState, MemoryCopy, Metric, ResetReport, RunsEnd, RunsReport, RunsRequest,
+    SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SentReport, SnapshotReport, SnapshotRequest, Status,
+    StoredReport, Vmm, VmmClient,
 };
 pub use spawn::{Log, SpawnError, Spawned, fork, spawn};
 pub use started::LOG_VARIABLE;

@@ -273,6 +273,11 @@ pub const SNAPSHOT_BYTES_DONE: &str = "fermata_snapshot_done_bytes";
 /// The gauge of how many there are to save.
 pub const SNAPSHOT_BYTES_TOTAL: &str = "fermata_snapshot_total_bytes";
 
+/// The gauge of how many bytes of a disk have come that comes while its machine runs, by the disk's number.
+pub const DISK_BYTES_COME: &str = "fermata_disk_arrived_bytes";
+/// The gauge of how many there were to come.
+pub const DISK_BYTES_TO_COME: &str = "fermata_disk_arriving_total_bytes";
+
 /// Whose fault a failure is and what may be done; a front end makes a status code of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

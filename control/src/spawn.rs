@@ -9,12 +9,12 @@ use std::{
 };
 
 use futures::future::join_all;
-use tokio::process::Child;
+use tokio::{process::Child, time::timeout};
 
 use crate::{
     Errand, Failure, HotImage, LaunchSpec, Registry, RegistryError, Secret, Shape,
     started::{EXIT_BOUND, Made, Started, end},
-    stop::{Asked, ask},
+    stop::{Asked, Coming, ask},
 };
 
 /// How many logs and consoles of ended VMMs are kept.
@@ -52,7 +52,13 @@ impl Spawned {
             Asked::Ends => grace,
             Asked::Silent => Duration::ZERO,
         };
-        end(&mut self.child, grace).await;
+        let mut coming = Coming::default();
+        while timeout(grace, self.child.wait()).await.is_err() {
+            if !coming.goes_on(self.port, secret, grace).await {
+                break;
+            }
+        }
+        end(&mut self.child, Duration::ZERO).await;
         self.child.wait().await
     }
 }

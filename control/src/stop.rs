@@ -5,7 +5,9 @@ use std::{io, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
 
-use crate::{Client, ClientError, ProcessHandle, Record, Secret};
+use crate::{
+    Client, ClientError, DISK_BYTES_COME, DISK_BYTES_TO_COME, ProcessHandle, Record, Secret,
+};
 
 /// How long a killed process may take to be gone: the kernel has its memory to free.
 const KILL_BOUND: Duration = Duration::from_secs(30);
@@ -19,7 +21,8 @@ pub enum Stopped {
     Killed,
 }
 
-/// Asks the VMM of `record` to stop, and kills it if it does not answer, or has not ended, within `grace`.
+/// Asks the VMM of `record` to stop, and kills it if it does not answer, or has not ended, within `grace`, or nothing of what its disks stand on
+/// has come for so long.
 ///
 /// # Errors
 ///
@@ -79,11 +82,50 @@ pub(crate) async fn end(
     process: &ProcessHandle,
     grace: Duration,
 ) -> io::Result<Stopped> {
-    if process.ended_within(grace).await? {
-        return Ok(Stopped::OnRequest);
+    let mut coming = Coming::default();
+    while !process.ended_within(grace).await? {
+        if !coming.goes_on(record.port, &record.secret, grace).await {
+            let pid = record.process.pid;
+            warn!(pid, "a VMM did not end in time");
+            if coming.is_missing() {
+                warn!(pid, "{LEFT}");
+            }
+            return kill(process).await;
+        }
     }
-    warn!(pid = record.process.pid, "a VMM did not end in time");
-    kill(process).await
+    Ok(Stopped::OnRequest)
+}
+
+/// What to do about a disk whose VMM was killed too early.
+const LEFT: &str = "its disks stand on what has not all come from the store; restore the same snapshot with the same directory for them before they are used";
+
+/// What is known of the disks of a machine that has ended and waits for them.
+#[derive(Default)]
+pub(crate) struct Coming {
+    come: u64,
+    total: u64,
+}
+
+impl Coming {
+    /// Whether more has come than when this was last asked. Waits for an answer no longer than `bound`.
+    pub(crate) async fn goes_on(&mut self, port: u16, secret: &Secret, bound: Duration) -> bool {
+        let asked = async { Client::connect(port, secret).await?.metrics().await };
+        let Ok(Ok(metrics)) = timeout(bound, asked).await else {
+            return false;
+        };
+        let sum = |name: &str| {
+            let of_disks = metrics.iter().filter(|metric| metric.name == name);
+            of_disks.map(|metric| metric.value).sum()
+        };
+        let before = self.come;
+        (self.come, self.total) = (sum(DISK_BYTES_COME), sum(DISK_BYTES_TO_COME));
+        self.come > before
+    }
+
+    /// Whether not all of them has come, as far as is known.
+    fn is_missing(&self) -> bool {
+        self.come < self.total
+    }
 }
 
 async fn kill(process: &ProcessHandle) -> io::Result<Stopped> {

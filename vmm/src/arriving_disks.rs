@@ -4,6 +4,7 @@
 //! One thread brings what nobody waits for. A disk that was written to stands on what is to come, so a machine that ends has that come first.
 
 use std::{
+    num::NonZero,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -27,6 +28,8 @@ const NICE: i32 = 5;
 /// After which times it is tried again to bring what could not be had.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PAUSE: Duration = Duration::from_secs(30);
+/// How often it is tried when the machine has ended.
+const LAST_TRIES: u32 = 3;
 
 /// The disks of a machine that come, or came, from a store.
 #[derive(Clone, Default)]
@@ -65,8 +68,8 @@ impl ArrivingDisks {
             let (come, total) = arriving.rebuild.progress();
             let label = arriving.number.to_string();
             [
-                ("fermata_disk_arrived_bytes", come),
-                ("fermata_disk_arriving_total_bytes", total),
+                (control::DISK_BYTES_COME, come),
+                (control::DISK_BYTES_TO_COME, total),
             ]
             .map(|(name, value)| Metric {
                 name: name.to_owned(),
@@ -77,16 +80,16 @@ impl ArrivingDisks {
         self.0.iter().flat_map(of_disk).collect()
     }
 
-    /// Has all of them be here, as long as that is `wanted`.
-    pub(crate) fn finish(&self, wanted: &dyn Fn() -> bool) -> Result<(), Error> {
+    /// Has all of them be here as soon as can be, as long as that is `wanted`.
+    pub(crate) fn finish(&self, wanted: Wanted<'_>) -> Result<(), Error> {
         for arriving in &*self.0 {
-            arriving.rebuild.finish(wanted)?;
+            finish(&arriving.rebuild, wanted)?;
         }
         Ok(())
     }
 
     /// One try to have all be here; whether they are, or it is not wanted any more.
-    fn try_all(&self, wanted: &dyn Fn() -> bool) -> bool {
+    fn try_all(&self, wanted: Wanted<'_>) -> bool {
         let mut all = true;
         for Arriving { number, rebuild } in &*self.0 {
             if rebuild.is_finished() {
@@ -110,12 +113,29 @@ impl ArrivingDisks {
     }
 }
 
-/// Who has them come.
-pub(crate) struct Bringer {
+/// Says whether it still makes sense.
+type Wanted<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// Has a layer come with all CPUs.
+fn finish(rebuild: &Rebuild, wanted: Wanted<'_>) -> Result<(), Error> {
+    thread::scope(|scope| {
+        let cores = thread::available_parallelism().map_or(1, NonZero::get);
+        for _ in 1..cores {
+            // Those that the host does not give, the others do the work of. What this one finds, they find.
+            let help = || drop(rebuild.finish(wanted));
+            let _ = thread::Builder::new().spawn_scoped(scope, help);
+        }
+        Ok(rebuild.finish(wanted)?)
+    })
+}
+
+/// Who has a machine's disks come. To be dropped when nobody writes to them any more.
+pub(crate) struct Bringing {
     arriving: ArrivingDisks,
-    /// Those disks. No other thread here has them: with the last who has one, it is closed.
-    disks: Vec<SharedDisk>,
+    /// With each of those, the disk. No other thread here has them: with the last who has one, it is closed.
+    disks: Vec<(Arc<Rebuild>, SharedDisk)>,
     end: Arc<End>,
+    called_off: bool,
 }
 
 /// Whether the machine has ended.
@@ -126,14 +146,18 @@ struct End {
     told: Condvar,
 }
 
-impl Bringer {
+impl Bringing {
     /// Of those of `disks` that come.
     pub(crate) fn new(arriving: ArrivingDisks, disks: &[AttachedDisk]) -> Self {
-        let coming = disks.iter().filter(|disk| disk.comes.is_some());
+        let with_disk = |attached: &AttachedDisk| {
+            let rebuild = Arc::clone(attached.comes.as_ref()?);
+            Some((rebuild, Arc::clone(attached.branch.as_ref()?)))
+        };
         Self {
             arriving,
-            disks: coming.filter_map(|disk| disk.branch.clone()).collect(),
+            disks: disks.iter().filter_map(with_disk).collect(),
             end: Arc::default(),
+            called_off: false,
         }
     }
 
@@ -157,42 +181,70 @@ impl Bringer {
     }
 
     /// Says whether the machine goes on.
-    pub(crate) fn wanted(&self) -> impl Fn() -> bool + Send + 'static {
+    pub(crate) fn wanted(&self) -> impl Fn() -> bool + Send + Sync + 'static {
         let end = Arc::clone(&self.end);
         move || !end.has_come()
     }
+
+    /// Nobody has learnt of the machine: what was written to its disks is not needed.
+    pub(crate) fn call_off(&mut self) {
+        self.called_off = true;
+    }
 }
 
-impl Drop for Bringer {
+impl Drop for Bringing {
     /// What was written to a disk is of no use without what that stands on.
     fn drop(&mut self) {
         self.end.tell();
-        for (Arriving { number, rebuild }, disk) in self.arriving.0.iter().zip(&self.disks) {
+        let (mut needed, mut rest) = (Vec::new(), Vec::new());
+        for (rebuild, disk) in &self.disks {
+            let mut disk = lock(disk);
             if rebuild.is_finished() {
                 continue;
             }
-            let (touched, head) = {
-                let disk = lock(disk);
-                (disk.is_touched(), disk.path().to_owned())
-            };
-            if !touched {
-                rebuild.give_up();
+            if self.called_off || !disk.is_touched() {
+                rest.push(rebuild);
                 continue;
             }
-            tracing::info!(
-                disk = number,
-                "the machine ends when all of its disk has come"
-            );
-            if let Err(error) = rebuild.finish(&|| true) {
-                tracing::error!(
-                    disk = number,
-                    head = %head.display(),
-                    missing = %rebuild.path().display(),
-                    "what was written to the disk stands on a layer that is not here; restore the snapshot again with this directory for its disks, and it will be: {error}"
-                );
+            // First, for whoever has it end may not wait for the rest.
+            if let Err(error) = disk.flush() {
+                tracing::warn!(path = %disk.path().display(), "what was not flushed may be lost: {error}");
+            }
+            needed.push((rebuild, disk.path().to_owned()));
+        }
+        rest.into_iter().for_each(|rebuild| rebuild.give_up());
+        for (rebuild, head) in needed {
+            let path = rebuild.path().display();
+            tracing::info!(%path, "the machine ends when all of its disk has come");
+            if let Err(error) = finish_in_the_end(rebuild) {
                 rebuild.give_up();
+                tracing::error!(
+                    "{} stands on {path}, which is not here; restore the same snapshot with the same directory for its disks, and it will be: {error}",
+                    head.display()
+                );
             }
         }
+    }
+}
+
+/// Has a layer come without which something is of no use, as long as anything comes, and tries a few times more.
+fn finish_in_the_end(rebuild: &Rebuild) -> Result<(), Error> {
+    let mut tries = LAST_TRIES;
+    let mut come = rebuild.progress().0;
+    loop {
+        let Err(error) = finish(rebuild, &|| true) else {
+            return Ok(());
+        };
+        let now = rebuild.progress().0;
+        tries = match now > come {
+            true => LAST_TRIES,
+            false => tries - 1,
+        };
+        come = now;
+        if tries == 0 {
+            return Err(error);
+        }
+        thread::sleep(FIRST_PAUSE);
     }
 }
 

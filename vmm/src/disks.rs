@@ -243,7 +243,13 @@ pub(crate) fn apart(mut disks: impl Iterator<Item = DiskConfig>) -> Result<(), E
 
 /// Whether all that a machine writes to these disks can be undone.
 pub(crate) fn undoable(disks: &[AttachedDisk]) -> Result<(), Error> {
-    let undoable = |disk: &&AttachedDisk| disk.config.read_only || disk.began_on.is_some();
+    // What it began on has to be there, by its name.
+    let is_here = |disk: &AttachedDisk| {
+        let comes = disk.comes.as_ref();
+        comes.is_none_or(|rebuild| rebuild.is_finished())
+    };
+    let undoable =
+        |disk: &&AttachedDisk| disk.config.read_only || (disk.began_on.is_some() && is_here(disk));
     match disks.iter().find(|disk| !undoable(disk)) {
         Some(disk) => Err(Error::NotUndone {
             path: disk.config.path.display().to_string(),

@@ -140,11 +140,11 @@ pub(crate) enum Error {
     )]
     HugeOnDemand,
     #[error(
-        "a snapshot has to wait until all of the machine's memory and disks has come from its store, of which nothing has come for {still} s; ask again when the store is faster"
+        "a snapshot has to wait until all of the machine's memory and disks have come from its store, of which nothing has come for {still} s; ask again when the store is faster"
     )]
     NothingComes { still: u64 },
     #[error(
-        "the disk grows when all of the machine's memory and disks has come from its store; ask again then, or with `fermata resume` first if it stands still for lost memory"
+        "the disk grows when all of the machine's memory and disks have come from its store; ask again then, or with `fermata resume` first if it stands still for lost memory"
     )]
     GrowsLater,
     #[error("who asked for the snapshot has gone away")]

@@ -15,7 +15,7 @@ use saved_state::SavedState;
 use snapshot::{Lost, OnDemand, Saving, Snapshot};
 
 use crate::{
-    arriving_disks::{ArrivingDisks, Bringer},
+    arriving_disks::{ArrivingDisks, Bringing},
     balloons, boot, console, cpu,
     device_set::{Chosen, DeviceSet, MAX_DEVICES},
     disks::{self, AttachedDisk},
@@ -27,8 +27,7 @@ use crate::{
     metrics::{ExitCounts, MachineCounts},
     nets,
     state::MachineState,
-    stored_disks::Rebuilding,
-    stored_disks::StoredAs,
+    stored_disks::{Rebuilding, StoredAs},
     urgent::Urgent,
     vcpu::VcpuEnd,
     vcpus::{self, Vcpus},
@@ -151,8 +150,8 @@ pub(crate) struct Machine {
     pub(crate) live: Option<Live>,
     /// How many layers its disks have.
     merging: Merging,
-    /// Who has those of its disks come that are not all here.
-    bringer: Bringer,
+    /// Who has those of its disks come that are not all here. Dropped behind the vCPUs and the devices' loop, which write to them.
+    bringing: Bringing,
     /// What it can be again, if it can.
     baseline: Option<Baseline>,
 }
@@ -369,7 +368,7 @@ impl Machine {
             memory,
             vcpu_count,
             merging: Merging::new(&disks),
-            bringer: Bringer::new(arriving_disks.clone(), &disks),
+            bringing: Bringing::new(arriving_disks.clone(), &disks),
             disks,
             vcpus,
             event_loop,
@@ -396,8 +395,13 @@ impl Machine {
     }
 
     /// Says whether it is still there.
-    pub(crate) fn wanted(&self) -> impl Fn() -> bool + Send + 'static {
-        self.bringer.wanted()
+    pub(crate) fn wanted(&self) -> impl Fn() -> bool + Send + Sync + 'static {
+        self.bringing.wanted()
+    }
+
+    /// Nobody has learnt of it, so that nothing of it has to be of use when it has ended.
+    pub(crate) fn call_off(&mut self) {
+        self.bringing.call_off();
     }
 
     /// What it counts.

@@ -396,7 +396,7 @@ impl Started {
     }
 
     fn call_off(self) {
-        self.end_after(drop);
+        self.end_after(|mut controller| controller.machine.call_off());
     }
 
     fn end_after<T>(self, run: impl FnOnce(Controller) -> T) -> T {

@@ -4,7 +4,8 @@ use std::{
     io,
     ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use branch_disk::{Disk, Error as DiskError, Frozen, Kind, LayerId, Origin, Part, Rebuild, Rule};
@@ -122,20 +123,47 @@ impl Rebuilding<'_> {
 }
 
 /// What a store has of a disk.
-struct Kept(StoredDisk);
+struct Kept {
+    disk: StoredDisk,
+    /// When it was last looked at anew.
+    refreshed: Mutex<Instant>,
+}
+
+/// How often that is done at most: what has been decoded is gone then, also that of memory.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(500);
+
+impl Kept {
+    fn new(disk: StoredDisk) -> Self {
+        Self {
+            disk,
+            refreshed: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// What could not be read may be repaired, or be there again, when it is asked for once more.
+    fn refresh(&self) {
+        let mut refreshed = self
+            .refreshed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if refreshed.elapsed() >= REFRESH_INTERVAL {
+            *refreshed = Instant::now();
+            self.disk.refresh();
+        }
+    }
+}
 
 impl Origin for Kept {
     fn bytes(&self) -> u64 {
-        self.0.bytes()
+        self.disk.bytes()
     }
 
     fn each_data(&self, found: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
-        self.0.each_data(found)
+        self.disk.each_data(found)
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let read = self.0.read(offset, buffer);
-        // It may be repaired, or be there again, when it is asked for once more.
-        read.inspect_err(|_| self.0.refresh())
+        let read = self.disk.read(offset, buffer);
+        read.inspect_err(|_| self.refresh())
     }
 }

@@ -73,7 +73,7 @@ impl Waiting {
 pub(crate) fn bring_all(
     round: u64,
     counters: &Arc<Counters>,
-    wanted: impl Fn() -> bool + Send + 'static,
+    wanted: impl Fn() -> bool + Send + Sync + 'static,
     events: &Sender<Event>,
 ) -> Result<(), Error> {
     // Nothing else of the machine's: if it ends before, this ends with it.

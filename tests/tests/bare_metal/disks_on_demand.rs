@@ -177,31 +177,60 @@ fn a_guest_goes_on_before_its_disk_is_here_and_is_saved_when_it_is() {
 }
 
 #[test]
-fn what_a_guest_wrote_is_of_use_when_it_ends_and_once_more_after_a_crash() {
+fn what_a_guest_wrote_is_of_use_when_its_machine_ends_and_the_disk_comes_late() {
     let Some(bench) = Bench::new() else { return };
     let repair = bench.damage();
-    let killed = bench.restored("killed");
+    let [stopped, killed] = ["stopped", "killed"].map(|directory| bench.restored(directory));
+    let times = writes(&bench.server, stopped, bench.times);
     writes(&bench.server, killed, bench.times);
+    // It waits for the rest, and then not any more.
+    let said = bench.cli.run(&["stop", &stopped.pid.to_string()]).unwrap();
+    assert!(said.contains("has stopped"), "{said}");
     let kill = Command::new("kill")
         .args(["-9", &killed.pid.to_string()])
         .status();
     assert!(kill.unwrap().success());
-    let [head] = bench.named("killed", ".head").try_into().unwrap();
-    let head = head.to_str().unwrap();
-    let refused = bench.cli.refused(&["disk", "check", head]).unwrap();
-    assert!(refused.contains(".layer"), "{refused}");
+    let heads = ["stopped", "killed"].map(|directory| {
+        let [head] = bench.named(directory, ".head").try_into().unwrap();
+        let path = head.to_str().unwrap();
+        let refused = bench.cli.refused(&["disk", "check", path]).unwrap();
+        assert!(refused.contains(".layer"), "{refused}");
+        head
+    });
+    assert!(bench.named("stopped", ".partial").is_empty());
 
     repair();
-    for directory in ["killed", "stopped"] {
+    for directory in ["stopped", "killed"] {
         let machine = bench.restored(directory);
-        let times = writes(&bench.server, machine, bench.times);
+        writes(&bench.server, machine, bench.times);
         bench.cli.run(&["stop", &machine.pid.to_string()]).unwrap();
-        assert_eq!(bench.named(directory, ".partial").len(), 0);
+        assert!(bench.named(directory, ".partial").is_empty());
         let heads = bench.named(directory, ".head");
-        let disks = heads.iter().map(|head| bench.disk(head));
-        assert!(
-            disks.max().unwrap() >= times,
-            "the disk of the one that was stopped"
-        );
+        assert_eq!(heads.len(), 2);
+    }
+    // Nothing that this guest writes is flushed, but by the end of its machine.
+    let [stopped, killed] = heads.map(|head| bench.disk(&head));
+    assert!(stopped >= times);
+    assert!(killed >= bench.times);
+}
+
+#[test]
+fn machines_of_one_snapshot_share_what_the_first_of_them_has_made() {
+    let Some(bench) = Bench::new() else { return };
+    let repair = bench.damage();
+    let machines = [(); 3].map(|()| bench.restored("elsewhere"));
+    for machine in machines {
+        writes(&bench.server, machine, bench.times);
+        assert!(!bench.has_come(machine));
+    }
+    repair();
+    for machine in machines {
+        wait::until("the disk to come", || bench.has_come(machine).then_some(())).unwrap();
+        bench.cli.run(&["stop", &machine.pid.to_string()]).unwrap();
+    }
+    assert_eq!(bench.named("elsewhere", ".layer").len(), 1);
+    assert!(bench.named("elsewhere", ".partial").is_empty());
+    for head in bench.named("elsewhere", ".head") {
+        assert!(bench.disk(&head) > bench.times);
     }
 }

@@ -89,7 +89,7 @@ impl Held<'_> {
             live: _,
             merging: _,
             baseline: _,
-            bringer: _,
+            bringing: _,
         } = &mut *self.machine;
         let mut container = Container::new(header(id, vm, memory, *vcpu_count, *cut));
         let disks: Result<_, _> = (disks.iter().enumerate())

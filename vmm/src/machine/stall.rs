@@ -100,7 +100,7 @@ impl Machine {
     /// Has the rest of its memory and its disks come, too, which takes CPUs that it had to itself to start. What it touches from now on
     /// may be recorded first.
     pub(crate) fn bring_the_rest(&self) -> Result<(), Error> {
-        self.bringer.bring_the_rest()?;
+        self.bringing.bring_the_rest()?;
         if let Some(arriving) = &self.counters.arriving {
             arriving.bring_the_rest(self.is_running())?;
         }
