@@ -652,6 +652,22 @@ fn others_are_served_while_a_disk_takes_its_time_to_read() {
     let bench = Bench::new();
     let block = bench.block();
     let slow = Slow::disk(&block);
+    others_are_served(&bench, block, || drop(slow));
+}
+
+#[test]
+fn others_are_served_while_a_disk_comes() {
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let gate = Arc::clone(&elsewhere.gate);
+    let closed = lock(&gate);
+    let disk = Arc::new(Mutex::new(bench.coming(elsewhere)));
+    let block = Block::branching(disk, "").unwrap();
+    others_are_served(&bench, block.reading_aside().unwrap(), || drop(closed));
+}
+
+/// Asserts that others are served until `go_on` lets the disk go on, and that it is served then.
+fn others_are_served(bench: &Bench, block: Block, go_on: impl FnOnce()) {
     let mut disk = bench.device(block);
     let mut disks = bench.driver(&mut disk);
     let memory = driver::memory();
@@ -679,7 +695,7 @@ fn others_are_served_while_a_disk_takes_its_time_to_read() {
         line.wait();
     }
     assert_eq!(disks.used(), 0);
-    drop(slow);
+    go_on();
     let late = soon();
     while disks.used() < 2 {
         assert!(Instant::now() < late, "nobody has heard of its end");
