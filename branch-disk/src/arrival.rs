@@ -160,6 +160,18 @@ impl Arrival {
         }
     }
 
+    /// What its file takes on the host.
+    #[cfg(test)]
+    pub(crate) fn allocated_bytes(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().unwrap().blocks() * 512
+    }
+
+    /// Whether what has come cannot be relied upon.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.state().lost
+    }
+
     /// What has come cannot be relied upon any more: from now on, nothing can be had.
     pub(crate) fn lose(&self) {
         let mut state = self.state();
@@ -170,7 +182,10 @@ impl Arrival {
 
     /// All is there, by whatever way.
     pub(crate) fn end(&self) {
-        self.complete(&mut self.state());
+        let mut state = self.state();
+        state.lost = false;
+        self.complete(&mut state);
+        drop(state);
         self.come.store(self.total, Ordering::Relaxed);
         self.changed.notify_all();
     }
@@ -206,7 +221,7 @@ impl Arrival {
     }
 
     /// Brings the next of what nobody is bringing, and says how many bytes that were; `None` when all is there. What others bring is waited
-    /// for at the end.
+    /// for at the end, and brought if they cannot.
     ///
     /// # Errors
     ///
@@ -226,13 +241,17 @@ impl Arrival {
             if state.left == 0 {
                 return Ok(None);
             }
+            if !state.in_work.is_empty() {
+                state = self.wait(state);
+                // What could not be had is not tried twice.
+                if pass.failed.is_none() {
+                    pass.at = 0;
+                }
+                continue;
+            }
             if let Some(error) = pass.failed.take() {
                 return Err(error);
             }
-            if !state.in_work.is_empty() {
-                state = self.wait(state);
-            }
-            // They may not have been had.
             pass.at = 0;
         }
     }

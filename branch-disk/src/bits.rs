@@ -131,6 +131,15 @@ impl Bits {
         }
     }
 
+    /// Whether another layer of the same size owns the same.
+    pub(crate) fn are_those_of(&self, other: &Self) -> bool {
+        let mut both = self.pairs.iter().zip(&other.pairs);
+        self.pairs.len() == other.pairs.len()
+            && both.all(|((number, pair), (others, other))| {
+                number == others && pair.words == other.words
+            })
+    }
+
     /// Sectors that the layer owns.
     pub(crate) fn count(&self) -> u64 {
         let mut count = 0;

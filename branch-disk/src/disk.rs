@@ -188,6 +188,14 @@ impl Disk {
         self.touched
     }
 
+    /// Removes its head, with what was written to it. It must not be used any more.
+    pub fn abandon(&mut self) {
+        if self.mode == Mode::Write && !self.replaced {
+            self.replaced = true;
+            name::discard(&self.path);
+        }
+    }
+
     /// Whether it is open for reading only.
     pub fn read_only(&self) -> bool {
         self.mode == Mode::Read

@@ -6,9 +6,10 @@ use std::{
     os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, OnceLock,
+        Arc, OnceLock, RwLock,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use rustix::{
@@ -52,7 +53,13 @@ struct Coming {
     arrival: Arc<Arrival>,
     /// The same by somebody else, which is used instead.
     stand_in: OnceLock<File>,
+    /// Held by who reads the data.
+    reading: RwLock<()>,
 }
+
+/// How long those who read from a file are waited for that is not used any more, and how often it is looked.
+const READING_BOUND: u32 = 100;
+const READING_INTERVAL: Duration = Duration::from_millis(1);
 
 impl Media {
     /// Opens what is at `path`, whose last component is no link: a regular file or, if `device`, a block device.
@@ -88,9 +95,21 @@ impl Media {
 
     /// Uses another file instead, which has the same and stays locked as it is.
     pub(crate) fn stand_in(&self, other: Self) {
-        if let Some(coming) = &self.coming {
-            // The first one stays, which has the same.
-            let _ = coming.stand_in.set(other.file);
+        let Some(coming) = &self.coming else { return };
+        // The first one stays, which has the same.
+        let _ = coming.stand_in.set(other.file);
+        // Who began to read before goes on from the other, unless that takes long: then it keeps its space.
+        let is_read = || coming.reading.try_write().is_err();
+        let mut left = READING_BOUND;
+        while is_read() {
+            left -= 1;
+            if left == 0 {
+                return;
+            }
+            std::thread::sleep(READING_INTERVAL);
+        }
+        if let Err(error) = self.file.set_len(0) {
+            tracing::debug!("a file that nobody needs keeps its space: {error}");
         }
     }
 
@@ -99,6 +118,7 @@ impl Media {
         self.coming = Some(Box::new(Coming {
             arrival,
             stand_in: OnceLock::new(),
+            reading: RwLock::new(()),
         }));
     }
 
@@ -240,6 +260,8 @@ impl Media {
         {
             return Ok(());
         }
+        let coming = self.coming.as_deref();
+        let _reading = coming.map(|coming| coming.reading.read());
         sink.fill(self.file(), offset, len)
     }
 

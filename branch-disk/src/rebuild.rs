@@ -6,13 +6,13 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use crate::{
     Disk, LayerId, Rule,
-    arrival::{Arrival, Origin, Pass},
+    arrival::{Arrival, Origin, Pass, UNIT_BYTES},
     bits::Bits,
     chain::{Chain, Mode},
     create::{Draft, absolute, name_of, new_id},
@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Brought before it is synced, in bytes: else what the host cannot write is known only at the end.
-const SYNC_BYTES: u64 = 128 << 20;
+const SYNC_BYTES: u64 = if cfg!(test) { UNIT_BYTES } else { 128 << 20 };
 
 /// A layer whose content comes from elsewhere. It stands on nothing. Disks can stand on it from the beginning: what is read of it comes
 /// first. It gets its name, by which others find it, when all of it is here and durable. Dropped before, it is gone, and what was written to
@@ -36,8 +36,10 @@ pub struct Rebuild {
     path: PathBuf,
     layer: Arc<Layer>,
     arrival: Arc<Arrival>,
-    /// There until it has its name.
+    /// There until it has its name. Held by who syncs it, or uses somebody else's: a failure of a sync is told once, to whoever asks first.
     work: Mutex<Option<Work>>,
+    /// Bytes that have come since it was synced last.
+    unsynced: AtomicU64,
     finished: AtomicBool,
 }
 
@@ -112,6 +114,7 @@ impl Rebuild {
             layer,
             arrival,
             work: Mutex::new(Some(work)),
+            unsynced: AtomicU64::new(0),
             finished: AtomicBool::new(false),
         })
     }
@@ -173,7 +176,6 @@ impl Rebuild {
     /// [`Error::Exists`] when what has its name is something else.
     pub fn finish(&self, wanted: &dyn Fn() -> bool) -> Result<(), Error> {
         let mut pass = Pass::default();
-        let mut unsynced = 0;
         loop {
             if self.is_finished() || self.is_made_by_another()? {
                 return Ok(());
@@ -188,16 +190,22 @@ impl Rebuild {
             else {
                 break;
             };
-            unsynced += bytes;
+            let unsynced = self.unsynced.fetch_add(bytes, Ordering::Relaxed) + bytes;
             if unsynced >= SYNC_BYTES {
-                self.layer
-                    .media
-                    .sync()
-                    .inspect_err(|_| self.arrival.lose())?;
-                unsynced = 0;
+                self.unsynced.store(0, Ordering::Relaxed);
+                self.sync()?;
             }
         }
         self.name()
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        let held = self.work();
+        if held.is_none() {
+            return Ok(());
+        }
+        let synced = self.layer.media.sync();
+        synced.inspect_err(|_| self.arrival.lose())
     }
 
     /// Makes durable what is all here, and gives it its name.
@@ -209,7 +217,7 @@ impl Rebuild {
                 false => Err(self.interrupted()),
             };
         };
-        if work.unsure {
+        if work.unsure || self.arrival.is_lost() {
             return Err(Error::damaged(&self.path, "an earlier sync of it failed"));
         }
         let sealed = work.seal.finish();
@@ -218,11 +226,18 @@ impl Rebuild {
         }
         sealed?;
         match work.draft.link(&self.path) {
-            Err(Error::Exists { .. }) if self.adopt()? => {}
+            Err(Error::Exists { .. }) => self.adopt()?,
             linked => linked?,
         }
+        self.is_named(&mut held)
+    }
+
+    /// Its name, or that of somebody else's, is there, and is made durable.
+    fn is_named(&self, held: &mut Option<Work>) -> Result<(), Error> {
         let synced = sync_directory_of(&self.path);
-        work.unsure = synced.is_err();
+        if let Some(work) = held {
+            work.unsure = synced.is_err();
+        }
         synced?;
         *held = None;
         self.finished.store(true, Ordering::Release);
@@ -239,25 +254,34 @@ impl Rebuild {
             return Ok(self.is_finished());
         };
         // By an earlier try, if it is its own.
-        if work.unsure || is(&self.path, &self.layer)? || !self.adopt()? {
+        if work.unsure || is(&self.path, &self.layer)? {
             return Ok(false);
         }
-        *held = None;
-        self.finished.store(true, Ordering::Release);
+        self.adopt()?;
+        self.is_named(&mut held)?;
         Ok(true)
     }
 
-    /// Uses what has its name, which must be the same layer, if it is another file.
-    fn adopt(&self) -> Result<bool, Error> {
+    /// Uses what has its name, which must be the same layer.
+    fn adopt(&self) -> Result<(), Error> {
         let theirs = Layer::open(&self.path, false, Lock::Shared)?;
-        let same = theirs.header == self.layer.header;
-        if !same || !theirs.sealed()? || theirs.descriptor()?.is_none() {
+        let same = theirs.header == self.layer.header
+            && theirs.sealed()?
+            && theirs.descriptor()?.is_some()
+            && self
+                .owned()?
+                .are_those_of(&Bits::load(&theirs.media, &theirs.header)?);
+        if !same {
             let path = self.path.clone();
             return Err(Error::Exists { path });
         }
         self.layer.media.stand_in(theirs.media);
         self.arrival.end();
-        Ok(true)
+        Ok(())
+    }
+
+    fn owned(&self) -> Result<Bits, Error> {
+        Bits::load(&self.layer.media, &self.layer.header)
     }
 
     fn work(&self) -> MutexGuard<'_, Option<Work>> {

@@ -61,7 +61,7 @@ impl Bench {
 }
 
 /// A directory in memory, if this host has such.
-fn in_memory() -> TempDir {
+pub(crate) fn in_memory() -> TempDir {
     let memory = tempfile::tempdir_in("/dev/shm");
     memory.or_else(|_| tempfile::tempdir()).unwrap()
 }

@@ -51,8 +51,8 @@ pub use save::saved;
 pub use secret::Secret;
 pub use server::serve;
 pub use service::{
-    AfterSnapshot, DISK_BYTES_COME, DISK_BYTES_TO_COME, Failure, FailureKind, GuestClock,
-    MachineState, MemoryCopy, Metric, ResetReport, RunsEnd, RunsReport, RunsRequest,
+    AfterSnapshot, DISK_BYTES_COME, DISK_BYTES_TO_COME, DISKS_TO_COME, Failure, FailureKind,
+    GuestClock, MachineState, MemoryCopy, Metric, ResetReport, RunsEnd, RunsReport, RunsRequest,
     SNAPSHOT_BYTES_DONE, SNAPSHOT_BYTES_TOTAL, SentReport, SnapshotReport, SnapshotRequest, Status,
     StoredReport, Vmm, VmmClient,
 };

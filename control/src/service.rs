@@ -278,6 +278,9 @@ pub const DISK_BYTES_COME: &str = "fermata_disk_arrived_bytes";
 /// The gauge of how many there were to come.
 pub const DISK_BYTES_TO_COME: &str = "fermata_disk_arriving_total_bytes";
 
+/// The gauge of how many such disks are not all here, or not durable.
+pub const DISKS_TO_COME: &str = "fermata_disks_to_come";
+
 /// Whose fault a failure is and what may be done; a front end makes a status code of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -6,7 +6,7 @@ use tokio::time::timeout;
 use tracing::warn;
 
 use crate::{
-    Client, ClientError, DISK_BYTES_COME, DISK_BYTES_TO_COME, ProcessHandle, Record, Secret,
+    Client, ClientError, DISK_BYTES_COME, DISKS_TO_COME, Metric, ProcessHandle, Record, Secret,
 };
 
 /// How long a killed process may take to be gone: the kernel has its memory to free.
@@ -99,32 +99,44 @@ pub(crate) async fn end(
 /// What to do about a disk whose VMM was killed too early.
 const LEFT: &str = "its disks stand on what has not all come from the store; restore the same snapshot with the same directory for them before they are used";
 
+/// How often nothing may have come when it is looked: it may be that what came is made durable.
+const QUIET: u32 = 3;
+
 /// What is known of the disks of a machine that has ended and waits for them.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Coming {
     come: u64,
-    total: u64,
+    missing: u64,
+    quiet: u32,
 }
 
 impl Coming {
-    /// Whether more has come than when this was last asked. Waits for an answer no longer than `bound`.
+    /// Asks whether they may still come. Waits for an answer no longer than `bound`.
     pub(crate) async fn goes_on(&mut self, port: u16, secret: &Secret, bound: Duration) -> bool {
         let asked = async { Client::connect(port, secret).await?.metrics().await };
-        let Ok(Ok(metrics)) = timeout(bound, asked).await else {
-            return false;
-        };
-        let sum = |name: &str| {
+        match timeout(bound, asked).await {
+            Ok(Ok(metrics)) => self.look(&metrics),
+            _ => false,
+        }
+    }
+
+    fn look(&mut self, metrics: &[Metric]) -> bool {
+        let sum = |name: &str| -> u64 {
             let of_disks = metrics.iter().filter(|metric| metric.name == name);
             of_disks.map(|metric| metric.value).sum()
         };
-        let before = self.come;
-        (self.come, self.total) = (sum(DISK_BYTES_COME), sum(DISK_BYTES_TO_COME));
-        self.come > before
+        let come = sum(DISK_BYTES_COME);
+        self.quiet = match come > self.come {
+            true => 0,
+            false => self.quiet + 1,
+        };
+        (self.come, self.missing) = (come, sum(DISKS_TO_COME));
+        self.is_missing() && self.quiet <= QUIET
     }
 
-    /// Whether not all of them has come, as far as is known.
+    /// Whether one of them is not here, as far as is known.
     fn is_missing(&self) -> bool {
-        self.come < self.total
+        self.missing > 0
     }
 }
 
@@ -137,5 +149,34 @@ async fn kill(process: &ProcessHandle) -> io::Result<Stopped> {
             io::ErrorKind::TimedOut,
             "the VMM was killed but its process is still there; see the kernel's log",
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(come: u64, missing: u64) -> [Metric; 2] {
+        [(DISK_BYTES_COME, come), (DISKS_TO_COME, missing)].map(|(name, value)| Metric {
+            name: name.to_owned(),
+            label: None,
+            value,
+        })
+    }
+
+    #[test]
+    fn a_machine_has_the_time_that_its_disks_take_to_come() {
+        let mut coming = Coming::default();
+        for come in 0..100 {
+            assert!(coming.look(&told(come, 1)));
+        }
+        for _ in 0..QUIET {
+            assert!(coming.look(&told(99, 1)));
+        }
+        assert!(!coming.look(&told(99, 1)) && coming.is_missing());
+        assert!(coming.look(&told(100, 2)));
+        assert!(!coming.look(&told(101, 0)) && !coming.is_missing());
+        // One that has no such disks has no more time than any.
+        assert!(!Coming::default().look(&[]));
     }
 }

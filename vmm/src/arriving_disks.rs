@@ -62,8 +62,17 @@ impl ArrivingDisks {
         come.sum()
     }
 
-    /// How much of each has come.
+    /// How much of each has come, and how many are not here, if there are any.
     pub(crate) fn metrics(&self) -> Vec<Metric> {
+        if self.0.is_empty() {
+            return Vec::new();
+        }
+        let missing = self.0.iter().filter(|disk| !disk.rebuild.is_finished());
+        let missing = Metric {
+            name: control::DISKS_TO_COME.to_owned(),
+            label: None,
+            value: missing.count() as u64,
+        };
         let of_disk = |arriving: &Arriving| {
             let (come, total) = arriving.rebuild.progress();
             let label = arriving.number.to_string();
@@ -77,7 +86,8 @@ impl ArrivingDisks {
                 value,
             })
         };
-        self.0.iter().flat_map(of_disk).collect()
+        let of_disks = self.0.iter().flat_map(of_disk);
+        of_disks.chain([missing]).collect()
     }
 
     /// Has all of them be here as soon as can be, as long as that is `wanted`.
@@ -114,10 +124,10 @@ impl ArrivingDisks {
 }
 
 /// Says whether it still makes sense.
-type Wanted<'a> = &'a (dyn Fn() -> bool + Sync);
+pub(crate) type Wanted<'a> = &'a (dyn Fn() -> bool + Sync);
 
 /// Has a layer come with all CPUs.
-fn finish(rebuild: &Rebuild, wanted: Wanted<'_>) -> Result<(), Error> {
+pub(crate) fn finish(rebuild: &Rebuild, wanted: Wanted<'_>) -> Result<(), Error> {
     thread::scope(|scope| {
         let cores = thread::available_parallelism().map_or(1, NonZero::get);
         for _ in 1..cores {
@@ -125,7 +135,12 @@ fn finish(rebuild: &Rebuild, wanted: Wanted<'_>) -> Result<(), Error> {
             let help = || drop(rebuild.finish(wanted));
             let _ = thread::Builder::new().spawn_scoped(scope, help);
         }
-        Ok(rebuild.finish(wanted)?)
+        rebuild.finish(wanted)
+    })
+    // What one could not have, another may have had.
+    .or_else(|error| match rebuild.is_finished() {
+        true => Ok(()),
+        false => Err(error.into()),
     })
 }
 
@@ -135,7 +150,8 @@ pub(crate) struct Bringing {
     /// With each of those, the disk. No other thread here has them: with the last who has one, it is closed.
     disks: Vec<(Arc<Rebuild>, SharedDisk)>,
     end: Arc<End>,
-    called_off: bool,
+    /// Whether anybody has learnt of the machine. Nobody needs what others wrote to their disks.
+    is_known: bool,
 }
 
 /// Whether the machine has ended.
@@ -157,7 +173,7 @@ impl Bringing {
             arriving,
             disks: disks.iter().filter_map(with_disk).collect(),
             end: Arc::default(),
-            called_off: false,
+            is_known: false,
         }
     }
 
@@ -186,9 +202,9 @@ impl Bringing {
         move || !end.has_come()
     }
 
-    /// Nobody has learnt of the machine: what was written to its disks is not needed.
-    pub(crate) fn call_off(&mut self) {
-        self.called_off = true;
+    /// Somebody has learnt of the machine.
+    pub(crate) fn is_known(&mut self) {
+        self.is_known = true;
     }
 }
 
@@ -202,7 +218,12 @@ impl Drop for Bringing {
             if rebuild.is_finished() {
                 continue;
             }
-            if self.called_off || !disk.is_touched() {
+            if !disk.is_touched() {
+                rest.push(rebuild);
+                continue;
+            }
+            if !self.is_known {
+                disk.abandon();
                 rest.push(rebuild);
                 continue;
             }

@@ -98,7 +98,17 @@ impl Controller {
                 Err(RecvTimeoutError::Disconnected) => break Exit::Failed,
             }
         };
-        // Requests that came too late are dropped with their replies, which says so to the clients.
+        // Requests that came too late are dropped with their replies, which says so to the clients; before the machine, whose end may take a
+        // while.
+        let Self {
+            machine,
+            events,
+            waiting,
+            runs,
+            ..
+        } = self;
+        drop((events, waiting, runs));
+        drop(machine);
         exit
     }
 

@@ -399,9 +399,9 @@ impl Machine {
         self.bringing.wanted()
     }
 
-    /// Nobody has learnt of it, so that nothing of it has to be of use when it has ended.
-    pub(crate) fn call_off(&mut self) {
-        self.bringing.call_off();
+    /// Somebody has learnt of it, so that what its guest does is to be of use.
+    pub(crate) fn is_known(&mut self) {
+        self.bringing.is_known();
     }
 
     /// What it counts.

@@ -390,13 +390,16 @@ impl Made {
 
 impl Started {
     fn finish(self) -> Exit {
-        let exit = self.end_after(Controller::run);
+        let exit = self.end_after(|mut controller| {
+            controller.machine.is_known();
+            controller.run()
+        });
         tracing::info!(?exit, "the machine has ended");
         exit
     }
 
     fn call_off(self) {
-        self.end_after(|mut controller| controller.machine.call_off());
+        self.end_after(drop);
     }
 
     fn end_after<T>(self, run: impl FnOnce(Controller) -> T) -> T {

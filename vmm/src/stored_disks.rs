@@ -11,7 +11,7 @@ use std::{
 use branch_disk::{Disk, Error as DiskError, Frozen, Kind, LayerId, Origin, Part, Rebuild, Rule};
 use snapshot::{Content, Piece, Saving, StoredDisk, Unpublished};
 
-use crate::{disks, error::Error};
+use crate::{arriving_disks, disks, error::Error};
 
 /// What a machine was last in a store.
 #[derive(Clone, Debug)]
@@ -115,7 +115,7 @@ impl Rebuilding<'_> {
         if self.on_demand {
             return Ok(Had::Comes(Arc::new(rebuild)));
         }
-        rebuild.finish(&|| true)?;
+        arriving_disks::finish(&rebuild, &|| true)?;
         let (_, bytes) = rebuild.progress();
         tracing::info!(path = %here.display(), bytes, "a disk was made as the snapshot has it");
         Ok(Had::Here(here))

@@ -1,5 +1,7 @@
 use std::{
+    os::unix::fs::MetadataExt,
     sync::{
+        LazyLock,
         atomic::{AtomicU64, Ordering::Relaxed},
         mpsc,
     },
@@ -8,17 +10,24 @@ use std::{
 };
 
 use super::*;
-use crate::tape::{self, Call};
-use crate::{Disk, Foundation, Mode, SECTOR_BYTES, anything, check};
+use crate::{
+    Disk, Foundation, Mode, SECTOR_BYTES, anything, check,
+    tape::{self, Call},
+    tests::in_memory,
+};
 
 const BYTES: u64 = 3 << 20;
 const ID: LayerId = LayerId([1; 16]);
 
 /// The second of three megabytes is zeros.
-fn content() -> Vec<u8> {
+static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut content: Vec<u8> = (0..BYTES).map(|at| (at / 700 + 1) as u8).collect();
     content[1 << 20..2 << 20].fill(0);
     content
+});
+
+fn content() -> Vec<u8> {
+    CONTENT.clone()
 }
 
 fn all(disk: &Disk) -> Vec<u8> {
@@ -61,7 +70,25 @@ impl Origin for Kept {
             return Err(io::ErrorKind::InvalidData.into());
         }
         self.read.fetch_add(buffer.len() as u64, Relaxed);
-        buffer.copy_from_slice(&content()[offset as usize..][..buffer.len()]);
+        buffer.copy_from_slice(&CONTENT[offset as usize..][..buffer.len()]);
+        Ok(())
+    }
+}
+
+/// As large as [`Kept`], and all zeros.
+struct Less;
+
+impl Origin for Less {
+    fn bytes(&self) -> u64 {
+        BYTES
+    }
+
+    fn each_data(&self, _: &mut dyn FnMut(Range<u64>)) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn read(&self, _: u64, buffer: &mut [u8]) -> io::Result<()> {
+        buffer.fill(0);
         Ok(())
     }
 }
@@ -168,7 +195,7 @@ fn a_disk_that_is_only_read_is_the_layer_itself() {
 
 #[test]
 fn many_who_read_and_who_brings_it_all_wait_for_each_other_and_for_nobody_else() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = in_memory();
     let path = directory.path().join("disk.layer");
     let kept = Arc::new(Kept::default());
     let rebuild = begin(&path, &kept).unwrap();
@@ -386,6 +413,10 @@ fn what_somebody_else_has_made_is_used_instead() {
     assert!(second.is_finished());
     assert_eq!(second.progress(), (2 << 20, 2 << 20));
     assert!(all(&disk) == content());
+    // Its own file takes no room any more, though it is open.
+    let used = second.layer.media.allocated_bytes().unwrap();
+    assert_eq!(used, path.metadata().unwrap().blocks() * 512);
+    assert_eq!(second.arrival.allocated_bytes(), 0);
     assert_eq!(kept.read.load(Relaxed), read, "nothing was read again");
     assert_eq!(names(directory.path()).len(), 2, "a layer and a head");
     // Nor does it need anybody from here on.
@@ -416,6 +447,10 @@ fn what_is_in_the_way_is_not_taken_for_it() {
         assert!(!rebuild.is_finished());
     }
     std::fs::write(&path, "something").unwrap();
+    rebuild.finish(&|| true).unwrap_err();
+    // Nor what owns less, though it is called the same.
+    std::fs::remove_file(&path).unwrap();
+    super::rebuild(&path, ID, Arc::new(Less), &anything).unwrap();
     rebuild.finish(&|| true).unwrap_err();
     assert!(all(&disk) == content());
     std::fs::remove_file(&path).unwrap();
@@ -478,6 +513,57 @@ fn what_one_waits_for_does_not_keep_others_waiting() {
         go_on.send(()).unwrap();
     });
     assert!(rebuild.is_finished());
+}
+
+#[test]
+fn whoever_meets_a_sync_that_fails_nothing_of_it_gets_a_name() {
+    for skip in 0..40 {
+        let directory = in_memory();
+        let path = directory.path().join("disk.layer");
+        let rebuild = begin(&path, &Arc::default()).unwrap();
+        let disk = rebuild.branch(&anything).unwrap();
+        let finished = thread::scope(|scope| {
+            let other = scope.spawn(|| rebuild.finish(&|| true).is_ok());
+            let failing = scope.spawn(|| {
+                tape::fail(|call| call == Call::Sync, skip, io::ErrorKind::Other);
+                let finished = rebuild.finish(&|| true).is_ok();
+                tape::permit();
+                finished
+            });
+            other.join().unwrap() | failing.join().unwrap()
+        });
+        assert_eq!((rebuild.is_finished(), path.exists()), (finished, finished));
+        let mut found = vec![0; BYTES as usize];
+        let read = disk.read(0, &mut &mut found[..]);
+        assert_eq!(read.is_ok(), finished);
+        assert!(!finished || found == content());
+    }
+}
+
+#[test]
+fn whoever_is_the_first_all_go_on_with_one() {
+    for _ in 0..20 {
+        let directory = in_memory();
+        let path = directory.path().join("disk.layer");
+        let rebuilds = [(); 3].map(|()| begin(&path, &Arc::default()).unwrap());
+        let disks = rebuilds
+            .each_ref()
+            .map(|rebuild| rebuild.branch(&anything).unwrap());
+        thread::scope(|scope| {
+            for (rebuild, disk) in rebuilds.iter().zip(&disks) {
+                for _ in 0..2 {
+                    scope.spawn(|| rebuild.finish(&|| true).unwrap());
+                }
+                scope.spawn(|| assert!(all(disk) == content()));
+            }
+        });
+        for (rebuild, disk) in rebuilds.iter().zip(&disks) {
+            assert!(rebuild.is_finished());
+            assert!(all(disk) == content());
+            assert!(is(&path, &rebuild.layer).unwrap());
+        }
+        assert_eq!(names(directory.path()).len(), 4);
+    }
 }
 
 #[test]

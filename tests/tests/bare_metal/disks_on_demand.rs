@@ -190,6 +190,10 @@ fn what_a_guest_wrote_is_of_use_when_its_machine_ends_and_the_disk_comes_late() 
         .args(["-9", &killed.pid.to_string()])
         .status();
     assert!(kill.unwrap().success());
+    let process = format!("/proc/{}/fd", killed.pid);
+    let open = || fs::read_dir(&process).map_or(0, Iterator::count);
+    let is_gone = || (open() == 0).then_some(());
+    wait::until("the process to be gone", is_gone).unwrap();
     let heads = ["stopped", "killed"].map(|directory| {
         let [head] = bench.named(directory, ".head").try_into().unwrap();
         let path = head.to_str().unwrap();
