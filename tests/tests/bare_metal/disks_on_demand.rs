@@ -4,6 +4,8 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    thread,
+    time::Duration,
 };
 
 use serde_json::json;
@@ -183,9 +185,17 @@ fn what_a_guest_wrote_is_of_use_when_its_machine_ends_and_the_disk_comes_late() 
     let [stopped, killed] = ["stopped", "killed"].map(|directory| bench.restored(directory));
     let times = writes(&bench.server, stopped, bench.times);
     writes(&bench.server, killed, bench.times);
-    // It waits for the rest, and then not any more.
-    let said = bench.cli.run(&["stop", &stopped.pid.to_string()]).unwrap();
-    assert!(said.contains("has stopped"), "{said}");
+    // It waits for the rest, and then not any more; who is impatient does not kill it.
+    let stop = || {
+        let pid = stopped.pid.to_string();
+        let said = bench.cli.run(&["stop", &pid]).unwrap();
+        assert!(said.contains("has stopped"), "{said}");
+    };
+    thread::scope(|scope| {
+        scope.spawn(stop);
+        thread::sleep(Duration::from_millis(500));
+        stop();
+    });
     let kill = Command::new("kill")
         .args(["-9", &killed.pid.to_string()])
         .status();
