@@ -206,7 +206,7 @@ impl Media {
 
     /// Gives it the owner and the permissions of `other`, if it has others.
     pub(crate) fn belong_as(&self, other: &Self) -> Result<(), Error> {
-        let of = |media: &Self| rustix::fs::fstat(&media.file);
+        let of = |media: &Self| rustix::fs::fstat(media.file());
         let changed = of(self).and_then(|ours| {
             let theirs = of(other)?;
             if (ours.st_uid, ours.st_gid) != (theirs.st_uid, theirs.st_gid) {
