@@ -3,7 +3,7 @@ use std::{
     sync::{
         LazyLock,
         atomic::{AtomicU64, Ordering::Relaxed},
-        mpsc,
+        mpsc::{self, Receiver, Sender},
     },
     thread,
     time::Duration,
@@ -73,6 +73,25 @@ impl Origin for Kept {
         buffer.copy_from_slice(&CONTENT[offset as usize..][..buffer.len()]);
         Ok(())
     }
+}
+
+/// The same, of which what is at this offset is not had before somebody says so. Tells when it is wanted.
+fn gated(at: u64) -> (Arc<Kept>, Receiver<()>, Sender<()>) {
+    let (begun, has_begun) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let gate = Mutex::new((begun, may_go_on));
+    let before = move |offset| {
+        if offset == at {
+            let (begun, may_go_on) = &*gate.lock().unwrap();
+            begun.send(()).unwrap();
+            may_go_on.recv().unwrap();
+        }
+    };
+    let kept = Kept {
+        before: Some(Box::new(before)),
+        ..Kept::default()
+    };
+    (Arc::new(kept), has_begun, go_on)
 }
 
 /// As large as [`Kept`], and all zeros.
@@ -222,20 +241,7 @@ fn many_who_read_and_who_brings_it_all_wait_for_each_other_and_for_nobody_else()
 #[test]
 fn who_waits_for_what_another_brings_has_it_then() {
     let directory = tempfile::tempdir().unwrap();
-    let (begun, has_begun) = mpsc::channel();
-    let (go_on, may_go_on) = mpsc::channel();
-    let gate = Mutex::new((begun, may_go_on));
-    let before = move |offset| {
-        if offset == 0 {
-            let (begun, may_go_on) = &*gate.lock().unwrap();
-            begun.send(()).unwrap();
-            may_go_on.recv().unwrap();
-        }
-    };
-    let kept = Arc::new(Kept {
-        before: Some(Box::new(before)),
-        ..Kept::default()
-    });
+    let (kept, has_begun, go_on) = gated(0);
     let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
     let disk = rebuild.branch(&anything).unwrap();
     thread::scope(|scope| {
@@ -486,20 +492,7 @@ fn what_cannot_be_had_keeps_nothing_else_from_coming() {
 #[test]
 fn what_one_waits_for_does_not_keep_others_waiting() {
     let directory = tempfile::tempdir().unwrap();
-    let (begun, has_begun) = mpsc::channel();
-    let (go_on, may_go_on) = mpsc::channel::<()>();
-    let gate = Mutex::new((begun, may_go_on));
-    let before = move |offset| {
-        if offset == 64 << 10 {
-            let (begun, may_go_on) = &*gate.lock().unwrap();
-            begun.send(()).unwrap();
-            may_go_on.recv().unwrap();
-        }
-    };
-    let kept = Arc::new(Kept {
-        before: Some(Box::new(before)),
-        ..Kept::default()
-    });
+    let (kept, has_begun, go_on) = gated(64 << 10);
     let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
     let disk = rebuild.branch(&anything).unwrap();
     thread::scope(|scope| {

@@ -4,14 +4,11 @@ use std::{
     fs,
     io::{PipeReader, PipeWriter, Write, pipe},
     os::{fd::AsRawFd, unix::fs::FileExt},
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
-use branch_disk::{Disk as Branch, Foundation, LayerId, Mode, Origin, Rebuild, anything};
+use branch_disk::{Disk as Branch, Foundation, Mode, anything};
 use tempfile::TempDir;
 use virtio_bindings::{
     virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -19,7 +16,7 @@ use virtio_bindings::{
 };
 use vm_memory::GuestAddress;
 
-use super::{ring::Part, *};
+use super::{fetch_tests::Elsewhere, ring::Part, *};
 use crate::{
     Device,
     conformance::{PATIENCE, Subject, conforms},
@@ -31,9 +28,9 @@ use crate::{
     },
 };
 
-const BYTES: usize = 1 << 20;
+pub(super) const BYTES: usize = 1 << 20;
 const OK: u8 = VIRTIO_BLK_S_OK as u8;
-const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+pub(super) const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 /// As many as the test driver's queue has room for, and sectors of each.
 const READS: u64 = 20;
 const SECTORS: u64 = 3;
@@ -41,7 +38,7 @@ const LEN: usize = (SECTORS * SECTOR_BYTES) as usize;
 /// What a read of so much writes, with its status.
 const USED: u32 = LEN as u32 + 1;
 
-fn content() -> Vec<u8> {
+pub(super) fn content() -> Vec<u8> {
     let words = (0..BYTES as u64 / 8).map(|at| at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     words.flat_map(u64::to_le_bytes).collect()
 }
@@ -59,13 +56,13 @@ fn soon() -> Instant {
 
 /// A raw image, and a disk that branches of the same content, half of it in either of two layers: by turns of sectors, so that each
 /// read is of several parts.
-struct Bench {
-    dir: TempDir,
+pub(super) struct Bench {
+    pub(super) dir: TempDir,
     memory: GuestMemory,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let bench = Self {
             dir: tempfile::tempdir().unwrap(),
             memory: driver::memory(),
@@ -103,62 +100,24 @@ impl Bench {
     fn blocks(&self) -> [Block; 3] {
         let path = self.dir.path().join("branch");
         let branch = Branch::open(&path, Mode::Write, &anything).unwrap();
-        let [branch, comes] = [branch, self.coming(Elsewhere::default())].map(|disk| {
-            let block = Block::branching(Arc::new(Mutex::new(disk)), "").unwrap();
+        let [branch, comes] = [
+            Arc::new(Mutex::new(branch)),
+            Elsewhere::default().disk(self.dir.path()),
+        ]
+        .map(|disk| {
+            let block = Block::branching(disk, "").unwrap();
             block.reading_aside().unwrap()
         });
         branch.keep_reads();
         [self.block(), branch, comes]
     }
 
-    /// A disk that branches of what is elsewhere.
-    fn coming(&self, elsewhere: Elsewhere) -> Branch {
-        self.rebuild(elsewhere).branch(&anything).unwrap()
-    }
-
-    fn rebuild(&self, elsewhere: Elsewhere) -> Rebuild {
-        let path = self.dir.path().join("comes.layer");
-        let origin = Arc::new(elsewhere);
-        Rebuild::begin(&path, LayerId([1; 16]), origin, &anything).unwrap()
-    }
-
-    fn device(&self, block: Block) -> MmioTransport {
+    pub(super) fn device(&self, block: Block) -> MmioTransport {
         driver::transport(block, &self.memory).0
     }
 
-    fn driver(&self, device: &mut MmioTransport) -> Driver<'_> {
+    pub(super) fn driver(&self, device: &mut MmioTransport) -> Driver<'_> {
         Driver::start(device, &self.memory, VERSION_1 | FLUSH)
-    }
-}
-
-/// Has the content.
-#[derive(Default)]
-struct Elsewhere {
-    /// Held by who does not want it to be had.
-    gate: Arc<Mutex<()>>,
-    is_lost: Arc<AtomicBool>,
-    /// How often it was asked for something that it could not give.
-    refused: Arc<AtomicU32>,
-}
-
-impl Origin for Elsewhere {
-    fn bytes(&self) -> u64 {
-        BYTES as u64
-    }
-
-    fn each_data(&self, found: &mut dyn FnMut(std::ops::Range<u64>)) -> io::Result<()> {
-        found(0..BYTES as u64);
-        Ok(())
-    }
-
-    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let _gate = lock(&self.gate);
-        if self.is_lost.load(Ordering::Relaxed) {
-            self.refused.fetch_add(1, Ordering::Relaxed);
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        buffer.copy_from_slice(&content()[offset as usize..][..buffer.len()]);
-        Ok(())
     }
 }
 
@@ -196,12 +155,12 @@ impl Drop for Slow {
 }
 
 /// A read, and where its parts are.
-struct Read {
+pub(super) struct Read {
     sector: u64,
     places: Vec<GuestAddress>,
 }
 
-fn offer(driver: &mut Driver<'_>, sector: u64) -> Read {
+pub(super) fn offer(driver: &mut Driver<'_>, sector: u64) -> Read {
     let header = header(VIRTIO_BLK_T_IN, sector);
     let parts = [Buffer::Out(&header), Buffer::In(LEN), Buffer::In(1)];
     let places = driver.offer(&parts);
@@ -211,11 +170,11 @@ fn offer(driver: &mut Driver<'_>, sector: u64) -> Read {
 }
 
 impl Read {
-    fn status(&self, driver: &Driver<'_>) -> u8 {
+    pub(super) fn status(&self, driver: &Driver<'_>) -> u8 {
         driver.bytes(self.places[2], 1)[0]
     }
 
-    fn is_right(&self, driver: &Driver<'_>) -> bool {
+    pub(super) fn is_right(&self, driver: &Driver<'_>) -> bool {
         let at = (self.sector * SECTOR_BYTES) as usize;
         self.status(driver) == OK && driver.bytes(self.places[1], LEN) == content()[at..at + LEN]
     }
@@ -250,7 +209,7 @@ fn kept<'b, T>(
 }
 
 /// Serves until nothing is under way.
-fn ends(device: &MmioTransport) {
+pub(super) fn ends(device: &MmioTransport) {
     let mut worker = lock(device.worker());
     assert!(worker.drain(0, soon(), || true));
 }
@@ -260,7 +219,7 @@ fn waiting(device: &MmioTransport) -> usize {
     section.decode::<SavedBlock>().unwrap().waiting.len()
 }
 
-fn awaited(device: &MmioTransport) -> u64 {
+pub(super) fn awaited(device: &MmioTransport) -> u64 {
     let list = Device::metrics(device);
     let mut found = list.iter().filter(|(name, _)| *name == "awaited_reads");
     found.next().unwrap().1
@@ -294,89 +253,6 @@ impl Subject for Bench {
 }
 
 conforms!(conformance, super::Bench);
-
-/// With a disk of which nothing is here.
-struct OfWhatComes(Bench);
-
-impl Subject for OfWhatComes {
-    type Device = MmioTransport;
-    type Saved = SavedBlock;
-    const SPAN: u64 = MMIO_BYTES;
-
-    fn new() -> Self {
-        Self(Bench::new())
-    }
-
-    fn fresh(&self) -> MmioTransport {
-        let disk = self.0.rebuild(Elsewhere::default()).read().unwrap();
-        let block = Block::branching(Arc::new(Mutex::new(disk)), "").unwrap();
-        self.0.device(block.reading_aside().unwrap())
-    }
-
-    fn work(&self, device: &mut MmioTransport) {
-        self.0.work(device);
-    }
-
-    fn go_on(&self, device: &mut MmioTransport) {
-        self.0.go_on(device);
-    }
-}
-
-conforms!(conformance_of_what_comes, super::OfWhatComes);
-
-#[test]
-fn what_is_elsewhere_is_waited_for_beside_the_loop_and_before_its_machine_is_saved() {
-    let bench = Bench::new();
-    let elsewhere = Elsewhere::default();
-    let gate = Arc::clone(&elsewhere.gate);
-    let closed = lock(&gate);
-    let disk = Arc::new(Mutex::new(bench.coming(elsewhere)));
-    let block = Block::branching(Arc::clone(&disk), "").unwrap();
-    let mut device = bench.device(block.reading_aside().unwrap());
-    let mut driver = bench.driver(&mut device);
-    let reads = [1, 2, 1900].map(|sector| offer(&mut driver, sector));
-    driver.notify(&mut device);
-    let worker = device.worker();
-    assert!(lock(worker).is_at_work());
-    // Nor has it the disk to itself, which others cut.
-    lock(&disk).write(0, &mut &[0; 512][..]).unwrap();
-    assert!(!lock(worker).drain(0, Instant::now() + Duration::from_millis(20), || true));
-    assert_eq!((driver.used(), awaited(&device)), (0, 3));
-    drop(closed);
-    ends(&device);
-    assert!(!lock(worker).is_at_work());
-    assert!(reads.iter().all(|read| read.is_right(&driver)));
-    // It is here now.
-    let closed = lock(&gate);
-    let read = offer(&mut driver, 70);
-    driver.notify(&mut device);
-    assert!(read.is_right(&driver));
-    drop(closed);
-}
-
-#[test]
-fn what_cannot_be_had_is_an_error_of_the_disk_until_it_can() {
-    let bench = Bench::new();
-    let elsewhere = Elsewhere::default();
-    let is_lost = Arc::clone(&elsewhere.is_lost);
-    let refused = Arc::clone(&elsewhere.refused);
-    let block = Block::branching(Arc::new(Mutex::new(bench.coming(elsewhere))), "").unwrap();
-    let mut device = bench.device(block.reading_aside().unwrap());
-    let mut driver = bench.driver(&mut device);
-    for lost in [true, false, true] {
-        is_lost.store(lost, Ordering::Relaxed);
-        let first = driver.used();
-        let read = offer(&mut driver, 5);
-        ends(&device);
-        assert_eq!(driver.used(), first + 1);
-        // What has come once is here.
-        let is_there = !lost || first == 2;
-        assert_eq!(read.is_right(&driver), is_there);
-        assert!(is_there || read.status(&driver) == IOERR);
-        // Beside the loop, and not once more on it.
-        assert_eq!(refused.load(Ordering::Relaxed), 1);
-    }
-}
 
 #[test]
 fn reads_of_one_round_are_brought_together_and_read_what_is_there() {
@@ -415,25 +291,6 @@ fn without_io_uring_every_read_is_served_all_the_same() {
         assert!(reads.iter().all(|read| read.is_right(&driver)));
         assert_eq!(awaited(&device), 0);
     }
-}
-
-#[test]
-fn without_io_uring_what_is_elsewhere_is_waited_for_beside_the_loop_all_the_same() {
-    let bench = Bench::new();
-    let elsewhere = Elsewhere::default();
-    let gate = Arc::clone(&elsewhere.gate);
-    let closed = lock(&gate);
-    let disk = Arc::new(Mutex::new(bench.coming(elsewhere)));
-    let mut block = Block::branching(disk, "").unwrap().reading_aside().unwrap();
-    block.bringer = Some(Bringer::with(Arc::clone(&block.disk), None));
-    let mut device = bench.device(block);
-    let mut driver = bench.driver(&mut device);
-    let read = offer(&mut driver, 1);
-    driver.notify(&mut device);
-    assert!(lock(device.worker()).is_at_work());
-    drop(closed);
-    ends(&device);
-    assert!(read.is_right(&driver));
 }
 
 #[test]
@@ -655,19 +512,8 @@ fn others_are_served_while_a_disk_takes_its_time_to_read() {
     others_are_served(&bench, block, || drop(slow));
 }
 
-#[test]
-fn others_are_served_while_a_disk_comes() {
-    let bench = Bench::new();
-    let elsewhere = Elsewhere::default();
-    let gate = Arc::clone(&elsewhere.gate);
-    let closed = lock(&gate);
-    let disk = Arc::new(Mutex::new(bench.coming(elsewhere)));
-    let block = Block::branching(disk, "").unwrap();
-    others_are_served(&bench, block.reading_aside().unwrap(), || drop(closed));
-}
-
 /// Asserts that others are served until `go_on` lets the disk go on, and that it is served then.
-fn others_are_served(bench: &Bench, block: Block, go_on: impl FnOnce()) {
+pub(super) fn others_are_served(bench: &Bench, block: Block, go_on: impl FnOnce()) {
     let mut disk = bench.device(block);
     let mut disks = bench.driver(&mut disk);
     let memory = driver::memory();

@@ -8,6 +8,8 @@ mod bringer_tests;
 mod control;
 mod disk;
 mod fetch;
+#[cfg(test)]
+mod fetch_tests;
 mod flusher;
 #[cfg(test)]
 mod flusher_tests;
