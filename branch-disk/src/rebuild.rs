@@ -124,11 +124,6 @@ impl Rebuild {
         &self.path
     }
 
-    /// Which layer it is.
-    pub fn id(&self) -> LayerId {
-        self.layer.header.id
-    }
-
     /// A disk that begins as this layer is, as [`Disk::branch`] makes it. The layer has to get its name before others can open it.
     ///
     /// # Errors

@@ -41,8 +41,8 @@ pub struct Spawned {
 }
 
 impl Spawned {
-    /// Asks the VMM, whose clients know `secret`, to stop, and kills it if it does not answer, or has not ended, within `grace`; says
-    /// how it ended. It need not be in the registry.
+    /// Asks the VMM, whose clients know `secret`, to stop, and kills it if it does not answer, or has not ended, within `grace`, or nothing of
+    /// what its disks stand on has come for so long; says how it ended. It need not be in the registry.
     ///
     /// # Errors
     ///

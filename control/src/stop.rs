@@ -87,9 +87,6 @@ pub(crate) async fn end(
         if !coming.goes_on(record.port, &record.secret, grace).await {
             let pid = record.process.pid;
             warn!(pid, "a VMM did not end in time");
-            if coming.is_missing() {
-                warn!(pid, "{LEFT}");
-            }
             return kill(process).await;
         }
     }
@@ -111,13 +108,17 @@ pub(crate) struct Coming {
 }
 
 impl Coming {
-    /// Asks whether they may still come. Waits for an answer no longer than `bound`.
+    /// Asks whether they may still come, and says what is to be done if not. Waits for an answer no longer than `bound`.
     pub(crate) async fn goes_on(&mut self, port: u16, secret: &Secret, bound: Duration) -> bool {
         let asked = async { Client::connect(port, secret).await?.metrics().await };
-        match timeout(bound, asked).await {
+        let goes_on = match timeout(bound, asked).await {
             Ok(Ok(metrics)) => self.look(&metrics),
             _ => false,
+        };
+        if !goes_on && self.is_missing() {
+            warn!(port, "{LEFT}");
         }
+        goes_on
     }
 
     fn look(&mut self, metrics: &[Metric]) -> bool {

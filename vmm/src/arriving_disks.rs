@@ -32,7 +32,7 @@ const LAST_PAUSE: Duration = Duration::from_secs(30);
 const LAST_TRIES: u32 = 3;
 
 /// The disks of a machine that come, or came, from a store.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct ArrivingDisks(Arc<[Arriving]>);
 
 struct Arriving {
