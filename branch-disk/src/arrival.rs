@@ -21,8 +21,10 @@ use crate::{
 
 /// What comes as a whole, in bytes: a few frames of a store, so that who waits for a sector waits for little else.
 pub(crate) const UNIT_BYTES: u64 = 64 << 10;
-/// What is read at a time, in units.
+/// What is read at a time, in units, when nobody waits for it;
 const RUN_UNITS: u64 = 16;
+/// and when somebody does, who may want to do something else before all of it has come.
+const AWAITED_UNITS: u64 = 4;
 const WORD_BITS: u64 = u64::BITS as u64;
 
 /// What somebody else has kept of a disk.
@@ -81,7 +83,16 @@ impl Awaited {
     ///
     /// When it cannot be had. It can be tried again.
     pub fn bring(&self) -> io::Result<()> {
-        self.arrival.bring(self.offset, self.len)
+        self.bring_while(&|| true)
+    }
+
+    /// The same, but ends before all has come when `goes_on` says so, which it is asked after each quarter of a MiB at the latest.
+    ///
+    /// # Errors
+    ///
+    /// As above.
+    pub fn bring_while(&self, goes_on: &dyn Fn() -> bool) -> io::Result<()> {
+        self.arrival.bring(self.offset, self.len, goes_on)
     }
 }
 
@@ -197,18 +208,22 @@ impl Arrival {
         self.complete.store(true, Ordering::Release);
     }
 
-    /// Has `len` bytes of the layer's file at `offset` be there; waits for others who bring some of them.
-    fn bring(&self, offset: u64, len: u64) -> io::Result<()> {
+    /// Has `len` bytes of the layer's file at `offset` be there, as long as it `goes_on`; waits for others who bring some of them.
+    fn bring(&self, offset: u64, len: u64, goes_on: &dyn Fn() -> bool) -> io::Result<()> {
         let units = units_of(&self.in_disk(offset, len));
         let mut state = self.state();
-        let mut at = units.start;
+        let (mut at, mut begun) = (units.start, false);
         loop {
             state.trusted()?;
             let Some(next) = state.next_absent(at..units.end) else {
                 return Ok(());
             };
-            at = next;
-            let run = state.take(at..units.end.min(at + RUN_UNITS));
+            // Something has come of it in any case.
+            if begun && !goes_on() {
+                return Ok(());
+            }
+            (at, begun) = (next, true);
+            let run = state.take(at..units.end.min(at + AWAITED_UNITS));
             if run.is_empty() {
                 // Whatever comes of it, it is looked at anew then.
                 state = self.wait(state);

@@ -1,4 +1,5 @@
 use std::{
+    fs::File,
     os::unix::fs::MetadataExt,
     sync::{
         LazyLock,
@@ -11,7 +12,7 @@ use std::{
 
 use super::*;
 use crate::{
-    Disk, Foundation, Mode, SECTOR_BYTES, anything, check,
+    Awaited, Disk, Foundation, Mode, SECTOR_BYTES, anything, check,
     tape::{self, Call},
     tests::in_memory,
 };
@@ -194,6 +195,55 @@ fn what_is_read_comes_first_and_nothing_else_with_it() {
     let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
     assert!(all(&Disk::open(&layer.path, Mode::Read, &anything).unwrap()) == expected);
     assert_eq!(names(directory.path()).len(), 3);
+}
+
+/// Takes what it does not wait for.
+#[derive(Debug)]
+struct Later(u64, Vec<Awaited>);
+
+impl crate::Sink for Later {
+    fn len(&self) -> u64 {
+        self.0
+    }
+
+    fn fill(&mut self, _: &File, _: u64, len: u64) -> io::Result<()> {
+        self.0 -= len;
+        Ok(())
+    }
+
+    fn zero(&mut self, len: u64) {
+        self.0 -= len;
+    }
+
+    fn is_to_wait(&mut self, awaited: Awaited) -> io::Result<bool> {
+        self.0 -= awaited.bytes();
+        self.1.push(awaited);
+        Ok(false)
+    }
+}
+
+#[test]
+fn who_does_not_wait_for_all_has_a_part_of_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let kept = Arc::new(Kept::default());
+    let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
+    let disk = rebuild.branch(&anything).unwrap();
+    let mut later = Later(1 << 20, Vec::new());
+    disk.read(0, &mut later).unwrap();
+    let [awaited] = &later.1[..] else {
+        panic!("{later:?}")
+    };
+    let asked = AtomicU64::new(0);
+    let twice = || asked.fetch_add(1, Relaxed) == 0;
+    for (goes_on, come) in [
+        (&(|| false) as &dyn Fn() -> bool, 1),
+        (&twice, 3),
+        (&|| true, 4),
+        (&|| unreachable!("all is here"), 4),
+    ] {
+        awaited.bring_while(goes_on).unwrap();
+        assert_eq!(kept.read.load(Relaxed), come << 18);
+    }
 }
 
 #[test]

@@ -142,8 +142,14 @@ impl Bringer {
         ring.as_mut().is_some_and(|ring| ring.is_under_way())
     }
 
-    /// Waits until nothing is; says whether that is so by `deadline`.
+    /// Whether what was begun last was cut short: what it was to fetch may be there to be had. It is said once.
+    pub(super) fn take_cut_short(&self) -> bool {
+        self.fetch.take_cut_short()
+    }
+
+    /// Waits until nothing is; says whether that is so by `deadline`. What is not on this host is not waited for but for a part of it.
     pub(super) fn wait_until(&self, deadline: Instant) -> bool {
+        self.fetch.cut_short();
         let ring = &mut lock(&self.state).ring;
         ring.as_mut().is_none_or(|ring| ring.wait_until(deadline))
             && self.fetch.wait_until(deadline)

@@ -1,4 +1,4 @@
-//! What a disk's reads want and is not on this host: it comes from whoever has it, on a thread that is there for as long as that takes.
+//! What a disk's reads want and is not on this host: it comes from whoever has it, on threads that are there for as long as that takes.
 
 use std::{
     io,
@@ -6,27 +6,38 @@ use std::{
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
     time::Instant,
+    vec,
 };
 
 use branch_disk::Awaited;
 
 use crate::sync::lock;
 
+/// How many parts are fetched at once: who is far away takes its time for each.
+pub(super) const THREADS: usize = 4;
+
 /// Fetches for one disk, a batch at a time.
 pub(super) struct Fetch(Arc<Shared>);
 
 struct Shared {
-    is_under_way: Mutex<bool>,
+    state: Mutex<State>,
     changed: Condvar,
     /// An eventfd that is signalled when a batch has come, or cannot.
     ended: Arc<OwnedFd>,
+}
+
+#[derive(Default)]
+struct State {
+    is_under_way: bool,
+    /// Somebody does not wait for all of the batch that is under way, or was last.
+    is_cut_short: bool,
 }
 
 impl Fetch {
     /// One that has nothing to do yet, and signals `ended`, an eventfd, at the end of each batch.
     pub(super) fn new(ended: Arc<OwnedFd>) -> Self {
         Self(Arc::new(Shared {
-            is_under_way: Mutex::new(false),
+            state: Mutex::default(),
             changed: Condvar::new(),
             ended,
         }))
@@ -38,46 +49,79 @@ impl Fetch {
     ///
     /// When the host has no thread for it.
     pub(super) fn begin(&self, awaited: Vec<Awaited>) -> io::Result<()> {
-        *lock(&self.0.is_under_way) = true;
-        let batch = Batch(Arc::clone(&self.0));
-        let fetch = move || {
-            for awaited in awaited {
-                if let Err(error) = awaited.bring() {
-                    tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
-                }
-            }
-            drop(batch);
+        *lock(&self.0.state) = State {
+            is_under_way: true,
+            is_cut_short: false,
         };
-        let thread = thread::Builder::new().name("fetch".to_owned());
-        thread.spawn(fetch).map(drop)
+        let threads = awaited.len().min(THREADS);
+        let batch = Arc::new(Batch {
+            shared: Arc::clone(&self.0),
+            left: Mutex::new(awaited.into_iter()),
+        });
+        for nth in 0..threads {
+            let batch = Arc::clone(&batch);
+            let thread = thread::Builder::new().name("fetch".to_owned());
+            match thread.spawn(move || batch.fetch()) {
+                Ok(_) => {}
+                Err(error) if nth == 0 => return Err(error),
+                // The others do all of it.
+                Err(_) => break,
+            }
+        }
+        Ok(())
     }
 
     /// Whether a batch is under way.
     pub(super) fn is_under_way(&self) -> bool {
-        *lock(&self.0.is_under_way)
+        lock(&self.0.state).is_under_way
+    }
+
+    /// Has the batch that is under way, if any is, leave what it has not begun.
+    pub(super) fn cut_short(&self) {
+        let state = &mut *lock(&self.0.state);
+        state.is_cut_short |= state.is_under_way;
+    }
+
+    /// Whether the last batch was cut short, so that what has not come may be there to be had. It is said once.
+    pub(super) fn take_cut_short(&self) -> bool {
+        std::mem::take(&mut lock(&self.0.state).is_cut_short)
     }
 
     /// Waits until none is; says whether that is so by `deadline`.
     pub(super) fn wait_until(&self, deadline: Instant) -> bool {
         let bound = deadline.saturating_duration_since(Instant::now());
-        let is_under_way = lock(&self.0.is_under_way);
-        let ended = |is_under_way: &mut bool| *is_under_way;
-        let waited = self
-            .0
-            .changed
-            .wait_timeout_while(is_under_way, bound, ended);
+        let state = lock(&self.0.state);
+        let goes_on = |state: &mut State| state.is_under_way;
+        let waited = self.0.changed.wait_timeout_while(state, bound, goes_on);
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 }
 
 /// A batch that is under way, whatever becomes of it.
-struct Batch(Arc<Shared>);
+struct Batch {
+    shared: Arc<Shared>,
+    left: Mutex<vec::IntoIter<Awaited>>,
+}
+
+impl Batch {
+    fn fetch(&self) {
+        let goes_on = || !lock(&self.shared.state).is_cut_short;
+        while goes_on() {
+            let Some(awaited) = lock(&self.left).next() else {
+                return;
+            };
+            if let Err(error) = awaited.bring_while(&goes_on) {
+                tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
+            }
+        }
+    }
+}
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        *lock(&self.0.is_under_way) = false;
-        self.0.changed.notify_all();
+        lock(&self.shared.state).is_under_way = false;
+        self.shared.changed.notify_all();
         // It fails only where it has been signalled 2^64 times and nobody looked.
-        let _ = rustix::io::write(&*self.0.ended, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&*self.shared.ended, &1u64.to_ne_bytes());
     }
 }

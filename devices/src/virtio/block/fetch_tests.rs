@@ -13,12 +13,16 @@ use std::{
 use branch_disk::{LayerId, Origin, Rebuild, anything};
 
 use super::{
-    bringer_tests::{BYTES, Bench, IOERR, awaited, content, ends, offer, others_are_served},
+    bringer_tests::{
+        BYTES, Bench, IOERR, OK, awaited, content, ends, offer, offer_flush, others_are_served,
+        waiting,
+    },
+    fetch::THREADS,
     *,
 };
 use crate::{
-    conformance::{Subject, conforms},
-    virtio::{MMIO_BYTES, MmioTransport},
+    conformance::{PATIENCE, Subject, conforms},
+    virtio::{MMIO_BYTES, MmioTransport, Worker},
 };
 
 /// Has the content.
@@ -27,7 +31,9 @@ pub(super) struct Elsewhere {
     /// Held by who does not want it to be had.
     gate: Arc<Mutex<()>>,
     is_lost: Arc<AtomicBool>,
-    /// How often it was asked for something that it could not give.
+    /// How often it was asked for something,
+    asked: Arc<AtomicU32>,
+    /// and could not give it.
     refused: Arc<AtomicU32>,
 }
 
@@ -42,6 +48,7 @@ impl Origin for Elsewhere {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         let _gate = lock(&self.gate);
         if self.is_lost.load(Ordering::Relaxed) {
             self.refused.fetch_add(1, Ordering::Relaxed);
@@ -154,6 +161,50 @@ fn what_cannot_be_had_is_an_error_of_the_disk_until_it_can() {
         // Beside the loop, and not once more on it.
         assert_eq!(refused.load(Ordering::Relaxed), 1);
     }
+}
+
+#[test]
+fn who_holds_a_machine_waits_for_what_is_just_coming_and_not_for_all_that_is_to_come() {
+    const READS: u64 = 10;
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let (gate, asked) = (Arc::clone(&elsewhere.gate), Arc::clone(&elsewhere.asked));
+    let closed = lock(&gate);
+    let block = elsewhere.block(bench.dir.path()).flushing_aside();
+    let mut device = bench.device(block.unwrap());
+    let mut driver = bench.driver(&mut device);
+    // Each of another part of the disk.
+    let reads: Vec<_> = (0..READS).map(|n| offer(&mut driver, n * 200)).collect();
+    let flushed = offer_flush(&mut driver);
+    driver.notify(&mut device);
+    let has_asked = || asked.load(Ordering::Relaxed) as usize;
+    while has_asked() < THREADS {
+        std::thread::yield_now();
+    }
+    let mut worker = lock(device.worker());
+    assert!(!worker.settle(Instant::now()));
+    drop(closed);
+    assert!(worker.settle(Instant::now() + PATIENCE));
+    assert_eq!(has_asked(), THREADS);
+    // What is here is answered before the machine is saved, and the rest is not begun.
+    let Worker {
+        device: block,
+        queues,
+        memory,
+        ..
+    } = &mut *worker;
+    block.answer_queue(0, &mut queues[0], memory).unwrap();
+    drop(worker);
+    assert_eq!(driver.used() as usize, THREADS);
+    assert_eq!(has_asked(), THREADS);
+    assert_eq!(waiting(&device), READS as usize - THREADS + 1);
+    ends(&device);
+    assert!(reads.iter().all(|read| read.is_right(&driver)));
+    assert_eq!(driver.bytes(flushed, 1), [OK]);
+    assert_eq!(
+        (u64::from(driver.used()), awaited(&device)),
+        (READS + 1, READS)
+    );
 }
 
 #[test]

@@ -117,8 +117,18 @@ struct Brought {
     head: u16,
     /// What it reads.
     bytes: u64,
-    /// Some of it was fetched from elsewhere.
-    fetched: bool,
+    manner: Manner,
+}
+
+/// How such a read is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Manner {
+    /// It waits for what is not there.
+    Waits,
+    /// Some of it was fetched from elsewhere: what is not there cannot be had.
+    Fetched,
+    /// Some of it was to be fetched, and may not have been: as if it had just been asked for.
+    Anew,
 }
 
 impl Block {
@@ -312,16 +322,28 @@ impl Block {
     fn begin_to_bring(&mut self, reads: &mut Vec<Brought>, wanted: Left) -> bool {
         let bringer = self.bringer.as_ref();
         let begun = bringer.map(|bringer| bringer.begin(wanted));
-        let is_any = begun.is_some_and(Begun::is_any);
-        if is_any {
-            self.metrics.awaited_reads.add(reads.len() as u64);
-        }
         let fetches = begun.is_some_and(|begun| begun.fetches);
         self.brought.extend(reads.drain(..).map(|read| Brought {
-            fetched: read.fetched && fetches,
+            manner: match read.manner {
+                Manner::Fetched if !fetches => Manner::Waits,
+                manner => manner,
+            },
             ..read
         }));
-        is_any
+        begun.is_some_and(Begun::is_any)
+    }
+
+    /// Of a batch that was cut short, who waits for it does not know what has come.
+    fn look_anew_if_cut_short(&mut self) {
+        let bringer = self.bringer.as_ref();
+        if !bringer.is_some_and(Bringer::take_cut_short) {
+            return;
+        }
+        for read in &mut self.brought {
+            if read.manner == Manner::Fetched {
+                read.manner = Manner::Anew;
+            }
+        }
     }
 
     /// Whether a request was begun in an earlier round that is not answered yet.
@@ -350,6 +372,7 @@ impl Block {
         if self.is_at_work() {
             return Ok(Progress::default());
         }
+        self.look_anew_if_cut_short();
         let mut round = Round::begin(self, memory, begins);
         let progress = serve_round(queue, memory, &mut round)?;
         Ok(Progress {

@@ -10,10 +10,10 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::{DescriptorChain, Queue};
 
 use super::{
-    Block, Brought, Header, MAX_REQUEST_BYTES, QUEUE_ENTRIES,
+    Block, Brought, Header, MAX_REQUEST_BYTES, Manner, QUEUE_ENTRIES,
     disk::Left,
     ring::ENTRIES,
-    throttle::{Admission, Way},
+    throttle::{Admission, Due, Way},
 };
 use crate::virtio::{
     DriverError,
@@ -22,8 +22,11 @@ use crate::virtio::{
     serve::{Handler, Outcome},
 };
 
-/// The most bytes of a round's reads that are kept, as of one request.
+/// The most bytes of a round's reads that are kept, if it is not one read: as of one request.
+#[cfg(not(test))]
 const MAX_KEPT_BYTES: u64 = MAX_REQUEST_BYTES;
+#[cfg(test)]
+const MAX_KEPT_BYTES: u64 = super::bringer_tests::KEPT_BYTES;
 
 /// A round, and the reads that it keeps for a later one.
 pub(super) struct Round<'b, 'm> {
@@ -34,6 +37,8 @@ pub(super) struct Round<'b, 'm> {
     /// What those want, and how many reads bring it.
     wanted: Left,
     reads: u64,
+    /// How many of them have not been kept before.
+    newly_kept: u64,
     /// The flush that ends it.
     flush: Option<Flush<'m>>,
     /// Whether more is served than what was begun before.
@@ -59,6 +64,7 @@ impl<'b, 'm> Round<'b, 'm> {
             kept_bytes: 0,
             wanted: Left::default(),
             reads: 0,
+            newly_kept: 0,
             flush: None,
             begins,
             ended_early: false,
@@ -71,15 +77,22 @@ impl<'b, 'm> Round<'b, 'm> {
         Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())
     }
 
-    /// Serves the request with this head, unless it has to wait.
-    fn serve(&mut self, head: u16, buffers: Buffers<'m>) -> Result<Outcome, DriverError> {
+    /// Serves the request with this head, unless it has to wait; for limits it does not if it is `admitted`.
+    fn serve(
+        &mut self,
+        head: u16,
+        buffers: Buffers<'m>,
+        admitted: bool,
+    ) -> Result<Outcome, DriverError> {
         let Request {
             header,
             output,
             input,
             status,
         } = Request::of(buffers)?;
-        if let Some(waits) = self.throttled(head, &header, output.len().max(input.len())) {
+        if !admitted
+            && let Some(waits) = self.throttled(head, &header, output.len().max(input.len()))
+        {
             return Ok(waits);
         }
         if header.request == VIRTIO_BLK_T_FLUSH && self.block.flusher.is_some() {
@@ -90,10 +103,15 @@ impl<'b, 'm> Round<'b, 'm> {
             });
             return Ok(Outcome::KeptLast);
         }
-        let outcome = if self.may_keep(&header, &input) {
+        let outcome = if self.may_wait(&header, &input) {
+            if self.kept_bytes > 0 && self.kept_bytes + input.len() > MAX_KEPT_BYTES {
+                self.block.throttle.put_back(head);
+                return Ok(Outcome::KeptLast);
+            }
             match self.block.disk.read_without_waiting(header.sector, &input) {
                 Ok(wanted) if wanted.is_empty() => Ok(Some(self.block.has_read(&input))),
                 Ok(wanted) => {
+                    self.newly_kept += 1;
                     return Ok(self.keep(head, input.len(), wanted));
                 }
                 Err(error) => Err(error),
@@ -106,10 +124,14 @@ impl<'b, 'm> Round<'b, 'm> {
 
     /// Keeps a read of so many bytes for a later round, since it wants what is not there yet.
     fn keep(&mut self, head: u16, bytes: u64, wanted: Left) -> Outcome {
+        let manner = match wanted.awaited.is_empty() {
+            true => Manner::Waits,
+            false => Manner::Fetched,
+        };
         self.kept.push(Brought {
             head,
             bytes,
-            fetched: !wanted.awaited.is_empty(),
+            manner,
         });
         self.kept_bytes += bytes;
         self.reads += wanted.read_count();
@@ -126,7 +148,7 @@ impl<'b, 'm> Round<'b, 'm> {
         let Brought {
             head,
             bytes,
-            fetched,
+            manner,
         } = self.block.brought.pop_front()?;
         let request = self.taken(queue, head).and_then(Request::of);
         Some(request.map(|request| {
@@ -138,18 +160,37 @@ impl<'b, 'm> Round<'b, 'm> {
             } = request;
             // It is still the driver's to change, and was admitted as what it was.
             let same = header.request == VIRTIO_BLK_T_IN && input.len() == bytes;
-            let outcome = match same {
+            let disk = &self.block.disk;
+            let outcome = match manner {
+                _ if !same => Err(io::ErrorKind::InvalidInput.into()),
+                Manner::Waits => self.block.execute(&header, &output, &input),
                 // Whoever has it has been asked, and is not asked by the loop.
-                true if fetched => {
-                    let read = self.block.disk.read_here(header.sector, &input);
+                Manner::Fetched => {
+                    let read = disk.read_here(header.sector, &input);
                     read.map(|()| Some(self.block.has_read(&input)))
                 }
-                true => self.block.execute(&header, &output, &input),
-                false => Err(io::ErrorKind::InvalidInput.into()),
+                Manner::Anew => match disk.read_without_waiting(header.sector, &input) {
+                    Ok(wanted) if wanted.is_empty() => Ok(Some(self.block.has_read(&input))),
+                    Ok(wanted) => return (head, self.keep_again(head, bytes, wanted)),
+                    Err(error) => Err(error),
+                },
             };
             let answered = self.block.answer(&header, outcome, &status);
             (head, Outcome::Used(answered))
         }))
+    }
+
+    /// Keeps a read once more: what it wants is fetched with what else this round keeps, or, if it begins nothing, in a later one.
+    fn keep_again(&mut self, head: u16, bytes: u64, wanted: Left) -> Outcome {
+        if self.begins {
+            return self.keep(head, bytes, wanted);
+        }
+        self.kept.push(Brought {
+            head,
+            bytes,
+            manner: Manner::Anew,
+        });
+        Outcome::Kept
     }
 
     /// Makes the flush that came behind reads, now that they are answered, if there is one.
@@ -216,9 +257,9 @@ impl<'b, 'm> Round<'b, 'm> {
     }
 
     /// Whether it is a read that may wait for a later round.
-    fn may_keep(&self, header: &Header, input: &Run<'_>) -> bool {
+    fn may_wait(&self, header: &Header, input: &Run<'_>) -> bool {
         header.request == VIRTIO_BLK_T_IN
-            && self.kept_bytes + input.len() <= MAX_KEPT_BYTES
+            && input.len() <= MAX_REQUEST_BYTES
             && self.block.bringer.is_some()
     }
 }
@@ -237,9 +278,9 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
         if let Some(flush) = self.flush_behind(queue) {
             return Some(flush);
         }
-        let head = self.block.throttle.due()?;
+        let Due { head, admitted } = self.block.throttle.due()?;
         let buffers = self.taken(queue, head);
-        let served = buffers.and_then(|buffers| self.serve(head, buffers));
+        let served = buffers.and_then(|buffers| self.serve(head, buffers, admitted));
         Some(served.map(|outcome| (head, outcome)))
     }
 
@@ -248,7 +289,8 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
             return Ok(Outcome::Later);
         }
         let head = chain.head_index();
-        self.serve(head, Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())?)
+        let buffers = Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())?;
+        self.serve(head, buffers, false)
     }
 
     fn finish(&mut self) -> Vec<(u16, u32)> {
@@ -256,15 +298,25 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
             block,
             kept,
             wanted,
+            newly_kept,
             flush,
+            begins,
             ..
         } = self;
+        if !*begins {
+            block.brought.extend(kept.drain(..));
+            return Vec::new();
+        }
         let flush = flush.take();
         if !kept.is_empty() {
             // Who asked for them is not to wait for the flush, too.
-            block.flush_behind = flush.map(|flush| flush.head);
+            block.flush_behind = flush.map(|flush| flush.head).or(block.flush_behind);
             // If it is not begun they are made in the next round all the same, and wait.
-            self.ended_early = !block.begin_to_bring(kept, std::mem::take(wanted));
+            let begun = block.begin_to_bring(kept, std::mem::take(wanted));
+            if begun {
+                block.metrics.awaited_reads.add(*newly_kept);
+            }
+            self.ended_early = !begun;
             return Vec::new();
         }
         let Some(flush) = flush else {

@@ -50,8 +50,18 @@ pub(super) enum Admission {
 #[derive(Debug)]
 struct Waiting {
     head: u16,
-    /// `None` of one that nobody has looked at since it was restored.
+    /// `None` of one that nobody has looked at since it was restored, or that need not wait for a limit.
     way: Option<Way>,
+    /// It was counted, and waits for something else.
+    admitted: bool,
+}
+
+/// A request that has waited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Due {
+    pub(super) head: u16,
+    /// It is not asked for again whether it may go on.
+    pub(super) admitted: bool,
 }
 
 /// Holds a disk to its [`DiskLimits`].
@@ -140,10 +150,12 @@ impl Throttle {
     }
 
     /// Takes the next one that waits, unless one before it has to wait on.
-    pub(super) fn due(&mut self) -> Option<u16> {
+    pub(super) fn due(&mut self) -> Option<Due> {
         while let Some(waiting) = self.waiting.get(self.next) {
             if waiting.way.is_none_or(|way| !self.stopped[way as usize]) {
-                return self.waiting.remove(self.next).map(|waiting| waiting.head);
+                let waiting = self.waiting.remove(self.next)?;
+                let Waiting { head, admitted, .. } = waiting;
+                return Some(Due { head, admitted });
             }
             self.next += 1;
         }
@@ -180,8 +192,24 @@ impl Throttle {
     /// Has the request with this head wait, where this round has come to. There are never more than the queue has entries, for no more
     /// is taken off its ring.
     pub(super) fn put_off(&mut self, head: u16, way: Way) {
-        let way = Some(way);
-        self.waiting.insert(self.next, Waiting { head, way });
+        self.insert(Waiting {
+            head,
+            way: Some(way),
+            admitted: false,
+        });
+    }
+
+    /// Has the request with this head, which may go on, wait for the next round, in the same place.
+    pub(super) fn put_back(&mut self, head: u16) {
+        self.insert(Waiting {
+            head,
+            way: None,
+            admitted: true,
+        });
+    }
+
+    fn insert(&mut self, waiting: Waiting) {
+        self.waiting.insert(self.next, waiting);
         self.next += 1;
     }
 
@@ -195,6 +223,7 @@ impl Throttle {
         let waiting = |head: &u16| Waiting {
             head: *head,
             way: None,
+            admitted: false,
         };
         self.waiting = heads.iter().map(waiting).collect();
         self.begin_round();
