@@ -1,11 +1,11 @@
 //! `cargo xtask bench io`: disks, networks, boot and memory of Linux guests on fermata and on QEMU, in turns.
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
 
 use anyhow::{Context, Result};
 use benches::{
     Fermata, Figures, LinuxGuest, MEMORY_MIB,
-    io::{self, Times},
+    io::{self, Plan},
     qemu::Qemu,
     report,
 };
@@ -29,18 +29,59 @@ struct Arguments {
     /// Seconds of each direction of iperf3
     #[arg(long, default_value_t = 2)]
     iperf: u32,
+    /// vCPUs of the guests whose disks and networks are measured. With more than the host has CPUs, guests spend their time
+    /// waiting for locks whose holders do not run
+    #[arg(long, default_value_t = 1)]
+    vcpus: u32,
+    /// What is measured, several separated by commas
+    #[arg(long, value_delimiter = ',', default_values_t = Part::ALL)]
+    parts: Vec<Part>,
+}
+
+/// What can be measured alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Boot times, and what idle monitors take.
+    Idle,
+    /// Disks.
+    Disks,
+    /// Network devices.
+    Nets,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Idle, Self::Disks, Self::Nets];
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Idle => "idle",
+            Self::Disks => "disks",
+            Self::Nets => "nets",
+        })
+    }
 }
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let scratch = tempfile::tempdir_in(SCRATCH).context("cannot make a scratch directory")?;
     let mut figures = Figures::default();
-    idle(&arguments, scratch.path(), &mut figures)?;
-    let times = Times {
+    let has = |part| arguments.parts.contains(&part);
+    if has(Part::Idle) {
+        idle(&arguments, scratch.path(), &mut figures)?;
+    }
+    let plan = Plan {
+        disks: has(Part::Disks),
+        nets: has(Part::Nets),
+        vcpus: arguments.vcpus,
+        runs: arguments.runs,
         fio: arguments.fio,
         iperf: arguments.iperf,
     };
-    io::measure(scratch.path(), arguments.runs, times, &mut figures)?;
+    if plan.disks || plan.nets {
+        io::measure(scratch.path(), plan, &mut figures)?;
+    }
     let rows = figures.rows(MEMORY_MIB[0]);
     report::write_json(&rows, &arguments.json)?;
     println!("\n{}", report::io_table(&rows));

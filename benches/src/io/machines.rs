@@ -16,7 +16,7 @@ use testbed::environment;
 
 use super::{Disks, Place, archive, worker::Worker};
 use crate::{
-    Console, Fermata, System, VCPUS,
+    Console, Fermata, System,
     chain::SMALL_SETTINGS,
     fermata::FermataMachine,
     qemu::{PROGRAM, QemuMachine},
@@ -81,14 +81,16 @@ pub(super) struct Machines {
 
 /// What both boot.
 struct Guest {
+    vcpus: u32,
     kernel: PathBuf,
     initrd: PathBuf,
 }
 
 impl Machines {
     /// Boots both and waits until they take orders.
-    pub(super) fn boot(scratch: &Path, disks: &Disks) -> Result<Self> {
+    pub(super) fn boot(scratch: &Path, disks: &Disks, vcpus: u32) -> Result<Self> {
         let guest = Guest {
+            vcpus,
             kernel: scratch.join("io-kernel"),
             initrd: scratch.join("io-initrd"),
         };
@@ -157,7 +159,7 @@ fn fermata(
     };
     let config = MachineConfig {
         cpu: CpuModel::Host,
-        vcpus: VCPUS,
+        vcpus: guest.vcpus,
         memory_mib: MEMORY_MIB,
         kernel: guest.kernel.clone(),
         initrd: Some(guest.initrd.clone()),
@@ -202,7 +204,8 @@ fn qemu_arguments(guest: &Guest, disks: &Disks, tap: &Tap, console: &Path) -> Ve
     let words = |line: &str| -> Vec<OsString> { line.split(' ').map(OsString::from).collect() };
     let mut arguments = words(&format!(
         "-nodefaults -no-user-config -display none -no-reboot -machine microvm,accel=kvm \
-        -global virtio-mmio.force-legacy=off -cpu host -smp {VCPUS} -m {MEMORY_MIB}"
+        -global virtio-mmio.force-legacy=off -cpu host -smp {} -m {MEMORY_MIB}",
+        guest.vcpus
     ));
     let mut option = |name: &str, prefix: &str, value: &Path| {
         let mut text = OsString::from(prefix);

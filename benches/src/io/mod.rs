@@ -20,13 +20,30 @@ pub use disks::Disks;
 use machines::Machines;
 pub use pss::measure as measure_idle;
 
-/// How long each figure is measured.
+/// What is measured, in which guests, and for how long.
 #[derive(Clone, Copy, Debug)]
-pub struct Times {
-    /// Of one job of fio's, in seconds.
+pub struct Plan {
+    /// Whether disks are.
+    pub disks: bool,
+    /// Whether network devices are.
+    pub nets: bool,
+    /// Of each guest.
+    pub vcpus: u32,
+    /// How often each is measured.
+    pub runs: u32,
+    /// How long one of fio's jobs takes, in seconds.
     pub fio: u32,
-    /// Of one direction of iperf3, in seconds.
+    /// How long one direction of iperf3 takes, in seconds.
     pub iperf: u32,
+}
+
+impl Plan {
+    fn has(self, place: Place) -> bool {
+        match place {
+            Place::Disk { .. } | Place::Chain { .. } => self.disks,
+            Place::Net => self.nets,
+        }
+    }
 }
 
 /// What one machine has that is measured.
@@ -46,26 +63,29 @@ enum Place {
     Net,
 }
 
-/// Boots both machines, with their disks below `scratch`, and measures each `runs` times, and once before for nothing.
+/// Boots both machines, with their disks below `scratch`, and measures what `plan` says, and once before for nothing.
 ///
 /// # Errors
 ///
 /// When a machine does not come up, or a program in it fails.
-pub fn measure(scratch: &Path, runs: u32, times: Times, figures: &mut Figures) -> Result<()> {
+pub fn measure(scratch: &Path, plan: Plan, figures: &mut Figures) -> Result<()> {
     let disks = Disks::make(scratch)?;
-    let machines = Machines::boot(scratch, &disks)?;
+    let machines = Machines::boot(scratch, &disks, plan.vcpus)?;
     let mut ignored = Figures::default();
-    for run in 0..=runs {
-        println!("disks and networks, run {run} of {runs}");
+    for run in 0..=plan.runs {
+        println!("disks and networks, run {run} of {}", plan.runs);
         let figures = if run == 0 {
             &mut ignored
         } else {
             &mut *figures
         };
         for (system, place) in machines.order(run) {
+            if !plan.has(place) {
+                continue;
+            }
             let worker = machines.worker(system);
             let mut disk = |serial, setting, jobs| -> Result<()> {
-                for (bench, figure) in fio::run(worker, serial, jobs, times.fio)? {
+                for (bench, figure) in fio::run(worker, serial, jobs, plan.fio)? {
                     figures.add(bench, system, setting, figure);
                 }
                 Ok(())
@@ -75,7 +95,7 @@ pub fn measure(scratch: &Path, runs: u32, times: Times, figures: &mut Figures) -
                 Place::Chain { serial, setting } => disk(serial, setting, &fio::CHAIN)?,
                 Place::Net => {
                     for bench in [Bench::TcpToGuest, Bench::TcpFromGuest] {
-                        let figure = iperf::run(worker, bench, times.iperf)?;
+                        let figure = iperf::run(worker, bench, plan.iperf)?;
                         figures.add(bench, system, "", figure);
                     }
                 }
