@@ -83,15 +83,15 @@ impl Awaited {
     ///
     /// When it cannot be had. It can be tried again.
     pub fn bring(&self) -> io::Result<()> {
-        self.bring_while(&|| true)
+        self.bring_while(&|| true).map(drop)
     }
 
-    /// The same, but ends before all has come when `goes_on` says so, which it is asked after each quarter of a MiB at the latest.
+    /// The same, but ends when it no longer `goes_on`, which is asked after each quarter of a MiB at the latest; says whether all is here.
     ///
     /// # Errors
     ///
     /// As above.
-    pub fn bring_while(&self, goes_on: &dyn Fn() -> bool) -> io::Result<()> {
+    pub fn bring_while(&self, goes_on: &dyn Fn() -> bool) -> io::Result<bool> {
         self.arrival.bring(self.offset, self.len, goes_on)
     }
 }
@@ -208,19 +208,19 @@ impl Arrival {
         self.complete.store(true, Ordering::Release);
     }
 
-    /// Has `len` bytes of the layer's file at `offset` be there, as long as it `goes_on`; waits for others who bring some of them.
-    fn bring(&self, offset: u64, len: u64, goes_on: &dyn Fn() -> bool) -> io::Result<()> {
+    /// Has `len` bytes of the layer's file at `offset` be there, as long as it `goes_on`; waits for others who bring some of them. Says whether all are.
+    fn bring(&self, offset: u64, len: u64, goes_on: &dyn Fn() -> bool) -> io::Result<bool> {
         let units = units_of(&self.in_disk(offset, len));
         let mut state = self.state();
         let (mut at, mut begun) = (units.start, false);
         loop {
             state.trusted()?;
             let Some(next) = state.next_absent(at..units.end) else {
-                return Ok(());
+                return Ok(true);
             };
             // Something has come of it in any case.
             if begun && !goes_on() {
-                return Ok(());
+                return Ok(false);
             }
             (at, begun) = (next, true);
             let run = state.take(at..units.end.min(at + AWAITED_UNITS));

@@ -241,7 +241,7 @@ fn who_does_not_wait_for_all_has_a_part_of_it() {
         (&|| true, 4),
         (&|| unreachable!("all is here"), 4),
     ] {
-        awaited.bring_while(goes_on).unwrap();
+        assert_eq!(awaited.bring_while(goes_on).unwrap(), come == 4);
         assert_eq!(kept.read.load(Relaxed), come << 18);
     }
 }

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{PipeReader, PipeWriter, Write, pipe},
     os::{fd::AsRawFd, unix::fs::FileExt},
-    sync::Mutex,
+    sync::{LazyLock, Mutex},
     time::{Duration, Instant},
 };
 
@@ -42,9 +42,13 @@ const LEN: usize = (SECTORS * SECTOR_BYTES) as usize;
 /// What a read of so much writes, with its status.
 const USED: u32 = LEN as u32 + 1;
 
-pub(super) fn content() -> Vec<u8> {
+static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let words = (0..BYTES as u64 / 8).map(|at| at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     words.flat_map(u64::to_le_bytes).collect()
+});
+
+pub(super) fn content() -> &'static [u8] {
+    &CONTENT
 }
 
 fn header(request: u32, sector: u64) -> Vec<u8> {

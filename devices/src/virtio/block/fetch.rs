@@ -29,7 +29,9 @@ struct Shared {
 #[derive(Default)]
 struct State {
     is_under_way: bool,
-    /// Somebody does not wait for all of the batch that is under way, or was last.
+    /// Somebody does not wait for all of the batch that is under way, or was last;
+    is_to_end: bool,
+    /// and so not all of it was tried.
     is_cut_short: bool,
 }
 
@@ -51,7 +53,7 @@ impl Fetch {
     pub(super) fn begin(&self, awaited: Vec<Awaited>) -> io::Result<()> {
         *lock(&self.0.state) = State {
             is_under_way: true,
-            is_cut_short: false,
+            ..State::default()
         };
         let threads = awaited.len().min(THREADS);
         let batch = Arc::new(Batch {
@@ -78,8 +80,7 @@ impl Fetch {
 
     /// Has the batch that is under way, if any is, leave what it has not begun.
     pub(super) fn cut_short(&self) {
-        let state = &mut *lock(&self.0.state);
-        state.is_cut_short |= state.is_under_way;
+        lock(&self.0.state).is_to_end = true;
     }
 
     /// Whether the last batch was cut short, so that what has not come may be there to be had. It is said once.
@@ -105,15 +106,20 @@ struct Batch {
 
 impl Batch {
     fn fetch(&self) {
-        let goes_on = || !lock(&self.shared.state).is_cut_short;
-        while goes_on() {
-            let Some(awaited) = lock(&self.left).next() else {
-                return;
-            };
-            if let Err(error) = awaited.bring_while(&goes_on) {
-                tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
-            }
+        let goes_on = || !lock(&self.shared.state).is_to_end;
+        let next = || lock(&self.left).next();
+        while let Some(awaited) = next() {
+            let is_tried = goes_on() && Self::try_to_bring(&awaited, &goes_on);
+            lock(&self.shared.state).is_cut_short |= !is_tried;
         }
+    }
+
+    /// Says whether all that is `awaited` has come, or cannot be had.
+    fn try_to_bring(awaited: &Awaited, goes_on: &dyn Fn() -> bool) -> bool {
+        awaited.bring_while(goes_on).unwrap_or_else(|error| {
+            tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
+            true
+        })
     }
 }
 
