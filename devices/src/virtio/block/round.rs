@@ -300,16 +300,11 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
             wanted,
             newly_kept,
             flush,
-            begins,
             ..
         } = self;
-        if !*begins {
-            block.brought.extend(kept.drain(..));
-            return Vec::new();
-        }
         let flush = flush.take();
         if !kept.is_empty() {
-            // Who asked for them is not to wait for the flush, too.
+            // Who asked for them is not to wait for the flush, too; nor for one that came behind them in an earlier round.
             block.flush_behind = flush.map(|flush| flush.head).or(block.flush_behind);
             // If it is not begun they are made in the next round all the same, and wait.
             let begun = block.begin_to_bring(kept, std::mem::take(wanted));
