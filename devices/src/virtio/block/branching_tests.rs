@@ -10,7 +10,10 @@ use std::{
 use branch_disk::{Disk as Branch, Foundation, Mode, anything};
 use tempfile::TempDir;
 
-use super::*;
+use super::{
+    test_requests::{IOERR, OK, UNSUPP, header},
+    *,
+};
 use crate::{
     Device,
     conformance::{Subject, conforms},
@@ -22,17 +25,7 @@ use crate::{
 };
 
 const BYTES: u64 = 1 << 20;
-const OK: u8 = VIRTIO_BLK_S_OK as u8;
-const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
-const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 const ALL: u64 = VERSION_1 | FLUSH | DISCARD | WRITE_ZEROES;
-
-fn header(request: u32, sector: u64) -> Vec<u8> {
-    let mut header = request.to_le_bytes().to_vec();
-    header.extend([0; 4]);
-    header.extend(sector.to_le_bytes());
-    header
-}
 
 fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     let mut range = sector.to_le_bytes().to_vec();

@@ -5,19 +5,22 @@ use std::{
     io::{PipeReader, PipeWriter, Write, pipe},
     num::NonZeroU64,
     os::{fd::AsRawFd, unix::fs::FileExt},
-    sync::{LazyLock, Mutex},
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
-use branch_disk::{Disk as Branch, Foundation, Mode, anything};
-use tempfile::TempDir;
 use virtio_bindings::{
     virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET,
     virtio_mmio::{VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_STATUS},
 };
 use vm_memory::GuestAddress;
 
-use super::{fetch_tests::Elsewhere, ring::Part, *};
+use super::{
+    ring::Part,
+    test_reads::{Bench, LEN, awaited, content, ends, offer, offer_flush, serve, soon, waiting},
+    test_requests::{IOERR, OK, header},
+    *,
+};
 use crate::{
     Device, RateLimit, StoppedClock,
     conformance::{PATIENCE, Subject, conforms},
@@ -29,106 +32,12 @@ use crate::{
     },
 };
 
-pub(super) const BYTES: usize = 1 << 20;
-/// What a round keeps here: room for two long reads.
-pub(super) const KEPT_BYTES: u64 = 250 << 10;
-/// A long one.
+/// A long read.
 const LONG: usize = 200 * 512;
-pub(super) const OK: u8 = VIRTIO_BLK_S_OK as u8;
-pub(super) const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
-/// As many as the test driver's queue has room for, and sectors of each.
+/// As many as the test driver's queue has room for.
 const READS: u64 = 20;
-const SECTORS: u64 = 3;
-const LEN: usize = (SECTORS * SECTOR_BYTES) as usize;
 /// What a read of so much writes, with its status.
 const USED: u32 = LEN as u32 + 1;
-
-static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let words = (0..BYTES as u64 / 8).map(|at| at.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    words.flat_map(u64::to_le_bytes).collect()
-});
-
-pub(super) fn content() -> &'static [u8] {
-    &CONTENT
-}
-
-fn header(request: u32, sector: u64) -> Vec<u8> {
-    let mut header = request.to_le_bytes().to_vec();
-    header.extend([0; 4]);
-    header.extend(sector.to_le_bytes());
-    header
-}
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
-
-/// A raw image, and a disk that branches of the same content, half of it in either of two layers: by turns of sectors, so that each
-/// read is of several parts.
-pub(super) struct Bench {
-    pub(super) dir: TempDir,
-    memory: GuestMemory,
-}
-
-impl Bench {
-    pub(super) fn new() -> Self {
-        let bench = Self {
-            dir: tempfile::tempdir().unwrap(),
-            memory: driver::memory(),
-        };
-        fs::write(bench.raw(), content()).unwrap();
-        let path = bench.dir.path().join("branch");
-        let mut disk =
-            Branch::create(&path, Some(BYTES as u64), &Foundation::Nothing, &anything).unwrap();
-        for half in 0..2 {
-            for (sector, bytes) in content().chunks(512).enumerate() {
-                if sector % 2 == half {
-                    disk.write(sector as u64 * 512, &mut &*bytes).unwrap();
-                }
-            }
-            if half == 0 {
-                disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
-            }
-        }
-        bench
-    }
-
-    fn raw(&self) -> std::path::PathBuf {
-        self.dir.path().join("raw")
-    }
-
-    /// A raw disk of which nothing is taken from the page cache.
-    fn block(&self) -> Block {
-        let block = Block::open(&self.raw(), false, "").unwrap();
-        let block = block.reading_aside().unwrap();
-        block.keep_reads();
-        block
-    }
-
-    /// That, one that branches, and one that branches of what is not here yet.
-    fn blocks(&self) -> [Block; 3] {
-        let path = self.dir.path().join("branch");
-        let branch = Branch::open(&path, Mode::Write, &anything).unwrap();
-        let [branch, comes] = [
-            Arc::new(Mutex::new(branch)),
-            Elsewhere::default().disk(self.dir.path()),
-        ]
-        .map(|disk| {
-            let block = Block::branching(disk, "").unwrap();
-            block.reading_aside().unwrap()
-        });
-        branch.keep_reads();
-        [self.block(), branch, comes]
-    }
-
-    pub(super) fn device(&self, block: Block) -> MmioTransport {
-        driver::transport(block, &self.memory).0
-    }
-
-    pub(super) fn driver(&self, device: &mut MmioTransport) -> Driver<'_> {
-        Driver::start(device, &self.memory, VERSION_1 | FLUSH)
-    }
-}
 
 /// A disk that takes its time: it is at a read that ends when this is dropped.
 struct Slow {
@@ -163,42 +72,6 @@ impl Drop for Slow {
     }
 }
 
-/// A read, and where its parts are.
-pub(super) struct Read {
-    sector: u64,
-    places: Vec<GuestAddress>,
-}
-
-pub(super) fn offer(driver: &mut Driver<'_>, sector: u64) -> Read {
-    let header = header(VIRTIO_BLK_T_IN, sector);
-    let parts = [Buffer::Out(&header), Buffer::In(LEN), Buffer::In(1)];
-    let places = driver.offer(&parts);
-    // Neither answer is there yet.
-    driver.store(places[2].0, 0xffu8);
-    Read { sector, places }
-}
-
-/// A flush, and where its status is.
-pub(super) fn offer_flush(driver: &mut Driver<'_>) -> GuestAddress {
-    driver.offer(&[Buffer::Out(&header(VIRTIO_BLK_T_FLUSH, 0)), Buffer::In(1)])[1]
-}
-
-impl Read {
-    pub(super) fn status(&self, driver: &Driver<'_>) -> u8 {
-        driver.bytes(self.places[2], 1)[0]
-    }
-
-    pub(super) fn is_right(&self, driver: &Driver<'_>) -> bool {
-        let at = (self.sector * SECTOR_BYTES) as usize;
-        self.status(driver) == OK && driver.bytes(self.places[1], LEN) == content()[at..at + LEN]
-    }
-}
-
-/// Serves one round, which answers no read that it keeps.
-fn serve(device: &MmioTransport) {
-    lock(device.worker()).process(0);
-}
-
 /// How often a round may be interrupted before it has taken all that a test offers: it ends at its time.
 const ATTEMPTS: usize = 20;
 
@@ -220,23 +93,6 @@ fn kept<'b, T>(
         ends(&device);
     }
     panic!("no round keeps {count} requests");
-}
-
-/// Serves until nothing is under way.
-pub(super) fn ends(device: &MmioTransport) {
-    let mut worker = lock(device.worker());
-    assert!(worker.drain(0, soon(), || true));
-}
-
-pub(super) fn waiting(device: &MmioTransport) -> usize {
-    let section = Device::save(device, 0).unwrap();
-    section.decode::<SavedBlock>().unwrap().waiting.len()
-}
-
-pub(super) fn awaited(device: &MmioTransport) -> u64 {
-    let list = Device::metrics(device);
-    let mut found = list.iter().filter(|(name, _)| *name == "awaited_reads");
-    found.next().unwrap().1
 }
 
 impl Subject for Bench {
@@ -433,7 +289,7 @@ fn one_that_fails_is_an_error_of_its_own() {
 fn what_was_just_written_is_taken_from_the_page_cache_where_the_host_can_tell() {
     let bench = Bench::new();
     let file = fs::File::options().write(true).open(bench.raw()).unwrap();
-    file.write_all_at(&content(), 0).unwrap();
+    file.write_all_at(content(), 0).unwrap();
     let block = Block::open(&bench.raw(), false, "").unwrap();
     let mut device = bench.device(block.reading_aside().unwrap());
     let mut driver = bench.driver(&mut device);

@@ -13,11 +13,10 @@ use std::{
 use branch_disk::{LayerId, Origin, Rebuild, anything};
 
 use super::{
-    bringer_tests::{
-        BYTES, Bench, IOERR, OK, awaited, content, ends, offer, offer_flush, others_are_served,
-        waiting,
-    },
+    bringer_tests::others_are_served,
     fetch::THREADS,
+    test_reads::{BYTES, Bench, awaited, content, ends, offer, offer_flush, waiting},
+    test_requests::{IOERR, OK},
     *,
 };
 use crate::{

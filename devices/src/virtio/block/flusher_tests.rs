@@ -10,7 +10,10 @@ use tempfile::TempDir;
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::GuestAddress;
 
-use super::*;
+use super::{
+    test_requests::{OK, header},
+    *,
+};
 use crate::{
     Device,
     conformance::{Line, PATIENCE, Subject, conforms},
@@ -21,14 +24,6 @@ use crate::{
         entropy::Entropy,
     },
 };
-
-const OK: u8 = VIRTIO_BLK_S_OK as u8;
-
-fn header(request: u32) -> [u8; 16] {
-    let mut header = [0; 16];
-    header[..4].copy_from_slice(&request.to_le_bytes());
-    header
-}
 
 /// A disk that branches: who has it locked is a host's disk that takes its time.
 struct Bench {
@@ -99,7 +94,7 @@ conforms!(conformance, super::Bench);
 
 /// A request's parts, with room for its status behind them.
 fn offer(driver: &mut Driver<'_>, request: u32) -> Vec<GuestAddress> {
-    let header = header(request);
+    let header = header(request, 0);
     match request {
         VIRTIO_BLK_T_OUT => driver.offer(&[Part::Out(&header), Part::Out(&[7; 512]), Part::In(1)]),
         _ => driver.offer(&[Part::Out(&header), Part::In(1)]),

@@ -21,6 +21,10 @@ mod round;
 mod size_tests;
 mod state;
 #[cfg(test)]
+mod test_reads;
+#[cfg(test)]
+mod test_requests;
+#[cfg(test)]
 mod tests;
 mod throttle;
 #[cfg(test)]

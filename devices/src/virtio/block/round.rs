@@ -26,7 +26,7 @@ use crate::virtio::{
 #[cfg(not(test))]
 const MAX_KEPT_BYTES: u64 = MAX_REQUEST_BYTES;
 #[cfg(test)]
-const MAX_KEPT_BYTES: u64 = super::bringer_tests::KEPT_BYTES;
+const MAX_KEPT_BYTES: u64 = super::test_reads::KEPT_BYTES;
 
 /// A round, and the reads that it keeps for a later one.
 pub(super) struct Round<'b, 'm> {

@@ -3,7 +3,10 @@ use std::{fs, os::unix::fs::FileExt, path::PathBuf};
 use tempfile::{NamedTempFile, TempDir};
 use virtio_queue::desc::split::Descriptor;
 
-use super::*;
+use super::{
+    test_requests::{IOERR, OK, UNSUPP, header},
+    *,
+};
 use crate::{
     Device,
     conformance::{Subject, conforms},
@@ -15,21 +18,11 @@ use crate::{
 };
 
 const SECTORS: u64 = 64;
-const OK: u8 = VIRTIO_BLK_S_OK as u8;
-const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
-const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 fn image() -> NamedTempFile {
     let image = NamedTempFile::new().unwrap();
     image.as_file().set_len(SECTORS * SECTOR_BYTES).unwrap();
     image
-}
-
-fn header(request: u32, sector: u64) -> Vec<u8> {
-    let mut header = request.to_le_bytes().to_vec();
-    header.extend([0; 4]);
-    header.extend(sector.to_le_bytes());
-    header
 }
 
 struct Machine {

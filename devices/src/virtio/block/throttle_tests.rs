@@ -9,7 +9,10 @@ use virtio_bindings::{
 };
 use vm_memory::GuestAddress;
 
-use super::*;
+use super::{
+    test_requests::{OK, header},
+    *,
+};
 use crate::{
     Device, EventLoop, RateLimit,
     conformance::{PATIENCE, Subject, conforms},
@@ -21,7 +24,6 @@ use crate::{
 };
 
 const BYTES: u64 = 1 << 20;
-const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const ALL: u64 = VERSION_1 | FLUSH | DISCARD | WRITE_ZEROES;
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -98,12 +100,6 @@ impl Bench {
     fn on_disk(&self, sector: u64) -> u8 {
         fs::read(self.dir.path().join("disk")).unwrap()[(sector * SECTOR_BYTES) as usize]
     }
-}
-
-fn header(request: u32, sector: u64) -> Vec<u8> {
-    let mut header = u64::from(request).to_le_bytes().to_vec();
-    header.extend(sector.to_le_bytes());
-    header
 }
 
 fn read(driver: &mut Driver<'_>, sector: u64) -> Request {
