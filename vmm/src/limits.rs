@@ -1,6 +1,6 @@
 //! What a machine may have: what who starts it permits, and what its CPUs and this host can.
 
-use std::path::Path;
+use std::{path::Path, thread};
 
 use control::Confinement;
 use hypervisor::GuestCpuid;
@@ -51,6 +51,21 @@ pub(crate) fn addressable(memory: &MachineMemory, cpuid: &GuestCpuid) -> Result<
             bits: cpuid.address_bits(),
         }),
         _ => Ok(()),
+    }
+}
+
+/// Warns of more vCPUs than there are CPUs for them. The guest waits for locks whose holders do not run, which costs it most of its
+/// time where the processor does not tell KVM that it spins (`docs/benchmarks.md`, *Why one vCPU*).
+pub(crate) fn warn_if_crowded(vcpus: u32) {
+    // Of this process: it may be bound to a few of them, or have a share.
+    let cpus = thread::available_parallelism()
+        .map_or(vcpus, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX));
+    if vcpus > cpus {
+        tracing::warn!(
+            vcpus,
+            cpus,
+            "the machine has more vCPUs than there are CPUs for it: its guest may be many times slower than with as many"
+        );
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     disks::{self, AttachedDisk},
     error::Error,
     frame::{Frame, Restored, Threads, restore_vcpu},
-    limits::{addressable, confined, layout_of},
+    limits::{addressable, confined, layout_of, warn_if_crowded},
     live::Live,
     merging::Merging,
     metrics::{ExitCounts, MachineCounts},
@@ -184,6 +184,7 @@ impl Machine {
     ) -> Result<Self, Error> {
         let bytes = config.memory_mib.saturating_mul(1 << 20);
         let layout = layout_of(bytes)?;
+        warn_if_crowded(config.vcpus);
         let memory = MachineMemory::zeroed_of(host_pages(spec), layout)?;
         let frame = Frame::new(memory, config.vcpus)?;
         let Frame {
