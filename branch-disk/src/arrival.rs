@@ -21,10 +21,10 @@ use crate::{
 
 /// What comes as a whole, in bytes: a few frames of a store, so that who waits for a sector waits for little else.
 pub(crate) const UNIT_BYTES: u64 = 64 << 10;
-/// What is read at a time, in units, when nobody waits for it;
+/// What is read at a time, in units.
 const RUN_UNITS: u64 = 16;
-/// and when somebody does, who may want to do something else before all of it has come.
-const AWAITED_UNITS: u64 = 4;
+/// And where somebody waits who may want to do something else before all of it has come.
+const PIECE_BYTES: u64 = 4 * UNIT_BYTES;
 const WORD_BITS: u64 = u64::BITS as u64;
 
 /// What somebody else has kept of a disk.
@@ -77,22 +77,35 @@ impl Awaited {
         self.len
     }
 
+    /// The same in pieces of at most a quarter of a MiB, of which several can be brought at once.
+    pub fn pieces(self) -> impl Iterator<Item = Self> {
+        let Self {
+            arrival,
+            offset,
+            len,
+        } = self;
+        // No two have a part of the same unit.
+        let into_disk = offset.saturating_sub(arrival.geometry.data_at());
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let to_end_of_piece = PIECE_BYTES - (into_disk + at) % PIECE_BYTES;
+            let piece = Self {
+                arrival: Arc::clone(&arrival),
+                offset: offset + at,
+                len: to_end_of_piece.min(len - at),
+            };
+            at += piece.len;
+            (piece.len > 0).then_some(piece)
+        })
+    }
+
     /// Has it come. The disk may be in use meanwhile.
     ///
     /// # Errors
     ///
     /// When it cannot be had. It can be tried again.
     pub fn bring(&self) -> io::Result<()> {
-        self.bring_while(&|| true).map(drop)
-    }
-
-    /// The same, but ends when it no longer `goes_on`, which is asked after each quarter of a MiB at the latest; says whether all is here.
-    ///
-    /// # Errors
-    ///
-    /// As above.
-    pub fn bring_while(&self, goes_on: &dyn Fn() -> bool) -> io::Result<bool> {
-        self.arrival.bring(self.offset, self.len, goes_on)
+        self.arrival.bring(self.offset, self.len)
     }
 }
 
@@ -208,22 +221,18 @@ impl Arrival {
         self.complete.store(true, Ordering::Release);
     }
 
-    /// Has `len` bytes of the layer's file at `offset` be there, as long as it `goes_on`; waits for others who bring some of them. Says whether all are.
-    fn bring(&self, offset: u64, len: u64, goes_on: &dyn Fn() -> bool) -> io::Result<bool> {
+    /// Has `len` bytes of the layer's file at `offset` be there; waits for others who bring some of them.
+    fn bring(&self, offset: u64, len: u64) -> io::Result<()> {
         let units = units_of(&self.in_disk(offset, len));
         let mut state = self.state();
-        let (mut at, mut begun) = (units.start, false);
+        let mut at = units.start;
         loop {
             state.trusted()?;
             let Some(next) = state.next_absent(at..units.end) else {
-                return Ok(true);
+                return Ok(());
             };
-            // Something has come of it in any case.
-            if begun && !goes_on() {
-                return Ok(false);
-            }
-            (at, begun) = (next, true);
-            let run = state.take(at..units.end.min(at + AWAITED_UNITS));
+            at = next;
+            let run = state.take(at..units.end.min(at + RUN_UNITS));
             if run.is_empty() {
                 // Whatever comes of it, it is looked at anew then.
                 state = self.wait(state);

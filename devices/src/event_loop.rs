@@ -222,7 +222,8 @@ impl EventLoop {
         self.endpoint
             .fire(move |_| {
                 let mut is_settled = true;
-                gate.pass(|| is_settled = drain(&workers, deadline));
+                let until = deadline.min(Instant::now() + DRAIN_TIME);
+                gate.pass(|| is_settled = drain(&workers, until, deadline));
                 if acknowledge.send(is_settled).is_ok() && is_settled {
                     stand_still(&released, &workers, &gate);
                 }
@@ -352,19 +353,33 @@ impl Loop {
     }
 }
 
-/// Serves the requests that are available, until there are none or [`DRAIN_TIME`] is over. Says whether nothing is under way then,
-/// which has to be so by `deadline`.
-fn drain(workers: &Workers, deadline: Instant) -> bool {
-    let start = Instant::now();
+/// Serves the requests that are available, until there are none or it is `until`, and answers what was begun. Says whether nothing is
+/// under way then, which has to be so by `deadline`.
+pub(crate) fn drain(workers: &[Arc<Mutex<Worker>>], until: Instant, deadline: Instant) -> bool {
+    for worker in workers {
+        let mut worker = lock(worker);
+        for index in 0..worker.queue_count() {
+            worker.serve_until(index, until);
+        }
+    }
+    // All of them before any is waited for: they may wait for the same.
+    end_early(workers);
     workers.iter().all(|worker| {
         let mut worker = lock(worker);
         let mut queues = 0..worker.queue_count();
-        queues.all(|index| worker.drain(index, deadline, || start.elapsed() < DRAIN_TIME))
+        queues.all(|index| worker.answer(index, deadline))
     })
 }
 
-/// Waits until nothing is under way beside the loop; says whether that is so by `deadline`.
-fn settle(workers: &Workers, deadline: Instant) -> bool {
+fn end_early(workers: &[Arc<Mutex<Worker>>]) {
+    for worker in workers {
+        lock(worker).end_early();
+    }
+}
+
+/// Has what is under way beside the loop end early, and waits until nothing is; says whether that is so by `deadline`.
+fn settle(workers: &[Arc<Mutex<Worker>>], deadline: Instant) -> bool {
+    end_early(workers);
     workers.iter().all(|worker| lock(worker).settle(deadline))
 }
 

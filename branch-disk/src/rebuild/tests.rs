@@ -223,27 +223,26 @@ impl crate::Sink for Later {
 }
 
 #[test]
-fn who_does_not_wait_for_all_has_a_part_of_it() {
+fn what_is_waited_for_comes_in_pieces_that_have_nothing_in_common() {
     let directory = tempfile::tempdir().unwrap();
     let kept = Arc::new(Kept::default());
     let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
     let disk = rebuild.branch(&anything).unwrap();
-    let mut later = Later(1 << 20, Vec::new());
-    disk.read(0, &mut later).unwrap();
-    let [awaited] = &later.1[..] else {
-        panic!("{later:?}")
-    };
-    let asked = AtomicU64::new(0);
-    let twice = || asked.fetch_add(1, Relaxed) == 0;
-    for (goes_on, come) in [
-        (&(|| false) as &dyn Fn() -> bool, 1),
-        (&twice, 3),
-        (&|| true, 4),
-        (&|| unreachable!("all is here"), 4),
-    ] {
-        assert_eq!(awaited.bring_while(goes_on).unwrap(), come == 4);
-        assert_eq!(kept.read.load(Relaxed), come << 18);
+    const BEGIN: u64 = 200 << 10;
+    let mut later = Later(700 << 10, Vec::new());
+    disk.read(BEGIN, &mut later).unwrap();
+    let [awaited] = <[_; 1]>::try_from(later.1).unwrap();
+    let mut come = 0;
+    for (piece, (kib, units)) in awaited
+        .pieces()
+        .zip([(56, 1), (256, 4), (256, 4), (132, 3)])
+    {
+        assert_eq!(piece.bytes(), kib << 10);
+        piece.bring().unwrap();
+        come += units * UNIT_BYTES;
+        assert_eq!(kept.read.load(Relaxed), come);
     }
+    assert_eq!(come, 12 * UNIT_BYTES);
 }
 
 #[test]

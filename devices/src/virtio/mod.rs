@@ -110,13 +110,16 @@ pub trait VirtioDevice: Send {
         false
     }
 
-    /// Waits until nothing is; says whether that is so by `deadline`.
+    /// Has what is under way end early, where it can be begun anew when the queue is looked at again.
+    fn end_early(&self) {}
+
+    /// Waits until nothing is under way; says whether that is so by `deadline`.
     #[must_use = "something may be under way still"]
     fn settle(&self, _deadline: Instant) -> bool {
         true
     }
 
-    /// Answers in queue `index` what is over of what rounds have begun, and begins nothing.
+    /// Answers in queue `index` what is over of what rounds have begun, and begins nothing. What was ended early it keeps.
     ///
     /// # Errors
     ///

@@ -84,23 +84,27 @@ impl Worker {
         }
     }
 
-    /// Serves the requests in queue `index` until there are none or `go_on` says so. Says whether nothing is under way then, and
-    /// nothing that is over is left unanswered, which has to be so by `deadline`.
+    /// Serves the requests in queue `index` until there are none, or something is under way still at `until`; one round in any case where
+    /// nothing is.
+    pub(crate) fn serve_until(&mut self, index: usize, until: Instant) {
+        if !self.device.holds_requests(index) {
+            return;
+        }
+        while self.settle(until) && self.process(index) && Instant::now() < until {}
+    }
+
+    /// Has what is under way end early, where it can be begun anew.
+    pub(crate) fn end_early(&self) {
+        self.device.end_early();
+    }
+
+    /// Answers what is over in queue `index`. Says whether nothing is under way then, which has to be so by `deadline`.
     #[must_use = "something may be under way still"]
-    pub(crate) fn drain(
-        &mut self,
-        index: usize,
-        deadline: Instant,
-        go_on: impl Fn() -> bool,
-    ) -> bool {
+    pub(crate) fn answer(&mut self, index: usize, deadline: Instant) -> bool {
         if !self.device.holds_requests(index) {
             return true;
         }
-        let mut is_settled = self.settle(deadline);
-        while is_settled && self.process(index) && go_on() {
-            is_settled = self.settle(deadline);
-        }
-        is_settled = is_settled && self.settle(deadline);
+        let is_settled = self.settle(deadline);
         if is_settled {
             self.round(index, |device, queue, memory| {
                 device.answer_queue(index, queue, memory)

@@ -142,14 +142,18 @@ impl Bringer {
         ring.as_mut().is_some_and(|ring| ring.is_under_way())
     }
 
-    /// Whether what was begun last was cut short: what it was to fetch may be there to be had. It is said once.
-    pub(super) fn take_cut_short(&self) -> bool {
-        self.fetch.take_cut_short()
+    /// Has nothing more be fetched of what was begun.
+    pub(super) fn end_early(&self) {
+        self.fetch.end_early();
     }
 
-    /// Waits until nothing is; says whether that is so by `deadline`. What is not on this host is not waited for but for a part of it.
+    /// What of [`Left::awaited`] of what was begun last was therefore not tried, by its place there. It is said once.
+    pub(super) fn take_untried(&self) -> Vec<usize> {
+        self.fetch.take_untried()
+    }
+
+    /// Waits until nothing is; says whether that is so by `deadline`.
     pub(super) fn wait_until(&self, deadline: Instant) -> bool {
-        self.fetch.cut_short();
         let ring = &mut lock(&self.state).ring;
         ring.as_mut().is_none_or(|ring| ring.wait_until(deadline))
             && self.fetch.wait_until(deadline)
@@ -159,6 +163,7 @@ impl Bringer {
 impl Drop for Bringer {
     /// Of a disk that hangs, the kernel may not have looked for the files yet: they stay open.
     fn drop(&mut self) {
+        self.fetch.end_early();
         if self.is_reading() {
             std::mem::forget(Arc::clone(&self.disk));
         }

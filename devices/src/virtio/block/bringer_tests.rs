@@ -17,7 +17,10 @@ use vm_memory::GuestAddress;
 
 use super::{
     ring::Part,
-    test_reads::{Bench, LEN, awaited, content, ends, offer, offer_flush, serve, soon, waiting},
+    test_reads::{
+        A_WHILE, Bench, LEN, NOW, awaited, content, drains, ends, kept, offer, offer_flush, serve,
+        soon, waiting,
+    },
     test_requests::{IOERR, OK, header},
     *,
 };
@@ -70,29 +73,6 @@ impl Drop for Slow {
         // Who waited may be gone, with a test that has failed.
         let _ = self.writer.write_all(&[0]);
     }
-}
-
-/// How often a round may be interrupted before it has taken all that a test offers: it ends at its time.
-const ATTEMPTS: usize = 20;
-
-/// Has `offer` make requests, of which one round keeps all so many; what it then has of them, with the device and its driver.
-fn kept<'b, T>(
-    bench: &'b Bench,
-    count: usize,
-    offer: impl Fn(&mut Driver<'b>) -> T,
-) -> (MmioTransport, Driver<'b>, T) {
-    for _ in 0..ATTEMPTS {
-        let mut device = bench.device(bench.block().flushing_aside().unwrap());
-        let mut driver = bench.driver(&mut device);
-        let offered = offer(&mut driver);
-        serve(&device);
-        if waiting(&device) == count {
-            return (device, driver, offered);
-        }
-        // Else its image is in use.
-        ends(&device);
-    }
-    panic!("no round keeps {count} requests");
 }
 
 impl Subject for Bench {
@@ -205,30 +185,60 @@ fn what_is_in_more_pieces_than_can_be_brought_at_once_is_read_all_the_same() {
 #[test]
 fn what_one_round_does_not_keep_waits_for_the_next_and_not_on_the_loop() {
     let bench = Bench::new();
-    let [raw, ..] = bench.blocks();
     // Three may go on at once, and each is counted once.
-    let mut raw = raw.limited(DiskLimits {
-        reads: RateLimit {
-            operations_per_second: NonZeroU64::new(20),
-            ..RateLimit::default()
-        },
-        ..DiskLimits::default()
-    });
-    raw.stop_clock(&StoppedClock::new());
-    let mut device = bench.device(raw);
-    let mut driver = bench.driver(&mut device);
-    let reads = offer_long(&mut driver);
-    serve(&device);
+    let reads = operations(20);
+    let limited = || still(&bench, DiskLimits { reads, ..none() });
+    let (device, driver, reads) = kept(&bench, limited, 3, offer_long);
     assert_eq!(driver.used(), 0);
-    let settled = lock(device.worker()).settle(soon());
-    assert!(settled);
-    // It is the one that the machine's state has last, so that it goes on in the same order.
-    assert_eq!(waiting(&device), 3);
-    serve(&device);
-    assert_eq!((driver.used(), waiting(&device)), (2, 1));
+    assert!(lock(device.worker()).settle(soon()));
     ends(&device);
     are_right(&driver, &reads);
     assert_eq!(awaited(&device), 3);
+}
+
+#[test]
+fn what_waits_for_the_next_round_is_under_the_limits_of_what_it_is_then() {
+    let bench = Bench::new();
+    let writes = operations(1);
+    let limited = || still(&bench, DiskLimits { writes, ..none() });
+    let (device, driver, reads) = kept(&bench, limited, 3, |driver| {
+        let header = header(VIRTIO_BLK_T_OUT, 0);
+        driver.offer(&[Buffer::Out(&header), Buffer::Out(&[1; 512]), Buffer::In(1)]);
+        offer_long(driver)
+    });
+    assert_eq!(driver.used(), 1);
+    let [.., (_, disguised)] = &reads[..] else {
+        unreachable!("there are three")
+    };
+    driver.store(disguised[0].0, VIRTIO_BLK_T_OUT);
+    ends(&device);
+    assert_eq!(
+        (driver.used(), waiting(&device)),
+        (3, 1),
+        "writes are used up"
+    );
+}
+
+fn operations(per_second: u64) -> RateLimit {
+    RateLimit {
+        operations_per_second: NonZeroU64::new(per_second),
+        ..RateLimit::default()
+    }
+}
+
+fn none() -> DiskLimits {
+    DiskLimits::default()
+}
+
+/// A raw disk with these limits, for which time stands still.
+fn still(bench: &Bench, limits: DiskLimits) -> Block {
+    let mut block = bench.block().limited(limits);
+    block.stop_clock(&StoppedClock::new());
+    block
+}
+
+fn flushing(bench: &Bench) -> Block {
+    bench.block().flushing_aside().unwrap()
 }
 
 /// Three long reads, and where each is on the disk.
@@ -324,9 +334,12 @@ fn a_driver_that_breaks_a_rule_behind_reads_can_start_anew() {
 #[test]
 fn what_is_no_read_any_more_when_it_is_to_be_made_is_an_error() {
     let bench = Bench::new();
-    let (device, driver, reads) = kept(&bench, 3, |driver| {
-        [5, 7, 9].map(|sector| offer(driver, sector))
-    });
+    let (device, driver, reads) = kept(
+        &bench,
+        || flushing(&bench),
+        3,
+        |driver| [5, 7, 9].map(|sector| offer(driver, sector)),
+    );
     let [disguised, shorter, right] = reads;
     driver.store(disguised.places[0].0, VIRTIO_BLK_T_FLUSH);
     // The room of the other: of each request's three descriptors the second.
@@ -343,11 +356,16 @@ fn what_is_no_read_any_more_when_it_is_to_be_made_is_an_error() {
 #[test]
 fn what_is_no_flush_any_more_when_it_is_to_be_made_is_an_error() {
     let bench = Bench::new();
-    let (device, driver, write) = kept(&bench, 2, |driver| {
-        offer(driver, 5);
-        let flush = header(VIRTIO_BLK_T_FLUSH, 7);
-        driver.offer(&[Buffer::Out(&flush), Buffer::Out(&[9; 512]), Buffer::In(1)])
-    });
+    let (device, driver, write) = kept(
+        &bench,
+        || flushing(&bench),
+        2,
+        |driver| {
+            offer(driver, 5);
+            let flush = header(VIRTIO_BLK_T_FLUSH, 7);
+            driver.offer(&[Buffer::Out(&flush), Buffer::Out(&[9; 512]), Buffer::In(1)])
+        },
+    );
     driver.store(write[0].0, VIRTIO_BLK_T_OUT);
     ends(&device);
     assert_eq!((driver.used(), driver.bytes(write[2], 1)[0]), (2, IOERR));
@@ -367,11 +385,12 @@ fn a_disk_that_takes_its_time_is_waited_for_before_its_machine_is_saved() {
     driver.notify(&mut device);
     let worker = device.worker();
     assert!(lock(worker).is_at_work());
-    assert!(!lock(worker).drain(0, Instant::now() + Duration::from_millis(20), || true));
+    assert!(!drains(&device, A_WHILE, A_WHILE));
     assert_eq!(driver.used(), 0);
     drop(slow);
+    assert!(lock(worker).settle(soon()));
     // Of one that runs out of time, what was begun is answered.
-    assert!(lock(worker).drain(0, soon(), || false));
+    assert!(drains(&device, NOW, PATIENCE));
     assert!(!lock(worker).is_at_work());
     assert!(driver.used() > 0);
     assert_eq!(waiting(&device), 0);

@@ -296,11 +296,19 @@ impl Disk {
 
     /// Reads as much as need not wait, and says what is left.
     pub(super) fn read_without_waiting(&self, sector: u64, data: &Run<'_>) -> io::Result<Left> {
+        self.read_peeking(sector, data, &mut lock(&self.peek))
+    }
+
+    /// Reads what is on this host, and says what is left.
+    pub(super) fn read_what_is_here(&self, sector: u64, data: &Run<'_>) -> io::Result<Left> {
+        self.read_peeking(sector, data, &mut Peek::Wait)
+    }
+
+    fn read_peeking(&self, sector: u64, data: &Run<'_>, peek: &mut Peek) -> io::Result<Left> {
         let offset = self.offset(sector, data.len())?;
-        let mut peek = lock(&self.peek);
         let mut sink = Peeking {
             rest: data.clone(),
-            peek: &mut peek,
+            peek,
             left: Left::default(),
         };
         match &self.backing {
@@ -450,7 +458,7 @@ pub(super) struct Left {
     /// What is not in the page cache: parts of files that stay open until the machine is held, when nothing is under way
     /// ([`branch_disk::Disk::adopt`]).
     pub(super) parts: Vec<Part>,
-    /// What is not on this host.
+    /// What is not on this host, in pieces.
     pub(super) awaited: Vec<Awaited>,
 }
 
@@ -511,7 +519,7 @@ impl Sink for Peeking<'_, '_> {
 
     fn is_to_wait(&mut self, awaited: Awaited) -> io::Result<bool> {
         self.rest = self.rest.split_off(awaited.bytes());
-        self.left.awaited.push(awaited);
+        self.left.awaited.extend(awaited.pieces());
         Ok(false)
     }
 }

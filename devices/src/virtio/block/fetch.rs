@@ -2,6 +2,8 @@
 
 use std::{
     io,
+    iter::Enumerate,
+    mem,
     os::fd::OwnedFd,
     sync::{Arc, Condvar, Mutex, PoisonError},
     thread,
@@ -13,7 +15,7 @@ use branch_disk::Awaited;
 
 use crate::sync::lock;
 
-/// How many parts are fetched at once: who is far away takes its time for each.
+/// How many pieces are fetched at once: who is far away takes its time for each.
 pub(super) const THREADS: usize = 4;
 
 /// Fetches for one disk, a batch at a time.
@@ -29,10 +31,10 @@ struct Shared {
 #[derive(Default)]
 struct State {
     is_under_way: bool,
-    /// Somebody does not wait for all of the batch that is under way, or was last;
+    /// Of the batch that is under way, nothing more is to be begun.
     is_to_end: bool,
-    /// and so not all of it was tried.
-    is_cut_short: bool,
+    /// What of it was therefore not tried, by its place in the batch.
+    untried: Vec<usize>,
 }
 
 impl Fetch {
@@ -58,7 +60,7 @@ impl Fetch {
         let threads = awaited.len().min(THREADS);
         let batch = Arc::new(Batch {
             shared: Arc::clone(&self.0),
-            left: Mutex::new(awaited.into_iter()),
+            left: Mutex::new(awaited.into_iter().enumerate()),
         });
         for nth in 0..threads {
             let batch = Arc::clone(&batch);
@@ -78,14 +80,14 @@ impl Fetch {
         lock(&self.0.state).is_under_way
     }
 
-    /// Has the batch that is under way, if any is, leave what it has not begun.
-    pub(super) fn cut_short(&self) {
+    /// Has the batch that is under way, if any is, begin nothing more: each of its threads ends what it is at, or a first piece.
+    pub(super) fn end_early(&self) {
         lock(&self.0.state).is_to_end = true;
     }
 
-    /// Whether the last batch was cut short, so that what has not come may be there to be had. It is said once.
-    pub(super) fn take_cut_short(&self) -> bool {
-        std::mem::take(&mut lock(&self.0.state).is_cut_short)
+    /// What of the last batch was not tried, since it was to end early, by its place in the batch. It is said once.
+    pub(super) fn take_untried(&self) -> Vec<usize> {
+        mem::take(&mut lock(&self.0.state).untried)
     }
 
     /// Waits until none is; says whether that is so by `deadline`.
@@ -101,25 +103,34 @@ impl Fetch {
 /// A batch that is under way, whatever becomes of it.
 struct Batch {
     shared: Arc<Shared>,
-    left: Mutex<vec::IntoIter<Awaited>>,
+    left: Mutex<Enumerate<vec::IntoIter<Awaited>>>,
 }
 
 impl Batch {
+    /// Fetches one piece after the other until none is left. Whatever else is wanted, something comes of each batch.
     fn fetch(&self) {
-        let goes_on = || !lock(&self.shared.state).is_to_end;
-        let next = || lock(&self.left).next();
-        while let Some(awaited) = next() {
-            let is_tried = goes_on() && Self::try_to_bring(&awaited, &goes_on);
-            lock(&self.shared.state).is_cut_short |= !is_tried;
+        let mut has_begun = false;
+        while let Some((index, awaited)) = self.next() {
+            if mem::replace(&mut has_begun, true) && self.leaves(index) {
+                continue;
+            }
+            if let Err(error) = awaited.bring() {
+                tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
+            }
         }
     }
 
-    /// Says whether all that is `awaited` has come, or cannot be had.
-    fn try_to_bring(awaited: &Awaited, goes_on: &dyn Fn() -> bool) -> bool {
-        awaited.bring_while(goes_on).unwrap_or_else(|error| {
-            tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
-            true
-        })
+    fn next(&self) -> Option<(usize, Awaited)> {
+        lock(&self.left).next()
+    }
+
+    /// Whether the piece with this place is left untried.
+    fn leaves(&self, index: usize) -> bool {
+        let state = &mut *lock(&self.shared.state);
+        if state.is_to_end {
+            state.untried.push(index);
+        }
+        state.is_to_end
     }
 }
 

@@ -11,6 +11,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::GuestAddress;
 
 use super::{
+    test_reads::{NOW, drains},
     test_requests::{OK, header},
     *,
 };
@@ -216,9 +217,8 @@ fn before_a_machine_is_saved_its_flushes_are_over() {
     driver.notify(&mut device);
     assert_eq!(driver.used(), 0);
     std::thread::scope(|scope| {
-        let worker = device.worker();
-        assert!(!lock(worker).drain(0, Instant::now(), || true));
-        let drained = scope.spawn(|| lock(worker).drain(0, soon(), || true));
+        assert!(!drains(&device, NOW, NOW));
+        let drained = scope.spawn(|| drains(&device, PATIENCE, PATIENCE));
         drop(slow);
         assert!(drained.join().unwrap());
     });
@@ -229,10 +229,10 @@ fn before_a_machine_is_saved_its_flushes_are_over() {
         offer(&mut driver, VIRTIO_BLK_T_FLUSH);
     }
     let worker = device.worker();
-    assert!(lock(worker).drain(0, soon(), || false));
+    assert!(drains(&device, NOW, PATIENCE));
     assert!(!lock(worker).is_at_work());
     assert_eq!((driver.used(), waiting(&device)), (6, 0));
-    assert!(lock(worker).drain(0, soon(), || true));
+    assert!(drains(&device, PATIENCE, PATIENCE));
     assert_eq!((driver.used(), waiting(&device)), (8, 0));
 }
 
@@ -279,7 +279,7 @@ fn a_flush_that_fails_is_told_to_who_asked_before_the_machine_is_saved() {
     let flushes = [(); 2].map(|()| offer(&mut driver, VIRTIO_BLK_T_FLUSH));
     driver.notify(&mut device);
     // It is not made again by who opens the disk anew, and knows of no failure.
-    assert!(lock(device.worker()).drain(0, soon(), || false));
+    assert!(drains(&device, PATIENCE, PATIENCE));
     assert_eq!((driver.used(), waiting(&device)), (2, 0));
     for flush in flushes {
         assert_eq!(status(&driver, &flush), VIRTIO_BLK_S_IOERR as u8);

@@ -31,7 +31,7 @@ mod throttle;
 mod throttle_tests;
 mod vectored;
 
-use std::{collections::VecDeque, io, path::Path, sync::Arc, time::Instant};
+use std::{collections::VecDeque, io, ops::Range as Places, path::Path, sync::Arc, time::Instant};
 
 use branch_disk::Space;
 use memory::GuestMemory;
@@ -116,7 +116,7 @@ pub struct Block {
     metrics: Arc<BlockMetrics>,
 }
 
-/// A read that was kept, to be made when what it wants is in the page cache.
+/// A read that was kept, to be made when what it wants is in the page cache, or was asked for.
 struct Brought {
     head: u16,
     /// What it reads.
@@ -125,13 +125,15 @@ struct Brought {
 }
 
 /// How such a read is made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Manner {
-    /// It waits for what is not there.
-    Waits,
-    /// Some of it was fetched from elsewhere: what is not there cannot be had.
-    Fetched,
-    /// Some of it was to be fetched, and may not have been: as if it had just been asked for.
+    /// It waits for what is not in the page cache. For what is not on this host it is kept once more.
+    Reads,
+    /// It waits for that, too, since the host has no thread to fetch it.
+    ReadsAll,
+    /// These of [`Left::awaited`] were fetched for it: what is not there cannot be had.
+    Fetched(Places<usize>),
+    /// Not all of that was tried: as if it had just been asked for.
     Anew,
 }
 
@@ -329,7 +331,7 @@ impl Block {
         let fetches = begun.is_some_and(|begun| begun.fetches);
         self.brought.extend(reads.drain(..).map(|read| Brought {
             manner: match read.manner {
-                Manner::Fetched if !fetches => Manner::Waits,
+                Manner::Fetched(_) if !fetches => Manner::ReadsAll,
                 manner => manner,
             },
             ..read
@@ -337,14 +339,14 @@ impl Block {
         begun.is_some_and(Begun::is_any)
     }
 
-    /// Of a batch that was cut short, who waits for it does not know what has come.
-    fn look_anew_if_cut_short(&mut self) {
+    /// What was not tried for reads, since it was to end early, is asked for again.
+    fn ask_anew_for_untried(&mut self) {
         let bringer = self.bringer.as_ref();
-        if !bringer.is_some_and(Bringer::take_cut_short) {
-            return;
-        }
+        let untried = bringer.map(Bringer::take_untried).unwrap_or_default();
         for read in &mut self.brought {
-            if read.manner == Manner::Fetched {
+            if let Manner::Fetched(places) = &read.manner
+                && untried.iter().any(|place| places.contains(place))
+            {
                 read.manner = Manner::Anew;
             }
         }
@@ -376,7 +378,7 @@ impl Block {
         if self.is_at_work() {
             return Ok(Progress::default());
         }
-        self.look_anew_if_cut_short();
+        self.ask_anew_for_untried();
         let mut round = Round::begin(self, memory, begins);
         let progress = serve_round(queue, memory, &mut round)?;
         Ok(Progress {
@@ -452,6 +454,12 @@ impl VirtioDevice for Block {
             || self.bringer.as_ref().is_some_and(Bringer::is_under_way)
     }
 
+    fn end_early(&self) {
+        if let Some(bringer) = &self.bringer {
+            bringer.end_early();
+        }
+    }
+
     fn settle(&self, deadline: Instant) -> bool {
         let (flusher, bringer) = (self.flusher.as_ref(), self.bringer.as_ref());
         flusher.is_none_or(|flusher| flusher.wait_until(deadline))
@@ -472,6 +480,8 @@ impl VirtioDevice for Block {
         self.flushing = None;
         self.flush_behind = None;
         self.brought.clear();
+        // Its driver does not wait for what another had asked for.
+        self.end_early();
     }
 
     fn process_queue(
@@ -504,7 +514,8 @@ impl VirtioDevice for Block {
         let Self {
             disk,
             throttle,
-            // Nothing is under way, and what is over is answered, unless its driver has broken a rule since or there was no time.
+            // Nothing is under way. What is over is answered, unless its driver has broken a rule since or there was no time, or it was
+            // ended early.
             bringer: _,
             brought,
             flusher: _,

@@ -77,12 +77,13 @@ impl<'b, 'm> Round<'b, 'm> {
         Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())
     }
 
-    /// Serves the request with this head, unless it has to wait; for limits it does not if it is `admitted`.
+    /// Serves the request with this head, unless it has to wait. It does not for limits if it was `admitted` as a read of so many bytes
+    /// and is one still.
     fn serve(
         &mut self,
         head: u16,
         buffers: Buffers<'m>,
-        admitted: bool,
+        admitted: Option<u64>,
     ) -> Result<Outcome, DriverError> {
         let Request {
             header,
@@ -90,7 +91,8 @@ impl<'b, 'm> Round<'b, 'm> {
             input,
             status,
         } = Request::of(buffers)?;
-        if !admitted
+        let is_admitted = header.request == VIRTIO_BLK_T_IN && admitted == Some(input.len());
+        if !is_admitted
             && let Some(waits) = self.throttled(head, &header, output.len().max(input.len()))
         {
             return Ok(waits);
@@ -105,7 +107,7 @@ impl<'b, 'm> Round<'b, 'm> {
         }
         let outcome = if self.may_wait(&header, &input) {
             if self.kept_bytes > 0 && self.kept_bytes + input.len() > MAX_KEPT_BYTES {
-                self.block.throttle.put_back(head);
+                self.block.throttle.put_back(head, input.len());
                 return Ok(Outcome::KeptLast);
             }
             match self.block.disk.read_without_waiting(header.sector, &input) {
@@ -124,9 +126,10 @@ impl<'b, 'm> Round<'b, 'm> {
 
     /// Keeps a read of so many bytes for a later round, since it wants what is not there yet.
     fn keep(&mut self, head: u16, bytes: u64, wanted: Left) -> Outcome {
-        let manner = match wanted.awaited.is_empty() {
-            true => Manner::Waits,
-            false => Manner::Fetched,
+        let begin = self.wanted.awaited.len();
+        let manner = match wanted.awaited.len() {
+            0 => Manner::Reads,
+            count => Manner::Fetched(begin..begin + count),
         };
         self.kept.push(Brought {
             head,
@@ -154,26 +157,27 @@ impl<'b, 'm> Round<'b, 'm> {
         Some(request.map(|request| {
             let Request {
                 header,
-                output,
                 input,
                 status,
+                ..
             } = request;
             // It is still the driver's to change, and was admitted as what it was.
             let same = header.request == VIRTIO_BLK_T_IN && input.len() == bytes;
             let disk = &self.block.disk;
             let outcome = match manner {
                 _ if !same => Err(io::ErrorKind::InvalidInput.into()),
-                Manner::Waits => self.block.execute(&header, &output, &input),
+                Manner::ReadsAll => disk.read(header.sector, &input).map(|()| Left::default()),
                 // Whoever has it has been asked, and is not asked by the loop.
-                Manner::Fetched => {
-                    let read = disk.read_here(header.sector, &input);
-                    read.map(|()| Some(self.block.has_read(&input)))
-                }
-                Manner::Anew => match disk.read_without_waiting(header.sector, &input) {
-                    Ok(wanted) if wanted.is_empty() => Ok(Some(self.block.has_read(&input))),
-                    Ok(wanted) => return (head, self.keep_again(head, bytes, wanted)),
-                    Err(error) => Err(error),
-                },
+                Manner::Fetched(_) => disk
+                    .read_here(header.sector, &input)
+                    .map(|()| Left::default()),
+                Manner::Reads => disk.read_what_is_here(header.sector, &input),
+                Manner::Anew => disk.read_without_waiting(header.sector, &input),
+            };
+            let outcome = match outcome {
+                Ok(wanted) if wanted.is_empty() => Ok(Some(self.block.has_read(&input))),
+                Ok(wanted) => return (head, self.keep_again(head, bytes, wanted)),
+                Err(error) => Err(error),
             };
             let answered = self.block.answer(&header, outcome, &status);
             (head, Outcome::Used(answered))
@@ -290,7 +294,7 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
         }
         let head = chain.head_index();
         let buffers = Buffers::of(chain, self.memory, QUEUE_ENTRIES.into())?;
-        self.serve(head, buffers, false)
+        self.serve(head, buffers, None)
     }
 
     fn finish(&mut self) -> Vec<(u16, u32)> {
@@ -306,7 +310,7 @@ impl<'m> Handler<'m> for Round<'_, 'm> {
         if !kept.is_empty() {
             // Who asked for them is not to wait for the flush, too; nor for one that came behind them in an earlier round.
             block.flush_behind = flush.map(|flush| flush.head).or(block.flush_behind);
-            // If it is not begun they are made in the next round all the same, and wait.
+            // If it is not begun, or nothing is to be, the next round looks at them all the same.
             let begun = block.begin_to_bring(kept, std::mem::take(wanted));
             if begun {
                 block.metrics.awaited_reads.add(*newly_kept);

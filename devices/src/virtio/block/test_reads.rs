@@ -3,7 +3,7 @@
 use std::{
     fs,
     sync::{LazyLock, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use branch_disk::{Disk as Branch, Foundation, Mode, anything};
@@ -18,6 +18,7 @@ use super::{
 use crate::{
     Device,
     conformance::PATIENCE,
+    event_loop::drain,
     virtio::{
         MmioTransport,
         driver::{self, Driver, Part, VERSION_1},
@@ -27,6 +28,10 @@ use crate::{
 pub(super) const BYTES: usize = 1 << 20;
 /// What a round keeps here: room for two long reads.
 pub(super) const KEPT_BYTES: u64 = 250 << 10;
+/// For which nobody waits.
+pub(super) const NOW: Duration = Duration::ZERO;
+/// Longer than anything here takes that does not wait.
+pub(super) const A_WHILE: Duration = Duration::from_millis(20);
 /// Sectors of a read.
 pub(super) const SECTORS: u64 = 3;
 pub(super) const LEN: usize = (SECTORS * SECTOR_BYTES) as usize;
@@ -147,10 +152,39 @@ pub(super) fn serve(device: &MmioTransport) {
     lock(device.worker()).process(0);
 }
 
+/// How often a round may be interrupted before it has taken all that a test offers: it ends at its time.
+const ATTEMPTS: usize = 20;
+
+/// Has `offer` make requests of what `block` makes, of which one round keeps so many; what it then has of them, with the device and its driver.
+pub(super) fn kept<'b, T>(
+    bench: &'b Bench,
+    block: impl Fn() -> Block,
+    count: usize,
+    offer: impl Fn(&mut Driver<'b>) -> T,
+) -> (MmioTransport, Driver<'b>, T) {
+    for _ in 0..ATTEMPTS {
+        let mut device = bench.device(block());
+        let mut driver = bench.driver(&mut device);
+        let offered = offer(&mut driver);
+        serve(&device);
+        if waiting(&device) == count {
+            return (device, driver, offered);
+        }
+        // Else its image is in use.
+        ends(&device);
+    }
+    panic!("no round keeps {count} requests");
+}
+
 /// Serves until nothing is under way.
 pub(super) fn ends(device: &MmioTransport) {
-    let mut worker = lock(device.worker());
-    assert!(worker.drain(0, soon(), || true));
+    assert!(drains(device, PATIENCE, PATIENCE));
+}
+
+/// Serves for so long, as before a machine is saved, and answers what was begun; says whether it is over within `bound`.
+pub(super) fn drains(device: &MmioTransport, serves: Duration, bound: Duration) -> bool {
+    let now = Instant::now();
+    drain(&[Arc::clone(device.worker())], now + serves, now + bound)
 }
 
 pub(super) fn waiting(device: &MmioTransport) -> usize {

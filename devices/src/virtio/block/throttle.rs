@@ -1,4 +1,4 @@
-//! Which requests of a disk have to wait for its limits.
+//! Which requests of a disk have to wait for its limits, and those that wait until there is room for them.
 //!
 //! One that has to wait is taken off the ring, so that those behind it that the limit is not on go on: a limit on writes does not
 //! hold up reads. Among reads, and among all others, the order stays as it was.
@@ -52,16 +52,16 @@ struct Waiting {
     head: u16,
     /// `None` of one that nobody has looked at since it was restored, or that need not wait for a limit.
     way: Option<Way>,
-    /// It was counted, and waits for something else.
-    admitted: bool,
+    /// It was counted as a read of so many bytes, and waits for something else.
+    admitted: Option<u64>,
 }
 
 /// A request that has waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Due {
     pub(super) head: u16,
-    /// It is not asked for again whether it may go on.
-    pub(super) admitted: bool,
+    /// As a read of so many bytes it may go on.
+    pub(super) admitted: Option<u64>,
 }
 
 /// Holds a disk to its [`DiskLimits`].
@@ -195,16 +195,16 @@ impl Throttle {
         self.insert(Waiting {
             head,
             way: Some(way),
-            admitted: false,
+            admitted: None,
         });
     }
 
-    /// Has the request with this head, which may go on, wait for the next round, in the same place.
-    pub(super) fn put_back(&mut self, head: u16) {
+    /// Has the read of so many bytes with this head, which may go on, wait for the next round, in the same place.
+    pub(super) fn put_back(&mut self, head: u16, bytes: u64) {
         self.insert(Waiting {
             head,
             way: None,
-            admitted: true,
+            admitted: Some(bytes),
         });
     }
 
@@ -223,7 +223,7 @@ impl Throttle {
         let waiting = |head: &u16| Waiting {
             head: *head,
             way: None,
-            admitted: false,
+            admitted: None,
         };
         self.waiting = heads.iter().map(waiting).collect();
         self.begin_round();

@@ -12,6 +12,7 @@ use super::*;
 use crate::{
     BusDevice, ConsoleInput, Device, EventLoop,
     conformance::{PATIENCE, Subject, conforms},
+    event_loop::drain,
     sync::lock,
     virtio::{
         MMIO_BYTES, MmioTransport,
@@ -364,10 +365,8 @@ fn before_a_save_all_is_printed_and_what_is_typed_stays() {
     input.input(b"typed");
     let text = long_text();
     transmit.offer(&[Part::Out(&text)]);
-    for queue in [RECEIVE, TRANSMIT] {
-        let deadline = std::time::Instant::now();
-        assert!(lock(device.worker()).drain(queue, deadline, || true));
-    }
+    let now = std::time::Instant::now();
+    assert!(drain(&[Arc::clone(device.worker())], now, now));
     assert_eq!((receive.used(), transmit.used()), (0, 1));
     assert_eq!(written.all(), text);
     serve(&device, RECEIVE);
