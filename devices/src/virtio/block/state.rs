@@ -28,8 +28,9 @@ pub struct SavedBlock {
     /// The limit on writes, and on all that is no read.
     #[version(start = 2)]
     pub write_limit: SavedRateLimit,
-    /// The heads of the requests that were taken off the ring and are not answered: they wait for a limit; or, if their
-    /// driver has broken a rule meanwhile or there was no time, for what was brought for them, or for a flush.
+    /// The heads of the requests that were taken off the ring and are not answered: they wait for a limit, or until a round has room
+    /// for them; or, if their driver has broken a rule meanwhile, there was no time or they were ended early, for what was
+    /// brought for them, or for a flush.
     #[version(start = 2)]
     pub(super) waiting: Vec<u16>,
 }
