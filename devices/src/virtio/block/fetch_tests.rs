@@ -240,6 +240,24 @@ fn who_holds_a_machine_waits_for_what_is_just_coming_and_not_for_all_that_is_to_
 }
 
 #[test]
+fn something_comes_of_each_batch_however_early_it_ends() {
+    let bench = Bench::new();
+    for _ in 0..20 {
+        let elsewhere = Elsewhere::default();
+        let asked = Arc::clone(&elsewhere.asked);
+        let mut device = bench.device(elsewhere.block(bench.dir.path()));
+        let mut driver = bench.driver(&mut device);
+        let read = offer(&mut driver, 5);
+        serve(&device);
+        lock(device.worker()).end_early();
+        assert!(lock(device.worker()).settle(Instant::now() + PATIENCE));
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        serve(&device);
+        assert!(read.is_right(&driver));
+    }
+}
+
+#[test]
 fn without_io_uring_what_is_elsewhere_is_waited_for_beside_the_loop_all_the_same() {
     let bench = Bench::new();
     let elsewhere = Elsewhere::default();
