@@ -19,12 +19,12 @@ use super::{
         A_WHILE, BYTES, Bench, NOW, awaited, content, drains, ends, kept, offer, offer_flush,
         serve, waiting,
     },
-    test_requests::{IOERR, OK},
+    test_requests::{IOERR, OK, header},
     *,
 };
 use crate::{
     conformance::{PATIENCE, Subject, conforms},
-    virtio::{MMIO_BYTES, MmioTransport},
+    virtio::{MMIO_BYTES, MmioTransport, driver::Part},
 };
 
 /// Has the content.
@@ -255,6 +255,48 @@ fn something_comes_of_each_batch_however_early_it_ends() {
         serve(&device);
         assert!(read.is_right(&driver));
     }
+}
+
+#[test]
+fn a_read_of_what_is_here_that_becomes_one_of_what_is_not_is_waited_for_beside_the_loop() {
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let gate = Arc::clone(&elsewhere.gate);
+    let disk = elsewhere.disk(bench.dir.path());
+    lock(&disk).read(0, &mut &mut [0; 4096][..]).unwrap();
+    let block = || {
+        let block = Block::branching(Arc::clone(&disk), "").unwrap();
+        let block = block.reading_aside().unwrap();
+        block.keep_reads();
+        block
+    };
+    let (device, driver, mut read) = kept(&bench, block, 1, |driver| offer(driver, 1));
+    assert!(lock(device.worker()).settle(Instant::now() + PATIENCE));
+    read.sector = 1900;
+    driver.store(read.places[0].0 + 8, read.sector);
+    let closed = lock(&gate);
+    serve(&device);
+    assert!(lock(device.worker()).is_at_work());
+    drop(closed);
+    ends(&device);
+    assert!(read.is_right(&driver));
+}
+
+#[test]
+fn a_long_read_is_fetched_in_pieces() {
+    const LEN: usize = 100 << 10;
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let asked = Arc::clone(&elsewhere.asked);
+    let mut device = bench.device(elsewhere.block(bench.dir.path()));
+    let mut driver = bench.driver(&mut device);
+    // The end of one quarter of a MiB, and the beginning of the next.
+    let header = header(VIRTIO_BLK_T_IN, 400);
+    let places = driver.offer(&[Part::Out(&header), Part::In(LEN), Part::In(1)]);
+    ends(&device);
+    assert_eq!(driver.bytes(places[2], 1), [OK]);
+    assert!(driver.bytes(places[1], LEN) == content()[400 * 512..][..LEN]);
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
 }
 
 #[test]
