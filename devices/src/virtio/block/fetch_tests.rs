@@ -283,6 +283,28 @@ fn a_read_of_what_is_here_that_becomes_one_of_what_is_not_is_waited_for_beside_t
 }
 
 #[test]
+fn a_driver_does_not_wait_for_what_the_one_before_has_asked_for() {
+    let bench = Bench::new();
+    let elsewhere = Elsewhere::default();
+    let (gate, asked) = (Arc::clone(&elsewhere.gate), Arc::clone(&elsewhere.asked));
+    let closed = lock(&gate);
+    let mut device = bench.device(elsewhere.block(bench.dir.path()));
+    let mut driver = bench.driver(&mut device);
+    for n in 0..READS as u64 {
+        offer(&mut driver, n * 200);
+    }
+    serve(&device);
+    let mut driver = bench.driver(&mut device);
+    drop(closed);
+    assert!(lock(device.worker()).settle(Instant::now() + PATIENCE));
+    assert!(asked.load(Ordering::Relaxed) <= THREADS as u32);
+    let read = offer(&mut driver, 1900);
+    ends(&device);
+    assert!(read.is_right(&driver));
+    assert_eq!(driver.used(), 1);
+}
+
+#[test]
 fn a_long_read_is_fetched_in_pieces() {
     const LEN: usize = 100 << 10;
     let bench = Bench::new();
