@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{
     disk::{Disk, Left, Peek},
-    fetch::Fetch,
+    fetch::{Fetch, Missing},
     ring::{Part, Ring},
 };
 use crate::sync::lock;
@@ -147,9 +147,9 @@ impl Bringer {
         self.fetch.end_early();
     }
 
-    /// What of [`Left::awaited`] of what was begun last was therefore not tried, by its place there. It is said once.
-    pub(super) fn take_untried(&self) -> Vec<usize> {
-        self.fetch.take_untried()
+    /// What of [`Left::awaited`] of what was begun last has not come. It is said once.
+    pub(super) fn take_missing(&self) -> Missing {
+        self.fetch.take_missing()
     }
 
     /// Waits until nothing is; says whether that is so by `deadline`.

@@ -33,8 +33,16 @@ struct State {
     is_under_way: bool,
     /// Of the batch that is under way, nothing more is to be begun.
     is_to_end: bool,
-    /// What of it was therefore not tried, by its place in the batch.
-    untried: Vec<usize>,
+    missing: Missing,
+}
+
+/// What of a batch has not come, by its place in the batch.
+#[derive(Debug, Default)]
+pub(super) struct Missing {
+    /// What was not tried, since the batch was to end early.
+    pub(super) untried: Vec<usize>,
+    /// What could not be had.
+    pub(super) failed: Vec<usize>,
 }
 
 impl Fetch {
@@ -85,9 +93,9 @@ impl Fetch {
         lock(&self.0.state).is_to_end = true;
     }
 
-    /// What of the last batch was not tried, since it was to end early, by its place in the batch. It is said once.
-    pub(super) fn take_untried(&self) -> Vec<usize> {
-        mem::take(&mut lock(&self.0.state).untried)
+    /// What of the last batch has not come. It is said once.
+    pub(super) fn take_missing(&self) -> Missing {
+        mem::take(&mut lock(&self.0.state).missing)
     }
 
     /// Waits until none is; says whether that is so by `deadline`.
@@ -110,12 +118,13 @@ impl Batch {
     /// Fetches one piece after the other until none is left. Whatever else is wanted, something comes of each batch.
     fn fetch(&self) {
         let mut has_begun = false;
-        while let Some((index, awaited)) = self.next() {
-            if mem::replace(&mut has_begun, true) && self.leaves(index) {
+        while let Some((place, awaited)) = self.next() {
+            if mem::replace(&mut has_begun, true) && self.leaves(place) {
                 continue;
             }
             if let Err(error) = awaited.bring() {
                 tracing::debug!(?awaited, %error, "a part of a disk cannot be had");
+                lock(&self.shared.state).missing.failed.push(place);
             }
         }
     }
@@ -125,10 +134,10 @@ impl Batch {
     }
 
     /// Whether the piece with this place is left untried.
-    fn leaves(&self, index: usize) -> bool {
+    fn leaves(&self, place: usize) -> bool {
         let state = &mut *lock(&self.shared.state);
         if state.is_to_end {
-            state.untried.push(index);
+            state.missing.untried.push(place);
         }
         state.is_to_end
     }

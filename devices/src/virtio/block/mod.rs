@@ -57,6 +57,7 @@ use bringer::{Begun, Bringer};
 pub use control::DiskControl;
 use disk::{Disk, Left, Peek};
 pub use disk::{DiskError, SharedDisk};
+use fetch::Missing;
 use flusher::Flusher;
 use metrics::BlockMetrics;
 use range::Range;
@@ -131,9 +132,11 @@ enum Manner {
     Reads,
     /// It waits for that, too, since the host has no thread to fetch it.
     ReadsAll,
-    /// These of [`Left::awaited`] were fetched for it: what is not there cannot be had.
+    /// These of [`Left::awaited`] are being fetched for it.
     Fetched(Places<usize>),
-    /// Not all of that was tried: as if it had just been asked for.
+    /// They were: what is not there cannot be had.
+    ReadsHere,
+    /// Not all of them were tried: as if it had just been asked for.
     Anew,
 }
 
@@ -339,17 +342,23 @@ impl Block {
         begun.is_some_and(Begun::is_any)
     }
 
-    /// What was not tried for reads, since it was to end early, is asked for again.
-    fn ask_anew_for_untried(&mut self) {
+    /// Nothing is being fetched any more: decides how the reads are made for which something was. Those that are asked for again come
+    /// behind those that can be answered.
+    fn learn_what_was_fetched(&mut self) {
         let bringer = self.bringer.as_ref();
-        let untried = bringer.map(Bringer::take_untried).unwrap_or_default();
+        let Missing { untried, failed } = bringer.map(Bringer::take_missing).unwrap_or_default();
         for read in &mut self.brought {
-            if let Manner::Fetched(places) = &read.manner
-                && untried.iter().any(|place| places.contains(place))
-            {
-                read.manner = Manner::Anew;
-            }
+            let Manner::Fetched(places) = &read.manner else {
+                continue;
+            };
+            let has_one_of = |some: &[usize]| some.iter().any(|place| places.contains(place));
+            read.manner = match has_one_of(&untried) && !has_one_of(&failed) {
+                true => Manner::Anew,
+                false => Manner::ReadsHere,
+            };
         }
+        let is_asked_anew = |read: &Brought| read.manner == Manner::Anew;
+        self.brought.make_contiguous().sort_by_key(is_asked_anew);
     }
 
     /// Whether a request was begun in an earlier round that is not answered yet.
@@ -378,7 +387,7 @@ impl Block {
         if self.is_at_work() {
             return Ok(Progress::default());
         }
-        self.ask_anew_for_untried();
+        self.learn_what_was_fetched();
         let mut round = Round::begin(self, memory, begins);
         let progress = serve_round(queue, memory, &mut round)?;
         Ok(Progress {
@@ -480,7 +489,7 @@ impl VirtioDevice for Block {
         self.flushing = None;
         self.flush_behind = None;
         self.brought.clear();
-        // Its driver does not wait for what another had asked for.
+        // The next driver does not wait for all that was asked for.
         self.end_early();
     }
 

@@ -168,7 +168,7 @@ impl<'b, 'm> Round<'b, 'm> {
                 _ if !same => Err(io::ErrorKind::InvalidInput.into()),
                 Manner::ReadsAll => disk.read(header.sector, &input).map(|()| Left::default()),
                 // Whoever has it has been asked, and is not asked by the loop.
-                Manner::Fetched(_) => disk
+                Manner::Fetched(_) | Manner::ReadsHere => disk
                     .read_here(header.sector, &input)
                     .map(|()| Left::default()),
                 Manner::Reads => disk.read_what_is_here(header.sector, &input),

@@ -153,7 +153,7 @@ pub(super) fn serve(device: &MmioTransport) {
 }
 
 /// How often a round may be interrupted before it has taken all that a test offers: it ends at its time.
-const ATTEMPTS: usize = 20;
+pub(super) const ATTEMPTS: usize = 20;
 
 /// Has `offer` make requests of what `block` makes, of which one round keeps so many; what it then has of them, with the device and its driver.
 pub(super) fn kept<'b, T>(

@@ -365,8 +365,8 @@ fn before_a_save_all_is_printed_and_what_is_typed_stays() {
     input.input(b"typed");
     let text = long_text();
     transmit.offer(&[Part::Out(&text)]);
-    let now = std::time::Instant::now();
-    assert!(drain(&[Arc::clone(device.worker())], now, now));
+    let soon = std::time::Instant::now() + PATIENCE;
+    assert!(drain(&[Arc::clone(device.worker())], soon, soon));
     assert_eq!((receive.used(), transmit.used()), (0, 1));
     assert_eq!(written.all(), text);
     serve(&device, RECEIVE);
