@@ -214,7 +214,7 @@ impl<S: Subject> Attack<S> {
             15 | 16 => self.subject.outside(self.bench.device(), input),
             17 => self.save_and_restore(),
             18 => self.forge(input),
-            _ => self.device().resume(),
+            _ => self.hold(),
         }
     }
 
@@ -364,6 +364,13 @@ impl<S: Subject> Attack<S> {
 
     fn notify(&mut self, input: &mut Input<'_>) {
         self.bench.notify(input.byte().into());
+    }
+
+    /// The machine is held, and goes on.
+    fn hold(&mut self) {
+        let device = self.device();
+        device.drain();
+        device.resume();
     }
 
     fn save(&mut self) -> Section {

@@ -7,6 +7,7 @@ mod state;
 mod tests;
 
 use std::{
+    slice,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -22,7 +23,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{VirtioDevice, Worker, shared::Shared};
-use crate::{Device, Error, InterruptLine, Metrics, sync::lock};
+use crate::{Device, Error, InterruptLine, Metrics, event_loop::drain, sync::lock};
 pub use host_side::HostSide;
 use registers::Registers;
 pub use state::SavedTransport;
@@ -119,6 +120,15 @@ impl MmioTransport {
     pub fn settle(&self) {
         let settled = lock(&self.worker).settle(Instant::now() + SERVE_BOUND);
         if !settled {
+            tracing::warn!(kind = %self.kind, "a device is still at work");
+        }
+    }
+
+    /// Has the device stand still as the [`crate::EventLoop`] does before a machine is saved: what takes its time is ended early where it can
+    /// be begun anew, and what is over is answered.
+    pub fn drain(&self) {
+        let now = Instant::now();
+        if !drain(slice::from_ref(&self.worker), now, now + SERVE_BOUND) {
             tracing::warn!(kind = %self.kind, "a device is still at work");
         }
     }
