@@ -1,6 +1,6 @@
 //! The balloon, with the guest's own memory behind it.
 
-use std::{sync::Arc, time::Duration};
+use std::{slice, sync::Arc, time::Duration};
 
 use devices::virtio::{
     MmioTransport, VirtioDevice,
@@ -124,7 +124,10 @@ impl Subject for Pages {
             bench.guest.store(page.0, 7u8);
         }
         let number = Part::Out(((FREE / PAGE) as u32).to_le_bytes().to_vec());
-        assert_eq!(bench.request(INFLATE, &[number.clone()]), (0, Vec::new()));
+        assert_eq!(
+            bench.request(INFLATE, slice::from_ref(&number)),
+            (0, Vec::new())
+        );
         let bytes = free.map(|page| bench.guest.memory.read_obj::<u8>(page));
         assert_eq!(bytes.map(|byte| byte.expect("it is in memory")), [0, 7]);
         assert_eq!(bench.request(DEFLATE, &[number]), (0, Vec::new()));

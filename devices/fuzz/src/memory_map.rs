@@ -30,7 +30,7 @@ pub(crate) fn memory() -> GuestMemory {
 
 fn map() -> GuestMemory {
     let regions = PIECES.map(|(address, bytes)| {
-        let region = MmapRegion::<()>::from(guarded(bytes));
+        let region = guarded(bytes);
         GuestRegionMmap::new(region, GuestAddress(address)).expect("addresses do not overflow")
     });
     GuestMemory::from_regions(regions.into()).expect("pieces do not overlap")

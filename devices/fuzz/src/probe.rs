@@ -123,7 +123,7 @@ impl VirtioDevice for Probe {
         );
         assert!(queue.size() <= SIZES[index], "a queue has become larger");
         self.rounds = self.rounds.wrapping_add(1);
-        self.changed = self.rounds % 4 == 0;
+        self.changed = self.rounds.is_multiple_of(4);
         let mut used = 0;
         while used < ROUND {
             let chain = queue.iter(memory)?.next();
