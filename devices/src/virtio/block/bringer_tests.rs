@@ -16,6 +16,7 @@ use virtio_bindings::{
 use vm_memory::GuestAddress;
 
 use super::{
+    disk::Left,
     ring::Part,
     test_reads::{
         A_WHILE, Bench, LEN, NOW, awaited, content, drains, ends, kept, offer, offer_flush, serve,

@@ -10,7 +10,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::{DescriptorChain, Queue};
 
 use super::{
-    Block, Brought, Header, MAX_REQUEST_BYTES, Manner, QUEUE_ENTRIES,
+    Block, Header, MAX_REQUEST_BYTES, QUEUE_ENTRIES,
+    brought::{Brought, Manner},
     disk::Left,
     ring::ENTRIES,
     throttle::{Admission, Due, Way},
