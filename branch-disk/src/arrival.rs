@@ -23,7 +23,7 @@ use crate::{
 pub(crate) const UNIT_BYTES: u64 = 64 << 10;
 /// What is read at a time, in units.
 const RUN_UNITS: u64 = 16;
-/// And where somebody waits who may want to do something else before all of it has come.
+/// What is read at a time, in bytes, for who waits, and may want to do something else before all of it has come.
 const PIECE_BYTES: u64 = 4 * UNIT_BYTES;
 const WORD_BITS: u64 = u64::BITS as u64;
 

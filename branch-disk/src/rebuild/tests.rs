@@ -1,5 +1,6 @@
+mod pieces;
+
 use std::{
-    fs::File,
     os::unix::fs::MetadataExt,
     sync::{
         LazyLock,
@@ -12,7 +13,7 @@ use std::{
 
 use super::*;
 use crate::{
-    Awaited, Disk, Foundation, Mode, SECTOR_BYTES, anything, check,
+    Disk, Foundation, Mode, SECTOR_BYTES, anything, check,
     tape::{self, Call},
     tests::in_memory,
 };
@@ -195,54 +196,6 @@ fn what_is_read_comes_first_and_nothing_else_with_it() {
     let layer = disk.cut(disk.prepare().unwrap()).unwrap().finish().unwrap();
     assert!(all(&Disk::open(&layer.path, Mode::Read, &anything).unwrap()) == expected);
     assert_eq!(names(directory.path()).len(), 3);
-}
-
-/// Takes what it does not wait for.
-#[derive(Debug)]
-struct Later(u64, Vec<Awaited>);
-
-impl crate::Sink for Later {
-    fn len(&self) -> u64 {
-        self.0
-    }
-
-    fn fill(&mut self, _: &File, _: u64, len: u64) -> io::Result<()> {
-        self.0 -= len;
-        Ok(())
-    }
-
-    fn zero(&mut self, len: u64) {
-        self.0 -= len;
-    }
-
-    fn is_to_wait(&mut self, awaited: Awaited) -> io::Result<bool> {
-        self.0 -= awaited.bytes();
-        self.1.push(awaited);
-        Ok(false)
-    }
-}
-
-#[test]
-fn what_is_waited_for_comes_in_pieces_that_have_nothing_in_common() {
-    let directory = tempfile::tempdir().unwrap();
-    let kept = Arc::new(Kept::default());
-    let rebuild = begin(&directory.path().join("disk.layer"), &kept).unwrap();
-    let disk = rebuild.branch(&anything).unwrap();
-    const BEGIN: u64 = 200 << 10;
-    let mut later = Later(700 << 10, Vec::new());
-    disk.read(BEGIN, &mut later).unwrap();
-    let [awaited] = <[_; 1]>::try_from(later.1).unwrap();
-    let mut come = 0;
-    for (piece, (kib, units)) in awaited
-        .pieces()
-        .zip([(56, 1), (256, 4), (256, 4), (132, 3)])
-    {
-        assert_eq!(piece.bytes(), kib << 10);
-        piece.bring().unwrap();
-        come += units * UNIT_BYTES;
-        assert_eq!(kept.read.load(Relaxed), come);
-    }
-    assert_eq!(come, 12 * UNIT_BYTES);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use super::{
     bringer_tests::others_are_served,
     fetch::THREADS,
     test_reads::{
-        A_WHILE, ATTEMPTS, BYTES, Bench, NOW, awaited, content, drains, ends, kept, offer,
+        A_WHILE, ATTEMPTS, BYTES, Bench, NOW, Read, awaited, content, drains, ends, kept, offer,
         offer_flush, serve, waiting,
     },
     test_requests::{IOERR, OK, header},
@@ -170,7 +170,11 @@ fn what_cannot_be_had_is_an_error_of_the_disk_until_it_can() {
     }
 }
 
-/// As many reads, each of another part of the disk, as are offered to one of which nothing is here yet.
+/// Reads of as many parts of the disk.
+fn offer_apart(driver: &mut Driver<'_>) -> Vec<Read> {
+    (0..READS as u64).map(|n| offer(driver, n * 200)).collect()
+}
+
 const READS: usize = 10;
 
 #[test]
@@ -192,9 +196,7 @@ fn ends_early_and_goes_on(is_lost: bool) -> bool {
     let block = elsewhere.block(bench.dir.path()).flushing_aside();
     let mut device = bench.device(block.unwrap());
     let mut driver = bench.driver(&mut device);
-    let reads: Vec<_> = (0..READS as u64)
-        .map(|n| offer(&mut driver, n * 200))
-        .collect();
+    let reads = offer_apart(&mut driver);
     let flushed = offer_flush(&mut driver);
     serve(&device);
     if waiting(&device) != READS + 1 {
@@ -289,9 +291,7 @@ fn who_holds_a_machine_waits_for_what_is_just_coming_and_not_for_all_that_is_to_
             };
             let mut device = bench.device(elsewhere.block(bench.dir.path()));
             let mut driver = bench.driver(&mut device);
-            for n in 0..READS as u64 {
-                offer(&mut driver, n * 200);
-            }
+            offer_apart(&mut driver);
             serve(&device);
             Arc::clone(device.worker())
         });
@@ -352,16 +352,14 @@ fn a_read_of_what_is_here_that_becomes_one_of_what_is_not_is_waited_for_beside_t
 }
 
 #[test]
-fn a_driver_does_not_wait_for_what_the_one_before_has_asked_for() {
+fn a_driver_does_not_wait_for_all_that_the_one_before_has_asked_for() {
     let bench = Bench::new();
     let elsewhere = Elsewhere::default();
     let (gate, asked) = (Arc::clone(&elsewhere.gate), Arc::clone(&elsewhere.asked));
     let closed = lock(&gate);
     let mut device = bench.device(elsewhere.block(bench.dir.path()));
     let mut driver = bench.driver(&mut device);
-    for n in 0..READS as u64 {
-        offer(&mut driver, n * 200);
-    }
+    offer_apart(&mut driver);
     serve(&device);
     let mut driver = bench.driver(&mut device);
     drop(closed);
