@@ -87,7 +87,9 @@ impl From<ClientError> for ApiError {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Refused(failure) => failure.into(),
-            ClientError::Deadline(_) => Self::with_causes(ErrorCode::Deadline, &error),
+            ClientError::Silent { .. } | ClientError::Deadline(_) => {
+                Self::with_causes(ErrorCode::Deadline, &error)
+            }
             ClientError::Connect { .. } | ClientError::Handshake { .. } | ClientError::Lost(_) => {
                 Self::with_causes(ErrorCode::VmmLost, &error)
             }

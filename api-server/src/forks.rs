@@ -3,12 +3,12 @@
 use std::{
     fs, io,
     os::unix::fs::MetadataExt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use api_types::{ErrorCode, ForkAnswer, ForkRequest};
 use control::{HotImage, LaunchSpec, Origin, Pool, Prepare, RegistryError, Source};
-use tokio::task::spawn_blocking;
+use tokio::{sync::OnceCell, task::spawn_blocking};
 use tracing::{info, instrument};
 
 use crate::{
@@ -41,8 +41,11 @@ impl Machines {
             });
         let specs = specs.collect::<Result<Vec<_>, ApiError>>()?;
         let bound = self.config.limits.restore;
-        let forks = self.forks.pool.fork(&image, specs.clone(), bound);
-        let both = specs.iter().zip(forks.await?);
+        let forks = self.forks.pool.fork(&image, specs.clone(), bound).await;
+        if forks.is_err() {
+            self.make_up();
+        }
+        let both = specs.iter().zip(forks?);
         let forks: Vec<_> = both
             .map(|(spec, vmm)| self.adopt(spec, vmm, Vec::new()))
             .collect();
@@ -69,22 +72,40 @@ impl Machines {
         }
     }
 
-    /// The image of a saved machine: that which is kept, if it is of the same two files.
+    /// The image of a saved machine: that which is kept or just being made, if it is of the same two files.
     async fn saved_image(&self, source: &Source) -> Result<Arc<HotImage>, ApiError> {
         // Before they are read: if they change meanwhile, the next request finds that.
-        let of = stamp(source).ok();
-        if let Some(image) = of.as_ref().and_then(|of| self.forks.kept(of)) {
+        let Ok(of) = stamp(source) else {
+            return self.read_image(source).await;
+        };
+        if let Some(image) = self.forks.kept(&of) {
             return Ok(image);
         }
+        let coming = self.forks.coming(&of);
+        let made = coming.get_or_init(async || {
+            // It may have come before this was looked for.
+            if let Some(image) = self.forks.kept(&of) {
+                return Ok(image);
+            }
+            let image = self.read_image(source).await?;
+            self.forks.keep(of.clone(), &image);
+            Ok(image)
+        });
+        made.await.clone()
+    }
+
+    async fn read_image(&self, source: &Source) -> Result<Arc<HotImage>, ApiError> {
         let (program, bound) = (&self.config.vmm_binary, self.config.limits.restore);
         let registry = self.registry.dir();
         let confinement = Some(self.confinement());
         let image = HotImage::of_saved(program, registry, source.clone(), confinement, bound);
-        let image = Arc::new(image.await?);
-        if let Some(of) = of {
-            self.forks.keep(of, &image);
-        }
-        Ok(image)
+        Ok(Arc::new(image.await?))
+    }
+
+    /// Has what a failure left cleared away, and what it took of what was prepared be prepared again. Nobody waits for it.
+    pub(crate) fn make_up(&self) {
+        let pool = Arc::clone(&self.forks.pool);
+        tokio::spawn(async move { pool.refill().await });
     }
 }
 
@@ -95,7 +116,12 @@ pub(crate) struct Forks {
     keeps: bool,
     /// The image of the saved machine that was forked last.
     image: Mutex<Option<(Stamp, Arc<HotImage>)>>,
+    /// Those that are being made, of which many who ask at once get one.
+    coming: Mutex<Vec<(Stamp, Weak<Coming>)>>,
 }
+
+/// An image that is being made, and what has come of it.
+type Coming = OnceCell<Result<Arc<HotImage>, ApiError>>;
 
 /// What tells the two files of a saved machine from any others, and from what they are after a change.
 type Stamp = (Source, [(u64, u64, u64, i128); 2]);
@@ -106,7 +132,21 @@ impl Forks {
             pool: Arc::new(Pool::new(&config.vmm_binary, &config.run_dir, config.pool)?),
             keeps: config.pool > 0,
             image: Mutex::default(),
+            coming: Mutex::default(),
         })
+    }
+
+    /// Where the image of `of` is to be that is just being made, by who asks for it first.
+    fn coming(&self, of: &Stamp) -> Arc<Coming> {
+        let mut coming = self.coming.lock().unwrap_or_else(PoisonError::into_inner);
+        coming.retain(|(_, image)| image.strong_count() > 0);
+        let same = coming.iter().find(|(stamp, _)| stamp == of);
+        if let Some(image) = same.and_then(|(_, image)| image.upgrade()) {
+            return image;
+        }
+        let image = Arc::default();
+        coming.push((of.clone(), Arc::downgrade(&image)));
+        image
     }
 
     fn kept(&self, of: &Stamp) -> Option<Arc<HotImage>> {

@@ -124,7 +124,11 @@ impl Machines {
             Origin::Restore(_) | Origin::Fork(_) => limits.restore,
         };
         let vmm = if spec.on_demand {
-            self.forks.pool.spawn(&spec, bound).await?
+            let vmm = self.forks.pool.spawn(&spec, bound).await;
+            if vmm.is_err() {
+                self.make_up();
+            }
+            vmm?
         } else {
             spawn(program, &spec, Log::File, bound).await?
         };
@@ -245,15 +249,16 @@ impl Machines {
         plan: SnapshotRequest,
     ) -> Result<SnapshotReport, ApiError> {
         let then = plan.then;
-        let saving = async { connect(record).await?.snapshot(plan).await };
-        match control::saved(record, then, saving).await {
-            Ok(report) => {
-                info!(?report, "a snapshot was taken");
-                Ok(report)
+        // It owns its client, which the VMM waits for.
+        let saving = async {
+            match self.connect(record).await?.snapshot(plan).await {
+                Err(ClientError::Lost(_)) => Err(self.lost(record.process.pid).await),
+                answer => Ok(answer?),
             }
-            Err(ClientError::Lost(_)) => Err(self.lost(record.process.pid).await),
-            Err(error) => Err(error.into()),
-        }
+        };
+        let report = control::saved(record, then, saving).await?;
+        info!(?report, "a snapshot was taken");
+        Ok(report)
     }
 
     /// The error for a VMM that went away while it saved its machine.
@@ -307,7 +312,7 @@ impl Machines {
     #[instrument(skip(self))]
     pub(crate) async fn cancel_snapshot(&self, pid: u32) -> Result<Vm, ApiError> {
         let record = self.record(pid)?;
-        connect(&record).await?.cancel_snapshot().await?;
+        self.connect(&record).await?.cancel_snapshot().await?;
         Ok(self.living(&record).await)
     }
 
@@ -315,7 +320,7 @@ impl Machines {
     #[instrument(skip(self))]
     pub(crate) async fn pause(&self, pid: u32) -> Result<Vm, ApiError> {
         let record = self.record(pid)?;
-        connect(&record).await?.pause().await?;
+        self.connect(&record).await?.pause().await?;
         Ok(self.living(&record).await)
     }
 
@@ -324,7 +329,7 @@ impl Machines {
     pub(crate) async fn resume(&self, pid: u32, clock: GuestClock) -> Result<Vm, ApiError> {
         let record = self.record(pid)?;
         let clock = plan::guest_clock(clock);
-        connect(&record).await?.resume(clock).await?;
+        self.connect(&record).await?.resume(clock).await?;
         Ok(self.living(&record).await)
     }
 
@@ -333,7 +338,7 @@ impl Machines {
     pub(crate) async fn reset(&self, pid: u32, clock: GuestClock) -> Result<Reset, ApiError> {
         let record = self.record(pid)?;
         let clock = plan::guest_clock(clock);
-        let report = connect(&record).await?.reset(clock).await?;
+        let report = self.connect(&record).await?.reset(clock).await?;
         Ok(reset_of(report))
     }
 
@@ -342,7 +347,7 @@ impl Machines {
     pub(crate) async fn runs(&self, pid: u32, request: RunsRequest) -> Result<Runs, ApiError> {
         let request = plan::runs(request)?;
         let record = self.record(pid)?;
-        let report = connect(&record).await?.runs(request).await?;
+        let report = self.connect(&record).await?.runs(request).await?;
         Ok(runs_of(report))
     }
 
@@ -354,7 +359,7 @@ impl Machines {
         disk: u32,
         change: DiskChange,
     ) -> Result<DiskStatus, ApiError> {
-        let client = connect(&self.record(pid)?).await?;
+        let client = self.connect(&self.record(pid)?).await?;
         let change = plan::disk_change(change);
         Ok(disk_of(client.change_disk(disk, change).await?))
     }
@@ -375,7 +380,7 @@ impl Machines {
 
     /// The counters of a machine.
     pub(crate) async fn metrics(&self, pid: u32) -> Result<Vec<Metric>, ApiError> {
-        let client = connect(&self.record(pid)?).await?;
+        let client = self.connect(&self.record(pid)?).await?;
         let metrics = client.metrics().await?.into_iter();
         Ok(metrics
             .map(|metric| Metric {
@@ -393,7 +398,7 @@ impl Machines {
         pid: u32,
         change: BalloonChange,
     ) -> Result<Balloon, ApiError> {
-        let client = connect(&self.record(pid)?).await?;
+        let client = self.connect(&self.record(pid)?).await?;
         let BalloonChange {
             target_mib,
             statistics_interval_s,
@@ -418,13 +423,32 @@ impl Machines {
         if let Some(record) = self.registry.find_pid(pid)? {
             return Ok(record);
         }
-        match self.children.ended(pid).and_then(|vm| vm.ended) {
-            Some(ended) => Err(ApiError::new(
-                ErrorCode::NotFound,
-                format!("VM {pid} has ended: {}", why(&ended)),
-            )),
-            None => Err(unknown(pid)),
+        Err(gone(pid, self.children.ended(pid)))
+    }
+
+    /// A client of a machine, or what has become of that.
+    async fn connect(&self, record: &Record) -> Result<Client, ApiError> {
+        let pid = record.process.pid;
+        match Client::connect(record.port, &record.secret).await {
+            // It was just about to end, still written down and not listening any more.
+            Err(ClientError::Connect { .. }) if ends(record).await => {
+                let ended = match self.children.lives(pid) {
+                    true => self.children.ended_within(pid, REAP_BOUND).await,
+                    false => self.children.ended(pid),
+                };
+                Err(gone(pid, ended))
+            }
+            connected => Ok(connected?),
         }
+    }
+}
+
+/// Whether the process of a machine has ended, or does so while it is looked.
+async fn ends(record: &Record) -> bool {
+    match record.process.open() {
+        Ok(None) => true,
+        Ok(Some(process)) => process.ended_within(REAP_BOUND).await.unwrap_or_default(),
+        Err(_) => false,
     }
 }
 
@@ -450,8 +474,15 @@ fn host(error: io::Error) -> ApiError {
     ApiError::new(ErrorCode::Internal, error.to_string())
 }
 
-async fn connect(record: &Record) -> Result<Client, ClientError> {
-    Client::connect(record.port, &record.secret).await
+/// The error for a machine that is not there, with how it ended if that is known.
+fn gone(pid: u32, vm: Option<Vm>) -> ApiError {
+    match vm.and_then(|vm| vm.ended) {
+        Some(ended) => ApiError::new(
+            ErrorCode::NotFound,
+            format!("VM {pid} has ended: {}", why(&ended)),
+        ),
+        None => unknown(pid),
+    }
 }
 
 fn unknown(pid: u32) -> ApiError {

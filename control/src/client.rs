@@ -38,6 +38,14 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// The VMM is there, or what listens on its port is, and says nothing: a process that is frozen, or that is swapped out.
+    #[error(
+        "what listens on port {port} does not answer; if it is a VMM that is frozen, let it go on, or end it by `fermata stop`"
+    )]
+    Silent {
+        /// The port.
+        port: u16,
+    },
     /// Something listens but did not complete the handshake.
     #[error("what listens on port {port} is not the VMM with this secret")]
     Handshake {
@@ -67,20 +75,22 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`ClientError::Connect`] and [`ClientError::Handshake`].
+    /// [`ClientError::Connect`], [`ClientError::Silent`] and [`ClientError::Handshake`].
     pub async fn connect(port: u16, secret: &Secret) -> Result<Self, ClientError> {
         let connecting = TcpStream::connect((Ipv4Addr::LOCALHOST, port));
         let mut stream = timeout(HANDSHAKE_DEADLINE, connecting)
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            .map_err(|source| ClientError::Connect { port, source })?;
+            .map_err(|source| {
+                silent(port, &source).unwrap_or(ClientError::Connect { port, source })
+            })?;
         let handshake = async {
             stream.set_nodelay(true)?;
             wire::offer(&mut stream, secret).await
         };
-        handshake
-            .await
-            .map_err(|source| ClientError::Handshake { port, source })?;
+        handshake.await.map_err(|source| {
+            silent(port, &source).unwrap_or(ClientError::Handshake { port, source })
+        })?;
         let config = tarpc::client::Config::default();
         Ok(Self(
             VmmClient::new(config, wire::transport(stream)).spawn(),
@@ -196,6 +206,11 @@ impl Client {
     pub async fn metrics(&self) -> Result<Vec<Metric>, ClientError> {
         answer(ANSWER_DEADLINE, |context| self.0.metrics(context)).await
     }
+}
+
+/// The error of who was waited for in vain.
+fn silent(port: u16, source: &io::Error) -> Option<ClientError> {
+    (source.kind() == io::ErrorKind::TimedOut).then_some(ClientError::Silent { port })
 }
 
 async fn answer<T, F>(deadline: Duration, call: impl FnOnce(Context) -> F) -> Result<T, ClientError>

@@ -27,6 +27,7 @@ mod service;
 mod spawn;
 mod started;
 mod stop;
+mod strangers;
 mod wire;
 
 pub use balloon::{BalloonChange, BalloonConfig, BalloonStatistics, BalloonStatus};

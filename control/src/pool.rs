@@ -140,9 +140,7 @@ impl Pool {
     /// Prepares processes for `wanted` until there are as many as are kept. Those for anything else end. It is for after a fork or a
     /// restore, when nobody waits: it also clears the run directory of old logs.
     pub async fn fill(&self, wanted: Prepare) {
-        if let Err(error) = open_pruned(self.registry.dir()) {
-            warn!(%error, "old logs are not removed");
-        }
+        self.clear();
         while self.reserve(&wanted) {
             let prepared = self.prepare(&wanted).await;
             let mut ready = self.ready();
@@ -158,6 +156,22 @@ impl Pool {
                     return;
                 }
             }
+        }
+    }
+
+    /// Prepares as many again as were, for the same. It is for after a fork or a restore that failed: it also clears the run directory of
+    /// what that left.
+    pub async fn refill(&self) {
+        let prepared = self.ready().prepared.clone();
+        match prepared {
+            Some(wanted) => self.fill(wanted).await,
+            None => self.clear(),
+        }
+    }
+
+    fn clear(&self) {
+        if let Err(error) = open_pruned(self.registry.dir()) {
+            warn!(%error, "old logs are not removed");
         }
     }
 

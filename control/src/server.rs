@@ -8,11 +8,11 @@ use tokio::{
     net::{TcpListener, TcpStream},
     time::{sleep, timeout},
 };
-use tracing::{debug, error, warn};
+use tracing::{error, warn};
 
-use crate::{Secret, Vmm, hung_up::UntilHungUp, wire};
+use crate::{Secret, Vmm, hung_up::UntilHungUp, strangers::Strangers, wire};
 
-/// How many connections a VMM serves at once; more wait in the listen queue.
+/// How many clients that know the secret a VMM serves at once; more wait in the listen queue.
 const MAX_CONNECTIONS: usize = 32;
 
 /// How many requests a connection may have under way at once; more are refused.
@@ -39,14 +39,16 @@ pub async fn serve<S>(
 ) where
     S: Vmm + Clone,
 {
+    let mut strangers = Strangers::new(&secret);
     let mut connections = FuturesUnordered::new();
     tokio::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => break,
             Some(()) = connections.next() => {}
+            stream = strangers.known() => connections.push(guarded(service.clone(), stream)),
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, _)) => connections.push(guarded(&secret, service.clone(), stream)),
+                Ok((stream, _)) => strangers.greet(stream),
                 Err(error) => {
                     warn!(%error, "a control connection could not be accepted");
                     sleep(ACCEPT_BACKOFF).await;
@@ -54,26 +56,20 @@ pub async fn serve<S>(
             },
         }
     }
-    drop(listener);
+    drop((listener, strangers));
     let hung_up = async { while connections.next().await.is_some() {} };
     let _ = timeout(LAST_ANSWERS, hung_up).await;
 }
 
 /// Serves one connection. A panic in a request ends its connection, not the machine.
-async fn guarded<S: Vmm + Clone>(secret: &Secret, service: S, stream: TcpStream) {
-    let conversation = AssertUnwindSafe(converse(secret, service, stream));
+async fn guarded<S: Vmm + Clone>(service: S, stream: TcpStream) {
+    let conversation = AssertUnwindSafe(converse(service, stream));
     if conversation.catch_unwind().await.is_err() {
         error!("a control request panicked; its connection is closed");
     }
 }
 
-async fn converse<S: Vmm + Clone>(secret: &Secret, service: S, mut stream: TcpStream) {
-    // An answer is one small write: there is nothing to wait for.
-    let _ = stream.set_nodelay(true);
-    if let Err(error) = wire::demand(&mut stream, secret).await {
-        debug!(%error, "a control connection was refused");
-        return;
-    }
+async fn converse<S: Vmm + Clone>(service: S, stream: TcpStream) {
     let (transport, hung_up) = UntilHungUp::new(wire::transport(stream));
     let served = BaseChannel::with_defaults(transport)
         .max_concurrent_requests(MAX_REQUESTS_PER_CONNECTION)

@@ -64,11 +64,11 @@ pub(crate) async fn ask(pid: u32, port: u16, secret: &Secret, grace: Duration) -
 /// Whether the VMM is there and says nothing, as one that is frozen.
 fn is_silence(error: &ClientError) -> bool {
     match error {
-        ClientError::Connect { source, .. } | ClientError::Handshake { source, .. } => {
-            source.kind() == io::ErrorKind::TimedOut
-        }
-        ClientError::Deadline(_) => true,
-        ClientError::Lost(_) | ClientError::Refused(_) => false,
+        ClientError::Silent { .. } | ClientError::Deadline(_) => true,
+        ClientError::Connect { .. }
+        | ClientError::Handshake { .. }
+        | ClientError::Lost(_)
+        | ClientError::Refused(_) => false,
     }
 }
 

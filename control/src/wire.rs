@@ -22,8 +22,7 @@ const MAGIC: [u8; 8] = *b"FERMCTL\x01";
 /// The longest message. Requests hold two paths, answers some hundred metrics.
 const MAX_FRAME_BYTES: usize = 1 << 20;
 
-/// How long either side waits for the other's half of the handshake. A peer that connects and says
-/// nothing holds one of few connections for that long.
+/// How long either side waits for the other's half of the handshake.
 pub(crate) const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Client's half: shows the secret, waits for the server's magic.

@@ -218,23 +218,29 @@ async fn who_does_not_know_the_secret_is_not_served() {
 }
 
 #[tokio::test]
-async fn peers_that_say_nothing_are_hung_up_on_and_others_get_their_turn() {
+async fn peers_that_say_nothing_are_hung_up_on_and_keep_nobody_out() {
     let vmm = serve().await;
     let mut silent = Vec::new();
-    for _ in 0..40 {
+    for _ in 0..200 {
         let peer = TcpStream::connect((Ipv4Addr::LOCALHOST, vmm.port)).await;
         silent.push(peer.unwrap());
     }
-    let served = async {
-        // The client gives up as early as the silent peers are; it gets in at the second try.
-        loop {
-            match Client::connect(vmm.port, &vmm.secret).await {
-                Ok(client) => break client.status().await.unwrap(),
-                Err(error) => assert!(matches!(error, ClientError::Handshake { .. }), "{error}"),
-            }
-        }
-    };
-    timeout(BOUND, served).await.unwrap();
+    let client = Client::connect(vmm.port, &vmm.secret).await.unwrap();
+    assert_eq!(client.status().await.unwrap().pid, 7);
+    for mut peer in silent {
+        let heard = timeout(BOUND, peer.read(&mut [0])).await;
+        // Nothing, or that there is nobody any more.
+        assert_eq!(heard.expect("it is hung up on").unwrap_or(0), 0);
+    }
+    assert_eq!(client.status().await.unwrap().pid, 7);
+}
+
+#[tokio::test]
+async fn who_does_not_answer_is_not_taken_for_dead() {
+    let frozen = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = frozen.local_addr().unwrap().port();
+    let silent = Client::connect(port, &Secret::random().unwrap()).await;
+    assert!(matches!(silent, Err(ClientError::Silent { .. })));
 }
 
 #[tokio::test]

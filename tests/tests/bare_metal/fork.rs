@@ -5,6 +5,7 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     process::{Child, Stdio},
+    thread,
 };
 
 use control::{ProcessId, Record, Registry};
@@ -344,6 +345,41 @@ fn a_server_forks_within_its_tree() {
     assert_eq!(left.as_array().unwrap().len(), 7);
 }
 
+#[test]
+fn who_fork_one_saved_machine_at_once_share_its_image() {
+    let Some(server) = server_with(&["--pool", "1"]) else {
+        return;
+    };
+    let parent = boot(&server, &bare_metal::witness());
+    hear(&server, parent);
+    let (state, memory) = (server.path("state"), server.path("memory"));
+    let client = &server.client;
+    client.snapshot(parent, &state, &memory, true).unwrap();
+    let body = json!({"cpu_snapshot_path": state, "memory_snapshot_path": memory, "count": 1});
+    let forks = thread::scope(|scope| {
+        let asked: Vec<_> = (0..8)
+            .map(|_| scope.spawn(|| ask(&server, &body)))
+            .collect();
+        let forks = asked.into_iter().map(|forks| forks.join().unwrap());
+        forks.flatten().collect::<Vec<_>>()
+    });
+    assert_eq!(forks.len(), 8);
+    let images: BTreeSet<_> = forks.iter().map(|machine| image_of(*machine)).collect();
+    assert_eq!(images.len(), 1, "{images:?}");
+}
+
+/// The inode of the image that a fork maps.
+fn image_of(machine: Machine) -> u64 {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", machine.pid)).unwrap();
+    let mut images = maps
+        .lines()
+        .filter(|line| line.contains("fermata-hot-image"));
+    let inode = images
+        .next()
+        .and_then(|line| line.split_whitespace().nth(4));
+    inode.unwrap().parse().unwrap()
+}
+
 /// The processes that are prepared for machines: they have a log and no record.
 pub(crate) fn prepared(server: &Server) -> BTreeSet<u32> {
     let names = fs::read_dir(server.run_directory()).unwrap();
@@ -387,7 +423,14 @@ fn prepared_processes_become_forks_and_end_with_the_server() {
         pids.any(|pid| waiting.contains(&pid)).then_some(())
     };
     wait::until("a prepared process to become a fork", one_is_used).unwrap();
-    two(&server);
+    // What a fork takes that then fails is made up for.
+    let waiting = two(&server);
+    let mut nets = of_files(2);
+    nets["nets"] = json!([{"tap_device": "a{n}"}]);
+    let refused = server.client.post("/fork", &nets).unwrap();
+    assert_eq!(refused.status, 400, "{refused:?}");
+    let others = || two(&server).is_disjoint(&waiting).then_some(());
+    wait::until("others that are prepared", others).unwrap();
     machines.extend(ask(&server, &json!({"pid": parent.pid, "count": 2})));
     // Files that are others by now are read again, whatever processes are prepared for: any such machine, then the last image.
     for _ in 0..2 {
