@@ -63,6 +63,7 @@ impl From<PathError> for ApiError {
             | PathError::Outside { .. }
             | PathError::NotAFile { .. }
             | PathError::Unusable { .. } => ErrorCode::BadRequest,
+            PathError::Host { .. } => ErrorCode::Internal,
         };
         // Its messages name their causes.
         Self::new(code, error.to_string())
@@ -100,10 +101,12 @@ impl From<ClientError> for ApiError {
 impl From<SpawnError> for ApiError {
     fn from(error: SpawnError) -> Self {
         match error {
+            error if error.is_no_space() => Self::with_causes(ErrorCode::NoSpace, &error),
             SpawnError::Refused(failure) => failure.into(),
             SpawnError::Deadline { .. } => Self::with_causes(ErrorCode::Deadline, &error),
             SpawnError::Died { .. } => Self::with_causes(ErrorCode::VmmLost, &error),
             SpawnError::Program { .. }
+            | SpawnError::Host(_)
             | SpawnError::Registry(_)
             | SpawnError::Log { .. }
             | SpawnError::Protocol { .. } => Self::with_causes(ErrorCode::Internal, &error),
@@ -113,7 +116,11 @@ impl From<SpawnError> for ApiError {
 
 impl From<RegistryError> for ApiError {
     fn from(error: RegistryError) -> Self {
-        Self::with_causes(ErrorCode::Internal, &error)
+        let code = match error.is_no_space() {
+            true => ErrorCode::NoSpace,
+            false => ErrorCode::Internal,
+        };
+        Self::with_causes(code, &error)
     }
 }
 

@@ -17,6 +17,7 @@ mod openapi;
 mod plan;
 mod routes;
 mod tree;
+mod visitors;
 
 pub use config::{Defaults, Limits, Peers, ServerConfig};
 pub use describe::{balloon_of, describe, disk_of, reset_of, runs_of, status_of};
@@ -35,7 +36,7 @@ use rocket::{
     data::{Limits as DataLimits, ToByteUnit},
 };
 
-use crate::{machines::Machines, tree::Tree};
+use crate::{machines::Machines, tree::Tree, visitors::Visitors};
 
 /// The longest request body in KiB. The longest that is meant holds a command line, some disks and a CPU template.
 const MAX_BODY_KIB: u32 = 256;
@@ -111,10 +112,15 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
     // Not even made in the tree; and a path with `..` in it is known only once all of it is there.
     keep_apart(&tree, &config.run_dir)?;
     keep_apart(&tree, Registry::open(&config.run_dir)?.dir())?;
+    let visitors = Visitors {
+        loopback: config.address.is_loopback(),
+    };
     let machines = Machines::new(config, tree)?;
     Ok(rocket::custom(listen)
         .manage(machines)
+        .attach(visitors)
         .mount("/", routes::all())
+        .mount("/", visitors::routes())
         .register("/", catchers::all()))
 }
 

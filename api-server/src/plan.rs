@@ -31,6 +31,12 @@ pub(crate) use saving::{send, snapshot};
 /// The least memory a machine may have, in MiB.
 const MIN_MEMORY_MIB: u64 = 64;
 
+/// More devices of one kind than any machine can have. Where the limit is, a VMM knows.
+const TOO_MANY_DEVICES: usize = 32;
+
+/// No name of a TAP device is longer, with what stands for a fork's number.
+const TAP_NAME_BYTES: usize = 64;
+
 /// What a `POST /create` comes to.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -126,21 +132,40 @@ fn nets(request: &CreateRequest) -> Result<Vec<(NetAttachment, Option<MacAddress
         (Some(_), Some(_)) => Err(wrong(
             "tap_device and nets both say what the network is; leave one out".to_owned(),
         )),
-        (Some(tap), None) => Ok(vec![(NetAttachment::Tap(tap.clone()), None)]),
+        (Some(name), None) => Ok(vec![(tap(name)?, None)]),
         (None, nets) => attached(nets),
     }
 }
 
 fn attached(nets: &Option<Vec<Net>>) -> Result<Vec<(NetAttachment, Option<MacAddress>)>, ApiError> {
-    nets.iter()
-        .flatten()
-        .map(|Net { tap_device, mac }| {
-            let mac = mac.as_deref().map(str::parse).transpose();
-            let wrong = |not| ApiError::new(ErrorCode::BadRequest, format!("nets: {not}"));
-            let mac = mac.map_err(|not: NotAMac| wrong(not))?;
-            Ok((NetAttachment::Tap(tap_device.clone()), mac))
-        })
-        .collect()
+    let nets = nets.as_deref().unwrap_or_default();
+    few("nets", nets.len())?;
+    let attached = nets.iter().map(|Net { tap_device, mac }| {
+        let mac = mac.as_deref().map(str::parse).transpose();
+        let wrong = |not| ApiError::new(ErrorCode::BadRequest, format!("nets: {not}"));
+        let mac = mac.map_err(|not: NotAMac| wrong(not))?;
+        Ok((tap(tap_device)?, mac))
+    });
+    attached.collect()
+}
+
+fn tap(name: &str) -> Result<NetAttachment, ApiError> {
+    if name.len() > TAP_NAME_BYTES {
+        let message = "no network device has so long a name; name a TAP device of at most 15 bytes";
+        return Err(ApiError::new(ErrorCode::BadRequest, message));
+    }
+    Ok(NetAttachment::Tap(name.to_owned()))
+}
+
+/// Refuses lists of devices that are long enough to take much of the server's memory, and of what a VMM can be told.
+fn few(field: &str, devices: usize) -> Result<(), ApiError> {
+    if devices < TOO_MANY_DEVICES {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::BadRequest,
+        format!("{field} has {devices} entries, more than a machine can have; leave some out"),
+    ))
 }
 
 fn boot(
@@ -158,6 +183,7 @@ fn boot(
     let disks = match &request.disks {
         None => config.defaults.disks.clone(),
         Some(disks) => {
+            few("disks", disks.len())?;
             let disks = disks.iter().map(|disk| disk::attached(tree, disk));
             disks.collect::<Result<_, _>>()?
         }

@@ -43,7 +43,18 @@ pub(crate) enum PathError {
         path: String,
         source: io::Error,
     },
+    #[error(
+        "the host cannot look at {field} {path:?}: {source}; ask again, or see what it is short of"
+    )]
+    Host {
+        field: &'static str,
+        path: String,
+        source: io::Error,
+    },
 }
+
+/// How often a path is looked up again that something was moved beside: with `..` in it, that can be anything on the host.
+const LOOK_UPS: usize = 1000;
 
 /// The tree.
 #[derive(Debug)]
@@ -146,7 +157,7 @@ impl Tree {
         } else {
             relative
         };
-        rustix::io::retry_on_intr(|| {
+        let look_up = || {
             openat2(
                 &self.handle,
                 relative,
@@ -154,7 +165,16 @@ impl Tree {
                 Mode::empty(),
                 ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS,
             )
-        })
+        };
+        let again = |found: &Result<_, Errno>| matches!(found, Err(Errno::INTR | Errno::AGAIN));
+        let mut found = look_up();
+        for _ in 0..LOOK_UPS {
+            if !again(&found) {
+                break;
+            }
+            found = look_up();
+        }
+        found
     }
 
     fn error(&self, field: &'static str, path: &str, errno: Errno) -> PathError {
@@ -177,10 +197,20 @@ impl Tree {
     }
 
     fn unusable(&self, field: &'static str, path: &str, source: io::Error) -> PathError {
-        PathError::Unusable {
-            field,
-            path: path.to_owned(),
-            source,
+        let path = path.to_owned();
+        match Errno::from_io_error(&source) {
+            Some(Errno::ACCESS | Errno::PERM | Errno::LOOP | Errno::NAMETOOLONG | Errno::INVAL) => {
+                PathError::Unusable {
+                    field,
+                    path,
+                    source,
+                }
+            }
+            _ => PathError::Host {
+                field,
+                path,
+                source,
+            },
         }
     }
 }
@@ -192,7 +222,11 @@ fn name_of(handle: &OwnedFd) -> io::Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{
+        os::unix::fs::symlink,
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
 
     use super::*;
 
@@ -265,6 +299,40 @@ mod tests {
                 "{path}: {refused:?}"
             );
         }
+    }
+
+    #[test]
+    fn what_the_host_is_short_of_is_no_fault_of_the_path() {
+        let (_base, tree) = tree();
+        let error = |errno| tree.error("f", "file", errno);
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::IO] {
+            assert!(matches!(error(errno), PathError::Host { .. }), "{errno}");
+        }
+        assert!(matches!(error(Errno::ACCESS), PathError::Unusable { .. }));
+    }
+
+    #[test]
+    fn a_path_is_found_while_others_are_renamed() {
+        let (base, tree) = tree();
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let names = ["one", "two"].map(|name| base.path().join(name));
+                fs::write(&names[0], "").unwrap();
+                for number in 0.. {
+                    fs::rename(&names[number % 2], &names[(number + 1) % 2]).unwrap();
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            let found: Vec<_> = (0..20_000)
+                .map(|_| tree.input("f", "dir/../file"))
+                .filter(Result::is_err)
+                .collect();
+            stop.store(true, Ordering::Relaxed);
+            assert!(found.is_empty(), "{found:?}");
+        });
     }
 
     #[test]

@@ -314,3 +314,54 @@ fn a_real_connection_gets_the_same_answers() {
     shutdown.recv().unwrap().notify();
     assert!(served.join().unwrap());
 }
+
+#[test]
+fn requests_of_web_pages_are_refused() {
+    let asked_by = |address: &str, host: &'static str, header: Option<(&'static str, &str)>| {
+        let bench = Bench::with("/no/such/vmm", |config| {
+            config.address = address.parse().unwrap();
+        });
+        let mut request = bench.client.get("/vms");
+        let host = rocket::http::uri::Host::new(rocket::http::uri::Authority::parse(host).unwrap());
+        request.inner_mut().set_host(host);
+        if let Some((name, value)) = header {
+            request.add_header(rocket::http::Header::new(name, value.to_owned()));
+        }
+        request.dispatch().status().code
+    };
+    let own = ["localhost:8000", "127.0.0.1:8000", "[::1]:8000", "10.0.0.7"];
+    for host in own {
+        assert_eq!(asked_by("127.0.0.1", host, None), 200, "{host}");
+    }
+    // A page that was got by another name is of the same origin for its browser.
+    assert_eq!(asked_by("127.0.0.1", "rebound.example:8000", None), 403);
+    assert_eq!(asked_by("0.0.0.0", "fermata.example:8000", None), 200);
+    for (header, status) in [
+        (("Origin", "https://a.example"), 403),
+        (("Origin", "null"), 403),
+        (("Sec-Fetch-Site", "cross-site"), 403),
+        (("Sec-Fetch-Site", "none"), 200),
+    ] {
+        let asked = asked_by("127.0.0.1", "localhost:8000", Some(header));
+        assert_eq!(asked, status, "{header:?}");
+    }
+    // Neither what a script may send without leave nor a form's own idea of a method.
+    let bench = Bench::new("/no/such/vmm");
+    for (kind, path, body) in [
+        ("text/plain", "/create", "{}"),
+        (
+            "application/x-www-form-urlencoded",
+            "/vms/1",
+            "_method=delete",
+        ),
+    ] {
+        let request = bench.client.post(path).body(body);
+        let request = request.header(rocket::http::Header::new("Content-Type", kind));
+        let answer = request
+            .header(rocket::http::Header::new("Origin", "https://a.example"))
+            .dispatch();
+        assert_eq!(answer.status().code, 403);
+        let error: ErrorBody = answer.into_json().unwrap();
+        assert_eq!(error.error, ErrorCode::Forbidden);
+    }
+}

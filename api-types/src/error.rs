@@ -19,6 +19,8 @@ pub struct ErrorBody {
 pub enum ErrorCode {
     /// 400: the request cannot be understood or cannot be meant.
     BadRequest,
+    /// 403: a web page asks.
+    Forbidden,
     /// 404: there is no such VM, port, path, or route.
     NotFound,
     /// 409: the machine is not in a state in which this can be done.
@@ -41,8 +43,9 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::BadRequest,
+        Self::Forbidden,
         Self::NotFound,
         Self::WrongState,
         Self::TooLarge,
@@ -58,6 +61,7 @@ impl ErrorCode {
     pub fn status(self) -> u16 {
         match self {
             Self::BadRequest => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::WrongState => 409,
             Self::TooLarge => 413,

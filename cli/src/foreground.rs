@@ -4,11 +4,15 @@ use std::{
     io::{self, IsTerminal},
     os::unix::process::ExitStatusExt,
     process::{ExitCode, ExitStatus},
+    time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use control::{Console, Exit, Log, Origin, Registry, spawn};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::sleep,
+};
 
 use crate::{
     machine::{self, Changes},
@@ -22,6 +26,9 @@ Ctrl-A x ends the machine; Ctrl-A a sends it a Ctrl-A.
 
 Exit codes: 0 the guest powered off, 1 something failed, 10 the guest asked for a reset,
 11 it had a triple fault, 12 it was saved and was not to go on, 13 it was stopped.";
+
+/// How long what the guest wrote last may take to be shown when the machine is to end.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Runs a machine until it ends, or until the user or a signal ends it.
 pub(crate) async fn run(
@@ -46,17 +53,38 @@ pub(crate) async fn run(
         // The VMM finds that nobody waits for it, and has its machine not begin, or end.
         () = signals.any() => bail!("ended before the machine ran"),
     };
-    let raw = RawMode::enter()?;
-    let quit = type_into(ours);
-    let status = tokio::select! {
-        status = vmm.child.wait() => status?,
-        _ = quit => vmm.stop(&spec.secret, machine::STOP).await?,
-        () = signals.any() => vmm.stop(&spec.secret, machine::STOP).await?,
+    let raw = match RawMode::enter() {
+        Ok(raw) => raw,
+        // In the background of its terminal, say. Nobody would see what the machine does, nor that there is one.
+        Err(error) => {
+            vmm.stop(&spec.secret, machine::STOP).await?;
+            return Err(error).context(
+                "the terminal cannot be used, and the machine was ended; start it in the foreground, or with its input from /dev/null",
+            );
+        }
     };
-    // What the guest wrote last is still to be shown, and ends with the VMM.
-    let _ = shown.join();
+    let quit = type_into(ours);
+    let ended = tokio::select! {
+        status = vmm.child.wait() => Some(status?),
+        _ = quit => None,
+        () = signals.any() => None,
+    };
+    let (status, patience) = match ended {
+        Some(status) => (status, Duration::MAX),
+        None => (vmm.stop(&spec.secret, machine::STOP).await?, LAST_WORDS),
+    };
+    // What the guest wrote last is still to be shown, and ends with the VMM. Who reads it may be slow, or not read any more.
+    let all_shown = tokio::select! {
+        _ = shown => true,
+        () = signals.any() => false,
+        () = sleep(patience) => false,
+    };
     drop(raw);
-    Ok(conclude(status))
+    let (said, exit) = conclude(status);
+    if all_shown {
+        output::say(&said);
+    }
+    Ok(exit)
 }
 
 /// The signals that would end this process and leave its terminal raw and its machine running.
@@ -81,8 +109,8 @@ impl Signals {
     }
 }
 
-/// Says how the machine ended, and has this process end likewise.
-fn conclude(status: ExitStatus) -> ExitCode {
+/// How the machine ended, in words and as this process is to end.
+fn conclude(status: ExitStatus) -> (String, ExitCode) {
     let exit = status.code().and_then(Exit::from_code);
     let said = match (exit, status.signal()) {
         (Some(Exit::PowerOff), _) => "the guest powered off".to_owned(),
@@ -93,6 +121,6 @@ fn conclude(status: ExitStatus) -> ExitCode {
         (_, Some(signal)) => format!("the VMM was killed by signal {signal}"),
         (_, None) => format!("the VMM failed ({status})"),
     };
-    output::say(&format!("fermata: {said}"));
-    ExitCode::from(exit.unwrap_or(Exit::Failed).code())
+    let exit = exit.unwrap_or(Exit::Failed);
+    (format!("fermata: {said}"), ExitCode::from(exit.code()))
 }

@@ -8,7 +8,7 @@ use std::{
     fs::File,
     io::{self, IsTerminal, Read, Write},
     os::fd::OwnedFd,
-    thread::{self, JoinHandle},
+    thread,
 };
 
 use rustix::{
@@ -74,9 +74,13 @@ impl Drop for RawMode {
     }
 }
 
-/// Shows what the machine writes, until nobody has its end of the pseudo-terminal any more.
-pub(crate) fn show(mut ours: File) -> JoinHandle<()> {
+/// Shows what the machine writes; resolves when all is shown and nobody has its end of the pseudo-terminal any more. Its thread
+/// blocks on standard output, and ends with the process.
+pub(crate) fn show(mut ours: File) -> oneshot::Receiver<()> {
+    let (done, shown) = oneshot::channel();
     thread::spawn(move || {
+        // Dropped when this ends, however it does.
+        let _done = done;
         let mut buffer = [0; 4096];
         // Reading fails with EIO once the other end is closed everywhere.
         while let Ok(count @ 1..) = ours.read(&mut buffer) {
@@ -84,7 +88,8 @@ pub(crate) fn show(mut ours: File) -> JoinHandle<()> {
             // The machine goes on although nobody looks.
             let _ = out.write_all(&buffer[..count]).and_then(|()| out.flush());
         }
-    })
+    });
+    shown
 }
 
 /// Passes keys on to the machine from now on; resolves when the keys that end it are pressed. Its

@@ -47,7 +47,7 @@ pub use own::{NotTheirOwn, of_their_own};
 pub use place::{Destination, Source, StoreLocation};
 pub use pool::{Pool, Prepare};
 pub use process::{ProcessHandle, ProcessId};
-pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError};
+pub use registry::{RUN_DIR_VARIABLE, Record, Registration, Registry, RegistryError, keep_console};
 pub use save::saved;
 pub use secret::Secret;
 pub use server::serve;

@@ -10,11 +10,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustix::rand::{GetRandomFlags, getrandom};
+use rustix::{
+    fs::{FlockOperation, flock},
+    rand::{GetRandomFlags, getrandom},
+};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::{Console, Origin, ProcessId, Secret};
+use crate::{Console, Origin, ProcessId, Secret, spawn::is_full};
 
 /// Names the directory, if set.
 pub const RUN_DIR_VARIABLE: &str = "FERMATA_RUN_DIR";
@@ -50,6 +53,13 @@ pub enum RegistryError {
         #[source]
         source: io::Error,
     },
+}
+
+impl RegistryError {
+    /// Whether the directory's file system, or what this user may have of it, is full.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_full(source))
+    }
 }
 
 /// What is known of a VMM that lives.
@@ -215,7 +225,8 @@ impl Registry {
                     return None;
                 }
                 let written = entry.metadata().ok()?.modified().ok()?;
-                (!in_use.contains(&owner) && is_old(written)).then_some((written, path))
+                let left = !in_use.contains(&owner) && is_old(written) && !is_open(&owner);
+                left.then_some((written, path))
             })
             .collect();
         left.sort();
@@ -260,11 +271,33 @@ fn is_old(written: SystemTime) -> bool {
     written.elapsed().is_ok_and(|age| age > UNRECORDED)
 }
 
+/// The process that a file is named after.
+fn owner(path: &Path) -> Option<u32> {
+    path.file_stem()?.to_str()?.parse().ok()
+}
+
+fn lives(pid: u32) -> bool {
+    // What cannot be told is taken for life.
+    !matches!(ProcessId::alive(pid), Ok(None))
+}
+
 /// Whether this is the log of a process that lives, which may be one that has no machine yet.
 fn is_log_of_the_living(path: &Path) -> bool {
-    let stem = path.file_stem().and_then(|stem| stem.to_str());
-    let pid = stem.and_then(|stem| stem.parse().ok());
-    pid.is_some_and(|pid| matches!(ProcessId::alive(pid), Ok(Some(_))))
+    owner(path).is_some_and(lives)
+}
+
+/// Whether a VMM has this console open, though it may have no record yet: its machine can take hours to load.
+fn is_open(console: &Path) -> bool {
+    let Ok(file) = fs::File::open(console) else {
+        return false;
+    };
+    flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+}
+
+/// Has a console file be kept for as long as its VMM has it open.
+pub fn keep_console(file: &fs::File) {
+    // Where there are no locks, it is kept while it is young, and once there is a record.
+    let _ = flock(file, FlockOperation::NonBlockingLockShared);
 }
 
 /// Keeps a record in place.
@@ -289,7 +322,15 @@ fn living(path: &Path) -> Option<Record> {
         fs::File::open(path)?
             .take(MAX_RECORD_BYTES)
             .read_to_end(&mut json)?;
-        let record: Record = serde_json::from_slice(&json)?;
+        let record: Record = match serde_json::from_slice(&json) {
+            Ok(record) => record,
+            // Torn by a crash of the host, or of another release: with its VMM gone, it is of use to nobody.
+            Err(_) if owner(path).is_some_and(|pid| !lives(pid)) => {
+                fs::remove_file(path)?;
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        };
         if record.process.is_alive()? {
             return Ok(Some(record));
         }
@@ -360,9 +401,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::open(dir.path().join("run")).unwrap();
         fs::write(registry.dir().join("1.json"), "{}").unwrap();
+        // Of a process that there is not.
+        let torn = registry.path_of(u32::MAX - 1);
+        fs::write(&torn, "{").unwrap();
         let guard = registry.register(&record(4000)).unwrap();
         assert_eq!(registry.list().unwrap().len(), 1);
         drop(guard);
+        assert!(registry.dir().join("1.json").exists() && !torn.exists());
     }
 
     #[test]
@@ -380,6 +425,8 @@ mod tests {
         let (older, newer) = (log_of(1), log_of(2));
         // Of a process that has no record.
         let waiting = registry.log_of(std::os::unix::process::parent_id());
+        // Of one that loads its machine for days.
+        let loading = registry.new_console().unwrap();
         let older_aside = registry.dir().join("x.console.1");
         let age = |days: u64| std::time::SystemTime::now() - Duration::from_secs(days * 86_400);
         let files = [
@@ -390,6 +437,7 @@ mod tests {
             (&older, 2),
             (&newer, 1),
             (&waiting, 9),
+            (&loading, 9),
         ];
         let new = [3, 4].map(log_of);
         for (path, days) in files {
@@ -399,9 +447,14 @@ mod tests {
         for path in &new {
             fs::File::create(path).unwrap();
         }
+        let open = fs::File::open(&loading).unwrap();
+        keep_console(&open);
         registry.prune(1).unwrap();
         let left: Vec<_> = files.map(|(path, _)| path.exists()).into();
-        assert_eq!(left, [true, true, true, false, false, true, true]);
+        assert_eq!(left, [true, true, true, false, false, true, true, true]);
+        drop(open);
+        registry.prune(1).unwrap();
+        assert!(!loading.exists());
         assert!(new.iter().all(|path| path.exists()));
         drop(guard);
     }

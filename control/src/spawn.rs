@@ -9,6 +9,7 @@ use std::{
 };
 
 use futures::future::join_all;
+use rustix::io::Errno;
 use tokio::{process::Child, time::timeout};
 
 use crate::{
@@ -75,6 +76,11 @@ pub enum SpawnError {
         #[source]
         source: io::Error,
     },
+    /// The host is short of something, as a rule.
+    #[error(
+        "no process can be started; raise the limits of processes and of open files, or end some machines"
+    )]
+    Host(#[source] io::Error),
     /// The run directory cannot be used.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -118,6 +124,34 @@ pub enum SpawnError {
         #[source]
         source: io::Error,
     },
+}
+
+impl SpawnError {
+    /// `program` could not be started.
+    pub(crate) fn of_start(program: &Path, source: io::Error) -> Self {
+        let short = [Errno::AGAIN, Errno::MFILE, Errno::NFILE, Errno::NOMEM];
+        match Errno::from_io_error(&source) {
+            Some(errno) if short.contains(&errno) => Self::Host(source),
+            _ => Self::Program {
+                path: program.to_owned(),
+                source,
+            },
+        }
+    }
+
+    /// Whether a file system, or what somebody may have of one, is full.
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::Log { source, .. } => is_full(source),
+            Self::Registry(error) => error.is_no_space(),
+            _ => false,
+        }
+    }
+}
+
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+    full.contains(&error.kind())
 }
 
 /// Starts the VMM program `program` with `spec`, whose origin is no fork, and waits until it serves, though not longer than

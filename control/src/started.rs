@@ -71,13 +71,10 @@ impl Started {
                 Some(file)
             }
         };
-        let failed = |source| SpawnError::Program {
-            path: program.to_owned(),
-            source,
-        };
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
-        ours.set_nonblocking(true).map_err(failed)?;
-        let errands = UnixStream::from_std(ours).map_err(failed)?;
+        let failed = |source| SpawnError::of_start(program, source);
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(SpawnError::Host)?;
+        ours.set_nonblocking(true).map_err(SpawnError::Host)?;
+        let errands = UnixStream::from_std(ours).map_err(SpawnError::Host)?;
         let mut child = command
             .current_dir("/")
             // An arena for each of its few threads would be pages of its own and no gain.
@@ -94,7 +91,8 @@ impl Started {
                 .map_err(|e| log_error(e.error))?;
         }
         let answers = child.stdout.take();
-        let answers = answers.ok_or_else(|| failed(io::Error::other("the child has no pipe")))?;
+        let answers =
+            answers.ok_or_else(|| SpawnError::Host(io::Error::other("the child has no pipe")))?;
         Ok(Self {
             program: program.to_owned(),
             pid,
@@ -232,7 +230,9 @@ impl Started {
             Err(e)
                 if matches!(
                     e.kind(),
-                    io::ErrorKind::BrokenPipe | io::ErrorKind::NotConnected
+                    io::ErrorKind::BrokenPipe
+                        | io::ErrorKind::NotConnected
+                        | io::ErrorKind::ConnectionReset
                 ) => {}
             given => given?,
         }

@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use control::{Console, ConsoleDevice};
+use control::{Console, ConsoleDevice, keep_console};
 use devices::virtio::console::SavedConsole;
 use saved_state::{Container, SavedState};
 
@@ -84,6 +84,7 @@ struct BoundedFile {
 impl BoundedFile {
     fn open(path: &Path) -> io::Result<Self> {
         let file = OpenOptions::new().append(true).create(true).open(path)?;
+        keep_console(&file);
         Ok(Self {
             path: path.to_owned(),
             bytes: file.metadata()?.len(),
@@ -94,7 +95,11 @@ impl BoundedFile {
     fn put_aside(&mut self) -> io::Result<()> {
         let mut aside = self.path.clone().into_os_string();
         aside.push(".1");
-        std::fs::rename(&self.path, aside)?;
+        match std::fs::rename(&self.path, aside) {
+            // Somebody has moved or removed it, or it could not be opened anew the last time.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed?,
+        }
         *self = Self::open(&self.path)?;
         Ok(())
     }
@@ -162,5 +167,15 @@ mod tests {
         assert!(size(&path) <= FILE_BYTES + 1000);
         assert!(size(&directory.path().join("console.1")) <= FILE_BYTES + 1000);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2);
+        // Somebody removes it, and its place cannot be taken for a while.
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        std::fs::remove_file(directory.path().join("console.1")).unwrap();
+        std::fs::create_dir_all(directory.path().join("console.1/full")).unwrap();
+        let mut write = |times: usize| (0..times).try_for_each(|_| ends.output.write_all(&line));
+        assert!(write(2000).is_err());
+        std::fs::remove_dir(&path).unwrap();
+        write(100).unwrap();
+        assert_eq!(size(&path), 100_000);
     }
 }

@@ -229,6 +229,7 @@ impl Error {
             | Self::StandsTooLong => FailureKind::WrongState,
             Self::Lost(_) | Self::NothingComes { .. } => FailureKind::Host,
             Self::HugeOnDemand => FailureKind::BadRequest,
+            Self::Console(e) if io_kind(e) == FailureKind::NoSpace => FailureKind::NoSpace,
             Self::Console(_)
             | Self::Host(_)
             | Self::Tracking(_)
@@ -355,7 +356,7 @@ fn store_kind(error: &snapshot::StoreError) -> FailureKind {
 fn io_kind(error: &std::io::Error) -> FailureKind {
     match error.kind() {
         std::io::ErrorKind::NotFound => FailureKind::NotFound,
-        std::io::ErrorKind::StorageFull => FailureKind::NoSpace,
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => FailureKind::NoSpace,
         std::io::ErrorKind::IsADirectory | std::io::ErrorKind::NotADirectory => {
             FailureKind::BadRequest
         }

@@ -1,6 +1,7 @@
 //! The life of a VMM process.
 
 use std::{
+    error::Error as _,
     fs::File,
     os::fd::{AsFd, OwnedFd},
     sync::{
@@ -14,7 +15,7 @@ use std::{
 
 use control::{
     Confinement, Errand, Exit, Failure, FailureKind, LaunchSpec, Launched, Origin, ProcessId,
-    Record, Registry, Shape, Source, allow_many_files,
+    Record, Registry, RegistryError, Shape, Source, allow_many_files,
 };
 use hypervisor::install_kick_handler;
 use rustix::{
@@ -367,7 +368,7 @@ impl Made {
                     memory_mib,
                 })
             })
-            .map_err(|e| host("the machine cannot be registered", &e))?;
+            .map_err(|e| unregistered(&e))?;
         Ok(Started {
             port,
             controller: Controller {
@@ -486,6 +487,20 @@ fn listeners(events: &Sender<Event>, flags: &Flags, answer: &Arc<Answer>) -> Lis
             // The controller has ended.
             let _ = memory.send(Event::Lost(lost.clone()));
         }),
+    }
+}
+
+/// The failure of a machine that cannot be written down.
+fn unregistered(error: &RegistryError) -> Failure {
+    let cause = error.source().map(|cause| format!(": {cause}"));
+    let why = format!("{error}{}", cause.unwrap_or_default());
+    let failure = host("the machine cannot be registered", &why);
+    match error.is_no_space() {
+        true => Failure {
+            kind: FailureKind::NoSpace,
+            ..failure
+        },
+        false => failure,
     }
 }
 

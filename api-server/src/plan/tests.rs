@@ -332,6 +332,35 @@ fn what_cannot_be_meant_is_refused() {
 }
 
 #[test]
+fn more_than_any_machine_can_have_is_refused_before_it_takes_room() {
+    let bench = Bench::new();
+    let listed = |field: &str, each: &str, count: usize| {
+        let all = vec![each; count].join(",");
+        format!(r#"{{"kernel_path": "kernel", "resume": false, "{field}": [{all}]}}"#)
+    };
+    let (disk, net) = (r#"{"path": "disk"}"#, r#"{"tap_device": "t"}"#);
+    for (field, each) in [("disks", disk), ("nets", net)] {
+        assert!(bench.create(&listed(field, each, 20)).is_ok());
+        let (status, message) = bench.refusal(&listed(field, each, 4000));
+        assert_eq!(status, 400);
+        assert!(message.contains("4000"), "{message}");
+    }
+    let long = "{n}".repeat(1000);
+    let (status, message) = bench.refusal(&format!(
+        r#"{{"kernel_path": "kernel", "resume": false, "tap_device": "{long}"}}"#
+    ));
+    assert_eq!(status, 400);
+    assert!(!message.contains(&long), "{message}");
+    let forks = format!(r#"{{"pid": 1, "nets": [{}]}}"#, vec![net; 4000].join(","));
+    let refused = fork(
+        &bench.config,
+        &bench.tree,
+        &serde_json::from_str(&forks).unwrap(),
+    );
+    assert_eq!(refused.unwrap_err().code, ErrorCode::BadRequest);
+}
+
+#[test]
 fn a_fork_is_of_a_machine_or_of_two_files() {
     let bench = Bench::new();
     let plan = |json: &str| {

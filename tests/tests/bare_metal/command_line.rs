@@ -312,6 +312,41 @@ fn a_foreground_machine_ends_with_its_command_and_its_command_with_it() {
 }
 
 #[test]
+fn a_command_whose_output_nobody_reads_ends_all_the_same() {
+    let Some(desk) = Desk::new(&bare_metal::babbler()) else {
+        return;
+    };
+    let run = ["run", "kernel", "--vcpus", "1", "--memory", "64"];
+    let by_signal = |command: &mut Child| {
+        kill_process(Pid::from_child(command), Signal::TERM).unwrap();
+    };
+    // Ended from beside, it waits for who reads, but not when it is told to end.
+    let from_beside = |command: &mut Child| {
+        let pid = desk.only_machine()["pid"].to_string();
+        desk.run(&["stop", &pid]);
+        assert_eq!(command.try_wait().unwrap(), None);
+        kill_process(Pid::from_child(command), Signal::TERM).unwrap();
+    };
+    for end in [&by_signal as &dyn Fn(&mut Child), &from_beside] {
+        let mut command = desk.command(&run);
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut command = command.stderr(Stdio::null()).spawn().unwrap();
+        let output = command.stdout.take().unwrap();
+        // Not to its last byte: what is written in parts leaves some of its pages partly empty.
+        let mut before = 0;
+        let full = || {
+            let now = rustix::io::ioctl_fionread(&output).unwrap();
+            let last = std::mem::replace(&mut before, now);
+            (now > 1 << 15 && now == last).then_some(())
+        };
+        wait::until("the pipe to be full", full).unwrap();
+        end(&mut command);
+        let ended = wait::until("the command to end", || command.try_wait().unwrap()).unwrap();
+        assert_eq!(ended.code(), code(Exit::Stopped));
+    }
+}
+
+#[test]
 fn the_guests_end_is_the_commands() {
     for (kernel, exit) in [
         (bare_metal::power_off(), Exit::PowerOff),
