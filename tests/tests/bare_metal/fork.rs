@@ -424,13 +424,15 @@ fn prepared_processes_become_forks_and_end_with_the_server() {
     };
     wait::until("a prepared process to become a fork", one_is_used).unwrap();
     // What a fork takes that then fails is made up for.
-    let waiting = two(&server);
     let mut nets = of_files(2);
     nets["nets"] = json!([{"tap_device": "a{n}"}]);
-    let refused = server.client.post("/fork", &nets).unwrap();
-    assert_eq!(refused.status, 400, "{refused:?}");
-    let others = || two(&server).is_disjoint(&waiting).then_some(());
-    wait::until("others that are prepared", others).unwrap();
+    let both_are_taken = || {
+        let waiting = two(&server);
+        let refused = server.client.post("/fork", &nets).unwrap();
+        assert_eq!(refused.status, 400, "{refused:?}");
+        two(&server).is_disjoint(&waiting).then_some(())
+    };
+    wait::until("others to be prepared", both_are_taken).unwrap();
     machines.extend(ask(&server, &json!({"pid": parent.pid, "count": 2})));
     // Files that are others by now are read again, whatever processes are prepared for: any such machine, then the last image.
     for _ in 0..2 {
