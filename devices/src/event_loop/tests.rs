@@ -61,6 +61,28 @@ fn a_notified_queue_is_served_and_interrupts() {
 }
 
 #[test]
+fn what_the_loop_has_heard_of_before_a_driver_begins_is_served_then() {
+    let machine = Machine::new();
+    let (event_loop, quiesced) = machine.spawn();
+    drop(quiesced);
+    let mut driver = Driver::prepare(&mut lock(&machine.transport), &machine.memory, VERSION_1);
+    driver.offer(&[Part::In(8)]);
+    machine.notify();
+    // Once the loop answers it has heard of the notification, which came first.
+    let (answer, answered) = mpsc::channel();
+    event_loop
+        .endpoint
+        .fire(move |_| answer.send(()).unwrap())
+        .unwrap();
+    answered.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(driver.used(), 0);
+    driver::begin(&mut lock(&machine.transport));
+    machine.line.wait();
+    assert_eq!(driver.used(), 1);
+    event_loop.stop(PATIENCE).unwrap();
+}
+
+#[test]
 fn it_starts_quiesced_and_looks_at_all_queues_when_it_goes_on() {
     let machine = Machine::new();
     let (event_loop, quiesced) = machine.spawn();

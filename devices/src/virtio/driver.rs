@@ -95,6 +95,13 @@ pub(crate) fn negotiate(transport: &mut MmioTransport, features: u64) -> bool {
     get(transport, VIRTIO_MMIO_STATUS) & VIRTIO_CONFIG_S_FEATURES_OK != 0
 }
 
+/// Sets `DRIVER_OK`, after [`Driver::prepare`].
+pub(crate) fn begin(transport: &mut MmioTransport) {
+    let status = get(transport, VIRTIO_MMIO_STATUS);
+    let begun = status | VIRTIO_CONFIG_S_DRIVER_OK;
+    set(transport, VIRTIO_MMIO_STATUS, begun);
+}
+
 /// A part of a request.
 #[derive(Clone, Debug)]
 pub(crate) enum Part<'a> {
@@ -121,12 +128,7 @@ impl<'a> Driver<'a> {
         features: u64,
     ) -> Self {
         let driver = Self::prepare(transport, memory, features);
-        let status = get(transport, VIRTIO_MMIO_STATUS);
-        set(
-            transport,
-            VIRTIO_MMIO_STATUS,
-            status | VIRTIO_CONFIG_S_DRIVER_OK,
-        );
+        begin(transport);
         driver
     }
 

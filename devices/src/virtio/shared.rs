@@ -76,6 +76,13 @@ impl Shared {
         }
     }
 
+    /// Makes the event loop look at all queues.
+    pub(crate) fn signal_all(&self) {
+        for index in 0..self.notify.len() {
+            self.signal(index);
+        }
+    }
+
     pub(crate) fn interrupt_used_buffer(&self) {
         self.interrupt(VIRTIO_MMIO_INT_VRING);
     }

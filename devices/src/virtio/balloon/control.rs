@@ -29,8 +29,6 @@ pub struct BalloonControl {
     told: Condvar,
     /// Readable once the target is another.
     pub(super) target_changed: OwnedFd,
-    /// Readable once a driver has begun.
-    pub(super) driver_begun: OwnedFd,
     /// Readable once somebody wants statistics.
     pub(super) statistics_wanted: OwnedFd,
     /// Readable when it is time to ask for statistics.
@@ -74,7 +72,6 @@ impl BalloonControl {
             state: Mutex::default(),
             told: Condvar::new(),
             target_changed: event()?,
-            driver_begun: event()?,
             statistics_wanted: event()?,
             statistics_due: timerfd_create(TimerfdClockId::Monotonic, flags)?,
         })
@@ -131,11 +128,6 @@ impl BalloonControl {
 
     pub(super) fn set_driver(&self, driver: bool) {
         self.state().driver = driver;
-    }
-
-    /// Has the device look for statistics of a driver that has begun: Linux offers its first before, when nobody looks.
-    pub(super) fn look_for_statistics(&self) {
-        signal(&self.driver_begun);
     }
 
     /// Whether the driver can be asked for statistics.

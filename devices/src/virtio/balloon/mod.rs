@@ -176,7 +176,6 @@ impl Balloon {
         queue: &mut Queue,
         memory: &GuestMemory,
     ) -> Result<Progress, DriverError> {
-        take(&self.control.driver_begun);
         self.statistics_due |= self.is_asked_for_statistics();
         let mut used = false;
         let mut more = true;
@@ -270,14 +269,12 @@ impl VirtioDevice for Balloon {
     fn sources(&self) -> Vec<EventSource<'_>> {
         let BalloonControl {
             target_changed,
-            driver_begun,
             statistics_wanted,
             statistics_due,
             ..
         } = &*self.control;
         [
             (target_changed.as_fd(), INFLATE),
-            (driver_begun.as_fd(), STATISTICS),
             (statistics_wanted.as_fd(), STATISTICS),
             (statistics_due.as_fd(), STATISTICS),
         ]
@@ -291,7 +288,6 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, _features: u64) {
         self.control.set_driver(true);
-        self.control.look_for_statistics();
     }
 
     fn reset(&mut self) {

@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use virtio_bindings::{
-    virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET},
+    virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET,
     virtio_mmio::{
         VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INTERRUPT_STATUS,
         VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_STATUS,
@@ -17,7 +17,10 @@ use crate::{
     sync::lock,
     virtio::{
         MMIO_BYTES, MmioTransport,
-        driver::{self, AVAILABLE_INDEX, Driver, Part, QUEUE_BYTES, VERSION_1, get, set},
+        driver::{
+            self, AVAILABLE_INDEX, Driver, Part, QUEUE_BYTES, VERSION_1, begin, get,
+            serve_notified, set,
+        },
     },
 };
 
@@ -134,15 +137,6 @@ impl Subject for Host {
 
 conforms!(conformance, super::Host);
 
-fn start(device: &mut MmioTransport) {
-    let status = get(device, VIRTIO_MMIO_STATUS);
-    set(
-        device,
-        VIRTIO_MMIO_STATUS,
-        status | VIRTIO_CONFIG_S_DRIVER_OK,
-    );
-}
-
 #[test]
 fn a_target_of_a_machine_that_stands_still_is_told_by_it_and_by_what_is_restored_of_it() {
     let host = Host::new();
@@ -235,7 +229,7 @@ fn a_driver_learns_of_a_target_that_became_another_before_it_started() {
         }
         let before = balloons.line.edges();
         assert_eq!(get(&mut balloons.device, VIRTIO_MMIO_INTERRUPT_STATUS), 0);
-        start(&mut balloons.device);
+        begin(&mut balloons.device);
         let told = u32::from(look_first);
         let causes = get(&mut balloons.device, VIRTIO_MMIO_INTERRUPT_STATUS);
         assert_eq!(causes, told * VIRTIO_MMIO_INT_CONFIG);
@@ -255,7 +249,7 @@ fn a_driver_that_was_saved_before_it_started_learns_of_what_changed_until_then()
     restored.device.restore(&section).unwrap();
     restored.device.resume();
     assert_eq!(restored.line.edges(), 0);
-    start(&mut restored.device);
+    begin(&mut restored.device);
     assert_eq!(restored.line.edges(), 1);
     assert_eq!(get(&mut restored.device, NUM_PAGES_REGISTER), 1024);
 }
@@ -353,11 +347,8 @@ fn statistics_that_a_driver_offers_before_it_has_begun_are_read_then() {
     statistics.offer(&[Part::Out(&entries(&[(4, 500)]))]);
     statistics.notify(&mut balloons.device);
     assert_eq!(balloons.control.status().statistics, None);
-    let is_to_look = || take(&balloons.control.driver_begun);
-    assert!(!is_to_look());
-    start(&mut balloons.device);
-    assert!(is_to_look());
-    serve_all(&balloons.device);
+    begin(&mut balloons.device);
+    serve_notified(&mut balloons.device);
     let (_, known) = balloons.control.status().statistics.unwrap();
     assert_eq!(known, [("free_bytes", 500)]);
     assert_eq!(statistics.used(), 0);

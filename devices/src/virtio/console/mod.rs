@@ -193,10 +193,7 @@ impl VirtioDevice for Console {
         index == TRANSMIT
     }
 
-    fn activate(&mut self, _features: u64) {
-        // What was typed before there was a driver is for this one.
-        self.typed.announce();
-    }
+    fn activate(&mut self, _features: u64) {}
 
     /// What was typed is not the driver's, and stays.
     fn reset(&mut self) {

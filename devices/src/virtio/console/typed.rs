@@ -50,7 +50,7 @@ impl Typed {
     }
 
     /// Has the device look whether there is something for the guest.
-    pub(super) fn announce(&self) {
+    fn announce(&self) {
         // It fails only when its count is at the limit, and then it is readable anyway.
         let _ = rustix::io::write(&self.arrived, &1u64.to_ne_bytes());
     }

@@ -27,8 +27,6 @@ impl HostSide {
 
     /// Has the loop look at all queues, as if the driver had notified them: the device may now do what it could not before.
     pub fn look_again(&self) {
-        for index in 0..self.shared.notify().len() {
-            self.shared.signal(index);
-        }
+        self.shared.signal_all();
     }
 }

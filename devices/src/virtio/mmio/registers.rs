@@ -165,11 +165,18 @@ impl MmioTransport {
         }
         self.registers.status = new & super::state::KNOWN_STATUS;
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
-            let mut worker = lock(&self.worker);
-            worker.device.activate(self.registers.driver_features);
-            worker.active = true;
-            self.shared.driver_starts();
+            self.start();
         }
+    }
+
+    /// The driver has begun. Nobody has served what it had notified before, which real drivers do although they must not, nor what
+    /// has come from outside, of which nobody hears twice: all queues are looked at now.
+    fn start(&self) {
+        let mut worker = lock(&self.worker);
+        worker.device.activate(self.registers.driver_features);
+        worker.active = true;
+        self.shared.driver_starts();
+        self.shared.signal_all();
     }
 
     /// Waits until the worker has finished its round, then forgets everything.

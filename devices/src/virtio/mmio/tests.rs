@@ -14,7 +14,7 @@ use crate::{
     virtio::{
         driver::{
             self, AVAILABLE_EVENT, AVAILABLE_INDEX, DESCRIPTORS, Driver, ENTRIES, MEMORY_BYTES,
-            Part, USED_EVENT, get, negotiate, serve_notified, set,
+            Part, USED_EVENT, begin, get, negotiate, serve_notified, set,
         },
         entropy::Entropy,
     },
@@ -340,6 +340,7 @@ fn a_vcpu_does_not_wait_with_who_tells_of_a_change() {
 fn a_round_that_ends_at_its_bound_asks_for_the_next() {
     let (mut device, memory, _line) = machine();
     let mut driver = Driver::start(&mut device, &memory, VERSION_1);
+    serve_notified(&mut device);
     for _ in 0..ENTRIES {
         driver.offer(&[Part::In(1)]);
     }
@@ -359,19 +360,14 @@ fn a_round_that_ends_at_its_bound_asks_for_the_next() {
 }
 
 #[test]
-fn a_queue_is_not_served_before_the_driver_is_ready() {
+fn what_is_notified_before_the_driver_is_ready_is_served_then() {
     let (mut device, memory, _line) = machine();
     let mut driver = Driver::prepare(&mut device, &memory, VERSION_1);
     driver.offer(&[Part::In(1)]);
-    lock(device.worker()).process(0);
+    driver.notify(&mut device);
     assert_eq!(driver.used(), 0);
-    let status = get(&mut device, VIRTIO_MMIO_STATUS);
-    set(
-        &mut device,
-        VIRTIO_MMIO_STATUS,
-        status | VIRTIO_CONFIG_S_DRIVER_OK,
-    );
-    lock(device.worker()).process(0);
+    begin(&mut device);
+    serve_notified(&mut device);
     assert_eq!(driver.used(), 1);
 }
 

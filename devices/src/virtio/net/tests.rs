@@ -93,6 +93,7 @@ fn without_buffers_one_frame_is_taken_and_the_rest_stays_outside() {
         let mut bench = Bench::new();
         let memory = bench.memory.clone();
         let mut receive = Driver::start(&mut bench.device, &memory, features | MERGEABLE);
+        driver::serve_notified(&mut bench.device);
         receive.offer(&[Part::In(200)]);
         for seed in 0..3 {
             bench.push(&frame(300, seed));

@@ -149,6 +149,22 @@ fn an_answer_does_not_wait_for_the_next_notification() {
 }
 
 #[test]
+fn what_comes_before_the_driver_has_begun_is_served_then() {
+    let mut bench = Bench::new();
+    let memory = Box::leak(Box::new(bench.memory.clone()));
+    bench.receive = Driver::prepare(&mut bench.device, memory, VERSION_1);
+    bench.receive.offer(&[Part::In(4096)]);
+    bench.receive.notify(&mut bench.device);
+    let _stream = bench.dial("CONNECT 5\n");
+    // As the loop does when it hears of it.
+    lock(bench.device.worker()).process(RECEIVE);
+    assert_eq!(bench.receive.used(), 0);
+    driver::begin(&mut bench.device);
+    driver::serve_notified(&mut bench.device);
+    assert_eq!(bench.receive.used(), 1);
+}
+
+#[test]
 fn the_guest_is_sent_no_more_than_it_has_room_for() {
     let mut bench = Bench::new();
     let (ports, mut stream) = bench.connected();
