@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fs,
     io::{self, Read, Write},
+    mem,
     net::Shutdown,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -51,6 +52,8 @@ struct Stream {
     writable: bool,
     /// In the queue of those with something for the guest.
     queued: bool,
+    /// It has not been told that nothing more is written to it.
+    writes: bool,
     role: Role,
 }
 
@@ -209,6 +212,7 @@ impl Host {
             readable: true,
             writable: true,
             queued: false,
+            writes: true,
             role,
         };
         self.streams.insert(token, stream);
@@ -497,7 +501,8 @@ fn flush(stream: &mut Stream, metrics: &VsockMetrics) {
             }
         }
     }
-    if backlog.is_empty() && !connection.guest_sends {
+    // Once: it is an event of the socket's own, after which this is looked at again.
+    if backlog.is_empty() && !connection.guest_sends && mem::take(&mut stream.writes) {
         // It fails when the other side has gone, which is found out by reading.
         let _ = stream.socket.shutdown(Shutdown::Write);
     }

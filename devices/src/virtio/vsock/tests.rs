@@ -1,4 +1,5 @@
 mod bench;
+mod ends;
 
 use std::{
     io::{Read, Write},
