@@ -137,6 +137,11 @@ impl Connection {
         (self.received - self.forwarded).0
     }
 
+    /// Whether the guest takes, now or later, what the host sends.
+    pub(super) fn takes(&self) -> bool {
+        self.stage != Stage::Over && self.guest_receives
+    }
+
     /// How many bytes may be sent to the guest now.
     pub(super) fn credit(&self) -> u32 {
         if self.stage == Stage::Open && self.guest_receives && self.host_sends {

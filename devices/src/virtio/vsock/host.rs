@@ -52,8 +52,9 @@ struct Stream {
     writable: bool,
     /// In the queue of those with something for the guest.
     queued: bool,
-    /// It has not been told that nothing more is written to it.
+    /// It has not been told that nothing more is written to it, or read from it.
     writes: bool,
+    reads: bool,
     role: Role,
 }
 
@@ -213,6 +214,7 @@ impl Host {
             writable: true,
             queued: false,
             writes: true,
+            reads: true,
             role,
         };
         self.streams.insert(token, stream);
@@ -232,14 +234,10 @@ impl Host {
                 Greeting::Nonsense => self.forget(token),
             }
         } else {
-            // Who has gone for good does not wait for the guest to accept.
-            if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR)
-                && let Role::Connected { connection, .. } = &mut stream.role
-                && connection.stage == Stage::Asked
-            {
-                connection.reset();
-            }
             flush(stream, &self.metrics);
+            if flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
+                give_up_unread(stream);
+            }
             self.note(token);
         }
     }
@@ -501,12 +499,31 @@ fn flush(stream: &mut Stream, metrics: &VsockMetrics) {
             }
         }
     }
-    // Once: it is an event of the socket's own, after which this is looked at again.
+    // Each once: it is an event of the socket's own, after which this is looked at again. It fails when the other side has gone,
+    // which is found out by reading, or by an event.
     if backlog.is_empty() && !connection.guest_sends && mem::take(&mut stream.writes) {
-        // It fails when the other side has gone, which is found out by reading.
         let _ = stream.socket.shutdown(Shutdown::Write);
     }
+    if !connection.takes() && mem::take(&mut stream.reads) {
+        let _ = stream.socket.shutdown(Shutdown::Read);
+    }
     connection.finish();
+}
+
+/// Ends the connection of somebody who has gone for good, if nobody reads from it, who would find that out once there is nothing
+/// left: the guest has not accepted it yet, or receives nothing any more.
+fn give_up_unread(stream: &mut Stream) {
+    if let Role::Connected {
+        connection,
+        backlog,
+        ..
+    } = &mut stream.role
+        && (connection.stage == Stage::Asked || !connection.takes())
+    {
+        // Every write would fail.
+        backlog.clear();
+        connection.reset();
+    }
 }
 
 /// What a stream has said about where it wants to go.
