@@ -7,7 +7,8 @@ use std::{
 };
 
 use rustix::{
-    io::Errno,
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::{Errno, retry_on_intr},
     net::{
         AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect,
         recv, send, socket_with, sockopt,
@@ -24,7 +25,7 @@ use super::{
 pub(super) struct Socket {
     attachment: Attachment,
     socket: OwnedFd,
-    /// Messages have ends and the connection has one too, which reads as a message of no bytes.
+    /// The connection has an end, which reads as a message of no bytes, and so does a message of no bytes.
     connected: bool,
 }
 
@@ -61,6 +62,13 @@ impl Socket {
             connected,
         })
     }
+
+    /// Whether nobody sends any more.
+    fn has_ended(&self) -> bool {
+        let mut socket = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        // An end is a hang-up, too, and nothing else is waited for. It cannot fail.
+        retry_on_intr(|| poll(&mut socket, Some(&Timespec::default()))) != Ok(0)
+    }
 }
 
 impl Backend for Socket {
@@ -88,10 +96,11 @@ impl Backend for Socket {
             return Err(Refused::Frame(io::ErrorKind::InvalidInput.into()));
         };
         header.fill(0);
-        let received =
-            rustix::io::retry_on_intr(|| recv(&self.socket, &mut *frame, RecvFlags::DONTWAIT));
+        let received = retry_on_intr(|| recv(&self.socket, &mut *frame, RecvFlags::DONTWAIT));
         match received {
-            Ok((0, _)) if self.connected => Err(Refused::Gone(io::ErrorKind::UnexpectedEof.into())),
+            Ok((0, _)) if self.connected && self.has_ended() => {
+                Err(Refused::Gone(io::ErrorKind::UnexpectedEof.into()))
+            }
             Ok((bytes, _)) => Ok(HEADER_BYTES + bytes),
             Err(errno) => Err(refused(errno)),
         }
@@ -100,7 +109,7 @@ impl Backend for Socket {
     fn send(&mut self, frame: &[u8]) -> Result<(), Refused> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let frame = frame.get(HEADER_BYTES..).unwrap_or_default();
-        rustix::io::retry_on_intr(|| send(&self.socket, frame, flags))
+        retry_on_intr(|| send(&self.socket, frame, flags))
             .map(drop)
             .map_err(refused)
     }

@@ -272,6 +272,25 @@ fn what_the_other_end_has_no_room_for_waits_in_the_queue() {
 }
 
 #[test]
+fn a_message_of_no_bytes_is_no_end() {
+    let mut bench = Bench::new();
+    let memory = bench.memory.clone();
+    let mut receive = Driver::start(&mut bench.device, &memory, PLAIN);
+    receive.offer(&[Part::In(2000)]);
+    bench.push(&[]);
+    bench.push(&frame(60, 1));
+    bench.receive();
+    assert_eq!(receive.used(), 1);
+    assert_eq!(bench.metric("receive_drops"), 1);
+    assert!(bench.link_is_up());
+    // Nor does it hide one.
+    bench.push(&[]);
+    bench.outside = pair().1;
+    bench.receive();
+    assert!(!bench.link_is_up());
+}
+
+#[test]
 fn the_link_goes_down_with_the_other_end_and_the_driver_is_told() {
     let mut bench = Bench::new();
     let memory = bench.memory.clone();
