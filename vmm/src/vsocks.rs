@@ -41,8 +41,8 @@ pub(crate) fn saved(
     let mut saved: SavedVsock = section.decode()?;
     if goes_on == GoesOn::AsAnother {
         let pid = std::process::id();
+        saved.path = format!("{}.{pid}", unnumbered(&saved.path, saved.cid));
         saved.cid = u64::from(pid.max(FIRST_CID));
-        saved.path = format!("{}.{pid}", saved.path);
     }
     let impossible = || devices::Error::Impossible {
         kind: SavedVsock::KIND,
@@ -63,6 +63,13 @@ pub(crate) fn saved(
     Ok(Some(VsockConfig { cid, path }))
 }
 
+/// `path` without the number behind it, if that is the context ID, too, as in a fork: or forks of forks, and theirs, would have longer
+/// and longer ones. If it is what somebody has named a machine's socket, its forks have, in place of that number, one that is theirs alone
+/// as well.
+fn unnumbered(path: &str, cid: u64) -> &str {
+    path.strip_suffix(&format!(".{cid}")).unwrap_or(path)
+}
+
 /// Whether the directory of `path` lies where the machine may have disks.
 fn inside(confinement: &Confinement, path: &Path) -> bool {
     let Some(Ok(directory)) = path.parent().map(Path::canonicalize) else {
@@ -76,7 +83,9 @@ fn inside(confinement: &Confinement, path: &Path) -> bool {
 pub(crate) fn kind(error: &VsockError) -> control::FailureKind {
     use control::FailureKind;
     match error {
-        VsockError::Cid(_) | VsockError::Path(_) => FailureKind::BadRequest,
+        VsockError::Cid(_) | VsockError::Path(_) | VsockError::TooLong(_) => {
+            FailureKind::BadRequest
+        }
         VsockError::InUse(_) => FailureKind::WrongState,
         VsockError::Listen { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             FailureKind::NotFound
@@ -168,6 +177,41 @@ mod tests {
         };
         let named = another(&change, None);
         assert_eq!((named.cid, named.path), (9, PathBuf::from("/elsewhere")));
+    }
+
+    #[test]
+    fn a_fork_of_a_fork_has_its_number_in_place_of_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let pid = std::process::id();
+        // The saved machine's context ID is 7.
+        for (was, becomes) in [
+            ("v.7", format!("v.{pid}")),
+            ("v.8.7", format!("v.8.{pid}")),
+            ("v.8", format!("v.8.{pid}")),
+            ("v.77", format!("v.77.{pid}")),
+            ("v7", format!("v7.{pid}")),
+        ] {
+            let container = container(Some(&directory.path().join(was)));
+            let none = VsockChange::default();
+            let own = saved(&container, &none, None, GoesOn::AsAnother);
+            let own = own.unwrap().unwrap();
+            assert_eq!(own.path, directory.path().join(becomes), "{was}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_for_a_socket_is_named_as_that() {
+        let directory = tempfile::tempdir().unwrap();
+        let name = "v".repeat(107 - directory.path().as_os_str().len() - 1);
+        let of = |name: &str| VsockConfig {
+            cid: 3,
+            path: directory.path().join(name),
+        };
+        open(&of(&name)).unwrap();
+        let error = open(&of(&format!("{name}v"))).err().unwrap();
+        let Failure { kind, message, .. } = Failure::from(error);
+        assert_eq!(kind, FailureKind::BadRequest);
+        assert!(message.contains("at most 107 bytes"), "{message}");
     }
 
     #[test]

@@ -46,7 +46,8 @@ pub(crate) struct Args {
     #[arg(long = "net", value_name = "KEY=VALUE,...", value_parser = net::change)]
     nets: Vec<NetChange>,
     /// What the vsock device has instead of a context ID that is the number of the machine's process, and of a socket named as that
-    /// of the machine it is forked of with a dot and this number behind: `cid=NUMBER`, `path=SOCKET`, or both.
+    /// of the machine it is forked of with a dot and this number behind, in place of its number if that is a fork itself:
+    /// `cid=NUMBER`, `path=SOCKET`, or both.
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = vsock::change)]
     vsock: Option<VsockChange>,
     /// A program that is run for each fork once it runs, with its number from 0, its process id, the port of its control service

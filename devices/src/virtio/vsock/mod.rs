@@ -43,6 +43,8 @@ const EVENT: usize = 2;
 /// The host's context ID, and the first that a guest may have (5.10.4).
 const HOST_CID: u64 = 2;
 const FIRST_CID: u64 = 3;
+/// The most bytes of a socket's path, which end with a zero in `struct sockaddr_un`.
+const MAX_PATH_BYTES: usize = 107;
 /// The only type of socket there is without a feature that says so.
 const STREAM: u16 = 1;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, in a `struct virtio_vsock_event`.
@@ -65,6 +67,9 @@ pub enum VsockError {
         /// What the host says.
         source: io::Error,
     },
+    /// No socket's name is so long.
+    #[error("the path of a vsock device's socket, {}, is too long; name one of at most {MAX_PATH_BYTES} bytes", .0.display())]
+    TooLong(PathBuf),
     /// The path is saved as text.
     #[error("{0:?} cannot be saved as text; give the socket a path in UTF-8")]
     Path(PathBuf),
@@ -97,6 +102,9 @@ impl Vsock {
         let text = path
             .to_str()
             .ok_or_else(|| VsockError::Path(path.to_owned()))?;
+        if text.len() > MAX_PATH_BYTES {
+            return Err(VsockError::TooLong(path.to_owned()));
+        }
         let metrics = Arc::<VsockMetrics>::default();
         Ok(Self {
             cid,
