@@ -2,8 +2,12 @@
 //!
 //! It follows the host's realtime clock at a distance that the guest sets by writing the time. It
 //! has no interrupt: the alarm's registers and the interrupt enables are kept and never fire.
+//!
+//! A guest reads the time register by register, and its vCPU may stand still between two of them for longer than any clock warns of
+//! its next update. So what it reads in a row is of one instant.
 
 mod calendar;
+mod reading;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -14,6 +18,7 @@ use saved_state::{Kind, SavedState, Section};
 
 use crate::{BusDevice, Device, Error};
 use calendar::Field;
+use reading::Reading;
 pub use state::SavedRtc;
 
 /// The clock's two ports: index and data.
@@ -28,7 +33,7 @@ const REGISTER_B: u8 = 0x0b;
 const REGISTER_C: u8 = 0x0c;
 const REGISTER_D: u8 = 0x0d;
 
-/// An update is in progress: never, since reading takes the host's clock as it is.
+/// An update is in progress: never, since what is read next is of one instant.
 const A_UPDATE_IN_PROGRESS: u8 = 1 << 7;
 /// The divider of a 32,768 Hz crystal and the 1,024 Hz rate that firmware leaves behind.
 const A_DEFAULT: u8 = 0x26;
@@ -49,6 +54,8 @@ pub struct Rtc {
     offset_seconds: i64,
     /// The guest's time while [`B_SET`] holds the clock.
     stopped_at: Option<i64>,
+    /// The time that the guest is just reading.
+    reading: Option<Reading>,
     /// What is behind the registers that do not show the time.
     registers: [u8; CMOS_BYTES],
 }
@@ -68,6 +75,7 @@ impl Rtc {
             index: 0,
             offset_seconds: 0,
             stopped_at: None,
+            reading: None,
             registers,
         }
     }
@@ -88,12 +96,28 @@ impl Rtc {
         self.registers[usize::from(register & INDEX_MASK)]
     }
 
-    fn read_data(&self) -> u8 {
+    /// The guest's time of which it reads `field`: that of which it has read others, if there is one.
+    fn seconds_to_read(&mut self, field: Field) -> i64 {
+        let (now, guest_seconds) = ((self.now)(), self.guest_seconds());
+        let goes_on = self
+            .reading
+            .take()
+            .filter(|reading| reading.has(field, now));
+        let reading = goes_on.unwrap_or_else(|| Reading::begin(now, guest_seconds));
+        self.reading.insert(reading).take(field)
+    }
+
+    fn read_data(&mut self) -> u8 {
         if let Some(field) = Field::at(self.index) {
-            return field.read(self.guest_seconds(), self.register(REGISTER_B));
+            let seconds = self.seconds_to_read(field);
+            return field.read(seconds, self.register(REGISTER_B));
         }
         match self.index {
-            REGISTER_A => self.register(REGISTER_A) & !A_UPDATE_IN_PROGRESS,
+            REGISTER_A => {
+                // A driver looks here before it reads the time.
+                self.reading = None;
+                self.register(REGISTER_A) & !A_UPDATE_IN_PROGRESS
+            }
             // No interrupt ever pends.
             REGISTER_C => 0,
             REGISTER_D => D_VALID,
@@ -102,6 +126,8 @@ impl Rtc {
     }
 
     fn write_data(&mut self, value: u8) {
+        // It may be the time that is written.
+        self.reading = None;
         if let Some(field) = Field::at(self.index) {
             let b = self.register(REGISTER_B);
             if let Some(seconds) = field.write(self.guest_seconds(), value, b) {
@@ -164,6 +190,8 @@ impl Device for Rtc {
             index,
             offset_seconds,
             stopped_at,
+            // When a machine goes on that was saved, it is another time.
+            reading: _,
             registers,
         } = self;
         let saved = SavedRtc {
@@ -198,6 +226,7 @@ impl Device for Rtc {
         self.index = index;
         self.offset_seconds = offset_seconds;
         self.stopped_at = stopped_at;
+        self.reading = None;
         self.registers = registers;
         Ok(())
     }

@@ -73,6 +73,58 @@ fn it_shows_the_hosts_time_in_the_format_of_register_b() {
     assert_eq!(get(&mut rtc, HOUR), 0x8b);
 }
 
+/// A clock that is to be read at the last second of its month, and is read on a second later.
+fn late() -> Rtc {
+    Rtc::with_clock(|| NOW + 1)
+}
+
+#[test]
+fn a_time_that_is_read_in_pieces_is_of_one_instant() {
+    let pieces = [
+        (CENTURY, 0x20),
+        (YEAR, 0x24),
+        (MONTH, 0x03),
+        (DAY, 0x31),
+        (WEEKDAY, 1),
+        (HOUR, 0x23),
+        (MINUTE, 0x59),
+        (SECOND, 0x59),
+    ];
+    for read_first in pieces {
+        let mut rtc = late();
+        assert_eq!(get(&mut rtc, read_first.0), read_first.1);
+        rtc.now = || NOW + 2;
+        for (register, value) in pieces.into_iter().filter(|piece| *piece != read_first) {
+            assert_eq!(get(&mut rtc, register), value, "{register:#x}");
+        }
+        // What is read again is of another time.
+        assert_eq!(time(&mut rtc), [0x20, 0x24, 0x04, 1, 2, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn a_time_begins_anew_with_register_a_with_what_is_written_and_after_a_while() {
+    for (act, now, minute) in [
+        ((|_| ()) as fn(&mut Rtc), (|| NOW + 2) as Now, 0x59),
+        (|_| (), || NOW + 3, 0),
+        // The host's clock was set back.
+        (|_| (), || NOW - 60, 0x58),
+        (|rtc| assert_ne!(get(rtc, REGISTER_A), 0), || NOW + 2, 0),
+        (|rtc| set(rtc, MINUTE, 0x07), || NOW + 2, 0x07),
+        (
+            |rtc| rtc.restore(&clock().save(0).unwrap()).unwrap(),
+            || NOW + 2,
+            0,
+        ),
+    ] {
+        let mut rtc = late();
+        assert_eq!(get(&mut rtc, SECOND), 0x59);
+        rtc.now = now;
+        act(&mut rtc);
+        assert_eq!(get(&mut rtc, MINUTE), minute);
+    }
+}
+
 #[test]
 fn midnight_and_noon_are_twelve() {
     for (hour, shown) in [(0, 0x12), (1, 0x01), (12, 0x92), (13, 0x81)] {
