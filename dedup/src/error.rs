@@ -107,6 +107,18 @@ pub enum Error {
     )]
     EncodeCheck,
 
+    /// A collection could not free all that it might have: what it could not change is as it was.
+    #[error(
+        "{bytes} bytes of packs were freed, and not all that could be: see to the cause, and collect again"
+    )]
+    CollectedInPart {
+        /// Bytes of packs freed.
+        bytes: u64,
+        /// The first of the causes.
+        #[source]
+        source: Box<Error>,
+    },
+
     /// The disk is full. What was saved before is safe, and of the failed save nothing is visible.
     #[error(
         "no space left in the store: free some, for instance with `rm` and `gc`, and try again"

@@ -54,8 +54,9 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::Busy`] when another collection or a repair runs; a snapshot or lease that cannot be read. What
-    /// is needed is never removed, and what was removed before an error was not needed.
+    /// [`Error::Busy`] when another collection or a repair runs; a snapshot or lease that cannot be read;
+    /// [`Error::CollectedInPart`] when some packs could not be removed or shrunk. What is needed is never removed, and
+    /// what was removed before an error was not needed.
     pub fn gc(&self, options: &GcOptions) -> Result<Collected> {
         let (shared, backend) = (&*self.shared, &*self.shared.backend);
         let lock = backend
@@ -96,7 +97,8 @@ impl Store {
         let ids: Vec<FileId> = candidates.iter().map(|(id, _)| *id).collect();
         let list = condemn(backend, &ids)?;
         std::thread::sleep(options.grace);
-        let fates = marks
+        let mut swept = Swept::default();
+        let marked = marks
             .add_all(shared)
             // A removed snapshot must not come back after a power cut when its chunks are gone.
             .and_then(|()| {
@@ -104,19 +106,19 @@ impl Store {
                     .sync(Area::Snapshots)
                     .map_err(Error::io("sync snapshots"))
             })
-            .and_then(|()| sweep(shared, &marks, &candidates, &mut collected));
+            .map(|()| swept.sweep(shared, &marks, &candidates, &mut collected));
         remove(backend, Area::Condemned, &list)?;
-        let fates = fates?;
-        shared
+        marked?;
+        let compacted = shared
             .index
-            .compact(backend, &shared.config, |pack, slot| {
-                match fates.get(&pack) {
-                    None => true,
-                    Some(Fate::Removed) => false,
-                    Some(Fate::Shrunk(kept)) => kept.contains(slot),
-                }
-            })?;
-        Ok(collected)
+            .compact(backend, &shared.config, |pack, slot| swept.has(pack, slot));
+        match swept.failed {
+            Some(source) => Err(Error::CollectedInPart {
+                bytes: collected.bytes_freed,
+                source: Box::new(source),
+            }),
+            None => compacted.map(|()| collected),
+        }
     }
 }
 
@@ -135,42 +137,84 @@ fn candidate(shared: &Shared, marks: &Marks, entry: &Entry) -> Option<(FileId, u
     (needed.len() * NEEDED.1 < live * NEEDED.0).then_some((id, entry.size))
 }
 
-/// Removes and shrinks the candidates that are still not needed.
-fn sweep(
-    shared: &Shared,
-    marks: &Marks,
-    candidates: &[(FileId, u64)],
-    collected: &mut Collected,
-) -> Result<HashMap<FileId, Fate>> {
-    let mut fates = HashMap::new();
-    shared
-        .progress
-        .begin(candidates.iter().map(|(_, size)| size).sum());
-    for &(id, size) in candidates {
-        shared.progress.advance(size);
-        if marks.is_whole(id) {
-            continue;
-        }
-        match marks.slots(id) {
-            None => {
-                remove(&*shared.backend, Area::Packs, &id.to_string())?;
+/// What became of the candidates.
+#[derive(Default)]
+struct Swept {
+    fates: HashMap<FileId, Fate>,
+    /// The first error. What it hit is as it was.
+    failed: Option<Error>,
+}
+
+impl Swept {
+    /// Removes and shrinks the candidates that are still not needed. One that cannot be stays, and is in nobody's way.
+    fn sweep(
+        &mut self,
+        shared: &Shared,
+        marks: &Marks,
+        candidates: &[(FileId, u64)],
+        collected: &mut Collected,
+    ) {
+        shared
+            .progress
+            .begin(candidates.iter().map(|(_, size)| size).sum());
+        let (spared, unclaimed): (Vec<_>, Vec<_>) = candidates
+            .iter()
+            .copied()
+            .partition(|(id, _)| marks.is_whole(*id));
+        shared
+            .progress
+            .advance(spared.iter().map(|(_, size)| size).sum());
+        let (hardly_needed, dead): (Vec<_>, Vec<_>) = unclaimed
+            .into_iter()
+            .partition(|(id, _)| marks.slots(*id).is_some());
+        // First, and for good: to shrink a pack takes space, and there may be none but what these have.
+        for (id, size) in dead {
+            let removed = remove(&*shared.backend, Area::Packs, &id.to_string());
+            if self.note(removed).is_some() {
                 collected.packs_removed += 1;
                 collected.bytes_freed += size;
-                fates.insert(id, Fate::Removed);
+                self.fates.insert(id, Fate::Removed);
             }
-            Some(needed) => {
-                let new_size = shrink(shared, id, needed)?;
+            shared.progress.advance(size);
+        }
+        self.sync(shared);
+        for (id, size) in hardly_needed {
+            let needed = marks.slots(id).cloned().unwrap_or_default();
+            let shrunk = shrink(shared, id, &needed);
+            if let Some(new_size) = self.note(shrunk) {
                 collected.packs_shrunk += 1;
                 collected.bytes_freed += size.saturating_sub(new_size);
-                fates.insert(id, Fate::Shrunk(needed.clone()));
+                self.fates.insert(id, Fate::Shrunk(needed));
+            }
+            shared.progress.advance(size);
+        }
+        self.sync(shared);
+    }
+
+    fn sync(&mut self, shared: &Shared) {
+        let synced = shared.backend.sync(Area::Packs);
+        self.note(synced.map_err(Error::io("sync packs")));
+    }
+
+    /// What was done; of errors, the first is kept.
+    fn note<T>(&mut self, outcome: Result<T>) -> Option<T> {
+        match outcome {
+            Ok(done) => Some(done),
+            Err(error) => {
+                self.failed.get_or_insert(error);
+                None
             }
         }
     }
-    shared
-        .backend
-        .sync(Area::Packs)
-        .map_err(Error::io("sync packs"))?;
-    Ok(fates)
+
+    /// Whether a slot that was there is there yet.
+    fn has(&self, pack: FileId, slot: u32) -> bool {
+        match self.fates.get(&pack) {
+            None => true,
+            Some(Fate::Removed) => false,
+            Some(Fate::Shrunk(kept)) => kept.contains(slot),
+        }
+    }
 }
 
 /// Replaces a pack by one with only the needed slots, each under its number. Gives the new size in bytes.

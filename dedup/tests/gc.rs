@@ -4,9 +4,13 @@
 
 mod support;
 
+use std::io::ErrorKind;
+use std::sync::Arc;
+
 use dedup::backend::{Area, Backend, Lock, Memory, Publish};
-use dedup::{Error, GcOptions};
-use support::{create, image, load, save, touch};
+use dedup::{Error, GcOptions, Store};
+use support::hooked::{Call, Hooked};
+use support::{create, fill_page, image, load, options, save, touch};
 
 fn pack_bytes(backend: &Memory) -> u64 {
     backend
@@ -62,6 +66,99 @@ fn a_pack_that_is_hardly_needed_shrinks_and_keeps_its_slots() {
         .count() as u64;
     assert!(again.images[0].new_chunks > 0 && again.images[0].known_chunks >= kept);
     assert!(load(&store, "again").unwrap() == base && load(&store, "child").unwrap() == child);
+}
+
+/// A store of five packs of which nothing is needed and five of which hardly anything is; gives what is needed.
+fn much_garbage() -> (Memory, Vec<(String, Vec<u8>)>) {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let mut kept = Vec::new();
+    for seed in 0..5 {
+        save(&store, &format!("dead{seed}"), &unique(100 + seed)).unwrap();
+        let hardly = unique(200 + seed);
+        save(&store, &format!("hardly{seed}"), &hardly).unwrap();
+        let (name, some) = (format!("kept{seed}"), hardly[..40 * 4096].to_vec());
+        save(&store, &name, &some).unwrap();
+        kept.push((name, some));
+        store.rm(&format!("dead{seed}")).unwrap();
+        store.rm(&format!("hardly{seed}")).unwrap();
+    }
+    assert!(backend.list(Area::Packs).unwrap().len() >= 10);
+    (backend, kept)
+}
+
+/// 200 pages that no image of another seed has.
+fn unique(seed: u64) -> Vec<u8> {
+    let mut image = vec![0; 200 * 4096];
+    for (page, number) in image.chunks_mut(4096).zip(0..) {
+        fill_page(page, seed << 32 | number);
+    }
+    image
+}
+
+fn check_kept(store: &Store, kept: &[(String, Vec<u8>)]) {
+    for (name, image) in kept {
+        assert!(load(store, name).unwrap() == *image, "{name}");
+    }
+}
+
+#[test]
+fn what_is_dead_goes_though_there_is_no_space_to_shrink_the_rest() {
+    let (backend, kept) = much_garbage();
+    let no_space = |call: &Call<'_>| match call {
+        Call::Publish(Area::Packs, _) => Err(ErrorKind::StorageFull.into()),
+        _ => Ok(()),
+    };
+    let full = Hooked::new(backend.clone(), no_space);
+    let store = Store::open(full, options()).unwrap();
+    let before = pack_bytes(&backend);
+    let failed = store.gc(&GcOptions::default()).unwrap_err();
+    let Error::CollectedInPart { bytes, source } = &failed else {
+        panic!("{failed:?}");
+    };
+    assert!(matches!(**source, Error::NoSpace(_)), "{source:?}");
+    assert_eq!(before - pack_bytes(&backend), *bytes);
+    assert_eq!(backend.list(Area::Packs).unwrap().len(), 5);
+    check_kept(&store, &kept);
+    // The index knows nothing of what went.
+    let again = save(&create_beside(&backend), "again", &unique(100)).unwrap();
+    assert_eq!(again.images[0].new_chunks, 200);
+    let collected = create_beside(&backend).gc(&GcOptions::default()).unwrap();
+    assert_eq!(collected.packs_shrunk, 5);
+    check_kept(&create_beside(&backend), &kept);
+}
+
+#[test]
+fn a_damaged_frame_keeps_its_own_pack_from_being_shrunk_and_no_other() {
+    let (backend, kept) = much_garbage();
+    let collected = Memory::with_files(backend.files());
+    create_beside(&collected).gc(&GcOptions::default()).unwrap();
+    let shrunk = collected.list(Area::Packs).unwrap();
+    assert_eq!(shrunk.len(), 5);
+    let mut files = backend.files();
+    let damaged = (Area::Packs, shrunk[0].name.clone());
+    // In its first frame, which is needed.
+    Arc::make_mut(files.get_mut(&damaged).unwrap())[1000] ^= 1;
+    let backend = Memory::with_files(files.clone());
+    let store = create_beside(&backend);
+    let failed = store.gc(&GcOptions::default()).unwrap_err();
+    let Error::CollectedInPart { source, .. } = &failed else {
+        panic!("{failed:?}");
+    };
+    assert!(matches!(**source, Error::Damaged { .. }), "{source:?}");
+    let left = backend.files();
+    assert_eq!(left.get(&damaged), files.get(&damaged));
+    for pack in &shrunk[1..] {
+        let size = left[&(Area::Packs, pack.name.clone())].len() as u64;
+        assert_eq!(size, pack.size);
+    }
+    assert_eq!(backend.list(Area::Packs).unwrap().len(), 5);
+    let lost = kept.iter().filter(|(name, _)| load(&store, name).is_err());
+    assert_eq!(lost.count(), 1);
+}
+
+fn create_beside(backend: &Memory) -> Store {
+    Store::open(backend.clone(), options()).unwrap()
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! Images and stores for tests.
 #![allow(dead_code, unreachable_pub, reason = "not every test uses all of it")]
 
+pub mod hooked;
+
 use dedup::backend::Backend;
 use dedup::{CreateOptions, Key, OpenOptions, Result, Saved, Store, Zeros};
 
