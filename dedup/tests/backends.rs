@@ -103,6 +103,56 @@ fn files_that_are_none_or_have_no_end_are_found_out() {
     assert!(load(&store, "monday").unwrap() == vec![7; 3 * 4096]);
 }
 
+/// A file that was moved elsewhere and linked to is not read while nobody counts what it needs.
+#[test]
+fn a_link_is_an_error_to_who_reads_and_to_who_lists() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, linked) = (dir.path().join("store"), dir.path().join("linked"));
+    std::os::unix::fs::symlink(&root, &linked).unwrap();
+    save(
+        &create(LocalDir::create(&root).unwrap()),
+        "monday",
+        &[7; 4096],
+    )
+    .unwrap();
+    let store = Store::open(LocalDir::new(&linked), options()).unwrap();
+    store.tag("monday", "gold").unwrap();
+    let pack = std::fs::read_dir(root.join("packs")).unwrap().next();
+    let pack = pack.unwrap().unwrap().file_name().into_string().unwrap();
+    let says_what_to_do = |outcome: dedup::Result<()>| {
+        let error = outcome.unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("put the file that it leads to"), "{cause}");
+    };
+    for file in [
+        "snapshots/monday".to_owned(),
+        "tags/gold".to_owned(),
+        format!("packs/{pack}"),
+    ] {
+        // Through a link to the whole of it, the store is one.
+        let store = Store::open(LocalDir::new(&linked), options()).unwrap();
+        assert!(load(&store, "gold").unwrap() == [7; 4096]);
+        let (there, elsewhere) = (root.join(&file), dir.path().join("elsewhere"));
+        std::fs::rename(&there, &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &there).unwrap();
+        let store = Store::open(LocalDir::new(&root), options()).unwrap();
+        says_what_to_do(load(&store, "gold").map(drop));
+        if file.starts_with("tags") {
+            assert!(store.fsck().is_err());
+        } else {
+            says_what_to_do(store.gc(&GcOptions::default()).map(drop));
+        }
+        std::fs::remove_file(&there).unwrap();
+        std::fs::rename(&elsewhere, &there).unwrap();
+    }
+    // So may its areas be elsewhere.
+    std::fs::rename(root.join("packs"), dir.path().join("elsewhere")).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), root.join("packs")).unwrap();
+    let store = Store::open(LocalDir::new(&root), options()).unwrap();
+    store.gc(&GcOptions::default()).unwrap();
+    assert!(load(&store, "monday").unwrap() == [7; 4096]);
+}
+
 /// Removes the directories of a store that are empty, as whoever copies it may.
 fn without_empty_directories(store: &std::path::Path) -> usize {
     let mut removed = 0;

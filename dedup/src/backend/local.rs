@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::{Area, Backend, Draft, Entry, Lease, Lock, Publish, ReadAt};
 use crate::name::FileId;
@@ -171,12 +172,18 @@ fn remove_unlocked(dir: &Path) -> io::Result<u64> {
     Ok(removed)
 }
 
-/// Opens a file to read it. Only a regular one will do: of others, some would have us wait.
+/// Opens a file to read it. Only a regular one will do: of others, some would have us wait, and what is found through a
+/// symbolic link is not what [`LocalDir::list`] tells of.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true);
-    options.custom_flags(OFlags::NONBLOCK.bits() as i32);
-    let file = options.open(path)?;
+    options.custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32);
+    let file = options
+        .open(path)
+        .map_err(|error| match error.raw_os_error() {
+            Some(code) if code == Errno::LOOP.raw_os_error() => symbolic_link(path),
+            _ => error,
+        })?;
     if file.metadata()?.is_file() {
         Ok(file)
     } else {
@@ -185,6 +192,17 @@ fn open(path: &Path) -> io::Result<File> {
             "it is not a regular file",
         ))
     }
+}
+
+/// The error for a symbolic link where a file should be. To pass it over would be to take what it names for nobody's.
+fn symbolic_link(path: &Path) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!(
+            "{} is a symbolic link, which is no file of a store: put the file that it leads to in its place, or remove it",
+            path.display()
+        ),
+    )
 }
 
 /// As [`open`]; `None` for what is gone, or no regular file and so nobody's here.
@@ -230,6 +248,10 @@ impl Backend for LocalDir {
                 Err(gone) if gone.kind() == io::ErrorKind::NotFound => continue,
                 other => other?,
             };
+            // In the root, areas may be elsewhere, as all of the store may.
+            if metadata.is_symlink() && area != Area::Root {
+                return Err(symbolic_link(&entry.path()));
+            }
             if let (true, Ok(name)) = (metadata.is_file(), entry.file_name().into_string()) {
                 entries.push(Entry {
                     name,
