@@ -42,6 +42,7 @@ mod pack;
 mod progress;
 mod protect;
 mod read;
+mod readable;
 mod recipe;
 mod refs;
 mod seal;

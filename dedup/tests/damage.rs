@@ -4,10 +4,12 @@
 
 mod support;
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use dedup::backend::{Area, Backend, Files, Memory, Publish};
+use dedup::backend::{Area, Backend, Files, LocalDir, Memory, Publish};
 use dedup::{Error, Report, Store, repair_config};
+use support::hooked::{Call, Hooked};
 use support::{annotate, create, fill_page, image, load, options, save};
 
 /// A store with every kind of file, and the images in it.
@@ -467,4 +469,92 @@ fn a_rebuilt_index_finds_everything() {
     store.repair().unwrap();
     let stored = save(&store, "b", &image).unwrap().images[0].new_chunks;
     assert!(stored <= support::left_out(), "{stored}");
+}
+
+/// A store with one pack, a part of which the disk has lost, whatever it is asked for of it, for as long as it is that file.
+fn on_a_failing_disk(lost: Range<u64>) -> (Memory, String, Store, Vec<u8>) {
+    let backend = Memory::new();
+    let mut pages = vec![0; 64 * 4096];
+    for (page, seed) in pages.chunks_mut(4096).zip(900..) {
+        fill_page(page, seed);
+    }
+    save(&create(backend.clone()), "a", &pages).unwrap();
+    let pack = backend.list(Area::Packs).unwrap().remove(0);
+    let (memory, name) = (backend.clone(), pack.name.clone());
+    let failing = Hooked::new(backend.clone(), move |call| match call {
+        Call::Read(Area::Packs, name, range)
+            if range.start < lost.end
+                && lost.start < range.end
+                && memory.open(Area::Packs, name)?.size() == pack.size =>
+        {
+            Err(std::io::Error::from_raw_os_error(5)) // EIO
+        }
+        _ => Ok(()),
+    });
+    let store = Store::open(failing, options()).unwrap();
+    (backend, name, store, pages)
+}
+
+#[test]
+fn a_sector_that_cannot_be_read_costs_its_frames_and_no_others() {
+    let (backend, pack, store, pages) = on_a_failing_disk(4096..8192);
+    let mut file = backend.files()[&(Area::Packs, pack.clone())].to_vec();
+    assert!(load(&store, "a").is_err());
+    store.repair().unwrap();
+    file[4096..8192].fill(0);
+    let kept = &backend.files()[&(Area::Damaged, format!("packs-{pack}"))];
+    assert!(**kept == file);
+    let image = store.image("a", "memory").unwrap();
+    let mut read = vec![0; 4096];
+    let lost = pages.chunks(4096).zip(0..).filter(|(page, number)| {
+        let found = image.read_at(number * 4096, &mut read);
+        assert!(found.is_err() || read == *page);
+        found.is_err()
+    });
+    assert!((1..=16).contains(&lost.count()));
+    assert_eq!(named(&store.fsck().unwrap()), ["a"]);
+}
+
+#[test]
+fn a_pack_of_which_nothing_can_be_read_is_left_and_the_rest_repaired() {
+    let (backend, pack, store, _) = on_a_failing_disk(0..u64::MAX);
+    let before = backend.files();
+    let mut draft = backend.draft().unwrap();
+    draft.append(b"no snapshot").unwrap();
+    draft.publish(Area::Snapshots, "x", Publish::New).unwrap();
+    let repaired = store.repair().unwrap().repaired;
+    let left = format!("left packs/{pack} as it is: nothing of packs-{pack} can be read");
+    assert!(
+        repaired.iter().any(|line| line.starts_with(&left)),
+        "{repaired:?}"
+    );
+    assert!(
+        repaired.contains(&"moved snapshots/x into damaged/".to_owned()),
+        "{repaired:?}"
+    );
+    let key = (Area::Packs, pack);
+    assert!(backend.files()[&key] == before[&key]);
+}
+
+#[test]
+fn a_file_whose_name_is_too_long_to_be_moved_is_left_and_the_rest_repaired() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = create(LocalDir::create(directory.path()).unwrap());
+    save(&store, "a", &image(20, 5)).unwrap();
+    let long = format!("packs/{}", "x".repeat(255));
+    for stray in [long.as_str(), "packs/y", "snapshots/z"] {
+        std::fs::write(directory.path().join(stray), "stray").unwrap();
+    }
+    let repaired = store.repair().unwrap().repaired;
+    let left = format!("left {long} as it is: ");
+    assert!(
+        repaired.iter().any(|line| line.starts_with(&left)),
+        "{repaired:?}"
+    );
+    let problems = store.fsck().unwrap().problems;
+    assert!(
+        matches!(problems.as_slice(), [problem] if problem.file == long),
+        "{problems:?}"
+    );
+    assert!(load(&store, "a").unwrap() == image(20, 5));
 }

@@ -2,19 +2,19 @@
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::io;
 
 use super::{Check, snapshots};
 use crate::annotation;
 use crate::backend::{Area, Backend, Publish, ReadAt};
 use crate::config::Config;
-use crate::error::{Error, Malformed, Result};
+use crate::error::{Error, Result};
 use crate::frame::{Decoder, Encoder};
 use crate::hash::ChunkId;
 use crate::index::{self, BucketBuffer, EMPTY_BUCKET, View};
 use crate::name::FileId;
 use crate::pack::{CONFIG_AT, ChunkIds, Pack, PackBuilder, salvage};
 use crate::protect;
+use crate::readable::read_readable;
 use crate::refs;
 use crate::store::{CONFIG, read_config};
 
@@ -46,10 +46,8 @@ pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
             .open(Area::Packs, &entry.name)
             .and_then(|pack| pack.read_exact_at(&mut bytes, CONFIG_AT));
         if read.is_ok() && Config::parse(&bytes, CONFIG).is_ok() {
-            if let Ok(damaged) = backend.open(Area::Root, CONFIG)
-                && !keep_copy(backend, &*damaged, CONFIG)?
-            {
-                return Err(Malformed("too long to be kept: move it away by hand").in_file(CONFIG));
+            if let Ok(damaged) = backend.open(Area::Root, CONFIG) {
+                keep_copy(backend, &*damaged, CONFIG)?;
             }
             publish(backend, Area::Root, CONFIG, &bytes)?;
             return Ok(true);
@@ -58,7 +56,7 @@ pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
     Err(Error::NoStore)
 }
 
-/// Repairs what a check found; tells what was done.
+/// Repairs what a check found; tells what was done, and what could not be.
 pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
     let (shared, backend) = (check.shared, &*check.shared.backend);
     let mut done = Vec::new();
@@ -68,8 +66,12 @@ pub(super) fn repair(check: &Check<'_>) -> Result<Vec<String>> {
         shared.index.refresh(backend, &shared.config)?;
     }
     for &pack in check.packs.problems.keys() {
-        done.push(repair_pack(check, pack)?);
+        let repaired = repair_pack(check, pack);
+        done.push(
+            repaired.unwrap_or_else(|error| left(&Area::Packs.path(&pack.to_string()), &error)),
+        );
     }
+    sync(backend, Area::Packs)?;
     for problem in &check.problems {
         if check.unreadable.contains(&problem.file) {
             done.push(format!("left {} as it is: {}", problem.file, problem.what));
@@ -135,21 +137,31 @@ fn repair_tags(check: &Check<'_>) -> Result<Vec<String>> {
     Ok(done)
 }
 
-/// Takes a file out of service; tells so, unless it is gone. One that is too long to be kept is left.
+/// Takes a file out of service; tells so, unless it is gone. One of which no copy can be kept is left.
 fn move_away(backend: &dyn Backend, area: Area, name: &str) -> Result<Option<String>> {
     let path = area.path(name);
-    let file = match backend.open(area, name) {
-        Err(gone) if gone.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(Error::file(format!("read {path}")))?,
-    };
-    if !keep_copy(backend, &*file, &format!("{}-{name}", area.dir()))? {
-        return Ok(Some(left(&path)));
+    match move_file(backend, area, name) {
+        Ok(()) => {
+            sync(backend, area)?;
+            Ok(Some(format!("moved {path} into damaged/")))
+        }
+        Err(gone) if gone.is_not_found() => Ok(None),
+        Err(error) => Ok(Some(left(&path, &error))),
     }
-    refs::remove_file(backend, area, name)?;
+}
+
+fn move_file(backend: &dyn Backend, area: Area, name: &str) -> Result<()> {
+    let file = backend
+        .open(area, name)
+        .map_err(Error::file(format!("read {}", area.path(name))))?;
+    keep_copy(backend, &*file, &format!("{}-{name}", area.dir()))?;
+    refs::remove_file(backend, area, name).map(drop)
+}
+
+fn sync(backend: &dyn Backend, area: Area) -> Result<()> {
     backend
         .sync(area)
-        .map_err(Error::io(format!("sync {}", area.dir())))?;
-    Ok(Some(format!("moved {path} into damaged/")))
+        .map_err(Error::io(format!("sync {}", area.dir())))
 }
 
 /// What a scan found. Within a frame that is damaged it may come upon what a guest, or an image of another store, has
@@ -181,17 +193,14 @@ impl Salvaged {
     }
 }
 
-/// Writes a pack anew from what is whole in it, and from other packs that hold the same chunks.
+/// Writes a pack anew from what is whole in it, and from other packs that hold the same chunks. It is durable when the area is synced.
 fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
     let shared = check.shared;
     let (backend, config) = (&*shared.backend, &shared.config);
     let file = backend
         .open(Area::Packs, &id.to_string())
         .map_err(Error::file(format!("read packs/{id}")))?;
-    if !keep_copy(backend, &*file, &format!("packs-{id}"))? {
-        return Ok(left(&format!("packs/{id}")));
-    }
-
+    keep_copy(backend, &*file, &format!("packs-{id}"))?;
     let identifier = shared.identifier()?;
     let column = Pack::open(shared, id).and_then(|pack| pack.ids()).ok();
     let mut salvaged = Salvaged::default();
@@ -246,7 +255,6 @@ fn repair_pack(check: &Check<'_>, id: FileId) -> Result<String> {
         repaired.append(number, &encoded.to_vec(), &ids)?;
     }
     repaired.publish(Publish::Replace)?;
-    backend.sync(Area::Packs).map_err(Error::io("sync packs"))?;
     Ok(format!(
         "rewrote packs/{id} with {whole} whole chunks and {healed} from other packs"
     ))
@@ -313,26 +321,40 @@ impl<'a> Elsewhere<'a> {
     }
 }
 
-/// What is said of a file of which no copy was kept.
-fn left(path: &str) -> String {
-    format!("left {path} as it is: it is longer than anything of a store; move it away by hand")
+/// What is said of a file with which nothing was done.
+fn left(path: &str, why: &Error) -> String {
+    let mut said = format!("left {path} as it is: {why}");
+    let mut cause = std::error::Error::source(why);
+    while let Some(error) = cause {
+        said.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    said
 }
 
-/// Copies a damaged file to where somebody may look at it later; says whether it has: not if it has more than [`MAX_KEPT_BYTES`]. What was
-/// kept of it before stays.
-fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<bool> {
+/// Copies a damaged file to where somebody may look at it later. What was kept of it before stays; what the disk has lost is zeros.
+///
+/// # Errors
+///
+/// It has more than [`MAX_KEPT_BYTES`], or nothing of it can be read; the store cannot be written.
+fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<()> {
     if file.size() > MAX_KEPT_BYTES {
-        return Ok(false);
+        let what = format!("{name} is longer than anything of a store: move it away by hand");
+        return Err(Error::Parameter(what));
     }
     let failed = || Error::io(format!("write {}", Area::Damaged.path(name)));
     let mut draft = backend.draft().map_err(failed())?;
-    let (mut at, mut piece) = (0, vec![0; COPY_BYTES as usize]);
+    let (mut at, mut readable, mut piece) = (0, 0, vec![0; COPY_BYTES as usize]);
     while at < file.size() {
         let piece = &mut piece[..COPY_BYTES.min(file.size() - at) as usize];
-        file.read_exact_at(piece, at)
-            .map_err(Error::file(format!("read {name}")))?;
+        readable += read_readable(file, piece, at).map_err(Error::file(format!("read {name}")))?;
         draft.append(piece).map_err(failed())?;
         at += piece.len() as u64;
+    }
+    // Then it is rather the disk that is not there, and may be again.
+    if readable == 0 && file.size() > 0 {
+        let what = format!("nothing of {name} can be read: see to the disk, and repair again");
+        return Err(Error::Parameter(what));
     }
     draft.sync().map_err(failed())?;
     let kept: HashSet<_> = backend
@@ -349,8 +371,7 @@ fn keep_copy(backend: &dyn Backend, file: &dyn ReadAt, name: &str) -> Result<boo
     draft
         .publish(Area::Damaged, &name, Publish::New)
         .map_err(failed())?;
-    backend.sync(Area::Damaged).map_err(failed())?;
-    Ok(true)
+    backend.sync(Area::Damaged).map_err(failed())
 }
 
 fn publish(backend: &dyn Backend, area: Area, name: &str, bytes: &[u8]) -> Result<()> {

@@ -6,10 +6,11 @@ use crate::error::{Error, Result};
 use crate::frame::{self, Decoder};
 use crate::hash::is_zero;
 use crate::name::FileId;
+use crate::readable::read_readable;
 use crate::store::Shared;
 
 /// Scans the file of the pack `id` for frames, byte by byte where it has to. `found` gets each whole frame: its number, its chunks and
-/// for each of them whether it lives (dead slots decode as zeros).
+/// for each of them whether it lives (dead slots decode as zeros). What the disk has lost of the file is in no frame.
 ///
 /// # Errors
 ///
@@ -33,8 +34,7 @@ pub(crate) fn salvage(
         let window_end = window_at + window.len() as u64;
         if window_end < file.size() && at + ahead > window_end {
             window.resize((4 * ahead).min(file.size() - at) as usize, 0);
-            file.read_exact_at(&mut window, at)
-                .map_err(Error::file("read a damaged pack"))?;
+            read_readable(file, &mut window, at).map_err(Error::file("read a damaged pack"))?;
             window_at = at;
         }
         let rest = &window[(at - window_at) as usize..];
