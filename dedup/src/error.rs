@@ -17,6 +17,12 @@ pub enum Error {
     #[error("there is a store here already: open it instead of creating it")]
     StoreExists,
 
+    /// A store is there already, and has lost its parameters.
+    #[error(
+        "there is a store here that has lost its `config`, and files in `{0}`: run `fsck --repair`, which brings it back from a pack, or choose another place"
+    )]
+    LostConfig(&'static str),
+
     /// The store was written before the first release.
     #[error(
         "the store has format version {found}, which no release has written: export its snapshots with the program that wrote it"

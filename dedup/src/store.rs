@@ -142,7 +142,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::StoreExists`]; an impossible parameter; the directory cannot be written.
+    /// [`Error::StoreExists`]; [`Error::LostConfig`]; an impossible parameter; the directory cannot be written.
     pub fn create_dir(
         path: impl AsRef<Path>,
         create: &CreateOptions,
@@ -174,6 +174,7 @@ impl Store {
         mut open: OpenOptions,
     ) -> Result<Self> {
         let config = Config::new(create)?;
+        check_holds_nothing(&backend)?;
         let failed = || Error::io("write config");
         let mut draft = backend.draft().map_err(failed())?;
         draft.append(&config.encode()).map_err(failed())?;
@@ -500,6 +501,25 @@ fn log_entry(snapshot: Snapshot, tags: &[(String, SnapshotId)]) -> LogEntry {
         tags,
         facts: snapshot.facts,
     }
+}
+
+/// Fails when there is what only a store can have: with other parameters than its own, nothing of it could be read, and
+/// all of it be collected.
+fn check_holds_nothing(backend: &dyn Backend) -> Result<()> {
+    for area in [Area::Packs, Area::Snapshots] {
+        let listed = backend
+            .list(area)
+            .map_err(Error::file(format!("list {}", area.dir())))?;
+        if listed.is_empty() {
+            continue;
+        }
+        // Whoever has written them has found a config before, and it never goes.
+        return Err(match read_config(backend) {
+            Err(Error::NoStore) => Error::LostConfig(area.dir()),
+            _ => Error::StoreExists,
+        });
+    }
+    Ok(())
 }
 
 /// Reads the store's parameters.

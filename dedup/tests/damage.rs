@@ -451,11 +451,30 @@ fn a_lost_config_comes_back_from_a_pack() {
             Store::open(backend.clone(), options()),
             Err(Error::NoStore | Error::Damaged { .. })
         ));
+        // Nor is it made anew over what it has: that would be garbage then.
+        let created = Store::create(backend.clone(), &support::create_options(), options());
+        assert!(matches!(
+            created.map(drop),
+            Err(Error::LostConfig(_) | Error::StoreExists)
+        ));
         assert!(repair_config(&backend).unwrap());
         assert!(!repair_config(&backend).unwrap());
         assert!(unreadable(&Store::open(backend, options()).unwrap(), &images).is_empty());
     }
     assert!(matches!(repair_config(&Memory::new()), Err(Error::NoStore)));
+    let backend = Memory::with_files(files);
+    let created = Store::create(backend.clone(), &support::create_options(), options());
+    assert!(matches!(created.map(drop), Err(Error::StoreExists)));
+    // A store of which nothing but snapshots is left.
+    backend.remove(Area::Root, "config").unwrap();
+    for pack in backend.list(Area::Packs).unwrap() {
+        backend.remove(Area::Packs, &pack.name).unwrap();
+    }
+    let created = Store::create(backend, &support::create_options(), options());
+    assert!(matches!(
+        created.map(drop),
+        Err(Error::LostConfig("snapshots"))
+    ));
 }
 
 #[test]
