@@ -121,6 +121,10 @@ fn check_pack(shared: &Shared, id: FileId, decoder: &mut Decoder, whole: &mut Sl
         {
             let expected = ids.as_ref().map(|ids| ids.get(slot));
             match expected {
+                // Zeros are never stored. Whoever can write to the store may say that a slot lives that has died.
+                _ if pack.table().has(slot) && is_zero(chunk) => {
+                    result = result.and(Err(pack.damaged(Malformed("a live slot is zeros"))));
+                }
                 // Without the column, a digest over the frame is still a good sign.
                 None if pack.table().has(slot) => whole.insert(slot),
                 Some(Some(expected)) if expected == found => whole.insert(slot),

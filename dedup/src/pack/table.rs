@@ -217,6 +217,16 @@ impl Live {
         };
         slots.all(lives)
     }
+
+    /// Without those of which `lost` says so.
+    pub(crate) fn without(mut self, lost: impl Fn(usize) -> bool) -> Self {
+        for slot in 0..self.0.len() * 8 {
+            if self.has_all(slot..slot + 1) && lost(slot) {
+                self.0[slot / 8] &= !(1 << (slot % 8));
+            }
+        }
+        self
+    }
 }
 
 /// The identities of a pack's live slots.

@@ -9,6 +9,7 @@ use quick_cache::sync::Cache;
 use crate::config::Config;
 use crate::error::Result;
 use crate::frame::Decoder;
+use crate::hash::is_zero;
 use crate::name::FileId;
 use crate::pack::{Live, Pack};
 use crate::recipe::BlockCoder;
@@ -39,7 +40,7 @@ impl Weighter<(FileId, u32), Arc<Frame>> for ByBytes {
 #[derive(Debug)]
 pub(super) struct Frame {
     pub(super) plain: Vec<u8>,
-    /// As it was when the frame was read: a collection or a repair may have written the pack anew since.
+    /// What it has, as it was when it was read: a collection or a repair may have written the pack anew since.
     live: Live,
 }
 
@@ -131,6 +132,8 @@ impl Frames {
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(reader);
             let live = pack.table().live_of(frame);
+            let chunks = plain.chunks(shared.config.chunk_size as usize);
+            let live = live.without(|slot| chunks.clone().nth(slot).is_none_or(is_zero));
             Ok(Arc::new(Frame { plain, live }))
         })
     }

@@ -10,6 +10,7 @@ use super::frames::{FrameReader, slots_of};
 use super::{ImageReader, not_there};
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::hash::is_zero;
 use crate::name::FileId;
 use crate::pack::Pack;
 use crate::recipe::{BLOCK_CHUNKS, BlockCoder, Place};
@@ -249,6 +250,9 @@ impl<'r> Loader<'r> {
                 self.decode_to(begin, &pack, frame)?;
                 decoded = Some(frame);
             }
+            if is_zero(&self.plain[in_group(*place)..][..chunk_size]) {
+                return Err(not_there(pack.id()));
+            }
         }
         let runs = chunks.chunk_by_mut(|(a, to), (b, next)| b.follows(*a) && follows(to, next));
         for run in runs {
@@ -278,7 +282,11 @@ impl<'r> Loader<'r> {
         let decoded = self.decoded.zip(self.pack.as_ref());
         let there = decoded.filter(|((_, frame), (_, pack))| {
             let first = *frame * config.frame_chunks();
-            slots_of(config, &bytes).all(|slot| pack.table().has(first + slot as u32))
+            let chunk_size = config.chunk_size as usize;
+            slots_of(config, &bytes).all(|slot| {
+                let chunk = self.plain.get(slot * chunk_size..(slot + 1) * chunk_size);
+                pack.table().has(first + slot as u32) && !chunk.is_none_or(is_zero)
+            })
         });
         let plain = there.and_then(|_| self.plain.get(bytes));
         plain.ok_or_else(|| {

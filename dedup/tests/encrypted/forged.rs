@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use dedup::backend::{Area, Files, Memory};
-use dedup::{Error, Store};
+use dedup::{Error, GcOptions, Store};
 
-use super::support::{Random, image, load, save};
+use super::support::{Random, fill_page, image, load, save};
 use super::{create, options, reopen};
 
 fn digest(parts: &[&[u8]]) -> [u8; 32] {
@@ -228,4 +228,72 @@ fn identities_that_were_given_to_other_slots_are_not_believed() {
     let again = save(&store, "again", &image).unwrap();
     assert!(again.images[0].new_chunks > 0, "a forged hit was believed");
     assert!(load(&store, "again").unwrap() == image);
+}
+
+/// Slots that have died are zeros in a frame that is sealed as ever: whoever says that they live again, and puts back a snapshot that
+/// refers to them, has no zeros read for what was there.
+#[test]
+fn dead_slots_that_are_said_to_live_are_not_there_and_not_zeros() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    let mut base = vec![0; 8 * 4096];
+    for (page, seed) in base.chunks_mut(4096).zip(70..) {
+        fill_page(page, seed);
+    }
+    save(&store, "base", &base).unwrap();
+    let mut child = vec![0; base.len()];
+    for page in [0, 4] {
+        let at = page * 4096..(page + 1) * 4096;
+        child[at.clone()].copy_from_slice(&base[at]);
+    }
+    save(&store, "child", &child).unwrap();
+    let key = (Area::Snapshots, "base".to_owned());
+    let old = backend.files()[&key].clone();
+    store.rm("base").unwrap();
+    let collected = store.gc(&GcOptions::default()).unwrap();
+    assert_eq!(collected.packs_shrunk, 1);
+
+    let mut files = backend.files();
+    files.insert(key, old);
+    let pack = files.iter_mut().find(|((area, _), _)| *area == Area::Packs);
+    let pack = pack.unwrap().1;
+    let trailer_at = pack.len() - 56;
+    let (table, frames) = (u64_at(pack, trailer_at + 8), u32_at(pack, trailer_at + 16));
+    let (bitmaps, ids) = (table + frames * 10, table + frames * 11);
+    assert_eq!((frames, &pack[bitmaps..ids]), (2, &[1, 1][..]));
+    let mut forged = pack[..ids].to_vec();
+    forged[bitmaps..].fill(0b1111);
+    let mut trailer = pack[trailer_at..].to_vec();
+    trailer[20..24].copy_from_slice(&8u32.to_le_bytes());
+    let column = vec![7; 8 * 24 + 28];
+    trailer[24..40].copy_from_slice(&digest(&[&column])[..16]);
+    let of_all = digest(&[&forged[..120], &forged[table..], &trailer[..40]]);
+    trailer[40..].copy_from_slice(&of_all[..16]);
+    *pack = Arc::new([forged, column, trailer].concat());
+
+    let digests = Store::open_without_key(Memory::with_files(files.clone()), options(None));
+    let digests = digests.unwrap().fsck().unwrap();
+    assert!(digests.problems.is_empty(), "{digests:?}");
+    let store = reopen(files);
+    let not_there = |outcome: dedup::Result<()>| {
+        assert!(matches!(outcome, Err(Error::Damaged { .. })), "{outcome:?}");
+    };
+    not_there(load(&store, "base").map(drop));
+    let image = store.image("base", "memory").unwrap();
+    let mut parts = image.part_reader().unwrap();
+    not_there(parts.read(0, |_| true, |_, _| Ok(())));
+    for (page, number) in base.chunks(4096).zip(0u64..) {
+        let mut read = vec![7; 100];
+        let outcome = image.read_at(number * 4096 + 500, &mut read);
+        if number % 4 == 0 {
+            outcome.unwrap();
+            assert!(read == page[500..600]);
+        } else {
+            not_there(outcome);
+        }
+    }
+    assert!(load(&store, "child").unwrap() == child);
+    let problems = store.fsck().unwrap().problems;
+    let named: Vec<_> = problems.iter().flat_map(|found| &found.snapshots).collect();
+    assert_eq!(named, ["base"], "{problems:?}");
 }
