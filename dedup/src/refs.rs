@@ -181,6 +181,8 @@ pub(crate) fn remove(shared: &Shared, name: &str) -> Result<()> {
     if untagged {
         sync(backend, Area::Tags)?;
     }
+    // Last, for meanwhile another may have removed it and saved something else under its name.
+    snapshot.is_there(shared)?;
     if !remove_file(backend, Area::Snapshots, &snapshot.name)? {
         return Err(Error::NoSnapshot(name.to_owned()));
     }

@@ -6,6 +6,7 @@ mod support;
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dedup::backend::{Area, Backend, Lock, Memory, Publish};
 use dedup::{Error, GcOptions, Store};
@@ -205,6 +206,26 @@ fn a_snapshot_of_the_same_name_is_not_the_one_that_was_looked_up() {
     save(&store, "nightly", &image(100, 5)).unwrap();
     let opened = looked_up.image("memory").map(drop);
     assert!(matches!(opened, Err(Error::NoSnapshot(_))), "{opened:?}");
+}
+
+#[test]
+fn what_is_saved_under_the_name_of_one_that_is_being_removed_stays() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    save(&store, "nightly", &image(100, 4)).unwrap();
+    let once = AtomicBool::new(true);
+    // Who removes a snapshot has looked it up, and looks for its tags now.
+    let another_is_faster = move |call: &Call<'_>| {
+        if matches!(call, Call::List(Area::Tags)) && once.swap(false, Ordering::Relaxed) {
+            store.rm("nightly").unwrap();
+            save(&store, "nightly", &image(100, 5)).unwrap();
+        }
+        Ok(())
+    };
+    let hooked = Hooked::new(backend.clone(), another_is_faster);
+    let removed = Store::open(hooked, options()).unwrap().rm("nightly");
+    assert!(matches!(removed, Err(Error::NoSnapshot(_))), "{removed:?}");
+    assert!(load(&create_beside(&backend), "nightly").unwrap() == image(100, 5));
 }
 
 #[test]
