@@ -335,7 +335,40 @@ fn whatever_a_power_cut_leaves_keeps_every_promise() {
     }
 }
 
-/// The test above can fail: without their syncs, annotations are lost.
+/// What is merged was durable, and stays so: a save's own small segment may be lost, and no more than that.
+#[test]
+fn a_power_cut_after_a_merge_leaves_the_index_whole() {
+    let (ops, images) = record();
+    let merged = ops
+        .iter()
+        .rposition(|op| matches!(op, Op::Remove(Area::Index, _)));
+    let ops = &ops[..=merged.unwrap()];
+    let mut unsynced = 0;
+    let mut states = vec![
+        after_crash(ops, Tail::Kept, &mut |number| {
+            unsynced = unsynced.max(number + 1);
+            false
+        }),
+        after_crash(ops, Tail::Lost, &mut |_| false),
+        after_crash(ops, Tail::Lost, &mut |_| true),
+    ];
+    for alone in 0..unsynced {
+        states.push(after_crash(ops, Tail::Lost, &mut |number| number == alone));
+    }
+    for mut state in states {
+        // What is condemned is not found, known or not.
+        state.retain(|(area, _), _| *area != Area::Condemned);
+        let store = Store::open(Memory::with_files(state), options()).unwrap();
+        let again = save(&store, "after", &images["again"]).unwrap();
+        let stored = again.images[0].new_chunks;
+        assert!(
+            stored <= support::left_out(),
+            "{stored} chunks are not known"
+        );
+    }
+}
+
+/// The test of all that a power cut leaves can fail: without their syncs, annotations are lost.
 #[test]
 fn annotations_that_are_not_synced_are_found_out() {
     let (ops, images) = record();

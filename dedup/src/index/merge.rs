@@ -74,11 +74,17 @@ pub(super) fn merge(
                 .map(|(key, hint)| Reverse((key, hint.pack, hint.slot, number))),
         );
     }
-    writer.publish()?;
-    for segment in segments {
-        remove(backend, segment.name())?;
-    }
-    Ok(())
+    writer.publish_synced()?;
+    let merged = segments.iter().map(|segment| segment.name());
+    replace(backend, merged)
+}
+
+/// Removes segments in whose place others were published. Those are durable first: what they replace was, mostly, long ago.
+fn replace<'a>(backend: &dyn Backend, mut old: impl Iterator<Item = &'a str>) -> Result<()> {
+    backend
+        .sync(Area::Index)
+        .map_err(Error::io("sync the index"))?;
+    old.try_for_each(|name| remove(backend, name))
 }
 
 fn remove(backend: &dyn Backend, name: &str) -> Result<()> {
@@ -114,12 +120,12 @@ pub(crate) fn rebuild(shared: &Shared) -> Result<()> {
             slot,
         }));
         if entries.len() >= REBUILD_ENTRIES {
-            segment::write(backend, config, &entries)?;
+            segment::of(backend, config, &entries)?.publish_synced()?;
             entries.clear();
         }
     }
     if !entries.is_empty() {
-        segment::write(backend, config, &entries)?;
+        segment::of(backend, config, &entries)?.publish_synced()?;
     }
-    old.iter().try_for_each(|file| remove(backend, &file.name))
+    replace(backend, old.iter().map(|file| file.name.as_str()))
 }

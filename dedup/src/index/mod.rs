@@ -105,7 +105,7 @@ impl Index {
         entries: Vec<Entry>,
     ) -> Result<()> {
         if !entries.is_empty() {
-            segment::write(backend, config, &entries)?;
+            segment::of(backend, config, &entries)?.publish()?;
             self.refresh(backend, config)?;
         }
         self.merge_like_sizes(backend, config)

@@ -295,6 +295,19 @@ impl SegmentWriter {
 
     /// Completes the segment and publishes it, without making it durable.
     pub(crate) fn publish(mut self) -> Result<()> {
+        self.complete()?;
+        self.give_name()
+    }
+
+    /// As [`SegmentWriter::publish`], and durably, but for the area's sync.
+    pub(crate) fn publish_synced(mut self) -> Result<()> {
+        self.complete()?;
+        self.draft.sync().map_err(Error::io("write the index"))?;
+        self.give_name()
+    }
+
+    /// Writes what is left.
+    fn complete(&mut self) -> Result<()> {
         while self.written < self.buckets {
             self.end_bucket()?;
         }
@@ -312,7 +325,10 @@ impl SegmentWriter {
         self.out.extend_from_slice(&ids);
         self.out.extend_from_slice(&trailer);
         self.out.extend_from_slice(&digest);
-        self.flush()?;
+        self.flush()
+    }
+
+    fn give_name(self) -> Result<()> {
         let name = FileId::random()?.to_string();
         self.draft
             .publish(Area::Index, &name, Publish::Replace)
@@ -320,8 +336,12 @@ impl SegmentWriter {
     }
 }
 
-/// Writes a segment of these entries.
-pub(super) fn write(backend: &dyn Backend, config: &Config, entries: &[Entry]) -> Result<()> {
+/// A segment of these entries, to be published.
+pub(super) fn of(
+    backend: &dyn Backend,
+    config: &Config,
+    entries: &[Entry],
+) -> Result<SegmentWriter> {
     let mut writer = SegmentWriter::new(backend, config, entries.len() as u64)?;
     // Whoever saves waits for this. So what is sorted is small, and packs, which come one after the other, are looked up once.
     let mut sorted = Vec::with_capacity(entries.len());
@@ -334,5 +354,5 @@ pub(super) fn write(backend: &dyn Backend, config: &Config, entries: &[Entry]) -
     for (key, value) in sorted {
         writer.put(key, value)?;
     }
-    writer.publish()
+    Ok(writer)
 }
