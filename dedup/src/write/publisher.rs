@@ -13,7 +13,7 @@ use crate::store::Shared;
 
 /// Chunks after which a segment of the index is written in the middle of a save, so that a save of any size takes
 /// bounded memory: about 70 bytes for each chunk.
-const INDEX_AFTER: usize = 1 << 20;
+pub(super) const INDEX_AFTER: usize = 1 << 20;
 
 /// Packs that may wait to be made durable before writers wait too.
 const QUEUE: usize = 2;
@@ -33,7 +33,16 @@ pub(super) struct Written {
 }
 
 impl Publisher {
-    pub(super) fn start(shared: Arc<Shared>, known: Arc<Known>) -> Result<Self> {
+    /// Starts the thread; whenever it has `index_after` chunks, they go into the index.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread to give.
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        known: Arc<Known>,
+        index_after: usize,
+    ) -> Result<Self> {
         let (queue, packs) = sync_channel::<PackBuilder>(QUEUE);
         let thread = std::thread::Builder::new()
             .name("dedup-publish".into())
@@ -50,14 +59,8 @@ impl Publisher {
                     written
                         .entries
                         .extend(published.slots.into_iter().map(entry));
-                    if written.entries.len() >= INDEX_AFTER {
-                        let entries = std::mem::take(&mut written.entries);
-                        let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
-                        shared
-                            .index
-                            .add(&*shared.backend, &shared.config, entries)?;
-                        // In this order, so that they are always known by one or the other.
-                        ids.iter().for_each(|id| known.remove(id));
+                    if written.entries.len() >= index_after {
+                        index(&shared, &known, std::mem::take(&mut written.entries));
                     }
                 }
                 Ok(written)
@@ -105,6 +108,14 @@ impl Publisher {
     }
 }
 
+/// Hands chunks over to the index. It is advice: where it cannot be written, they are stored again when they come again.
+fn index(shared: &Shared, known: &Known, entries: Vec<Entry>) {
+    let ids: Vec<_> = entries.iter().map(|entry| entry.id).collect();
+    let _ = shared.index.add(&*shared.backend, &shared.config, entries);
+    // In this order, so that they are always known by one or the other. And in any case, for there is memory for so many.
+    ids.iter().for_each(|id| known.remove(id));
+}
+
 impl Drop for Publisher {
     fn drop(&mut self) {
         // What was not committed is garbage, and so is its error.
@@ -120,5 +131,44 @@ impl Drop for Publisher {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         drop(thread.map(JoinHandle::join));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CreateOptions;
+    use crate::frame::Encoder;
+    use crate::name::FileId;
+    use crate::recipe::Place;
+    use crate::store::{OpenOptions, Store};
+
+    #[test]
+    fn an_index_that_cannot_be_written_fails_no_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let (create, open) = (CreateOptions::default(), OpenOptions::default());
+        let shared = Store::create_dir(dir.path(), &create, open).unwrap().shared;
+        let index = dir.path().join("index");
+        std::fs::remove_dir(&index).unwrap();
+        std::fs::write(&index, "no directory").unwrap();
+        let known = Arc::new(Known::new());
+        let publisher = Publisher::start(shared.clone(), known.clone(), 1).unwrap();
+        let mut ids = Vec::new();
+        for byte in 1..4 {
+            let page = [byte; 4096];
+            let id = shared.identifier().unwrap().identify(&page);
+            known.get_or_insert(id, || Place::ZERO);
+            let mut pack = PackBuilder::new(&shared, FileId::random().unwrap()).unwrap();
+            let mut encoder = Encoder::new(shared.config.level).unwrap();
+            let frame = encoder.encode(0, 1, &page, None).unwrap().to_vec();
+            pack.append(0, &frame, &[Some(id)]).unwrap();
+            publisher.publish(pack).unwrap();
+            ids.push(id);
+        }
+        let written = publisher.finish().unwrap();
+        assert!(written.bytes > 0 && written.entries.is_empty());
+        assert!(ids.iter().all(|id| known.get(id).is_none()));
+        let packs = shared.backend.list(crate::backend::Area::Packs).unwrap();
+        assert_eq!(packs.len(), 3);
     }
 }

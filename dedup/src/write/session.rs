@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::known::Known;
-use super::publisher::{Publisher, Written};
+use super::publisher::{INDEX_AFTER, Publisher, Written};
 use crate::error::Result;
 use crate::name::FileId;
 use crate::pack::{Batch, ChunkIds, IdsCache, Pack, PackBuilder, ids_cache};
@@ -100,7 +100,7 @@ impl Session {
             ids: ids_cache(),
             next_frame: AtomicU64::new(0),
             open: Mutex::default(),
-            publisher: Publisher::start(shared.clone(), known.clone())?,
+            publisher: Publisher::start(shared.clone(), known.clone(), INDEX_AFTER)?,
             known,
             snapshot_keys,
             shared,
