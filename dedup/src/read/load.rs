@@ -135,21 +135,16 @@ impl ImageReader {
         blocks: impl Iterator<Item = (usize, T)> + Send,
         list: impl Fn(Vec<Place>, T, &mut Vec<(Place, D)>) + Sync,
     ) -> Result<Vec<(Place, D)>> {
-        let blocks = Mutex::new(blocks);
         let all = Mutex::new(Vec::new());
-        threads::on(self.shared.threads, || {
+        threads::share(self.shared.threads, blocks, |next| {
             let mut coder = BlockCoder::new()?;
             let mut mine = Vec::new();
-            loop {
-                // A statement of its own: in a loop's condition the lock would be held while the block is decoded.
-                let next = lock(&blocks).next();
-                let Some((block, of_block)) = next else {
-                    lock(&all).append(&mut mine);
-                    return Ok(());
-                };
+            while let Some((block, of_block)) = next() {
                 let places = self.recipe.places(block, &mut coder)?;
                 list(places, of_block, &mut mine);
             }
+            lock(&all).append(&mut mine);
+            Ok(())
         })?;
         let mut all = all.into_inner().unwrap_or_else(PoisonError::into_inner);
         // Mostly sorted already, which the sort makes use of.
@@ -174,17 +169,12 @@ impl ImageReader {
                 .map(|(pack, slot)| (pack, slot / group_chunks))
         };
         let groups = chunks.chunk_by_mut(|(a, _), (b, _)| group_of(*a) == group_of(*b));
-        let groups = Mutex::new(groups);
-        threads::on(self.shared.threads, || {
+        threads::share(self.shared.threads, groups, |next| {
             let mut loader = Loader::new(self)?;
-            loop {
-                // A statement of its own, as above.
-                let next = lock(&groups).next();
-                let Some(chunks) = next else {
-                    return Ok(());
-                };
+            while let Some(chunks) = next() {
                 loader.load(chunks, &follows, &put)?;
             }
+            Ok(())
         })
     }
 }
@@ -338,6 +328,8 @@ impl<'r> Loader<'r> {
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
 
     use super::*;
     use crate::CreateOptions;
@@ -373,5 +365,41 @@ mod tests {
         assert_eq!(load(0..3).unwrap(), chunks);
         let beyond: Result<_> = load(2..4);
         assert!(matches!(beyond, Err(Error::Damaged { .. })), "{beyond:?}");
+    }
+
+    #[test]
+    fn a_thread_that_fails_ends_the_work_of_all() {
+        let backend = Arc::new(Memory::new());
+        let open = OpenOptions {
+            threads: 2,
+            ..OpenOptions::default()
+        };
+        let store = Store::create(backend, &CreateOptions::default(), open).unwrap();
+        let mut writer = store.writer("name", None).unwrap();
+        let mut image = writer.image("image").unwrap();
+        let groups = 50;
+        let chunks = groups * group_chunks(&store.shared.config);
+        for chunk in 1..=chunks {
+            image.write(&chunk.to_le_bytes().repeat(1024)).unwrap();
+        }
+        image.finish().unwrap();
+        writer.commit().unwrap();
+        let image = store.image("name", "image").unwrap();
+        let pack_slots = image.shared.config.pack_slots();
+        let mut places: Vec<_> = (0..chunks)
+            .map(|slot| (Place::new(0, slot, pack_slots), ()))
+            .collect();
+        let loaded = AtomicU32::new(0);
+        let put = |_, _: &mut (), _: &[u8]| match loaded.fetch_add(1, Ordering::Relaxed) {
+            0 => Err(Error::EncodeCheck),
+            _ => {
+                std::thread::sleep(Duration::from_millis(5));
+                Ok(())
+            }
+        };
+        let failed: Result<()> = image.load(&mut places, |(), ()| true, put);
+        assert!(matches!(failed, Err(Error::EncodeCheck)), "{failed:?}");
+        let loaded = loaded.into_inner();
+        assert!(loaded < groups / 2, "{loaded} groups of {groups}");
     }
 }
