@@ -1,6 +1,6 @@
 //! A directory on a local file system.
 
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -162,7 +162,7 @@ fn remove_unlocked(dir: &Path) -> io::Result<u64> {
     let mut removed = 0;
     for entry in entries(dir)?.into_iter().flatten() {
         let path = entry?.path();
-        let Some(file) = open_regular(&path)? else {
+        let Some(file) = open_to_lock(&path)? else {
             continue;
         };
         if try_lock(&file)? && remove_if_there(&path)? {
@@ -172,18 +172,15 @@ fn remove_unlocked(dir: &Path) -> io::Result<u64> {
     Ok(removed)
 }
 
-/// Opens a file to read it. Only a regular one will do: of others, some would have us wait, and what is found through a
-/// symbolic link is not what [`LocalDir::list`] tells of.
-fn open(path: &Path) -> io::Result<File> {
-    let mut options = File::options();
-    options.read(true);
+/// Opens a file, to read it or for what `options` say. Only a regular one will do: of others, some would have us wait, and what is
+/// found through a symbolic link is not what [`LocalDir::list`] tells of.
+fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     options.custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32);
-    let file = options
-        .open(path)
-        .map_err(|error| match error.raw_os_error() {
-            Some(code) if code == Errno::LOOP.raw_os_error() => symbolic_link(path),
-            _ => error,
-        })?;
+    let opened = options.read(true).open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(code) if code == Errno::LOOP.raw_os_error() => symbolic_link(path),
+        _ => error,
+    })?;
     if file.metadata()?.is_file() {
         Ok(file)
     } else {
@@ -205,13 +202,14 @@ fn symbolic_link(path: &Path) -> io::Error {
     )
 }
 
-/// As [`open`]; `None` for what is gone, or no regular file and so nobody's here.
-fn open_regular(path: &Path) -> io::Result<Option<File>> {
+/// Opens a file to lock it; `None` for what is gone, or no regular file and so nobody's here. NFS locks it only for who may
+/// write to it (flock(2)).
+fn open_to_lock(path: &Path) -> io::Result<Option<File>> {
     match path.symlink_metadata() {
         Ok(metadata) if !metadata.is_file() => return Ok(None),
         _ => {}
     }
-    match open(path) {
+    match open(path, File::options().write(true)) {
         Ok(file) => Ok(Some(file)),
         Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(other) => Err(other),
@@ -263,7 +261,7 @@ impl Backend for LocalDir {
     }
 
     fn open(&self, area: Area, name: &str) -> io::Result<Arc<dyn ReadAt>> {
-        let file = open(&self.dir(area).join(name))?;
+        let file = open(&self.dir(area).join(name), &mut File::options())?;
         let size = file.metadata()?.len();
         Ok(Arc::new(LocalFile { file, size }))
     }
@@ -307,7 +305,7 @@ impl Backend for LocalDir {
     fn leases(&self) -> io::Result<Vec<Vec<u8>>> {
         let mut leases = Vec::new();
         for entry in entries(&self.root.join(LEASES))?.into_iter().flatten() {
-            let Some(file) = open_regular(&entry?.path())? else {
+            let Some(file) = open_to_lock(&entry?.path())? else {
                 continue;
             };
             if !try_lock(&file)? {
@@ -415,5 +413,27 @@ impl Lease for LocalLease {
 impl Drop for LocalLease {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What NFS asks for, which no test has: there, gc and fsck would fail.
+    #[test]
+    fn what_is_locked_is_open_for_writing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lease");
+        fs::write(&path, "content").unwrap();
+        let file = open_to_lock(&path).unwrap().unwrap();
+        let flags = rustix::fs::fcntl_getfl(&file).unwrap();
+        assert!(flags.contains(OFlags::RDWR), "{flags:?}");
+        assert!(try_lock(&file).unwrap());
+        assert_eq!(fs::read(&path).unwrap(), b"content");
+        std::os::unix::fs::symlink(&path, dir.path().join("link")).unwrap();
+        for nobodys in ["link", "gone"] {
+            assert!(open_to_lock(&dir.path().join(nobodys)).unwrap().is_none());
+        }
     }
 }
