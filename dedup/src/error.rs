@@ -107,6 +107,12 @@ pub enum Error {
     #[error("another process runs {0} on this store: try again when it has ended")]
     Busy(&'static str),
 
+    /// A repair has written packs anew in which the snapshot in work had found chunks, and may have lost those.
+    #[error(
+        "packs that the snapshot would refer to were repaired meanwhile: save it again, which stores what they may have lost"
+    )]
+    Repaired,
+
     /// What was decoded again was not what had been encoded; nothing was written.
     #[error(
         "a frame did not decode to what was encoded: suspect this machine's memory, and test it"

@@ -399,6 +399,27 @@ fn a_lost_index_does_not_keep_a_repair_from_healing() {
     assert!(read == pages[3 * 4096..]);
 }
 
+/// Chunks are found by their identities, in frames that a save does not read.
+#[test]
+fn a_save_that_has_found_chunks_in_what_is_repaired_meanwhile_does_not_succeed_without_them() {
+    let (files, pages) = one_of_a_frame_is_elsewhere();
+    let backend = Memory::with_files(files);
+    let store = Store::open(backend.clone(), options()).unwrap();
+    let begin = |name| {
+        let mut writer = store.writer(name, None).unwrap();
+        let mut memory = writer.image("memory").unwrap();
+        memory.write(&pages).unwrap();
+        assert!(memory.finish().unwrap().known_chunks > 0);
+        writer
+    };
+    let writer = begin("new");
+    Store::open(backend, options()).unwrap().repair().unwrap();
+    let saved = writer.commit();
+    assert!(matches!(saved, Err(Error::Repaired)), "{saved:?}");
+    begin("new").commit().unwrap();
+    assert!(load(&store, "new").unwrap() == pages);
+}
+
 #[test]
 fn each_repair_keeps_a_copy_of_what_it_found() {
     let (files, _) = some_store();

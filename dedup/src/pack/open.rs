@@ -99,6 +99,17 @@ impl Pack {
         })
     }
 
+    /// The version that a pack has now, of which nothing is checked.
+    pub(crate) fn version_now(shared: &Shared, id: FileId) -> Result<[u8; 16]> {
+        let name = id.to_string();
+        let failed = || Error::file(format!("read {}", Area::Packs.path(&name)));
+        let file = shared.backend.open(Area::Packs, &name).map_err(failed())?;
+        let mut version = [0; 16];
+        let at = file.size().saturating_sub(version.len() as u64);
+        file.read_exact_at(&mut version, at).map_err(failed())?;
+        Ok(version)
+    }
+
     pub(crate) fn table(&self) -> &Table {
         &self.table
     }

@@ -131,8 +131,8 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// [`Error::NameTaken`] when another was faster; [`Error::Parameter`] when it is larger than any that is read; the store cannot be
-    /// written; an image has failed before. The snapshot does not exist then, unless it was the last of all writes that failed, the one
+    /// [`Error::NameTaken`] when another was faster; [`Error::Repaired`]; [`Error::Parameter`] when it is larger than any that is read;
+    /// the store cannot be written; an image has failed before. The snapshot does not exist then, unless it was the last of all writes that failed, the one
     /// that makes its name durable.
     pub fn commit(self) -> Result<Saved> {
         self.check_whole()?;
@@ -170,6 +170,7 @@ impl Writer {
         };
         let (bytes, id) = draft.encode(self.session.snapshot_keys.as_ref())?;
         shared.check_name_is_free(&self.name)?;
+        self.session.check_unchanged()?;
         snapshot::publish(&*shared.backend, &self.name, &bytes)?;
         shared
             .backend

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::known::Known;
 use super::publisher::{INDEX_AFTER, Publisher, Written};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::name::FileId;
 use crate::pack::{Batch, ChunkIds, IdsCache, Pack, PackBuilder, ids_cache};
 use crate::protect::{Claim, condemned};
@@ -24,6 +24,8 @@ pub(super) struct Session {
     pub(super) known: Arc<Known>,
     packs: Mutex<Packs>,
     ids: IdsCache<u32>,
+    /// Of each pack in which chunks were found: the version in which they were.
+    versions: Mutex<HashMap<FileId, [u8; 16]>>,
     next_frame: AtomicU64,
     open: Mutex<HashMap<u64, OpenPack>>,
     publisher: Publisher,
@@ -98,6 +100,7 @@ impl Session {
             claim: Claim::new(&*shared.backend)?,
             packs: Mutex::default(),
             ids: ids_cache(),
+            versions: Mutex::default(),
             next_frame: AtomicU64::new(0),
             open: Mutex::default(),
             publisher: Publisher::start(shared.clone(), known.clone(), INDEX_AFTER)?,
@@ -176,7 +179,25 @@ impl Session {
 
     fn load_ids(&self, id: FileId) -> Option<Arc<ChunkIds>> {
         let pack = Pack::open(&self.shared, id).ok()?;
-        self.shared.ids_of(&pack).ok()
+        let ids = self.shared.ids_of(&pack).ok()?;
+        // The first one: in it there may have been more than there is now.
+        self.versions().entry(id).or_insert(pack.version());
+        Some(ids)
+    }
+
+    fn versions(&self) -> MutexGuard<'_, HashMap<FileId, [u8; 16]>> {
+        self.versions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails when a pack in which chunks were found is no longer what it was. A collection leaves it, for it is in the lease; but a
+    /// repair writes it anew without what is damaged.
+    pub(super) fn check_unchanged(&self) -> Result<()> {
+        for (&id, version) in &*self.versions() {
+            if Pack::version_now(&self.shared, id)? != *version {
+                return Err(Error::Repaired);
+            }
+        }
+        Ok(())
     }
 
     /// The pack with this number, if it may be referred to.
