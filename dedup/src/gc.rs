@@ -107,7 +107,8 @@ impl Store {
                     .map_err(Error::io("sync snapshots"))
             })
             .map(|()| swept.sweep(shared, &marks, &candidates, &mut collected));
-        remove(backend, Area::Condemned, &list)?;
+        // The next collection removes it else.
+        swept.note(remove(backend, Area::Condemned, &list));
         marked?;
         let compacted = shared
             .index
@@ -146,7 +147,7 @@ struct Swept {
 }
 
 impl Swept {
-    /// Removes and shrinks the candidates that are still not needed. One that cannot be stays, and is in nobody's way.
+    /// Removes and shrinks the candidates that are still not needed. One that cannot be stays, and keeps no other.
     fn sweep(
         &mut self,
         shared: &Shared,

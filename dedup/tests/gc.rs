@@ -158,6 +158,27 @@ fn a_damaged_frame_keeps_its_own_pack_from_being_shrunk_and_no_other() {
     assert_eq!(lost.count(), 1);
 }
 
+#[test]
+fn a_condemned_list_that_stays_keeps_nothing_else() {
+    let (backend, kept) = much_garbage();
+    let it_stays = |call: &Call<'_>| match call {
+        Call::Remove(Area::Condemned, _) => Err(ErrorKind::Interrupted.into()),
+        _ => Ok(()),
+    };
+    let store = Store::open(Hooked::new(backend.clone(), it_stays), options()).unwrap();
+    let before = backend.list(Area::Index).unwrap();
+    let failed = store.gc(&GcOptions::default());
+    assert!(
+        matches!(failed, Err(Error::CollectedInPart { .. })),
+        "{failed:?}"
+    );
+    assert_eq!(backend.list(Area::Packs).unwrap().len(), 5);
+    assert_ne!(backend.list(Area::Index).unwrap(), before, "not merged");
+    create_beside(&backend).gc(&GcOptions::default()).unwrap();
+    assert!(backend.list(Area::Condemned).unwrap().is_empty());
+    check_kept(&create_beside(&backend), &kept);
+}
+
 fn create_beside(backend: &Memory) -> Store {
     Store::open(backend.clone(), options()).unwrap()
 }
