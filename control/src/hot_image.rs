@@ -134,5 +134,9 @@ impl AsFd for HotImage {
 
 fn create() -> Result<OwnedFd, ImageError> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    memfd_create("fermata-hot-image", flags).map_err(ImageError::Host)
+    let make = |flags| memfd_create("fermata-hot-image", flags);
+    // A host may refuse what could become a program (`vm.memfd_noexec`), and one before Linux 6.3 has no word for what cannot.
+    make(flags | MemfdFlags::NOEXEC_SEAL)
+        .or_else(|_| make(flags))
+        .map_err(ImageError::Host)
 }

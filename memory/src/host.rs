@@ -20,7 +20,7 @@ use rustix::{io::Errno, mm::Advice};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
 use crate::{
-    Discarder, GuestMemory, Layout, Original, Region,
+    Discarder, GuestMemory, Layout, Original, PAGE_BYTES, Region,
     backed::{Backed, MAX_RANGES},
     live::Shared,
     map::{HUGE_PAGE_BYTES, fresh, guest_region, map_anonymous, map_image},
@@ -191,6 +191,21 @@ impl Host {
         // SAFETY: it lies within the mapping, and its content does not change.
         unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxPopulateRead) }?;
         Ok(())
+    }
+
+    /// Sets the lowest bit of an entry of `found` for each page of `image` from its beginning on that the host has in memory (mincore(2)).
+    #[allow(unsafe_code)]
+    pub(crate) fn in_core(&self, image: &Range<u64>, found: &mut [u8]) -> io::Result<()> {
+        let bytes = image.end.saturating_sub(image.start);
+        if image.end > self.bytes || (found.len() as u64) < bytes.div_ceil(PAGE_BYTES) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let start = self.at(image.start).cast();
+        // SAFETY: it lies within the mapping, of which nothing changes, and there is an entry for each of its pages.
+        match unsafe { libc::mincore(start, bytes as usize, found.as_mut_ptr()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Which pages have come, if they come while the machine runs.

@@ -3,11 +3,12 @@
 //! A guest rarely touches all the memory it was given. What it never touched has no page on the
 //! host, and `/proc/self/pagemap` (Documentation/admin-guide/mm/pagemap.rst) says so at eight bytes
 //! a page, without reading or, worse, creating it. `mincore` would not do: it takes a page that was
-//! swapped out for one that was never there.
+//! swapped out for one that was never there. Of huge pages that are reserved, which are never swapped out, it is the
+//! other way round: `pagemap` takes one that the kernel just moves for one that was never there, and `mincore` does not.
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
-use crate::{MachineMemory, PAGE_BYTES, Region, host::Host, map::HUGE_PAGE_BYTES};
+use crate::{HostPages, MachineMemory, PAGE_BYTES, Region, host::Host, map::HUGE_PAGE_BYTES};
 
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -26,6 +27,9 @@ impl MachineMemory {
         if !self.host().has_all() {
             return Err(io::Error::other("not all of it has come yet"));
         }
+        if self.host().pages() == HostPages::Reserved {
+            return in_core(self.host());
+        }
         let page_map = PageMap::open()?;
         let mut ranges = Runs::default();
         let mut backed = self.backed().into_iter().peekable();
@@ -40,6 +44,21 @@ impl MachineMemory {
         backed.for_each(|range| ranges.push(range));
         Ok(ranges.joined)
     }
+}
+
+/// The ranges of `host` that are in the host's memory.
+fn in_core(host: &Host) -> io::Result<Vec<Range<u64>>> {
+    let mut ranges = Runs::default();
+    let mut found = vec![0; PAGES_A_READ as usize];
+    for start in (0..host.bytes()).step_by((PAGES_A_READ * PAGE_BYTES) as usize) {
+        let end = (start + PAGES_A_READ * PAGE_BYTES).min(host.bytes());
+        host.in_core(&(start..end), &mut found)?;
+        let pages = (start..end).step_by(PAGE_BYTES as usize).zip(&found);
+        for (page, _) in pages.filter(|(_, found)| **found & 1 != 0) {
+            ranges.push(page..page + PAGE_BYTES);
+        }
+    }
+    Ok(ranges.joined)
 }
 
 /// What the host has of this process's pages.
@@ -162,6 +181,32 @@ mod tests {
         assert!(covers(&ranges, 5 * HUGE));
         assert!(!covers(&ranges, 4 * HUGE));
         assert!(!covers(&ranges, 6 * HUGE));
+    }
+
+    #[test]
+    fn what_is_touched_of_memory_is_in_core() {
+        let memory = MachineMemory::zeroed(Layout::new(MIN_MEMORY_BYTES).unwrap()).unwrap();
+        assert_eq!(in_core(memory.host()).unwrap(), []);
+        for touched in [5 * HUGE, MIN_MEMORY_BYTES - 1] {
+            let written = memory.guest().write_slice(b"x", GuestAddress(touched));
+            written.unwrap();
+        }
+        let ranges = in_core(memory.host()).unwrap();
+        assert!(covers(&ranges, 5 * HUGE) && covers(&ranges, MIN_MEMORY_BYTES - 1));
+        assert!(!covers(&ranges, 4 * HUGE) && !covers(&ranges, 6 * HUGE));
+    }
+
+    #[test]
+    fn reserved_huge_pages_that_are_touched_are_populated() {
+        let layout = Layout::new(MIN_MEMORY_BYTES).unwrap();
+        // Where the host has none to spare.
+        let Ok(memory) = MachineMemory::zeroed_of(HostPages::Reserved, layout) else {
+            return;
+        };
+        assert_eq!(memory.populated().unwrap(), []);
+        let written = memory.guest().write_slice(b"x", GuestAddress(5 * HUGE));
+        written.unwrap();
+        assert_eq!(memory.populated().unwrap(), Vec::from([5 * HUGE..6 * HUGE]));
     }
 
     #[test]

@@ -46,13 +46,13 @@ impl<'a> Cursor<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    /// Text in a field of `N` bytes, padded with zeros.
+    /// Text in a field of `N` bytes, padded with zeros. It is shown to people, on terminals: what would steer one is replaced.
     pub(crate) fn text<const N: usize>(&mut self) -> Result<String, Error> {
         let field: [u8; N] = self.array()?;
         let len = field.iter().position(|&b| b == 0).unwrap_or(N);
         let text = std::str::from_utf8(&field[..len])
             .map_err(|_| Error::Malformed("a text field is not UTF-8"))?;
-        Ok(text.to_owned())
+        Ok(text.replace(char::is_control, "\u{fffd}"))
     }
 }
 
@@ -64,4 +64,18 @@ pub(crate) fn put_text<const N: usize>(out: &mut Vec<u8>, text: &str) {
     }
     out.extend_from_slice(&text.as_bytes()[..len]);
     out.resize(out.len() + N - len, 0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_steers_no_terminal() {
+        let mut field = Vec::new();
+        put_text::<16>(&mut field, "a\x1b[2Jb\r\n\u{9b}c");
+        let mut cursor = Cursor::new(&field);
+        let text = cursor.text::<16>().unwrap();
+        assert_eq!(text, "a\u{fffd}[2Jb\u{fffd}\u{fffd}\u{fffd}c");
+    }
 }

@@ -15,6 +15,9 @@ pub enum Error {
     /// The path names no file in a directory.
     #[error("{0} is not the path of a file; give the directory and the name of the file to write")]
     NoFileName(PathBuf),
+    /// What is there is a device or a pipe, say.
+    #[error("{0} is not a file; name one")]
+    NotAFile(PathBuf),
     /// The file system has no room.
     #[error("there is no space left to write {path}; free some, or choose another file system")]
     NoSpace {

@@ -36,7 +36,8 @@ impl PendingFiles {
             return Err(Error::SamePath(files.state.to_owned()));
         }
         for path in [files.state, files.memory] {
-            if path.is_dir() {
+            // Of a device or a pipe, a file would take the place.
+            if path.metadata().is_ok_and(|there| !there.is_file()) {
                 return Err(Error::NoFileName(path.to_owned()));
             }
         }

@@ -38,7 +38,7 @@ pub use error::Error;
 pub use files::Files;
 pub use image_file::Written;
 pub use on_demand::{Finisher, Lost, OnDemand, OnLoss, UseWorkingSet};
-pub use open::{Snapshot, Source, read_state};
+pub use open::{Snapshot, Source, read_state, read_state_bytes};
 pub use save::{Destination, Draft, Published, StorePlace, Unpublished, begin, write};
 pub use saving::Saving;
 pub use sent::{Caller, Keep, PeerAt, PeerError, Place, Received, Why};

@@ -14,7 +14,7 @@ use saved_state::{Container, HEADER_BYTES, MAX_BODY_BYTES, SnapshotId};
 
 use crate::{
     Error, OnDemand, OnLoss, Saving, StoredDisk, UseWorkingSet,
-    durable::hidden_name,
+    durable::{hidden_name, open_for_reading},
     files::Files,
     hot::{self, Hot},
     image::{self, Image},
@@ -220,8 +220,38 @@ impl Snapshot {
     }
 }
 
+/// How often two files are opened again that somebody has replaced meanwhile.
+const OPENED_AGAIN: usize = 8;
+
 fn open_files(files: Files<'_>, store: Option<StoreAt<'_>>) -> Result<Snapshot, Error> {
-    let state = read_state(files.state)?;
+    let mut state = read_state(files.state)?;
+    let mut stood = 0;
+    for _ in 0..OPENED_AGAIN {
+        let id = state.header.id;
+        let error = match open_with(state, files, store) {
+            Ok(snapshot) => return Ok(snapshot),
+            Err(error) => error,
+        };
+        // Who saves to the same place replaces one after the other. Where only the memory file is a new one, the old one has another
+        // name, until the state file is a new one, too.
+        state = read_state(files.state)?;
+        stood = match state.header.id == id {
+            true => stood + 1,
+            false => 0,
+        };
+        if stood == 2 {
+            return Err(error);
+        }
+    }
+    open_with(state, files, store)
+}
+
+/// Opens the memory file beside a state file that was read.
+fn open_with(
+    state: Container,
+    files: Files<'_>,
+    store: Option<StoreAt<'_>>,
+) -> Result<Snapshot, Error> {
     let id = state.header.id;
     let path = memory_file(files, id)?;
     let (found, memory) = match Reference::read(&path)? {
@@ -312,13 +342,27 @@ pub(crate) fn id_of(path: &Path) -> Result<SnapshotId, Error> {
 ///
 /// An [`Error`] that names the file and says what is wrong with it.
 pub fn read_state(path: &Path) -> Result<Container, Error> {
-    let mut bytes = Vec::new();
-    let limit = MAX_BODY_BYTES + HEADER_BYTES as u64 + 1;
-    File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
-        .map_err(Error::io("read", path))?;
-    Container::from_bytes(&bytes).map_err(|source| Error::State {
+    Container::from_bytes(&read_state_bytes(path)?).map_err(|source| Error::State {
         path: path.to_owned(),
         source,
     })
+}
+
+/// The bytes of what may be a state file: no more of them than one byte beyond what one can have, so that a longer one is recognised.
+///
+/// # Errors
+///
+/// An [`Error`] that names the file: when it cannot be read, or is none.
+pub fn read_state_bytes(path: &Path) -> Result<Vec<u8>, Error> {
+    let file = open_for_reading(path)?;
+    // Of a pipe, one would wait for who writes.
+    if !file.metadata().map_err(Error::io("read", path))?.is_file() {
+        return Err(Error::NotAFile(path.to_owned()));
+    }
+    let mut bytes = Vec::new();
+    let limit = MAX_BODY_BYTES + HEADER_BYTES as u64 + 1;
+    file.take(limit)
+        .read_to_end(&mut bytes)
+        .map_err(Error::io("read", path))?;
+    Ok(bytes)
 }

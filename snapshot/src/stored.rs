@@ -1,10 +1,9 @@
 //! A saved machine in a store: its memory as an image, its state as the manifest.
 
-use std::{fs::File, ops::Range, path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc};
 
 use dedup::{ImageReader, Key, OpenOptions, SnapshotReader, Store, Writer, Zeros};
-use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES};
-use rustix::fs::MemfdFlags;
+use memory::{HostPages, Layout, MachineMemory, PAGE_BYTES, host_file};
 use saved_state::Container;
 
 use crate::{
@@ -52,11 +51,7 @@ pub(crate) fn begin(
 /// Begins copies of the memory, of so many bytes, of a machine that goes into a store: they are in memory of the host's that is
 /// taken for what is not zero.
 pub(crate) fn begin_copies(memory_bytes: u64) -> Result<ImageFile, Error> {
-    let made = rustix::fs::memfd_create("fermata-copies", MemfdFlags::CLOEXEC);
-    let file = made.map_err(Error::errno("make", COPIES))?;
-    let file = File::from(file);
-    file.set_len(memory_bytes)
-        .map_err(Error::io("make", COPIES))?;
+    let file = host_file("fermata-copies", memory_bytes).map_err(Error::io("make", COPIES))?;
     Ok(ImageFile::new(file, memory_bytes))
 }
 

@@ -318,3 +318,40 @@ fn a_footer_that_promises_more_than_a_machine_can_have_is_refused() {
     file.set_len(1 << 43).unwrap();
     assert!(matches!(place.open(), Err(Error::Memory { .. })));
 }
+
+#[test]
+fn what_is_no_file_is_neither_replaced_nor_waited_for() {
+    let place = Place::new();
+    let pipe = rustix::fs::FileType::Fifo;
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    for (path, other) in [
+        (place.state(), place.memory()),
+        (place.memory(), place.state()),
+    ] {
+        rustix::fs::mknodat(rustix::fs::CWD, &path, pipe, mode, 0).unwrap();
+        let refused = place.save(1, &memory_with(&[])).unwrap_err();
+        assert!(matches!(refused, Error::NoFileName(_)), "{refused}");
+        assert!(!other.exists() && fs::metadata(&path).unwrap().mode() & 0o170_000 == 0o010_000);
+        let refused = place.open().unwrap_err();
+        assert!(refused.to_string().contains("not"), "{refused}");
+        fs::remove_file(&path).unwrap();
+    }
+    place.save(1, &memory_with(&[])).unwrap();
+    place.open().unwrap();
+}
+
+#[test]
+fn who_opens_two_files_that_are_just_replaced_finds_a_pair() {
+    let place = Place::new();
+    place.save(1, &memory_with(&[])).unwrap();
+    thread::scope(|scope| {
+        let saves = scope.spawn(|| {
+            for id in 2..120 {
+                place.save(id, &memory_with(&[])).unwrap();
+            }
+        });
+        while !saves.is_finished() {
+            place.open().unwrap();
+        }
+    });
+}

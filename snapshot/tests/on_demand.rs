@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use dedup::{CreateOptions, OpenOptions, Store};
@@ -62,19 +62,24 @@ impl Place {
     }
 
     /// The memory of this snapshot, none of which is there yet, and who tells of losses. None where the host does not permit it.
+    /// As [`Place::touched`], and the rest begins to come.
     fn on_demand(&self, name: &str) -> Option<(MachineMemory, OnDemand, Receiver<Lost>)> {
+        let touched = self.touched(name)?;
+        touched.1.bring_the_rest(true).unwrap();
+        Some(touched)
+    }
+
+    /// Memory of which only that comes which is touched.
+    fn touched(&self, name: &str) -> Option<(MachineMemory, OnDemand, Receiver<Lost>)> {
         let (losses, told) = channel();
         let on_loss = move |lost: &Lost| {
             let _ = losses.send(lost.clone());
         };
-        match self
+        let loaded = self
             .open(name)
-            .load_on_demand(None, UseWorkingSet::Ignore, Box::new(on_loss))
-        {
-            Ok((memory, coming)) => {
-                coming.bring_the_rest(true).unwrap();
-                Some((memory, coming, told))
-            }
+            .load_on_demand(None, UseWorkingSet::Ignore, Box::new(on_loss));
+        match loaded {
+            Ok((memory, coming)) => Some((memory, coming, told)),
             Err(Error::GuestMemory(memory::Error::Userfault(e))) => {
                 eprintln!("there is no userfaultfd here, so nothing was tested: {e}");
                 None
@@ -144,7 +149,7 @@ fn who_reads_everything_finds_everything_in_whatever_order() {
             for page in (0..PAGES).map(|n| n * step % PAGES) {
                 assert_eq!(get(&memory, page), expected(page), "page {page}");
             }
-            coming.finisher().finish().unwrap();
+            coming.finisher().finish(&|| true).unwrap();
             let progress = coming.progress();
             assert_eq!(progress.done(), progress.total());
             assert!(progress.total() > MIN_MEMORY_BYTES / 4);
@@ -165,7 +170,7 @@ fn what_has_come_is_saved_as_it_was_and_what_was_changed_as_it_is() {
         .discarder()
         .discard(PAGE_BYTES..2 * PAGE_BYTES)
         .unwrap();
-    coming.finisher().finish().unwrap();
+    coming.finisher().finish(&|| true).unwrap();
     place.save("b", &memory);
     let again = place.open("b").load().unwrap();
     for page in 0..PAGES {
@@ -190,7 +195,7 @@ fn memory_without_content_is_there_at_once() {
     let Some((memory, coming, _)) = place.on_demand("zeros") else {
         return;
     };
-    coming.finisher().finish().unwrap();
+    coming.finisher().finish(&|| true).unwrap();
     assert!(coming.is_complete());
     assert_eq!(get(&memory, PAGES / 2), 0);
     assert!(memory.populated().is_ok());
@@ -251,7 +256,7 @@ fn damage_is_named_never_shown_and_put_right() {
     assert!(coming.lost().is_some());
     // It stays so, whoever asks, and nobody is told zeros.
     coming.retry().unwrap_err();
-    coming.finisher().finish().unwrap_err();
+    coming.finisher().finish(&|| true).unwrap_err();
     assert!(memory.populated().is_err());
     assert!(!reads.is_finished());
     // Until it is put right. A repair is another file of that name.
@@ -261,7 +266,7 @@ fn damage_is_named_never_shown_and_put_right() {
     }
     coming.retry().unwrap();
     assert_eq!(reads.join().unwrap(), expected(page));
-    coming.finisher().finish().unwrap();
+    coming.finisher().finish(&|| true).unwrap();
     assert!(coming.lost().is_none());
     for page in 0..PAGES {
         assert_eq!(get(&memory, page), expected(page), "page {page}");
@@ -290,10 +295,48 @@ fn a_store_that_is_gone_is_a_loss_and_one_that_is_back_is_none() {
     let reads = waits(&memory);
     let lost = told.recv_timeout(Duration::from_secs(120)).unwrap();
     assert_eq!(lost.offset, PAGE_BYTES);
-    assert!(coming.finisher().finish().is_err() && !reads.is_finished());
+    assert!(coming.finisher().finish(&|| true).is_err() && !reads.is_finished());
     fs::rename(&away, place.path()).unwrap();
-    coming.finisher().finish().unwrap();
+    coming.finisher().finish(&|| true).unwrap();
     assert_eq!(reads.join().unwrap(), expected(1));
+}
+
+#[test]
+fn what_nobody_waits_for_comes_by_itself_when_the_store_is_back() {
+    let place = Place::new(CreateOptions::default());
+    place.save("a", &full());
+    let away = place.directory.path().join("away");
+    let Some((memory, coming, told)) = place.touched("a") else {
+        return;
+    };
+    fs::rename(place.path(), &away).unwrap();
+    coming.bring_the_rest(true).unwrap();
+    let until = |what: &str, is_so: &dyn Fn() -> bool| {
+        let begun = Instant::now();
+        while !is_so() {
+            assert!(begun.elapsed() < Duration::from_secs(120), "{what}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    };
+    until("it is known to be away", &|| coming.lost().is_some());
+    fs::rename(&away, place.path()).unwrap();
+    until("all has come", &|| coming.is_complete());
+    assert!(coming.lost().is_none() && told.try_recv().is_err());
+    for page in 0..PAGES {
+        assert_eq!(get(&memory, page), expected(page), "page {page}");
+    }
+}
+
+#[test]
+fn who_does_not_wait_any_more_has_nothing_brought() {
+    let place = Place::new(CreateOptions::default());
+    place.save("a", &full());
+    let Some((_memory, coming, _told)) = place.touched("a") else {
+        return;
+    };
+    coming.finisher().finish(&|| false).unwrap_err();
+    assert_eq!(coming.progress().done(), 0);
+    coming.finisher().finish(&|| true).unwrap();
 }
 
 #[test]

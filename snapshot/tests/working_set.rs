@@ -152,7 +152,7 @@ impl Restored {
     }
 
     fn finish(&self) {
-        self.coming.finisher().finish().unwrap();
+        self.coming.finisher().finish(&|| true).unwrap();
         self.touch(&(0..PAGES).collect::<Vec<_>>());
     }
 }
@@ -263,7 +263,7 @@ fn nothing_is_recorded_once_somebody_waits_for_everything() {
     };
     restored.coming.bring_the_rest(true).unwrap();
     // Not all can come, but much has that nobody touched.
-    restored.coming.finisher().finish().unwrap_err();
+    restored.coming.finisher().finish(&|| true).unwrap_err();
     restored.wait_for_working_set();
     // As long as it would take to keep it.
     thread::sleep(Duration::from_millis(300));
@@ -329,7 +329,7 @@ fn who_waits_for_everything_does_not_outlive_the_machine() {
     let (begun, begins) = std::sync::mpsc::channel();
     let waits = thread::spawn(move || {
         begun.send(()).unwrap();
-        finisher.finish()
+        finisher.finish(&|| true)
     });
     begins.recv().unwrap();
     drop(restored);
@@ -347,6 +347,6 @@ fn one_that_cannot_be_had_is_not_waited_for_before_it_is_touched() {
     restored.wait_for_working_set();
     assert!(restored.lost.try_recv().is_err());
     restored.coming.bring_the_rest(true).unwrap();
-    let lost = restored.coming.finisher().finish().unwrap_err();
+    let lost = restored.coming.finisher().finish(&|| true).unwrap_err();
     assert!(lost.to_string().contains("packs/"), "{lost}");
 }

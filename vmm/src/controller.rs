@@ -361,11 +361,14 @@ impl Controller {
     fn wait_for_all(&mut self, request: SnapshotRequest, reply: Reply<SnapshotReport>) {
         self.rounds += 1;
         let counters = self.machine.counters();
-        let wanted = self.machine.wanted();
+        let machine = self.machine.wanted();
+        let waits = Arc::new(());
+        let waited_for = Arc::downgrade(&waits);
+        let wanted = move || machine() && waited_for.strong_count() > 0;
         match waiting::bring_all(self.rounds, counters, wanted, &self.teller) {
             Ok(()) => {
                 let come = counters.come();
-                self.waiting = Some(Waiting::new(self.rounds, request, reply, come));
+                self.waiting = Some(Waiting::new(self.rounds, request, reply, waits, come));
             }
             Err(error) => self.snapshot_failed(error, self.machine.is_running(), reply),
         }

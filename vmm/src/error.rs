@@ -308,7 +308,9 @@ fn branch_kind(error: &branch_disk::Error) -> FailureKind {
 fn snapshot_kind(error: &snapshot::Error) -> FailureKind {
     use snapshot::Error as Snapshot;
     match error {
-        Snapshot::SamePath(_) | Snapshot::NoFileName(_) => FailureKind::BadRequest,
+        Snapshot::SamePath(_) | Snapshot::NoFileName(_) | Snapshot::NotAFile(_) => {
+            FailureKind::BadRequest
+        }
         Snapshot::NoSpace { .. } => FailureKind::NoSpace,
         Snapshot::NotFound { .. } => FailureKind::NotFound,
         Snapshot::Io { source, .. } | Snapshot::NotKept { source, .. } => io_kind(source),

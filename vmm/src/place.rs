@@ -3,7 +3,7 @@
 use std::{fs::File, os::fd::OwnedFd, path::Path};
 
 use control::{Destination, Source, StoreLocation};
-use rustix::fs::fcntl_get_seals;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 use snapshot::{Files, PeerAt, Saving, Snapshot, Store, StoreAt, StorePlace};
 
 use crate::error::Error;
@@ -115,7 +115,8 @@ fn open_memfd(path: &Path) -> Result<File, Error> {
         path: place(),
         source,
     })?;
-    let can_be_sealed = fcntl_get_seals(&file).is_ok_and(|seals| seals.is_empty());
+    // That it can be no program is nothing against it.
+    let can_be_sealed = fcntl_get_seals(&file).is_ok_and(|seals| SealFlags::EXEC.contains(seals));
     let empty = file.metadata().is_ok_and(|metadata| metadata.len() == 0);
     if !(can_be_sealed && empty) {
         return Err(Error::NoMemfd { path: place() });

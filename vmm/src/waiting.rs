@@ -31,6 +31,8 @@ pub(crate) struct Waiting {
     pub(crate) reply: Reply<SnapshotReport>,
     /// Tells this wait from one that was given up.
     pub(crate) round: u64,
+    /// With this it ends what has everything come.
+    _waits: Arc<()>,
     /// Bytes that had come when it was looked, and when that number was another last.
     come: u64,
     since: Instant,
@@ -41,12 +43,14 @@ impl Waiting {
         round: u64,
         request: SnapshotRequest,
         reply: Reply<SnapshotReport>,
+        waits: Arc<()>,
         come: u64,
     ) -> Self {
         Self {
             request,
             reply,
             round,
+            _waits: waits,
             come,
             since: Instant::now(),
         }
@@ -68,8 +72,8 @@ impl Waiting {
     }
 }
 
-/// Has all memory and all disks come as soon as can be, and tells `events` when they have, or cannot. The machine is there as long as
-/// it is `wanted`.
+/// Has all memory and all disks come as soon as can be, and tells `events` when they have, or cannot. It ends when that is not
+/// `wanted` any more.
 pub(crate) fn bring_all(
     round: u64,
     counters: &Arc<Counters>,
@@ -81,7 +85,7 @@ pub(crate) fn bring_all(
     let disks = counters.arriving_disks.clone();
     let events = events.clone();
     let bring = move || {
-        let memory = finisher.map_or(Ok(()), |finisher| finisher.finish());
+        let memory = finisher.map_or(Ok(()), |finisher| finisher.finish(&wanted));
         let came = memory
             .map_err(Error::from)
             .and_then(|()| disks.finish(&wanted));
@@ -105,7 +109,7 @@ mod tests {
     ) {
         let (reply, answer) = oneshot::channel();
         let request = SnapshotRequest::new(Destination::files("/s", "/m"), AfterSnapshot::Halt);
-        (Waiting::new(1, request, reply, 0), answer)
+        (Waiting::new(1, request, reply, Arc::default(), 0), answer)
     }
 
     #[test]

@@ -1,15 +1,13 @@
 //! `fermata inspect`.
 
 use std::{
-    fs::File,
-    io::Read,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use anyhow::Context;
 use hypervisor::{CpuNeeds, VcpuState};
-use saved_state::{Container, HEADER_BYTES, Header, MAX_BODY_BYTES, SavedState};
+use saved_state::{Container, Header, SavedState};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -75,11 +73,7 @@ pub(crate) fn inspect(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 fn read(path: &Path) -> anyhow::Result<Report> {
-    let mut bytes = Vec::new();
-    // One byte more than a state file can have, so that a longer one is recognised.
-    File::open(path)?
-        .take(MAX_BODY_BYTES + HEADER_BYTES as u64 + 1)
-        .read_to_end(&mut bytes)?;
+    let bytes = snapshot::read_state_bytes(path)?;
     let header = Header::read(&bytes)?;
     let (sections, needs, damage) = match Container::from_bytes(&bytes) {
         Ok(container) => (rows(&container), needs(&container), None),

@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
-use rustix::fs::MemfdFlags;
+use crate::host_file;
 
 /// Content by its offset in the memory image, in memory of the host that is taken only for what is there.
 #[derive(Debug)]
@@ -11,10 +11,7 @@ pub(crate) struct Aside(File);
 impl Aside {
     /// With room for an image of so many bytes.
     pub(crate) fn new(bytes: u64) -> io::Result<Self> {
-        let file = rustix::fs::memfd_create("fermata-aside", MemfdFlags::CLOEXEC)?;
-        let file = File::from(file);
-        file.set_len(bytes)?;
-        Ok(Self(file))
+        host_file("fermata-aside", bytes).map(Self)
     }
 
     pub(crate) fn put(&self, offset: u64, content: &[u8]) -> io::Result<()> {

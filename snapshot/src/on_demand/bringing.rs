@@ -21,6 +21,12 @@ const ZEROS_AT_ONCE: u64 = 64 << 10;
 /// to handle asks for it without end.
 const REST: Duration = Duration::from_millis(1);
 
+/// How long a thread rests after a part that could not be read. A store that is away refuses each at once.
+const REST_AFTER_LOSS: Duration = Duration::from_millis(100);
+
+/// How long it takes until what could not be read, and nobody waits for, is tried again; twice as long each time, up to the second of these.
+pub(super) const AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+
 /// What its threads have in common.
 pub(super) struct Bringing {
     /// The snapshot.
@@ -49,6 +55,8 @@ pub(super) struct Work {
     pub(super) first_is_done: bool,
     /// The rest is not to wait any more: somebody waits until everything has come, or the machine stands still.
     pub(super) is_hurried: bool,
+    /// When what could not be read is tried again, after all else.
+    pub(super) again: Duration,
     /// Somebody has seen that everything is read.
     pub(super) all_read: bool,
     pub(super) complete: bool,
@@ -60,13 +68,19 @@ impl Work {
     pub(super) fn is_ended(&self) -> bool {
         self.stopped || self.complete
     }
+
+    /// Whether only that is left which could not be read and nobody waits for. Of what somebody waits for, it is told who can have it tried again.
+    fn lacks_what_may_come(&self) -> bool {
+        self.plan.is_at_rest() && self.plan.has_failed() && self.owed.is_empty()
+    }
 }
 
 /// How long a thread reads parts.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Patience {
+#[derive(Clone, Copy)]
+pub(super) enum Patience<'a> {
     UntilComplete,
-    WhileThereAreParts,
+    /// And this says so.
+    WhileThereAreParts(&'a (dyn Fn() -> bool + Sync)),
 }
 
 impl Bringing {
@@ -132,10 +146,10 @@ impl Bringing {
     }
 
     /// Reads parts that nobody has read, with `patience`.
-    pub(super) fn read_parts(&self, patience: Patience) {
+    pub(super) fn read_parts(&self, patience: Patience<'_>) {
         let mut reader = None;
         while let Some(part) = self.take_part(patience) {
-            self.reading(|| {
+            let read = self.reading(|| {
                 let mut taken = Taken {
                     bringing: self,
                     part,
@@ -145,22 +159,51 @@ impl Bringing {
                     Ok(()) => taken.read = true,
                     Err(lost) => self.note(lost),
                 }
+                taken.read
             });
+            if !read {
+                thread::sleep(REST_AFTER_LOSS);
+            }
         }
     }
 
-    fn take_part(&self, patience: Patience) -> Option<u64> {
+    fn take_part(&self, patience: Patience<'_>) -> Option<u64> {
         let mut work = self.work();
         loop {
             if work.is_ended() {
                 return None;
             }
-            let may_take = patience == Patience::WhileThereAreParts || work.first_is_done;
-            match may_take.then(|| work.plan.take()).flatten() {
-                None if patience == Patience::UntilComplete => work = self.wait(work),
-                taken => return taken,
+            match patience {
+                Patience::WhileThereAreParts(wanted) => {
+                    return wanted().then(|| work.plan.take()).flatten();
+                }
+                Patience::UntilComplete if work.first_is_done => {
+                    if let Some(part) = work.plan.take() {
+                        return Some(part);
+                    }
+                }
+                Patience::UntilComplete => {}
             }
+            work = match work.lacks_what_may_come() {
+                true => self.wait_to_look_again(work),
+                false => self.wait(work),
+            };
         }
+    }
+
+    /// Waits for a change, or until what could not be read is to be tried again, and then has it tried.
+    fn wait_to_look_again<'w>(&'w self, work: MutexGuard<'w, Work>) -> MutexGuard<'w, Work> {
+        let again = work.again;
+        let (mut work, in_vain) = self.wait_for(work, again);
+        // Of all who wait here, the first.
+        if !in_vain || !work.lacks_what_may_come() || work.again != again {
+            return work;
+        }
+        work.again = (again * 2).min(AGAIN[1]);
+        drop(work);
+        self.look_anew();
+        self.changed.notify_all();
+        self.work()
     }
 
     fn read_part<'r>(&'r self, reader: &mut Option<PartReader<'r>>, part: u64) -> Result<(), Lost> {
@@ -202,6 +245,9 @@ impl Bringing {
     fn end_part(&self, part: u64, read: bool) {
         let mut work = self.work();
         work.plan.put_back(part, read);
+        if read {
+            work.again = AGAIN[0];
+        }
         let last = work.plan.is_done() && !work.all_read;
         work.all_read |= last;
         drop(work);
@@ -309,6 +355,17 @@ impl Bringing {
     pub(super) fn wait<'w>(&self, work: MutexGuard<'w, Work>) -> MutexGuard<'w, Work> {
         let waited = self.changed.wait(work);
         waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits no longer than `bound`; says, too, whether it was that long.
+    pub(super) fn wait_for<'w>(
+        &self,
+        work: MutexGuard<'w, Work>,
+        bound: Duration,
+    ) -> (MutexGuard<'w, Work>, bool) {
+        let waited = self.changed.wait_timeout(work, bound);
+        let (work, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        (work, timeout.timed_out())
     }
 }
 

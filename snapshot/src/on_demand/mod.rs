@@ -19,7 +19,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use dedup::ImageReader;
@@ -30,7 +30,7 @@ pub use first::UseWorkingSet;
 pub use lost::Lost;
 
 use crate::{Error, Progress};
-use bringing::{Bringing, Patience, Work, cores, start};
+use bringing::{AGAIN, Bringing, Patience, Work, cores, start};
 use lost::Cause;
 use plan::Plan;
 
@@ -40,6 +40,9 @@ const MAX_SERVERS: usize = 4;
 /// The priority of who reads what nobody waits for yet: the vCPUs go first. It is not the lowest, for who brings a page that
 /// somebody waits for may have to wait for one of these, who opens a pack, to get a CPU.
 const NICE: i32 = 5;
+
+/// How often who waits for everything looks whether that is still wanted.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Told when somebody waits for a page that cannot be had.
 pub type OnLoss = Box<dyn Fn(&Lost) + Send + Sync>;
@@ -97,6 +100,7 @@ impl OnDemand {
                 owed: BTreeSet::new(),
                 first_is_done: matches!(first, First::Nothing),
                 is_hurried: false,
+                again: AGAIN[0],
                 all_read: false,
                 complete: false,
                 stopped: false,
@@ -115,8 +119,12 @@ impl OnDemand {
             bringing: Arc::downgrade(&bringing),
             state,
         };
-        for _ in 0..cores().min(MAX_SERVERS) {
-            start("faults", &bringing, Bringing::serve)?;
+        start("faults", &bringing, Bringing::serve)?;
+        for _ in 1..cores().min(MAX_SERVERS) {
+            // Those that the host does not give, the first does the work of.
+            if start("faults", &bringing, Bringing::serve).is_err() {
+                break;
+            }
         }
         if bringing.work().plan.is_done() {
             // It is all zero.
@@ -139,14 +147,22 @@ impl OnDemand {
         };
         if let First::Record(_) = bringing.first {
             bringing.work().is_hurried |= !runs;
-            start("recorder", &bringing, Bringing::record)?;
+            if let Err(error) = start("recorder", &bringing, Bringing::record) {
+                tracing::warn!("what the machine touches first is not recorded: {error}");
+                bringing.work().first_is_done = true;
+            }
         }
-        for _ in 0..cores() {
-            start("loader", &bringing, |bringing| {
-                // It is this thread's alone. A host that refuses has everything come sooner.
-                let _ = rustix::process::setpriority_process(None, NICE);
-                bringing.read_parts(Patience::UntilComplete);
-            })?;
+        let load = |bringing: &Bringing| {
+            // It is this thread's alone. A host that refuses has everything come sooner.
+            let _ = rustix::process::setpriority_process(None, NICE);
+            bringing.read_parts(Patience::UntilComplete);
+        };
+        start("loader", &bringing, load)?;
+        for _ in 1..cores() {
+            // Those that the host does not give, the others do the work of.
+            if start("loader", &bringing, load).is_err() {
+                break;
+            }
         }
         Ok(())
     }
@@ -222,12 +238,12 @@ pub struct Finisher {
 }
 
 impl Finisher {
-    /// Has everything come as soon as can be, and waits for that.
+    /// Has everything come as soon as can be, and waits for that, for as long as it is `wanted`.
     ///
     /// # Errors
     ///
-    /// [`Lost`] names a page that cannot be had.
-    pub fn finish(&self) -> Result<(), Lost> {
+    /// [`Lost`] names a page that cannot be had, or any if it is not wanted any more.
+    pub fn finish(&self, wanted: &(dyn Fn() -> bool + Sync)) -> Result<(), Lost> {
         let Some(bringing) = self.bringing.upgrade() else {
             return Ok(());
         };
@@ -236,15 +252,15 @@ impl Finisher {
         bringing.changed.notify_all();
         thread::scope(|scope| {
             for _ in 1..cores() {
-                let read = || bringing.read_parts(Patience::WhileThereAreParts);
+                let read = || bringing.read_parts(Patience::WhileThereAreParts(wanted));
                 // Those that the host does not give, the others do the work of.
                 let _ = thread::Builder::new().spawn_scoped(scope, read);
             }
-            bringing.read_parts(Patience::WhileThereAreParts);
+            bringing.read_parts(Patience::WhileThereAreParts(wanted));
         });
         let mut work = bringing.work();
         while !work.complete {
-            if work.stopped {
+            if work.stopped || !wanted() {
                 return Err(bringing.lost(0, &Cause::Stopped));
             }
             if work.plan.is_at_rest() && !work.plan.is_done() {
@@ -252,7 +268,7 @@ impl Finisher {
                 let lost = self.state.lost().clone();
                 return Err(lost.unwrap_or_else(|| bringing.lost(0, &Cause::Panic)));
             }
-            work = bringing.wait(work);
+            (work, _) = bringing.wait_for(work, LOOK);
         }
         Ok(())
     }

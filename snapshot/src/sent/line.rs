@@ -12,6 +12,9 @@ use super::message::{Message, Why};
 /// A receiver is at work all the time and says so; one that has not moved for so long is of no use.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often the peer is told something at least. It gives up who says nothing for ten times as long.
+const SPOKEN: Duration = Duration::from_secs(60);
+
 /// Who has hung up has said why before, or does not say it any more.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -50,6 +53,8 @@ impl From<PeerError> for io::Error {
 pub(crate) struct Line {
     stream: Stream,
     heard: Vec<u8>,
+    /// When what was said last went out for certain.
+    flushed: Instant,
 }
 
 impl Line {
@@ -58,7 +63,13 @@ impl Line {
         Self {
             stream,
             heard: Vec::new(),
+            flushed: Instant::now(),
         }
+    }
+
+    /// Whether it is time to say something, though it be of no news.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.flushed.elapsed() > SPOKEN
     }
 
     /// Says `message`. It goes out with what is said next, or when the peer is waited for.
@@ -72,18 +83,28 @@ impl Line {
             true => Err(peer::Error::Closed.into()),
             false => message.send(&mut self.stream, wanted),
         };
+        let said = said.and_then(|()| match self.is_quiet() {
+            true => self.flush(wanted),
+            false => Ok(()),
+        });
         said.map_err(|error| self.reason(error))
     }
 
     /// Waits for what the peer says next.
     pub(crate) fn hear(&mut self, wanted: &dyn Fn() -> bool) -> Result<Message<'_>, PeerError> {
-        if let Err(error) = self.stream.flush(wanted) {
-            return Err(self.reason(error.into()));
+        if let Err(error) = self.flush(wanted) {
+            return Err(self.reason(error));
         }
         match Message::receive(&mut self.stream, &mut self.heard, wanted)? {
             Message::Failed { why, text } => Err(refused(why, text)),
             message => Ok(message),
         }
+    }
+
+    fn flush(&mut self, wanted: &dyn Fn() -> bool) -> Result<(), PeerError> {
+        self.stream.flush(wanted)?;
+        self.flushed = Instant::now();
+        Ok(())
     }
 
     /// Why the peer is not spoken to any more: what it said before it hung up, if it did.

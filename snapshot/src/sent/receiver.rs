@@ -260,6 +260,7 @@ fn at_work<T: Send>(
 fn why(refusal: &Refusal) -> Why {
     use dedup::Error as Store;
     match refusal {
+        Refusal::Peer(PeerError::Stream(_)) => Why::Other,
         Refusal::Peer(_) | Refusal::State(_) => Why::BadRequest,
         Refusal::Here(error) => match error {
             Error::NameTaken(_) => Why::NameTaken,

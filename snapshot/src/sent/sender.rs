@@ -71,7 +71,7 @@ impl Image<'_> {
     ) -> io::Result<()> {
         let pages = content.which.count_ones() as u8;
         let had = self.sent.pages[number].swap(pages, Ordering::Relaxed);
-        if had == 0 && pages == 0 {
+        if had == 0 && pages == 0 && !line.is_quiet() {
             return Ok(());
         }
         // An image of more granules than that is of more than 256 TiB.
