@@ -3,7 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::Path,
 };
 
@@ -33,24 +33,43 @@ pub struct Copied {
     pub data_bytes: u64,
 }
 
-/// Writes what a disk has into a new raw image, in which zeros are holes.
+/// Writes what a disk has into a new raw image, in which zeros are holes. It has its name once it is whole and durable.
 ///
 /// # Errors
 ///
 /// [`Error`]; [`Error::Exists`] when there is anything at `to`.
 pub fn export_raw(disk: &Disk, to: &Path) -> Result<Copied, Error> {
-    let file = create_new(to)?;
-    let written = file.set_len(disk.bytes()).and_then(|()| {
-        let copied = copy(
+    export(to, |file| {
+        file.set_len(disk.bytes())?;
+        copy(
             disk.bytes(),
             |offset| Ok(disk.next_data(offset)),
             |offset, mut piece| disk.read(offset, &mut piece),
             |offset, data| file.write_all_at(data, offset),
-        )?;
+        )
+    })
+}
+
+/// Has `write` fill a new image, which is `to` when it is whole and durable.
+pub(crate) fn export(
+    to: &Path,
+    write: impl FnOnce(&File) -> io::Result<Copied>,
+) -> Result<Copied, Error> {
+    let to = absolute(to)?;
+    vacant(&to)?;
+    name::sweep(&to);
+    let draft = Draft::of_an_image(&to)?;
+    let file = OpenOptions::new().read(true).write(true).open(draft.path());
+    let written = file.and_then(|file| {
+        let copied = write(&file)?;
         file.sync_all()?;
+        #[cfg(test)]
+        crate::tape::synced(&file);
         Ok(copied)
     });
-    finish(written, "export to", to)
+    let copied = written.map_err(Error::io("export to", &to))?;
+    draft.publish(&to)?;
+    Ok(copied)
 }
 
 /// Makes a disk at `to` of the raw image `from`, on which it does not depend afterwards.
@@ -93,9 +112,7 @@ pub(crate) fn import(
     if !rule(&to) {
         return Err(Error::NotAllowed { path: to });
     }
-    if to.symlink_metadata().is_ok() {
-        return Err(Error::Exists { path: to });
-    }
+    vacant(&to)?;
     let header = Header {
         id: new_id(&to)?,
         geometry: Geometry::of(bytes).ok_or(Error::Size(bytes))?,
@@ -117,31 +134,14 @@ pub(crate) fn import(
     Ok(copied)
 }
 
-pub(crate) fn create_new(path: &Path) -> Result<File, Error> {
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path);
-    opened.map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => Error::Exists {
+/// Fails if there is anything at `path`, before much is done for it in vain.
+fn vacant(path: &Path) -> Result<(), Error> {
+    match path.symlink_metadata() {
+        Ok(_) => Err(Error::Exists {
             path: path.to_owned(),
-        },
-        _ => Error::io("create", path)(error),
-    })
-}
-
-/// What became of a copy; one that failed is removed.
-pub(crate) fn finish(
-    written: io::Result<Copied>,
-    doing: &'static str,
-    to: &Path,
-) -> Result<Copied, Error> {
-    written.map_err(|source| {
-        crate::name::discard(to);
-        Error::io(doing, to)(source)
-    })
+        }),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Copies `bytes`, all but the blocks of zeros. `next` says from where on, at or after an offset, there may be others.

@@ -202,7 +202,7 @@ pub(crate) fn new_id(path: &Path) -> Result<LayerId, Error> {
     LayerId::random().map_err(Error::io("make an id for", path))
 }
 
-/// A head without its name. Dropped, it is removed.
+/// A layer, or an image, without its name. Dropped, it is removed.
 #[derive(Debug)]
 pub(crate) struct Draft {
     pub(crate) media: Option<Media>,
@@ -218,6 +218,18 @@ impl Draft {
     /// As [`Draft::write`], of a name that nobody else has who writes the same layer.
     pub(crate) fn of_its_own(path: &Path, header: &Header) -> Result<Self, Error> {
         Self::called(name::draft(path, new_id(path)?), path, header)
+    }
+
+    /// An empty file that is to become the image `path`.
+    pub(crate) fn of_an_image(path: &Path) -> Result<Self, Error> {
+        let draft = name::draft(path, new_id(path)?);
+        let media = locked(&draft, path)?;
+        #[cfg(test)]
+        crate::tape::linked(media.file(), &draft);
+        Ok(Self {
+            media: Some(media),
+            path: draft,
+        })
     }
 
     fn called(draft: PathBuf, path: &Path, header: &Header) -> Result<Self, Error> {

@@ -9,7 +9,7 @@ use imago::{
 
 use crate::{
     chain::Rule,
-    convert::{Copied, copy, create_new, finish, import},
+    convert::{Copied, copy, export, import},
     disk::Disk,
     error::Error,
 };
@@ -46,14 +46,13 @@ fn check_plain(file: &File) -> io::Result<()> {
     }
 }
 
-/// Writes what a disk has into a new qcow2 image.
+/// Writes what a disk has into a new qcow2 image. It has its name once it is whole and durable.
 ///
 /// # Errors
 ///
 /// [`Error`]; [`Error::Exists`] when there is anything at `to`.
 pub fn export_qcow2(disk: &Disk, to: &Path) -> Result<Copied, Error> {
-    let file = create_new(to)?;
-    finish(write(disk, &file), "export to", to)
+    export(to, |file| write(disk, file))
 }
 
 fn write(disk: &Disk, file: &File) -> io::Result<Copied> {
@@ -69,8 +68,6 @@ fn write(disk: &Disk, file: &File) -> io::Result<Copied> {
         |offset, data| image.write(data, offset),
     )?;
     image.flush()?;
-    drop(image);
-    file.sync_all()?;
     Ok(copied)
 }
 
@@ -87,6 +84,12 @@ fn open(file: File, write: bool) -> io::Result<Image> {
 mod tests {
     use super::*;
     use crate::{Foundation, Mode, anything};
+
+    fn create_new(path: &Path) -> File {
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true);
+        options.open(path).unwrap()
+    }
 
     fn pattern(bytes: usize) -> Vec<u8> {
         (0..bytes)
@@ -126,7 +129,7 @@ mod tests {
     fn an_encrypted_image_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
-        let file = create_new(&path("q")).unwrap();
+        let file = create_new(&path("q"));
         let storage = ImageFile::try_from(file.try_clone().unwrap()).unwrap();
         let image = Qcow2::<ImageFile, Image>::create_builder(storage);
         image.size(65536).create().unwrap();
@@ -143,7 +146,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("secret"), [7; 65536]).unwrap();
-        let file = create_new(&path("q")).unwrap();
+        let file = create_new(&path("q"));
         let secret = path("secret").to_str().unwrap().to_owned();
         Qcow2::<ImageFile, Image>::create_builder(ImageFile::try_from(file).unwrap())
             .size(65536)

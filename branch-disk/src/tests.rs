@@ -1,6 +1,7 @@
 //! Whole disks.
 
 mod branch;
+mod convert;
 mod crash;
 mod hostile;
 mod merge;
