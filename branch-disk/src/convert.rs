@@ -16,6 +16,7 @@ use crate::{
     error::Error,
     header::{Header, Parent},
     layout::{Geometry, SECTOR_BYTES},
+    media::{Lock, Media},
     name,
 };
 
@@ -76,13 +77,10 @@ pub(crate) fn export(
 ///
 /// # Errors
 ///
-/// [`Error`]; [`Error::Exists`] when there is anything at `to`.
+/// [`Error`]; [`Error::Exists`] when there is anything at `to`, [`Error::InUse`] when a machine writes to `from`.
 pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
-    let failed = || Error::io("import from", from);
-    let file = File::open(from).map_err(failed())?;
-    // Of a block device, too.
-    let bytes =
-        rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|errno| failed()(errno.into()))?;
+    let media = source(from)?;
+    let (file, bytes) = (media.file(), media.bytes()?);
     let read = |offset: u64, piece: &mut [u8]| {
         // What is missing of the last sector is zeros.
         let there = bytes.saturating_sub(offset).min(piece.len() as u64) as usize;
@@ -90,7 +88,7 @@ pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Err
         missing.fill(0);
         file.read_exact_at(there, offset)
     };
-    let next = |offset| match rustix::fs::seek(&file, SeekFrom::Data(offset)) {
+    let next = |offset| match rustix::fs::seek(file, SeekFrom::Data(offset)) {
         Ok(data) => Ok(data),
         Err(Errno::NXIO) => Ok(u64::MAX),
         // A file system that does not know: everything may be data.
@@ -98,6 +96,14 @@ pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Err
         Err(errno) => Err(errno.into()),
     };
     import(bytes.next_multiple_of(SECTOR_BYTES), next, read, to, rule)
+}
+
+/// Opens what is to be imported, so that nobody who heeds locks writes to it meanwhile.
+pub(crate) fn source(from: &Path) -> Result<Media, Error> {
+    let from = from
+        .canonicalize()
+        .map_err(Error::io("import from", from))?;
+    Media::open(&from, false, Lock::Shared, true)
 }
 
 /// Makes a disk at `to` of what `read` gives, of `bytes`.

@@ -9,7 +9,7 @@ use imago::{
 
 use crate::{
     chain::Rule,
-    convert::{Copied, copy, export, import},
+    convert::{Copied, copy, export, import, source},
     disk::Disk,
     error::Error,
 };
@@ -21,11 +21,11 @@ type Image = FormatAccess<ImageFile>;
 ///
 /// # Errors
 ///
-/// [`Error`]; [`Error::Exists`] when there is anything at `to`.
+/// [`Error`]; [`Error::Exists`] when there is anything at `to`, [`Error::InUse`] when somebody writes to `from`.
 pub fn import_qcow2(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
-    let file = File::open(from).map_err(Error::io("import from", from))?;
-    check_plain(&file).map_err(Error::io("import from", from))?;
-    let image = open(file, false).map_err(Error::io("import from", from))?;
+    let media = source(from)?;
+    let image = check_plain(media.file()).and_then(|()| open(media.file().try_clone()?, false));
+    let image = image.map_err(Error::io("import from", from))?;
     let read = |offset: u64, piece: &mut [u8]| image.read(piece, offset);
     import(image.size(), Ok, read, to, rule)
 }
