@@ -502,3 +502,26 @@ fn a_disk_is_made_branched_shown_checked_and_copied() {
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(text(&output.stdout).contains("is damaged"), "{output:?}");
 }
+
+#[test]
+fn a_snapshot_is_not_exported_over_a_file() {
+    let bench = Bench::new();
+    assert!(
+        bench
+            .run(&["store", "init", "--store", "s"])
+            .status
+            .success()
+    );
+    let disk = bench.path().join("disk");
+    fs::write(&disk, "a guest's").unwrap();
+    std::os::unix::fs::symlink("nowhere", bench.path().join("link")).unwrap();
+    for (state, memory) in [("disk", "new"), ("new", "disk"), ("link", "new")] {
+        let export = ["store", "export", "--store", "s", "one", state, memory];
+        let refusal = bench.refusal(&export);
+        assert!(refusal.contains("exists; name others"), "{refusal}");
+    }
+    assert_eq!(fs::read(&disk).unwrap(), b"a guest's");
+    // New names are not what is wrong.
+    let refusal = bench.refusal(&["store", "export", "--store", "s", "one", "new", "newer"]);
+    assert!(!refusal.contains("exists"), "{refusal}");
+}

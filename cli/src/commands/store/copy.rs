@@ -29,6 +29,9 @@ pub(super) fn export(
     memory: &Path,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
+    for path in [state, memory] {
+        vacant(path)?;
+    }
     let saved = Snapshot::open(Source::Stored { store, name })?;
     let to = Destination::Files(Files { state, memory });
     let copied = copy(&saved, to, "exporting")?;
@@ -42,6 +45,17 @@ pub(super) fn export(
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Fails if there is anything at `path`: whoever names a file by mistake may name a disk.
+fn vacant(path: &Path) -> anyhow::Result<()> {
+    let found = path.symlink_metadata();
+    anyhow::ensure!(
+        found.is_err(),
+        "{} exists; name others, or remove it",
+        path.display()
+    );
+    Ok(())
 }
 
 pub(super) fn import(

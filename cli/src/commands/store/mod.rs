@@ -72,7 +72,7 @@ enum Command {
         #[arg(long)]
         repair: bool,
     },
-    /// Writes a snapshot into a state file and a memory file.
+    /// Writes a snapshot into a new state file and a new memory file.
     Export {
         /// The snapshot's name, tag or id.
         snapshot: String,
