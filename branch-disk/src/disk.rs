@@ -555,17 +555,26 @@ impl Drop for Disk {
 }
 
 /// Completes what a crash left of sealing the layers of `below`, of which the first `sealed` are.
-fn complete(below: &[Arc<Layer>], sealed: usize) -> Result<(), Error> {
-    for end in sealed + 1..=below.len() {
-        Seal::resume(&below[..end])?.finish()?;
+pub(crate) fn complete(below: &[Arc<Layer>], sealed: usize) -> Result<(), Error> {
+    // A map's descriptor is written once the seals are durable of its layer and of all below.
+    let mut durable = 0;
+    for (layer, number) in below[..sealed].iter().zip(1..) {
+        if layer.descriptor()?.is_some() {
+            durable = number;
+        }
     }
-    if sealed == below.len()
-        && let Some(parent) = below.last()
-        && parent.descriptor()?.is_none()
-        && let Err(error) = Seal::resume(below).and_then(|seal| seal.finish())
-    {
-        // Without its map it is only slower to open, and it may be somebody else's.
-        tracing::debug!("a sealed layer stays without a map: {error}");
+    // A process that was killed may have left a seal that only it, and the kernel, knew of.
+    for layer in &below[durable..sealed] {
+        layer.media.sync()?;
+    }
+    for end in sealed + 1..=below.len() {
+        Seal::resume(&below[..end])?.make_durable()?;
+    }
+    for end in durable + 1..=below.len() {
+        if let Err(error) = Seal::resume(&below[..end]).and_then(|seal| seal.finish()) {
+            // Without its map it is only slower to open, and it may be somebody else's.
+            tracing::debug!("a sealed layer stays without a map: {error}");
+        }
     }
     Ok(())
 }

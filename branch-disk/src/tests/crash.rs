@@ -3,7 +3,10 @@
 mod host;
 mod rebuild;
 
-use std::{collections::BTreeSet, io::ErrorKind, sync::mpsc, thread, time::Duration};
+use std::{
+    collections::BTreeSet, io::ErrorKind, os::unix::fs::MetadataExt, sync::mpsc, thread,
+    time::Duration,
+};
 
 use proptest::{collection::vec, prelude::*};
 
@@ -380,6 +383,43 @@ fn what_a_killed_process_leaves_is_made_durable_before_it_is_relied_upon() {
     disk.flush().unwrap();
     let synced = tape::stop();
     assert!(matches!(synced[..], [Event::Synced { .. }]), "{synced:?}");
+}
+
+/// As above, of a seal that nobody has synced, with a layer on it that has none.
+#[test]
+fn a_seal_that_a_killed_process_wrote_is_made_durable_before_what_is_above_it() {
+    let bench = Bench::in_memory(8);
+    let mut disk = bench.on_base("d");
+    let cuts = [1, 2].map(|byte| {
+        write(&mut disk, 0, &[byte; 512]);
+        disk.cut(disk.prepare().unwrap()).unwrap()
+    });
+    // Of the layer's data, of its seal.
+    tape::fail(|call| call == Call::Sync, 1, ErrorKind::Other);
+    let [first, second] = cuts.map(|cut| (cut.layer().path.clone(), cut));
+    first.1.finish().unwrap_err();
+    tape::permit();
+    drop((disk, second.1));
+    tape::start();
+    let mut disk = bench.open("d");
+    let done = tape::stop();
+    let inode = |path: &Path| std::fs::metadata(path).unwrap().ino();
+    let at = |path: &Path, of: fn(&Event) -> Option<u64>| {
+        let inode = inode(path);
+        done.iter().position(|event| of(event) == Some(inode))
+    };
+    let synced = at(&first.0, |event| match event {
+        Event::Synced { inode } => Some(*inode),
+        _ => None,
+    });
+    let sealed_above = at(&second.0, |event| match event {
+        Event::Wrote { inode, .. } => Some(*inode),
+        _ => None,
+    });
+    assert!(synced.unwrap() < sealed_above.unwrap(), "{done:?}");
+    write(&mut disk, 0, &[3; 512]);
+    drop(disk);
+    sound(&bench.path("d"));
 }
 
 /// Flushes, or says why not.
