@@ -4,6 +4,7 @@ use std::{
     fs::OpenOptions,
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use rustix::{
@@ -13,7 +14,7 @@ use rustix::{
 
 use crate::{
     chain::{Chain, Mode, Rule, describe_base, open_base},
-    disk::Disk,
+    disk::{Disk, complete},
     error::Error,
     header::{Header, LayerId, MAX_PATH_BYTES, Parent},
     layer::Layer,
@@ -49,21 +50,32 @@ impl Disk {
         if !rule(&path) {
             return Err(Error::NotAllowed { path });
         }
-        // What it stands on stays locked until it is locked through the new disk.
-        let mut below = 0;
-        let (parent, chain, _base) = match on {
-            Foundation::Nothing => (Parent::Nothing, None, None),
+        let mut depth_below = 0;
+        // Open and locked from here on, and not opened a second time.
+        let nothing = || Chain {
+            bottom: None,
+            layers: Vec::new(),
+        };
+        let (parent, mut chain) = match on {
+            Foundation::Nothing => (Parent::Nothing, nothing()),
             Foundation::Raw(base) => {
                 let base = open_base(base, None, rule)?;
                 let mut known = describe_base(&base)?;
                 known.path = reference(&path, &known.path);
-                (Parent::Raw(known), None, Some(base))
+                let bottom = Some(base);
+                (
+                    Parent::Raw(known),
+                    Chain {
+                        bottom,
+                        ..nothing()
+                    },
+                )
             }
             Foundation::Layer(parent, id) => {
                 let chain = Chain::open(parent, Mode::Read, rule)?;
                 let (parent, depth) = on_layer(&path, &chain, *id)?;
-                below = depth;
-                (parent, Some(chain), None)
+                depth_below = depth;
+                (parent, chain)
             }
         };
         let bytes = match (bytes, &parent) {
@@ -75,19 +87,26 @@ impl Disk {
         let header = Header {
             id: new_id(&path)?,
             geometry: geometry.ok_or(Error::Size(bytes))?,
-            depth: below + 1,
-            below,
+            depth: depth_below + 1,
+            below: depth_below,
             parent,
         };
         let draft = Draft::write(&path, &path, &header)?;
-        let below = chain.as_ref().and_then(|chain| chain.layers.last());
+        let below = chain.layers.last();
         let kept = below.and_then(|below| keep(below, &path, header.id));
-        draft.publish(&path).inspect_err(|_| {
+        let made = draft.publish(&path).and_then(|media| {
+            complete(&chain.layers, chain.layers.len())
+                .and_then(|()| {
+                    chain.layers.push(Arc::new(Layer::new(media, header)));
+                    Self::of(chain, &path, Mode::Write)
+                })
+                .inspect_err(|_| name::discard(&path))
+        });
+        made.inspect_err(|_| {
             if let Some(name) = &kept {
                 name::discard(name);
             }
-        })?;
-        Self::open(&path, Mode::Write, rule)
+        })
     }
 
     /// Makes a disk that begins as the sealed layer `on` is, of this id if one is given, and opens it. Its head lies
@@ -279,11 +298,13 @@ impl Draft {
         self.media.as_ref().map_or(Ok(()), |media| media.lock(lock))
     }
 
-    /// Gives it its name, which nothing may have.
-    pub(crate) fn publish(self, path: &Path) -> Result<(), Error> {
+    /// Gives it its name, which nothing may have, and gives its file. It does not keep the name if that cannot be made durable.
+    pub(crate) fn publish(mut self, path: &Path) -> Result<Media, Error> {
         self.link(path)?;
-        drop(self);
-        sync_directory_of(path)
+        let media = self.media.take();
+        name::discard(&self.path);
+        sync_directory_of(path).inspect_err(|_| name::discard(path))?;
+        media.ok_or_else(|| Error::damaged(path, "its draft is gone"))
     }
 
     /// Gives it a further name, which nothing may have.

@@ -3,6 +3,7 @@
 mod branch;
 mod convert;
 mod crash;
+mod create;
 mod hostile;
 mod merge;
 mod model;

@@ -90,7 +90,7 @@ fn main() -> ExitCode {
     start_log(&command);
     if matches!(
         command,
-        Command::Serve(_) | Command::Fork(_) | Command::Receive(_)
+        Command::Serve(_) | Command::Fork(_) | Command::Receive(_) | Command::Disk(_)
     ) {
         allow_many_files();
     }

@@ -1,0 +1,61 @@
+//! New disks and new heads.
+
+use std::{cell::RefCell, io::ErrorKind};
+
+use super::*;
+use crate::{
+    Error,
+    tape::{self, Call},
+};
+
+/// A sealed layer on a base, and a directory elsewhere.
+fn layer(bench: &Bench) -> (Foundation, TempDir) {
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let monday = sealed(&mut disk);
+    let on = Foundation::Layer(monday.path, Some(monday.id));
+    (on, in_memory())
+}
+
+#[test]
+fn what_a_disk_stands_on_is_opened_once() {
+    let bench = Bench::in_memory(8);
+    let (on, _) = layer(&bench);
+    for on in [on, Foundation::Raw(bench.path("base"))] {
+        let asked = RefCell::new(Vec::new());
+        let rule = |path: &Path| {
+            asked.borrow_mut().push(path.to_owned());
+            true
+        };
+        let mut disk = Disk::create(&bench.path("new"), None, &on, &rule).unwrap();
+        let mut asked = asked.into_inner();
+        let all_of_it = asked.len();
+        asked.sort();
+        asked.dedup();
+        assert_eq!(asked.len(), all_of_it, "{asked:?}");
+        // It is nobody else's, and of use.
+        let other = Disk::open(&bench.path("new"), Mode::Read, &anything);
+        assert!(matches!(other, Err(Error::InUse { .. })), "{other:?}");
+        write(&mut disk, 512, &[2; 512]);
+        let content = all(&disk);
+        drop(disk);
+        assert!(all(&bench.open("new")) == content);
+        std::fs::remove_file(bench.path("new")).unwrap();
+    }
+}
+
+#[test]
+fn a_disk_that_does_not_come_about_leaves_nothing() {
+    let bench = Bench::in_memory(8);
+    let (on, elsewhere) = layer(&bench);
+    let names = bench.names();
+    let new = elsewhere.path().join("new");
+    // Of the second name of what it stands on, of its own.
+    tape::fail(|call| call == Call::SyncNames, 1, ErrorKind::Other);
+    let failed = Disk::create(&new, None, &on, &anything);
+    tape::permit();
+    assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
+    assert_eq!(std::fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+    assert_eq!(bench.names(), names);
+    Disk::create(&new, None, &on, &anything).unwrap();
+}
