@@ -231,12 +231,17 @@ pub(crate) struct Draft {
 impl Draft {
     /// Writes an empty layer that is to become `path`, and makes it durable. Until then it is called as drafts of `head` are.
     pub(crate) fn write(path: &Path, head: &Path, header: &Header) -> Result<Self, Error> {
-        Self::called(name::draft(head, header.id), path, header)
+        Self::called(name::draft(head, header.id), path, header, None)
+    }
+
+    /// As [`Draft::write`], of the next head at `path` after `head`, whose owner and permissions it has.
+    pub(crate) fn after(head: &Media, path: &Path, header: &Header) -> Result<Self, Error> {
+        Self::called(name::draft(path, header.id), path, header, Some(head))
     }
 
     /// As [`Draft::write`], of a name that nobody else has who writes the same layer.
     pub(crate) fn of_its_own(path: &Path, header: &Header) -> Result<Self, Error> {
-        Self::called(name::draft(path, new_id(path)?), path, header)
+        Self::called(name::draft(path, new_id(path)?), path, header, None)
     }
 
     /// An empty file that is to become the image `path`.
@@ -251,7 +256,12 @@ impl Draft {
         })
     }
 
-    fn called(draft: PathBuf, path: &Path, header: &Header) -> Result<Self, Error> {
+    fn called(
+        draft: PathBuf,
+        path: &Path,
+        header: &Header,
+        after: Option<&Media>,
+    ) -> Result<Self, Error> {
         let page = header.encode().ok_or_else(|| Error::Path {
             path: path.to_owned(),
         })?;
@@ -276,6 +286,10 @@ impl Draft {
             {
                 crate::tape::created(media.file());
                 crate::tape::linked(media.file(), &draft.path);
+            }
+            if let Some(Err(error)) = after.map(|after| media.belong_as(after)) {
+                // Whoever may write to somebody else's disk need not be able to give files away.
+                tracing::warn!("{} becomes the caller's own: {error}", path.display());
             }
             media.write(&page[..], 0)?;
             media

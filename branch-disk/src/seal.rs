@@ -111,7 +111,11 @@ impl Plan {
             layers,
             sealed,
         };
-        next.draft = Some(Draft::write(&path, &path, &next.header)?);
+        let head = next.layers.last().map(|head| &head.media);
+        next.draft = Some(match head {
+            Some(head) => Draft::after(head, &path, &next.header)?,
+            None => Draft::write(&path, &path, &next.header)?,
+        });
         sync_directory_of(&path)?;
         Ok(next)
     }

@@ -1,6 +1,11 @@
 //! New disks and new heads.
 
-use std::{cell::RefCell, io::ErrorKind};
+use std::{
+    cell::RefCell,
+    fs,
+    io::ErrorKind,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+};
 
 use super::*;
 use crate::{
@@ -40,7 +45,7 @@ fn what_a_disk_stands_on_is_opened_once() {
         let content = all(&disk);
         drop(disk);
         assert!(all(&bench.open("new")) == content);
-        std::fs::remove_file(bench.path("new")).unwrap();
+        fs::remove_file(bench.path("new")).unwrap();
     }
 }
 
@@ -55,7 +60,24 @@ fn a_disk_that_does_not_come_about_leaves_nothing() {
     let failed = Disk::create(&new, None, &on, &anything);
     tape::permit();
     assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
-    assert_eq!(std::fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
     assert_eq!(bench.names(), names);
     Disk::create(&new, None, &on, &anything).unwrap();
+}
+
+#[test]
+fn the_next_head_is_whose_the_last_was() {
+    let bench = Bench::in_memory(8);
+    let mut disk = bench.on_base("d");
+    let path = bench.path("d");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    // Who is not privileged gives no files away.
+    let given = chown(&path, Some(1234), Some(1235)).is_ok();
+    write(&mut disk, 0, &[1; 512]);
+    let monday = sealed(&mut disk);
+    let [head, layer] = [&path, &monday.path].map(|path| fs::metadata(path).unwrap());
+    assert_ne!(head.ino(), layer.ino());
+    assert_eq!(head.mode() & 0o7777, 0o640);
+    assert_eq!((head.uid(), head.gid()), (layer.uid(), layer.gid()));
+    assert_eq!(head.uid() == 1234, given);
 }
