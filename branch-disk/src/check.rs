@@ -1,6 +1,6 @@
 //! Whether a chain is what it says.
 
-use std::path::Path;
+use std::{io::ErrorKind, path::Path};
 
 use crate::{
     bits::Bits,
@@ -31,7 +31,8 @@ pub fn check(path: &Path, rule: &Rule<'_>) -> Result<Checked, Error> {
     let chain = match Chain::open(path, Mode::Read, rule) {
         Ok(chain) => chain,
         Err(error) => {
-            checked.problems.push(a_problem(error)?);
+            let problem = missing_below(path, &error).map_or_else(|| a_problem(error), Ok);
+            checked.problems.push(problem?);
             return Ok(checked);
         }
     };
@@ -75,6 +76,24 @@ fn check_layer(chain: &Chain, index: usize, map: &mut Map) -> Result<bool, Error
             "it has a map and is not sealed",
         )),
         None => Ok(!sealed),
+    }
+}
+
+/// The sentence of an error that tells that a file is not there on which the disk at `path` stands.
+fn missing_below(path: &Path, error: &Error) -> Option<String> {
+    match error {
+        Error::Io {
+            path: missing,
+            source,
+            ..
+        } if source.kind() == ErrorKind::NotFound && missing != path && path.exists() => {
+            Some(format!(
+                "{} is not there, and {} stands on it; put it back",
+                missing.display(),
+                path.display()
+            ))
+        }
+        _ => None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The map of a whole chain, as a sealed layer has it.
 
-use std::os::unix::fs::FileExt;
+use std::{io::ErrorKind, os::unix::fs::FileExt};
 
 use crate::{
     error::Error,
@@ -87,7 +87,10 @@ pub(crate) fn load(layers: &[impl AsRef<Layer>], descriptor: Descriptor) -> Resu
             .media
             .file()
             .read_exact_at(&mut page, at)
-            .map_err(Error::io("read the map of", layer.path()))?;
+            .map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof => damaged("its map was cut short"),
+                _ => Error::io("read the map of", layer.path())(error),
+            })?;
         match page::decode(layer.label(PageKind::Runs, number), &page) {
             Found::Whole(page) => reader.page(page.content, &mut map).map_err(damaged)?,
             Found::Nothing | Found::Broken => return Err(damaged("a page of its map is broken")),

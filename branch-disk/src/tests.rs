@@ -1,6 +1,7 @@
 //! Whole disks.
 
 mod branch;
+mod check;
 mod convert;
 mod crash;
 mod create;
