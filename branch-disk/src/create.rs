@@ -265,7 +265,8 @@ impl Draft {
         let page = header.encode().ok_or_else(|| Error::Path {
             path: path.to_owned(),
         })?;
-        // Its children will have to name it.
+        // It will have a longer name, by which its children will have to name it.
+        name::sealed(path, header.id)?;
         if path.as_os_str().len() + 64 > MAX_PATH_BYTES {
             return Err(Error::Path {
                 path: path.to_owned(),

@@ -1,7 +1,7 @@
 //! What the files of a chain are called.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::File,
     path::{Path, PathBuf},
 };
@@ -15,6 +15,9 @@ const KEPT: &str = ".kept";
 const ID_DIGITS: usize = 32;
 /// Bytes of a name of somebody's that are kept where two ids come behind it: files have names of 255 at most, and drafts have more.
 const STEM_BYTES: usize = 128;
+
+/// Bytes that a file's name has at most.
+const NAME_BYTES: usize = 255;
 
 /// The name that a head called `path` gets when it is sealed.
 pub(crate) fn sealed(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
@@ -60,10 +63,12 @@ pub(crate) fn kept(path: &Path, child: LayerId) -> PathBuf {
 
 fn named(path: &Path, name: impl FnOnce(&str) -> String) -> Result<PathBuf, Error> {
     let own = path.file_name().and_then(|name| name.to_str());
-    let own = own.ok_or_else(|| Error::Path {
+    let name = own.map(|own| name(stem(own)));
+    let name = name.filter(|name| name.len() <= NAME_BYTES);
+    let name = name.ok_or_else(|| Error::Path {
         path: path.to_owned(),
     })?;
-    Ok(path.with_file_name(name(stem(own))))
+    Ok(path.with_file_name(name))
 }
 
 /// A name without what was put behind it here.
@@ -79,10 +84,22 @@ fn stem(name: &str) -> &str {
 
 /// The name of what is to become `path`.
 pub(crate) fn draft(path: &Path, id: LayerId) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{id}{PARTIAL}"));
+    let mut name = drafts_of(path.file_name().unwrap_or_default());
+    name.push(format!("{id}{PARTIAL}"));
     path.with_file_name(name)
+}
+
+/// How the names of the drafts begin of what is to be called `name`: with that, or with its digest where it is too long.
+fn drafts_of(name: &OsStr) -> OsString {
+    let mut begin = OsString::from(".");
+    if name.len() + ID_DIGITS + PARTIAL.len() + 2 <= NAME_BYTES {
+        begin.push(name);
+    } else {
+        let digest = blake3::hash(name.as_encoded_bytes()).to_hex();
+        begin.push(&digest[..ID_DIGITS]);
+    }
+    begin.push(".");
+    begin
 }
 
 /// Removes the drafts of `path` that a crash has left: those that nobody has locked.
@@ -93,10 +110,12 @@ pub(crate) fn sweep(path: &Path) {
     let Ok(entries) = std::fs::read_dir(directory) else {
         return;
     };
-    let prefix = [b".", name.as_encoded_bytes(), b"."].concat();
+    let prefix = drafts_of(name);
     for entry in entries.flatten() {
         let found = entry.file_name();
-        let middle = found.as_encoded_bytes().strip_prefix(prefix.as_slice());
+        let middle = found
+            .as_encoded_bytes()
+            .strip_prefix(prefix.as_encoded_bytes());
         let id = middle.and_then(|middle| middle.strip_suffix(PARTIAL.as_bytes()));
         if id.and_then(|id| str::from_utf8(id).ok()).is_some_and(is_id) && is_left(&entry.path()) {
             discard(&entry.path());

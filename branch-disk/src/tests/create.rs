@@ -81,3 +81,29 @@ fn the_next_head_is_whose_the_last_was() {
     assert_eq!((head.uid(), head.gid()), (layer.uid(), layer.gid()));
     assert_eq!(head.uid() == 1234, given);
 }
+
+#[test]
+fn a_name_as_long_as_a_layer_s_can_be_does_for_all() {
+    let bench = Bench::in_memory(8);
+    // A sealed layer has 39 bytes more.
+    for name in ["a", "b"].map(|letter| letter.repeat(255 - 39)) {
+        let mut disk = bench.on_base(&name);
+        write(&mut disk, 0, &[1; 512]);
+        let monday = sealed(&mut disk);
+        let mut branch = Disk::branch(&monday.path, Some(monday.id), &anything).unwrap();
+        write(&mut branch, 512, &[2; 512]);
+        sealed(&mut branch);
+        // What a crash leaves goes with the next, and is not another's.
+        let left = crate::name::draft(&monday.path, monday.id);
+        fs::write(&left, "").unwrap();
+        crate::name::sweep(disk.path());
+        assert!(left.exists());
+        crate::name::sweep(&monday.path);
+        assert!(!left.exists());
+    }
+    let names = bench.names();
+    let on = Foundation::Raw(bench.path("base"));
+    let refused = Disk::create(&bench.path(&"c".repeat(255 - 38)), None, &on, &anything);
+    assert!(matches!(refused, Err(Error::Path { .. })), "{refused:?}");
+    assert_eq!(bench.names(), names);
+}
