@@ -84,8 +84,8 @@ impl CpuTemplate {
     ///
     /// As of [`GuestCpuid::of_template`], and [`Error::TemplateMsr`].
     pub fn check(&self) -> Result<(), Error> {
-        GuestCpuid::of_host(1)?.of_template(self)?;
-        let indices = msrs::saved_indices(&open()?)?;
+        let cpuid = GuestCpuid::of_host(1)?.of_template(self)?;
+        let indices = msrs::of_guest(&msrs::saved_indices(&open()?)?, cpuid.entries());
         let unknown = |change: &&MsrChange| indices.binary_search(&change.index).is_err();
         match self.msrs.iter().find(unknown) {
             Some(change) => Err(Error::TemplateMsr(change.index)),
@@ -142,9 +142,10 @@ impl Vcpu {
     ///
     /// [`Error::TemplateMsr`] names the register that this host does not have or does not let have that value.
     pub fn change_msrs(&self, changes: &[MsrChange]) -> Result<(), Error> {
+        let indices = msrs::of_guest(&self.msr_indices, &self.cpuid);
         for change in changes {
             let refused = Error::TemplateMsr(change.index);
-            if self.msr_indices.binary_search(&change.index).is_err() {
+            if indices.binary_search(&change.index).is_err() {
                 return Err(refused);
             }
             let found = msrs::get(&self.fd, &[change.index])?;

@@ -2,12 +2,17 @@
 
 use std::ops::RangeInclusive;
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use versionize::{VersionMap, Versionize, VersionizeResult};
 use versionize_derive::Versionize;
 
-use crate::{Error, error::Asked};
+use crate::{
+    Error,
+    compat::Register::{self, Ecx, Edx},
+    cpuid::find,
+    error::Asked,
+};
 
 pub(crate) const IA32_TSC: u32 = 0x10;
 const IA32_SYSENTER_ESP: u32 = 0x175;
@@ -34,6 +39,14 @@ const UNLISTED: [RangeInclusive<u32>; 6] = [
     0x2ff..=0x2ff,
     0x400..=0x47f,
 ];
+/// Registers that a guest has if CPUID says so, by leaf, register and bit. Before Linux 6.13 KVM has them hold the host's value in every vCPU, whatever
+/// its CPUID; since then it refuses to set them where CPUID does not say so, and so does a host for which the value is not right.
+const OF_FEATURES: [(u32, (u32, Register, u32)); 2] = [
+    // IA32_ARCH_CAPABILITIES, and IA32_PERF_CAPABILITIES, of PDCM.
+    (0x10a, (7, Edx, 29)),
+    (0x345, (1, Ecx, 15)),
+];
+
 /// What is asked for at a time: as many as KVM takes.
 const BATCH: usize = 255;
 
@@ -60,6 +73,20 @@ pub(crate) fn saved_indices(kvm: &Kvm) -> Result<Vec<u32>, Error> {
     indices.sort_unstable();
     indices.dedup();
     Ok(indices)
+}
+
+/// Those of `indices` that a vCPU with this CPUID has, as far as that tells.
+pub(crate) fn of_guest(indices: &[u32], cpuid: &[kvm_cpuid_entry2]) -> Vec<u32> {
+    let all = indices.iter().copied();
+    all.filter(|index| has(cpuid, *index)).collect()
+}
+
+/// Whether a vCPU with this CPUID has the register, as far as that tells.
+pub(crate) fn has(cpuid: &[kvm_cpuid_entry2], index: u32) -> bool {
+    let feature = OF_FEATURES.iter().find(|(of, _)| *of == index);
+    feature.is_none_or(|(_, (function, register, bit))| {
+        find(cpuid, *function, 0).is_some_and(|leaf| register.of(leaf) >> bit & 1 == 1)
+    })
 }
 
 /// Reads `indices`, leaving out what this vCPU does not have: the list is the host's, and a guest may
@@ -147,4 +174,41 @@ pub(crate) fn set(vcpu: &VcpuFd, entries: &[MsrEntry]) -> Result<(), Error> {
 fn fam(entries: &[kvm_msr_entry]) -> Result<Msrs, Error> {
     Msrs::from_entries(entries)
         .map_err(|_| Error::Missing("room for that many model-specific registers"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CpuLevel, GuestCpuid, cpu_level};
+
+    #[test]
+    fn what_a_level_hides_is_neither_saved_nor_set() {
+        let host = cpu_level::tests::host();
+        let indices = [0x10, 0x10a, 0x174, 0x345];
+        assert_eq!(of_guest(&indices, &host), indices);
+        for level in [CpuLevel::V2, CpuLevel::V3] {
+            let host = GuestCpuid::of_entries(host.clone());
+            let guest = host.at_level(level).unwrap();
+            assert_eq!(of_guest(&indices, guest.entries()), [0x10, 0x174]);
+        }
+        assert_eq!(of_guest(&indices, &[]), [0x10, 0x174]);
+    }
+
+    #[test]
+    fn each_is_of_its_own_bit() {
+        let with = |index: u32| {
+            let mut cpuid = cpu_level::tests::host();
+            for leaf in &mut cpuid {
+                (leaf.eax, leaf.ebx) = (0, 0);
+                match (leaf.function, index) {
+                    (1, 0x345) => (leaf.ecx, leaf.edx) = (1 << 15, 0),
+                    (7, 0x10a) => (leaf.ecx, leaf.edx) = (0, 1 << 29),
+                    _ => (leaf.ecx, leaf.edx) = (0, 0),
+                }
+            }
+            of_guest(&[0x10a, 0x345], &cpuid)
+        };
+        assert_eq!(with(0x10a), [0x10a]);
+        assert_eq!(with(0x345), [0x345]);
+    }
 }

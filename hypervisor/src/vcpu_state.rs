@@ -41,7 +41,7 @@ pub struct VcpuState {
     /// `struct kvm_lapic_state`.
     pub lapic: Vec<u8>,
     /// Every model-specific register that the host lists, memory types and machine check banks, which
-    /// it does not list; the clock's apart.
+    /// it does not list; the clock's apart, and those of features that the guest is not shown.
     pub msrs: Vec<MsrEntry>,
     /// `struct kvm_vcpu_events`.
     pub events: Vec<u8>,
@@ -130,7 +130,7 @@ impl Vcpu {
             xcrs: to_bytes(&fd.get_xcrs().asked("read the extended control registers")?),
             debug_regs: to_bytes(&fd.get_debug_regs().asked("read the debug registers")?),
             lapic: to_bytes(&fd.get_lapic().asked("read the local APIC")?),
-            msrs: msrs::get(fd, msr_indices)?
+            msrs: msrs::get(fd, &msrs::of_guest(msr_indices, cpuid))?
                 .into_iter()
                 .map(|entry| msrs::settable(entry, intel))
                 .collect(),
@@ -223,7 +223,10 @@ impl Vcpu {
         let debug_regs: kvm_debugregs = from_bytes("debug registers", debug_regs)?;
         fd.set_debug_regs(&debug_regs)
             .asked("set the debug registers")?;
-        msrs::set(fd, all_msrs)?;
+        // What was saved by who saved more than the guest has.
+        let had = |entry: &MsrEntry| msrs::has(&self.cpuid, entry.index);
+        let msrs: Vec<_> = all_msrs.iter().copied().filter(had).collect();
+        msrs::set(fd, &msrs)?;
         let lapic: kvm_lapic_state = from_bytes("local APIC", lapic)?;
         fd.set_lapic(&lapic).asked("set the local APIC")?;
         if counts_down(&lapic) {

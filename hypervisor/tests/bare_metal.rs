@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use hypervisor::{
     BootRegisters, BoundVcpu, ClockPlan, CpuTemplate, CpuidChange, Error, GuestCpuid, HostTsc,
-    IoHandler, Kick, MsrChange, Ran, Register, Vcpu, VcpuState, Vm, VmState, install_kick_handler,
+    IoHandler, Kick, MsrChange, MsrEntry, Ran, Register, Vcpu, VcpuState, Vm, VmState,
+    install_kick_handler,
 };
 use memory::{Layout, MIN_MEMORY_BYTES, MachineMemory};
 use saved_state::Section;
@@ -454,4 +455,44 @@ fn a_vcpu_of_a_template_is_what_the_template_says_and_no_other_value_is_believed
         };
         assert!(template.check().is_err());
     }
+}
+
+#[test]
+fn what_another_host_had_of_features_that_are_not_shown_is_not_set() {
+    const OF_FEATURES: [u32; 2] = [0x10a, 0x345];
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&SPINNER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let hide = |leaf, register, clear| CpuidChange {
+        leaf,
+        subleaf: 0,
+        register,
+        clear,
+        set: 0,
+    };
+    let template = CpuTemplate {
+        cpuid: vec![
+            hide(1, Register::Ecx, 1 << 15),
+            hide(7, Register::Edx, 1 << 29),
+        ],
+        ..CpuTemplate::default()
+    };
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(&vm.cpuid().of_template(&template).unwrap())
+        .unwrap();
+    let mut saved = vcpu.save(HostTsc::now()).unwrap();
+    let is_saved = |index| saved.msrs.iter().any(|entry| entry.index == index);
+    assert!(!OF_FEATURES.into_iter().any(is_saved));
+    let without = saved.clone();
+    // As a host with an older kernel saved it.
+    saved.msrs.extend(OF_FEATURES.map(|index| MsrEntry {
+        index,
+        value: 0x400_ffff,
+    }));
+    let other = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = other.create_vcpu(0).unwrap();
+    vcpu.restore(&saved).unwrap();
+    assert_eq!(vcpu.save(HostTsc::now()).unwrap(), without);
 }
