@@ -38,6 +38,8 @@ pub struct Merge {
     layers: Vec<Arc<Layer>>,
     /// How many are below them.
     below: usize,
+    /// The seals of those, and of all below them, that may not be finished: nobody does for who gave the snapshot up that they ended for.
+    seals: Vec<Arc<Seal>>,
 }
 
 /// Layers that are one.
@@ -60,11 +62,17 @@ impl Disk {
             .iter()
             .all(|layer| layer.media.is_whole())
             .then_some(())?;
+        let layers = &below_head[..=topmost];
+        let is_theirs = |seal: &&Arc<Seal>| {
+            let id = seal.reference().id;
+            layers.iter().any(|layer| layer.header.id == id)
+        };
         (lowest < topmost).then(|| Merge {
             path: self.path().to_owned(),
             bottom: self.bottom.clone(),
-            layers: below_head[..=topmost].to_vec(),
+            layers: layers.to_vec(),
             below: lowest,
+            seals: self.seals.iter().filter(is_theirs).cloned().collect(),
         })
     }
 
@@ -121,12 +129,17 @@ impl Merge {
             bottom,
             layers,
             below,
+            seals,
         } = self;
         let (under, parts) = layers.split_at(below);
         let (Some(lowest), Some(topmost)) = (parts.first(), parts.last()) else {
             return Err(Error::damaged(&path, "it has no layers"));
         };
         let place = topmost.path().to_owned();
+        for seal in seals {
+            still(wanted, &place)?;
+            seal.finish()?;
+        }
         if !topmost.sealed()? || topmost.descriptor()?.is_none() {
             return Err(Error::NotSealed { path: place });
         }

@@ -116,6 +116,11 @@ impl Saving {
         self.go_to(Stage::Completing)
     }
 
+    /// Whether something of it may be seen, whatever has become of it.
+    pub fn may_be_seen(&self) -> bool {
+        self.stage.load(Ordering::SeqCst) == Stage::Completing as u8
+    }
+
     /// Goes on to a stage, if it is still wanted.
     fn go_to(&self, stage: Stage) -> bool {
         let (wanted, order) = (Stage::Wanted as u8, Ordering::SeqCst);
@@ -199,10 +204,10 @@ mod tests {
     fn a_snapshot_is_cancelled_or_completed_and_never_both() {
         let saving = Saving::default();
         assert!(saving.cancel() && saving.cancel() && saving.is_cancelled());
-        assert!(!saving.complete());
+        assert!(!saving.complete() && !saving.may_be_seen());
         saving.restart(None);
         assert!(saving.complete());
-        assert!(!saving.cancel() && !saving.is_cancelled());
+        assert!(!saving.cancel() && !saving.is_cancelled() && saving.may_be_seen());
         saving.advance(1).unwrap();
     }
 

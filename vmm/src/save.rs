@@ -192,11 +192,20 @@ pub(crate) fn take_snapshot(
         return Err(Error::GuestEnds);
     }
     let images = disks::writable_images(held.disks());
-    let cuts = next_heads.cut(held.disks())?;
+    let saved = save_state(&mut held, next_heads, id);
+    let (state, cuts) = match saved {
+        Ok(both) => both,
+        Err(error) => {
+            drop(held);
+            // As below.
+            machine.merge_layers();
+            return Err(error);
+        }
+    };
     let ended = cuts.layers();
     let work = Work {
         draft,
-        state: held.save(id, &cuts)?,
+        state,
         rest: Rest {
             images,
             cuts,
@@ -214,16 +223,14 @@ pub(crate) fn take_snapshot(
     };
     let kept = match &taken {
         Ok(taken) => !taken.done.layers.is_empty(),
-        // There is none, or it is in the store, and nowhere without its disks. One that was cancelled while it was written failed by what
-        // was written to.
-        Err(Error::Cancelled) => true,
-        Err(_) if counters.saving.is_cancelled() => true,
-        Err(_) => destination.keeps_disks(),
+        // There is none, or it is in the store, and nowhere without its disks.
+        Err(_) => !counters.saving.may_be_seen() || destination.keeps_disks(),
     };
     if !kept {
         machine.keep_layers(ended);
     }
-    let taken = taken?;
+    // What ended for one that failed is merged as any other, or there could be no further one some day.
+    let taken = taken.inspect_err(|_| machine.merge_layers())?;
     let Done {
         written,
         state_bytes,
@@ -266,6 +273,16 @@ pub(crate) fn take_snapshot(
         stored,
         sent,
     })
+}
+
+/// Ends a layer of each disk, and saves all of the machine but its memory.
+fn save_state(
+    held: &mut Held<'_>,
+    next_heads: disks::Prepared,
+    id: SnapshotId,
+) -> Result<(Container, Cuts), Error> {
+    let cuts = next_heads.cut(held.disks())?;
+    Ok((held.save(id, &cuts)?, cuts))
 }
 
 /// The machine goes on at once, and what is not copied of its memory is written beside it.

@@ -348,6 +348,31 @@ fn zeros_are_holes_and_other_sizes_do_not_matter() {
 }
 
 #[test]
+fn layers_that_nobody_has_finished_become_one() {
+    let bench = Bench::new(64);
+    let mut disk = bench.on_base("d");
+    let mut layers = Vec::new();
+    for layer in 1..=5u8 {
+        write(&mut disk, u64::from(layer) * 512, &[layer; 512]);
+        let cut = disk.cut(disk.prepare().unwrap()).unwrap();
+        layers.push(cut.layer().clone());
+    }
+    let before = all(&disk);
+    let merged = merge(&mut disk, layers[0].id, layers[3].id);
+    assert_eq!(merged.remove_rest().unwrap().removed.len(), 3);
+    assert_eq!(depth(&disk), 3);
+    assert!(all(&disk) == before);
+    disk.flush().unwrap();
+    drop(disk);
+    let disk = bench.open("d");
+    assert!(all(&disk) == before);
+    drop(disk);
+    for path in [&layers[3].path, &layers[4].path, &bench.path("d")] {
+        sound(path);
+    }
+}
+
+#[test]
 fn a_chain_ends_somewhere() {
     let bench = Bench::in_memory(8);
     let mut disk = bench.on_base("d");

@@ -86,3 +86,37 @@ fn a_machine_that_is_saved_again_and_again_keeps_few_layers() {
     let early = cli.json(&early).unwrap();
     writes(&server, machine(&early), written(&cli, "snapshot-3"));
 }
+
+#[test]
+fn snapshots_that_fail_leave_few_layers() {
+    let Some(server) = server() else { return };
+    let client = &server.client;
+    let cli = Cli::new(&server.tree(), &server.run_directory());
+    std::fs::write(server.tree().join("kernel"), bare_metal::writer()).unwrap();
+    cli.run(&["disk", "create", "d", "--size", "1M"]).unwrap();
+    let raw = server.tree().join("raw");
+    std::fs::write(&raw, [0; 4096]).unwrap();
+    let more = json!({
+        "vcpus": 1,
+        "memory_mib": 64,
+        "disks": [{"path": server.path("d"), "format": "branch"}, {"path": server.path("raw")}],
+    });
+    let writer = client.boot(&server.path("kernel"), &more).unwrap();
+    // What was written there cannot be brought to the host's disk before the snapshot is to be seen.
+    std::fs::remove_file(&raw).unwrap();
+    let (state, memory) = (server.path("state"), server.path("memory"));
+    let mut times = 0;
+    for _ in 0..SNAPSHOTS {
+        times = writes(&server, writer, times);
+        let refused = client.try_snapshot(writer.port, &state, &memory, true);
+        assert_ne!(refused.unwrap().status, 200);
+    }
+    let few = || (layers(&server).len() < FEW).then_some(());
+    wait::until("the layers to become few", few).unwrap();
+
+    std::fs::write(&raw, [0; 4096]).unwrap();
+    client.snapshot(writer, &state, &memory, true).unwrap();
+    writes(&server, writer, times);
+    let restored = client.restore(&state, &memory).unwrap();
+    writes(&server, restored, times);
+}
