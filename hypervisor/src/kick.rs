@@ -79,6 +79,15 @@ impl Bound {
         store(RUN.get(), 1);
     }
 
+    /// Bytes of each access to a port that the vCPU has just come back for. KVM makes one exit of many accesses of a string instruction.
+    pub(crate) fn port_access_bytes(&self) -> usize {
+        let run = RUN.get();
+        // SAFETY: the page is mapped while this lives.
+        let size = unsafe { &raw const (*run).__bindgen_anon_1.io.size };
+        // SAFETY: as above; any byte is a number, and after such an exit the kernel has written this one.
+        usize::from(unsafe { size.read() })
+    }
+
     /// Arms `KVM_RUN` again, after a kick, and tells when that came: the guest has not run since. Whatever the kick announced
     /// must be looked at after this: a kick that comes in between is then not lost but answered once too often.
     pub(crate) fn rearm(&self) -> HostTsc {

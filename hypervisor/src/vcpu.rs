@@ -226,11 +226,11 @@ impl BoundVcpu {
         match self.vcpu.fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.fill(0xff);
-                io.port_in(port, data);
+                port_in(io, port, data, self.bound.port_access_bytes());
                 Ok(Ran::Port)
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                io.port_out(port, data);
+                port_out(io, port, data, self.bound.port_access_bytes());
                 Ok(Ran::Port)
             }
             Ok(VcpuExit::MmioRead(gpa, data)) => {
@@ -332,6 +332,20 @@ impl Deref for BoundVcpu {
     }
 }
 
+/// Has `io` answer reads of `port` into `data`, each of `size` bytes: one after the other, as the guest makes them. Ports beside it are not read.
+fn port_in(io: &impl IoHandler, port: u16, data: &mut [u8], size: usize) {
+    for access in data.chunks_mut(size.max(1)) {
+        io.port_in(port, access);
+    }
+}
+
+/// As [`port_in`], for writes.
+fn port_out(io: &impl IoHandler, port: u16, data: &[u8], size: usize) {
+    for access in data.chunks(size.max(1)) {
+        io.port_out(port, access);
+    }
+}
+
 /// The segment register that descriptor `index` with the bits `descriptor` loads (Intel SDM volume
 /// 3, "Segment Descriptors").
 fn segment(descriptor: u64, index: u16) -> kvm_segment {
@@ -356,5 +370,50 @@ fn segment(descriptor: u64, index: u16) -> kvm_segment {
         g: pages,
         unusable: 0,
         padding: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// Answers with how many accesses there were, and keeps what they were.
+    #[derive(Default)]
+    struct Accesses(RefCell<Vec<(u16, Vec<u8>)>>);
+
+    impl IoHandler for Accesses {
+        fn port_in(&self, port: u16, data: &mut [u8]) {
+            let mut accesses = self.0.borrow_mut();
+            data.fill(accesses.len() as u8);
+            accesses.push((port, data.to_vec()));
+        }
+        fn port_out(&self, port: u16, data: &[u8]) {
+            self.0.borrow_mut().push((port, data.to_vec()));
+        }
+        fn mmio_read(&self, _gpa: u64, _data: &mut [u8]) {}
+        fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
+    }
+
+    #[test]
+    fn string_instructions_make_one_access_after_the_other() {
+        let mut data = [0xff; 6];
+        for (size, read) in [
+            (1, [0, 1, 2, 3, 4, 5]),
+            (2, [0, 0, 1, 1, 2, 2]),
+            (6, [0; 6]),
+        ] {
+            let io = Accesses::default();
+            port_in(&io, 0x60, &mut data, size);
+            assert_eq!(data, read);
+            port_out(&io, 0x61, &data, size);
+            let expected = [0x60, 0x61].map(|port| {
+                let accesses = read.chunks(size);
+                accesses.map(move |access| (port, access.to_vec()))
+            });
+            let expected: Vec<_> = expected.into_iter().flatten().collect();
+            assert_eq!(*io.0.borrow(), expected);
+        }
     }
 }

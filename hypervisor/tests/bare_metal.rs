@@ -32,6 +32,13 @@ const COUNTER: [u8; 6] = [0xff, 0xc0, 0xe7, 0x10, 0xeb, 0xfa];
 /// The same without the port: it spins.
 const SPINNER: [u8; 4] = [0xff, 0xc0, 0xeb, 0xfc];
 
+/// Reads 8 bytes from port 0x60 at once, then writes 4 of them to port 0x10:
+/// `mov edi, 0x180000; mov ecx, 8; mov edx, 0x60; rep insb; mov eax, [rdi - 6]; out 0x10, eax; hlt`.
+const STRING_READER: [u8; 23] = [
+    0xbf, 0, 0, 0x18, 0, 0xb9, 8, 0, 0, 0, 0xba, 0x60, 0, 0, 0, 0xf3, 0x6c, 0x8b, 0x47, 0xfa, 0xe7,
+    0x10, 0xf4,
+];
+
 const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 #[derive(Default)]
@@ -495,4 +502,44 @@ fn what_another_host_had_of_features_that_are_not_shown_is_not_set() {
     let mut vcpu = other.create_vcpu(0).unwrap();
     vcpu.restore(&saved).unwrap();
     assert_eq!(vcpu.save(HostTsc::now()).unwrap(), without);
+}
+
+/// Answers each read with how many there were before.
+#[derive(Default)]
+struct Numbered {
+    reads: AtomicU32,
+    written: AtomicU32,
+}
+
+impl IoHandler for Numbered {
+    fn port_in(&self, port: u16, data: &mut [u8]) {
+        assert_eq!((port, data.len()), (0x60, 1));
+        data.fill(self.reads.fetch_add(1, Ordering::SeqCst) as u8);
+    }
+    fn port_out(&self, port: u16, data: &[u8]) {
+        assert_eq!(port, 0x10);
+        let written = u32::from_le_bytes(data.try_into().unwrap());
+        self.written.store(written, Ordering::SeqCst);
+    }
+    fn mmio_read(&self, _gpa: u64, _data: &mut [u8]) {}
+    fn mmio_write(&self, _gpa: u64, _data: &[u8]) {}
+}
+
+#[test]
+fn a_string_instruction_reads_one_port_again_and_again() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory_with(&STRING_READER);
+    let vm = Vm::new(&memory, 1).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.initialise(vm.cpuid()).unwrap();
+    vcpu.boot(&boot_registers()).unwrap();
+    let mut vcpu = vcpu.bind();
+    let io = Numbered::default();
+    while io.written.load(Ordering::SeqCst) == 0 {
+        assert_eq!(vcpu.run(&io).unwrap(), Ran::Port);
+    }
+    assert_eq!(io.written.load(Ordering::SeqCst), 0x0504_0302);
+    assert_eq!(io.reads.load(Ordering::SeqCst), 8);
 }
