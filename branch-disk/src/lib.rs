@@ -51,6 +51,7 @@ mod name;
 mod page;
 mod parts;
 mod qcow2;
+mod qcow2_whole;
 mod rebuild;
 mod seal;
 mod stored_map;

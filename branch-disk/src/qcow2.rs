@@ -12,6 +12,7 @@ use crate::{
     convert::{Copied, copy, export, import, source},
     disk::Disk,
     error::Error,
+    qcow2_whole::check_whole,
 };
 
 type Image = FormatAccess<ImageFile>;
@@ -24,7 +25,10 @@ type Image = FormatAccess<ImageFile>;
 /// [`Error`]; [`Error::Exists`] when there is anything at `to`, [`Error::InUse`] when somebody writes to `from`.
 pub fn import_qcow2(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
     let media = source(from)?;
-    let image = check_plain(media.file()).and_then(|()| open(media.file().try_clone()?, false));
+    let bytes = media.bytes()?;
+    let image = check_plain(media.file())
+        .and_then(|()| check_whole(media.file(), bytes))
+        .and_then(|()| open(media.file().try_clone()?, false));
     let image = image.map_err(Error::io("import from", from))?;
     let read = |offset: u64, piece: &mut [u8]| image.read(piece, offset);
     import(image.size(), Ok, read, to, rule)

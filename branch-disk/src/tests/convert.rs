@@ -88,3 +88,22 @@ fn a_pipe_is_refused_and_not_waited_for() {
         );
     }
 }
+
+#[test]
+fn a_qcow2_image_that_was_cut_short_is_refused() {
+    let bench = Bench::new(4096);
+    crate::export_qcow2(&bench.on_base("d"), &bench.path("qcow2")).unwrap();
+    let file = File::options()
+        .write(true)
+        .open(bench.path("qcow2"))
+        .unwrap();
+    let whole = file.metadata().unwrap().len();
+    crate::import_qcow2(&bench.path("qcow2"), &bench.path("whole"), &anything).unwrap();
+    let mut cut = whole.next_multiple_of(65536);
+    while cut > 65536 {
+        cut -= 65536;
+        file.set_len(cut).unwrap();
+        let refused = crate::import_qcow2(&bench.path("qcow2"), &bench.path("to"), &anything);
+        assert!(refused.is_err(), "{cut}");
+    }
+}
