@@ -115,8 +115,21 @@ impl Counters {
 
     /// Whether memory or disks are still to come.
     pub(crate) fn is_any_missing(&self) -> bool {
+        self.is_memory_missing() || !self.arriving_disks.are_here()
+    }
+
+    /// Whether memory is still to come.
+    fn is_memory_missing(&self) -> bool {
         let arriving = self.arriving.as_ref();
-        arriving.is_some_and(|arriving| !arriving.is_complete()) || !self.arriving_disks.are_here()
+        arriving.is_some_and(|arriving| !arriving.is_complete())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if self.counters.is_memory_missing() {
+            self.vcpus.leave();
+        }
     }
 }
 

@@ -36,8 +36,8 @@ pub(crate) enum Command {
         states: Arc<[VcpuState]>,
         awake: bool,
     },
-    /// End the thread.
-    End,
+    /// End the thread; and if it `leaves` its vCPU, have that end with the process.
+    End { leaves: bool },
 }
 
 /// A command with the number of the round it belongs to, which its acknowledgement repeats: an answer
@@ -138,6 +138,8 @@ enum State {
     /// Its guest has said that a run is done, and it waits for what comes next. Nobody has held it: its clock goes on.
     Parked,
     Ended,
+    /// It has ended, and its vCPU has not.
+    Left,
 }
 
 /// A guest must not go on without one of its CPUs: dropped in a panic, this tells of it.
@@ -212,6 +214,10 @@ impl VcpuThread {
                 State::Running => self.run_guest(&mut vcpu),
                 State::Parked => self.wait_parked(&mut vcpu),
                 State::Ended => return,
+                State::Left => {
+                    std::mem::forget(vcpu);
+                    return;
+                }
             };
         }
     }
@@ -270,7 +276,8 @@ impl VcpuThread {
             (Command::Reset { states, awake }, _) => {
                 (held(awake), Done::Reset(reset(vcpu, &states)))
             }
-            (Command::End, _) => (State::Ended, Done::Ended),
+            (Command::End { leaves: true }, _) => (State::Left, Done::Ended),
+            (Command::End { leaves: false }, _) => (State::Ended, Done::Ended),
         };
         self.acknowledge(vcpu, round, done);
         if let Some(start) = start {

@@ -48,6 +48,8 @@ pub(crate) struct Vcpus {
     held: bool,
     /// What they answer comes within so long, and is waited for without sleeping.
     awake: Option<Duration>,
+    /// They end with the process.
+    left: bool,
 }
 
 #[derive(Debug)]
@@ -90,6 +92,7 @@ impl Vcpus {
             round: 0,
             held: true,
             awake: None,
+            left: false,
         };
         for (vcpu, thread) in vcpus {
             let id = vcpu.id();
@@ -224,6 +227,13 @@ impl Vcpus {
         Ok(())
     }
 
+    /// Has their threads end without them, as not all memory is there. KVM may wait for a page on behalf of a guest that goes on meanwhile, and
+    /// when the last vCPU ends it waits for that to be over, where nothing can kill it: for good, as the process that has the page come
+    /// would be the one that waits. What is still mapped ends only once that process has let go of its memory.
+    pub(crate) fn leave(&mut self) {
+        self.left = true;
+    }
+
     /// Begins a round: gives all of them a command, and a kick so that they look, unless they wait for one.
     fn tell(&mut self, command: impl Fn(&Handle) -> Command) {
         self.round += 1;
@@ -271,7 +281,8 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.tell(|_| Command::End);
+        let leaves = self.left;
+        self.tell(|_| Command::End { leaves });
         match self.gather(END_BOUND) {
             Ok(_) => {
                 for thread in self.vcpus.iter_mut().filter_map(|vcpu| vcpu.thread.take()) {
