@@ -2,13 +2,14 @@
 
 use std::{
     fs::OpenOptions,
+    io::ErrorKind,
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use rustix::{
-    fs::{AtFlags, CWD},
+    fs::{AtFlags, CWD, RenameFlags, renameat_with},
     io::Errno,
 };
 
@@ -315,7 +316,13 @@ impl Draft {
 
     /// Gives it its name, which nothing may have, and gives its file. It does not keep the name if that cannot be made durable.
     pub(crate) fn publish(mut self, path: &Path) -> Result<Media, Error> {
-        self.link(path)?;
+        match self.link(path) {
+            // A file system without hard links, to which an image may be exported.
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::PermissionDenied => {
+                self.rename_to(path)?;
+            }
+            linked => linked?,
+        }
         let media = self.media.take();
         name::discard(&self.path);
         sync_directory_of(path).inspect_err(|_| name::discard(path))?;
@@ -327,12 +334,12 @@ impl Draft {
         let Some(media) = &self.media else {
             return Ok(());
         };
-        link(media, path).map_err(|errno| match errno {
-            Errno::EXIST => Error::Exists {
-                path: path.to_owned(),
-            },
-            errno => Error::errno("name", path)(errno),
-        })
+        link(media, path).map_err(not_named(path))
+    }
+
+    /// Gives it another name, which nothing may have.
+    fn rename_to(&self, path: &Path) -> Result<(), Error> {
+        renameat_with(CWD, &self.path, CWD, path, RenameFlags::NOREPLACE).map_err(not_named(path))
     }
 
     /// Gives it the name of what it follows.
@@ -374,6 +381,16 @@ impl Drop for Draft {
         if self.media.is_some() {
             name::discard(&self.path);
         }
+    }
+}
+
+/// Why what was to be called `path` is not.
+fn not_named(path: &Path) -> impl FnOnce(Errno) -> Error {
+    move |errno| match errno {
+        Errno::EXIST => Error::Exists {
+            path: path.to_owned(),
+        },
+        errno => Error::errno("name", path)(errno),
     }
 }
 
