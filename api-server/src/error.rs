@@ -157,6 +157,25 @@ mod tests {
     }
 
     #[test]
+    fn a_full_run_directory_is_no_space() {
+        let full = |kind: std::io::ErrorKind| RegistryError::Io {
+            path: "/run".into(),
+            source: kind.into(),
+        };
+        let code = |error: ApiError| error.code;
+        let (space, other) = (
+            std::io::ErrorKind::StorageFull,
+            std::io::ErrorKind::NotADirectory,
+        );
+        assert_eq!(code(full(space).into()), ErrorCode::NoSpace);
+        assert_eq!(
+            code(SpawnError::from(full(space)).into()),
+            ErrorCode::NoSpace
+        );
+        assert_eq!(code(full(other).into()), ErrorCode::Internal);
+    }
+
+    #[test]
     fn causes_are_told() {
         let error = ApiError::from(ClientError::Connect {
             port: 9,

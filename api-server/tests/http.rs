@@ -3,11 +3,18 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests may do what tests may")]
 
-use std::{fs, path::Path, sync::mpsc, thread};
+use std::{
+    fs,
+    net::{Ipv4Addr, TcpListener},
+    path::Path,
+    process::{Child, Command},
+    sync::mpsc,
+    thread,
+};
 
 use api_server::{ServerConfig, rocket as server};
 use api_types::{ErrorBody, ErrorCode, Health};
-use control::Registry;
+use control::{Console, Origin, ProcessId, Record, Registration, Registry, Secret, Source};
 use rocket::{
     fairing::AdHoc,
     http::{Method, Status},
@@ -28,7 +35,7 @@ fn config(dir: &Path, vmm: &str) -> ServerConfig {
 
 struct Bench {
     client: Client,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Bench {
@@ -42,7 +49,7 @@ impl Bench {
         change(&mut config);
         Self {
             client: Client::tracked(server(config).unwrap()).unwrap(),
-            _dir: dir,
+            dir,
         }
     }
 
@@ -364,4 +371,42 @@ fn requests_of_web_pages_are_refused() {
         let error: ErrorBody = answer.into_json().unwrap();
         assert_eq!(error.error, ErrorCode::Forbidden);
     }
+}
+
+/// A process that lives for so many seconds, and its record: its control service is on `port`.
+fn machine(bench: &Bench, seconds: &str, port: u16) -> (Child, Registration) {
+    let process = Command::new("sleep").arg(seconds).spawn().unwrap();
+    let record = Record {
+        process: ProcessId::alive(process.id()).unwrap().unwrap(),
+        port,
+        secret: Secret::random().unwrap(),
+        origin: Origin::Restore(Source::files("/s", "/m")),
+        console: Console::Terminal,
+        vcpus: 1,
+        memory_mib: 64,
+    };
+    let registry = Registry::open(bench.dir.path().join("run")).unwrap();
+    (process, registry.register(&record).unwrap())
+}
+
+#[test]
+fn a_machine_that_is_just_ending_is_not_there_and_one_that_is_silent_is() {
+    let bench = Bench::new("/no/such/vmm");
+    let closed = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = closed.local_addr().unwrap().port();
+    drop(closed);
+    let (mut ending, _written) = machine(&bench, "1", port);
+    let path = format!("/vms/{}/pause", ending.id());
+    let error = bench.refusal(Method::Post, &path, "");
+    assert_eq!(error.error, ErrorCode::NotFound, "{error:?}");
+    ending.wait().unwrap();
+
+    let silent = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let (mut frozen, _written) = machine(&bench, "600", port);
+    let path = format!("/vms/{}/pause", frozen.id());
+    let error = bench.refusal(Method::Post, &path, "");
+    assert_eq!(error.error, ErrorCode::Deadline, "{error:?}");
+    frozen.kill().unwrap();
+    frozen.wait().unwrap();
 }

@@ -266,3 +266,31 @@ pub(crate) fn open_pruned(registry: &Path) -> Result<Registry, SpawnError> {
     registry.prune(KEPT_LOGS)?;
     Ok(registry)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_is_short_of_is_not_the_program() {
+        let of = |errno: Errno| SpawnError::of_start(Path::new("/vmm"), errno.into());
+        for errno in [Errno::AGAIN, Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(matches!(of(errno), SpawnError::Host(_)), "{errno}");
+        }
+        for errno in [Errno::NOENT, Errno::ACCESS, Errno::NOEXEC] {
+            assert!(matches!(of(errno), SpawnError::Program { .. }), "{errno}");
+        }
+        let log = |errno: Errno| SpawnError::Log {
+            dir: "/run".into(),
+            source: errno.into(),
+        };
+        assert!(log(Errno::NOSPC).is_no_space() && log(Errno::DQUOT).is_no_space());
+        assert!(!log(Errno::IO).is_no_space() && !of(Errno::NOENT).is_no_space());
+        let registry = |errno: Errno| RegistryError::Io {
+            path: "/run".into(),
+            source: errno.into(),
+        };
+        assert!(SpawnError::from(registry(Errno::NOSPC)).is_no_space());
+        assert!(!registry(Errno::ACCESS).is_no_space());
+    }
+}

@@ -46,18 +46,22 @@ impl<'a> Cursor<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    /// Text in a field of `N` bytes, padded with zeros. It is shown to people, on terminals: what would steer one is replaced.
+    /// Text in a field of `N` bytes, padded with zeros. It is shown to people, on terminals: what would steer one is refused.
     pub(crate) fn text<const N: usize>(&mut self) -> Result<String, Error> {
         let field: [u8; N] = self.array()?;
         let len = field.iter().position(|&b| b == 0).unwrap_or(N);
         let text = std::str::from_utf8(&field[..len])
             .map_err(|_| Error::Malformed("a text field is not UTF-8"))?;
-        Ok(text.replace(char::is_control, "\u{fffd}"))
+        if text.contains(char::is_control) {
+            return Err(Error::Malformed("a text field has control characters"));
+        }
+        Ok(text.to_owned())
     }
 }
 
-/// Appends `text` as a field of `N` bytes, cut at a character boundary or padded with zeros.
+/// Appends `text` as a field of `N` bytes, without control characters, cut at a character boundary or padded with zeros.
 pub(crate) fn put_text<const N: usize>(out: &mut Vec<u8>, text: &str) {
+    let text = text.replace(char::is_control, "");
     let mut len = text.len().min(N);
     while !text.is_char_boundary(len) {
         len -= 1;
@@ -74,8 +78,12 @@ mod tests {
     fn text_steers_no_terminal() {
         let mut field = Vec::new();
         put_text::<16>(&mut field, "a\x1b[2Jb\r\n\u{9b}c");
-        let mut cursor = Cursor::new(&field);
-        let text = cursor.text::<16>().unwrap();
-        assert_eq!(text, "a\u{fffd}[2Jb\u{fffd}\u{fffd}\u{fffd}c");
+        let text = Cursor::new(&field).text::<16>().unwrap();
+        assert_eq!(text, "a[2Jbc");
+        for control in [&b"\x1b"[..], b"\n", b"\x7f", "\u{9b}".as_bytes()] {
+            let mut field = *b"a\0\0\0";
+            field[1..=control.len()].copy_from_slice(control);
+            assert!(Cursor::new(&field).text::<4>().is_err(), "{control:?}");
+        }
     }
 }

@@ -207,8 +207,15 @@ fn what_a_guest_wrote_is_of_use_when_its_machine_ends_and_the_disk_comes_late() 
     let heads = ["stopped", "killed"].map(|directory| {
         let [head] = bench.named(directory, ".head").try_into().unwrap();
         let path = head.to_str().unwrap();
-        let refused = bench.cli.refused(&["disk", "check", path]).unwrap();
+        let refused = bench.cli.refused(&["disk", "info", path]).unwrap();
         assert!(refused.contains(".layer"), "{refused}");
+        let check = bench
+            .cli
+            .command(&["disk", "check", path])
+            .output()
+            .unwrap();
+        assert_eq!(check.status.code(), Some(2), "{check:?}");
+        assert!(String::from_utf8_lossy(&check.stdout).contains(".layer"));
         head
     });
     assert!(bench.named("stopped", ".partial").is_empty());
