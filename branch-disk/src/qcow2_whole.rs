@@ -26,10 +26,12 @@ pub(crate) fn check_whole(file: &File, bytes: u64) -> io::Result<()> {
     let cluster = 1u64 << cluster_bits;
     let extended = version > 2 && word(72)? & EXTENDED != 0;
     let entry_bytes = if extended { 16 } else { 8 };
-    if size.div_ceil(cluster).div_ceil(cluster / entry_bytes) > entries {
+    let needed = size.div_ceil(cluster).div_ceil(cluster / entry_bytes);
+    if needed > entries {
         return Err(cut_short());
     }
-    for entry in 0..entries {
+    // What a snapshot or a larger size has left behind those is not read.
+    for entry in 0..needed {
         let level2 = number(file, table.saturating_add(entry * 8), bytes)? & OFFSET;
         if level2 == 0 {
             continue;

@@ -83,3 +83,29 @@ async fn greet(number: u64, secret: &Secret, mut stream: TcpStream) -> Greeted {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use futures::FutureExt;
+    use tokio::{io::AsyncReadExt, net::TcpListener};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_is_one_too_many_takes_the_place_of_who_has_been_there_longest() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let secret = Secret::random().unwrap();
+        let mut strangers = Strangers::new(&secret);
+        let mut callers = Vec::new();
+        for _ in 0..=MAX_STRANGERS {
+            callers.push(TcpStream::connect(address).await.unwrap());
+            strangers.greet(listener.accept().await.unwrap().0);
+        }
+        assert!(strangers.known().now_or_never().is_none());
+        assert_eq!(strangers.greetings.len(), MAX_STRANGERS);
+        assert_eq!(callers[0].read(&mut [0]).await.unwrap(), 0);
+    }
+}
