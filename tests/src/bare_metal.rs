@@ -8,11 +8,27 @@ mod crew;
 mod runner;
 mod writer;
 
-use std::{arch::global_asm, slice};
+use std::{arch::global_asm, env, fs::File, slice};
 
 pub use crew::crew;
 pub use runner::{RUN_ENDLESS, RUN_PAGES, RUN_POWER_OFF, RUN_RESULT, WENT_ON, runner, shouter};
 pub use writer::writer;
+
+/// Whether this machine has a KVM to test with; says so if it has none.
+///
+/// # Panics
+///
+/// When it has none, and the variable `FERMATA_KVM` says `required`, as where it had one before the tests.
+#[must_use]
+pub fn has_kvm() -> bool {
+    let Err(error) = File::open("/dev/kvm") else {
+        return true;
+    };
+    let required = env::var_os("FERMATA_KVM").is_some_and(|value| value == "required");
+    assert!(!required, "cannot open /dev/kvm: {error}");
+    eprintln!("cannot open /dev/kvm, so nothing was tested: {error}");
+    false
+}
 
 /// Guest-physical address that the guests are loaded at.
 const LOAD_ADDRESS: u64 = 0x10_0000;

@@ -45,6 +45,19 @@ pub(crate) fn release_programs(others: &[&str]) -> Result<Programs> {
     built_by(&cargo.chain(wanted).collect::<Vec<_>>())
 }
 
+/// Builds the tests of the workspace, and the test program `other`.
+pub(crate) fn tests(other: &str) -> Result<()> {
+    let all = ["--lib", "--bins", "--tests"];
+    let cargo = ["test", "--no-run", "--workspace"].into_iter();
+    built_by(
+        &cargo
+            .chain(all)
+            .chain(["--test", other])
+            .collect::<Vec<_>>(),
+    )?;
+    Ok(())
+}
+
 /// Builds the test program `name`, from what the other tests are built of. It is selected in the whole workspace and not in
 /// its package, which would have dependencies built once more with fewer features.
 pub(crate) fn system_test(name: &str) -> Result<Programs> {

@@ -1,5 +1,6 @@
 //! What demo, benchmarks and level-3 tests stand on: packages, guest, programs, a directory for results.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -26,6 +27,8 @@ pub(crate) struct Ground {
     environment: Vec<(&'static str, PathBuf)>,
     /// Same path inside and outside of a session; kept afterwards, emptied before the next.
     pub(crate) share: PathBuf,
+    /// Held while the share is used.
+    _lock: File,
 }
 
 impl Ground {
@@ -36,6 +39,7 @@ impl Ground {
         let guest = guest::build()?;
         println!("Building fermata");
         let programs = build::release_programs(others)?;
+        let lock = lock()?;
         let share = empty_share()?;
         println!("{}", choice.reason);
         Ok(Self {
@@ -55,6 +59,7 @@ impl Ground {
             ],
             programs,
             share,
+            _lock: lock,
         })
     }
 
@@ -63,42 +68,29 @@ impl Ground {
         self.environment.push((name, path));
     }
 
-    /// Runs `job` on a machine of its own with a real KVM: an emulated one, or this one.
-    ///
-    /// QEMU's emulation of SVM has races: now and then the kernel of the emulated machine crashes, or both of its
-    /// CPUs wait for each other for ever. A job cannot do that from user space, so such an end says nothing about
-    /// the job, and it runs again on a fresh machine. A machine that breaks down each time is an error: then it
-    /// is no accident.
+    /// Runs `job` on a machine of its own with a real KVM: see [`Machine::run`].
     pub(crate) fn run(&self, job: Job) -> Result<Output> {
-        let job = self.equip(job);
-        let mut machine = 1;
-        loop {
-            match self.run_once(&job) {
-                Err(error) if error.is::<Breakdown>() && machine < MACHINES => {
-                    machine += 1;
-                    println!(
-                        "{error}\nThat machine broke down; number {machine} of {MACHINES} takes over"
-                    );
-                }
-                outcome => return outcome,
-            }
+        self.machine().run(job)
+    }
+
+    /// A machine for one job after the other, not booted yet.
+    pub(crate) fn machine(&self) -> Machine<'_> {
+        Machine {
+            ground: self,
+            session: None,
+            broken_down: 0,
         }
     }
 
-    fn run_once(&self, job: &Job) -> Result<Output> {
-        let mut session = Session::open(self.level, &self.share)?;
+    fn open(&self) -> Result<Session> {
+        let session = Session::open(self.level, &self.share)?;
         if let Some(time) = session.boot_time() {
             println!(
                 "The emulated machine is up after {:.1} s",
                 time.as_secs_f64()
             );
         }
-        let output = session.run(job)?;
-        // The job is done, and the share is not part of the machine.
-        if let Err(error) = session.close() {
-            println!("{error:#}");
-        }
-        Ok(output)
+        Ok(session)
     }
 
     /// Whether jobs run on emulated machines.
@@ -144,6 +136,66 @@ impl Ground {
     }
 }
 
+/// A machine with a real KVM, an emulated one or this one, that is booted when there is a job for it. It belongs to the
+/// thread that it is used by: an emulated one ends with it.
+pub(crate) struct Machine<'g> {
+    pub(crate) ground: &'g Ground,
+    session: Option<Session>,
+    /// How many machines have broken down so far.
+    pub(crate) broken_down: u32,
+}
+
+impl Machine<'_> {
+    /// Runs `job`, on the machine that the last one has left.
+    ///
+    /// QEMU's emulation of SVM has races: now and then the kernel of the emulated machine crashes, or its CPU
+    /// waits for ever. A job cannot do that from user space, so such an end says nothing about
+    /// the job, and it runs again on a fresh machine. A machine that breaks down each time is an error: then it
+    /// is no accident.
+    pub(crate) fn run(&mut self, job: Job) -> Result<Output> {
+        let job = self.ground.equip(job);
+        let mut number = 1;
+        loop {
+            match self.run_once(&job) {
+                Err(error) if error.is::<Breakdown>() => {
+                    self.session = None;
+                    self.broken_down += 1;
+                    if number == MACHINES {
+                        return Err(error);
+                    }
+                    number += 1;
+                    println!(
+                        "{error}\nThat machine broke down; number {number} of {MACHINES} takes over"
+                    );
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn run_once(&mut self, job: &Job) -> Result<Output> {
+        let session = match &mut self.session {
+            Some(session) => session,
+            none => none.insert(self.ground.open()?),
+        };
+        session.run(job)
+    }
+
+    /// Has the next job run on a fresh machine.
+    pub(crate) fn replace(&mut self) {
+        // What was to be done there is done, and the share is not part of the machine.
+        if let Some(Err(error)) = self.session.take().map(Session::close) {
+            println!("{error:#}");
+        }
+    }
+}
+
+impl Drop for Machine<'_> {
+    fn drop(&mut self) {
+        self.replace();
+    }
+}
+
 /// Memory that programs can have before others lose theirs, as the kernel estimates it: `MemAvailable` of proc_meminfo(5).
 fn available_mib() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -152,6 +204,18 @@ fn available_mib() -> Option<u64> {
         .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kib >> 10)
+}
+
+/// Waits until nobody else uses the share.
+fn lock() -> Result<File> {
+    let path = cache::directory()?.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        println!("Waiting for another `cargo xtask` that uses the test bed");
+    }
+    file.lock()
+        .with_context(|| format!("cannot lock {}", path.display()))?;
+    Ok(file)
 }
 
 fn empty_share() -> Result<PathBuf> {

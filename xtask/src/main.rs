@@ -24,7 +24,10 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run every test: without KVM, on any KVM, and on Linux guests, nested where there is need
-    Test,
+    Test {
+        /// Instead, of the tests on Linux guests those whose names contain one of these
+        names: Vec<String>,
+    },
     /// Show the main job on a real guest: boot, snapshot, restore in a fresh process
     Demo,
     /// Measure, and write the results as JSON
@@ -64,7 +67,8 @@ enum Bench {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
-        Command::Test => test::run(),
+        Command::Test { names } if names.is_empty() => test::run(),
+        Command::Test { names } => test::run_on_linux_guests(&names),
         Command::Demo => demo::run(),
         Command::Bench {
             what: Bench::Vm,

@@ -7,20 +7,22 @@ use std::thread;
 
 use anyhow::Result;
 
-/// Does all `jobs`, as many at a time as there are `workers`, and sums up what comes of them. After an error nobody begins another
-/// job; it is returned when those that were begun are done.
-pub(super) fn side_by_side<J: Sync, T: Sum<T> + Send>(
+/// Does all `jobs`, as many at a time as there are `workers`, and sums up what comes of them. Each worker has a tool of its own for all
+/// that it does. After an error nobody begins another job; it is returned when those that were begun are done.
+pub(super) fn side_by_side<J: Sync, W, T: Sum<T> + Send>(
     jobs: &[J],
     workers: usize,
-    work: impl Fn(&J) -> Result<T> + Sync,
+    tool: impl Fn() -> W + Sync,
+    work: impl Fn(&mut W, &J) -> Result<T> + Sync,
 ) -> Result<T> {
     let left = Mutex::new(jobs.iter());
     // What is locked is whole at any time, and it is not locked while a job is done.
     let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
     let one_after_another = || {
         let mut done = Vec::new();
+        let mut tool = tool();
         while let Some(job) = next() {
-            done.push(work(job).inspect_err(|_| while next().is_some() {})?);
+            done.push(work(&mut tool, job).inspect_err(|_| while next().is_some() {})?);
         }
         Ok(done.into_iter().sum())
     };
@@ -55,11 +57,16 @@ mod tests {
             Mutex::new((to_second, first)),
             Mutex::new((to_first, second)),
         ];
-        let heard: u32 = side_by_side(&jobs, 2, |job| {
-            let job = job.lock().unwrap();
-            job.0.send(1)?;
-            Ok(job.1.recv_timeout(Duration::from_secs(60))?)
-        })
+        let heard: u32 = side_by_side(
+            &jobs,
+            2,
+            || (),
+            |(), job| {
+                let job = job.lock().unwrap();
+                job.0.send(1)?;
+                Ok(job.1.recv_timeout(Duration::from_secs(60))?)
+            },
+        )
         .unwrap();
         assert_eq!(heard, 2);
     }
@@ -67,19 +74,26 @@ mod tests {
     #[test]
     fn each_job_is_done_once_and_none_after_an_error() {
         let jobs: Vec<u32> = (1..=100).collect();
-        let sum: u32 = side_by_side(&jobs, 3, |job| Ok(*job)).unwrap();
+        let sum: u32 = side_by_side(&jobs, 3, || (), |(), job| Ok(*job)).unwrap();
         assert_eq!(sum, 5050);
         let done = AtomicU32::new(0);
-        let failed: Result<u32> = side_by_side(&jobs, 1, |job| {
-            done.fetch_add(1, Ordering::Relaxed);
-            if *job == 7 {
-                bail!("the seventh");
-            }
-            Ok(0)
-        });
+        let failed: Result<u32> = side_by_side(
+            &jobs,
+            1,
+            || 0,
+            |before: &mut u32, job| {
+                assert_eq!(*before + 1, *job);
+                *before = *job;
+                done.fetch_add(1, Ordering::Relaxed);
+                if *job == 7 {
+                    bail!("the seventh");
+                }
+                Ok(0)
+            },
+        );
         assert_eq!(failed.unwrap_err().to_string(), "the seventh");
         assert_eq!(done.into_inner(), 7);
-        let nothing: u32 = side_by_side(&[0; 0], 2, |_| Ok(1)).unwrap();
+        let nothing: u32 = side_by_side(&[0; 0], 2, || (), |(), _| Ok(1)).unwrap();
         assert_eq!(nothing, 0);
     }
 }

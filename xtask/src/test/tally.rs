@@ -11,6 +11,8 @@ pub(crate) struct Tally {
     pub(crate) failed: u32,
     /// How many of those that passed had failed on another emulated machine before.
     pub(crate) unsteady: u32,
+    /// How many emulated machines broke down.
+    pub(crate) broken_down: u32,
 }
 
 impl Tally {
@@ -74,6 +76,7 @@ impl Add for Tally {
             passed: self.passed + other.passed,
             failed: self.failed + other.failed,
             unsteady: self.unsteady + other.unsteady,
+            broken_down: self.broken_down + other.broken_down,
         }
     }
 }
@@ -93,10 +96,17 @@ impl Sum for Tally {
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} passed, {} failed", self.passed, self.failed)?;
-        match self.unsteady {
-            0 => Ok(()),
-            unsteady => write!(f, " ({unsteady} passed only on a second emulated machine)"),
+        if self.unsteady > 0 {
+            write!(
+                f,
+                ", {} passed only on a second emulated machine",
+                self.unsteady
+            )?;
         }
+        if self.broken_down > 0 {
+            write!(f, ", {} emulated machines broke down", self.broken_down)?;
+        }
+        Ok(())
     }
 }
 
@@ -109,7 +119,7 @@ mod tests {
         let expected = Tally {
             passed,
             failed,
-            unsteady: 0,
+            ..Tally::default()
         };
         assert_eq!(Tally::of_line(line), expected, "{line}");
     }
