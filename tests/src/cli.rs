@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::programs;
 
+/// The status of a Rust program that has panicked.
+const PANICKED: i32 = 101;
+
 /// Runs `fermata` in a directory, with a run directory and a store of its own.
 #[derive(Clone, Debug)]
 pub struct Cli {
@@ -76,10 +79,15 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// When it succeeds.
+    /// When it succeeds, says nothing, or does not fail by its own decision: by a panic or a signal.
     pub fn refused(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.command(arguments).output()?;
-        ensure!(!output.status.success(), "fermata {arguments:?} succeeded");
-        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+        let Output { status, stderr, .. } = self.command(arguments).output()?;
+        let said = String::from_utf8_lossy(&stderr).into_owned();
+        let decided = matches!(status.code(), Some(code) if code != 0 && code != PANICKED);
+        ensure!(
+            decided && !said.is_empty(),
+            "fermata {arguments:?}: {status}: {said}"
+        );
+        Ok(said)
     }
 }

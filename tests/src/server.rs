@@ -127,6 +127,10 @@ impl Drop for Server {
         for record in machines.unwrap_or_default() {
             if let Ok(Some(process)) = record.process.open() {
                 let _ = process.kill();
+                // What it maps and writes lies in the directory that goes away next.
+                let _ = wait::until("a machine to end", || {
+                    (!record.process.is_alive().unwrap_or(false)).then_some(())
+                });
             }
         }
     }
@@ -156,16 +160,22 @@ fn launch(directory: &Path, tree: &Path, arguments: &[String]) -> Result<(Child,
         })?;
     let client = Client::new(port);
     let up = wait::until("the server to answer", || {
-        let ended = process.try_wait().ok().flatten().is_some();
         let answers = client
             .get("/healthz")
             .is_ok_and(|answer| answer.status == 200);
-        (ended || answers).then_some(answers)
-    })?;
-    if !up {
-        bail!("the server ended: {}", std::fs::read_to_string(log)?);
+        // It may be somebody else's answer: who has not got the port ends.
+        let ended = process.try_wait().ok().flatten().is_some();
+        (ended || answers).then_some(!ended)
+    });
+    match up {
+        Ok(true) => Ok((process, client)),
+        Ok(false) => bail!("the server ended: {}", std::fs::read_to_string(log)?),
+        Err(error) => {
+            process.kill()?;
+            process.wait()?;
+            Err(error)
+        }
     }
-    Ok((process, client))
 }
 
 /// A port that is free now. Somebody may take it before the server does, which then says so.

@@ -17,16 +17,17 @@ fn content(server: &Server, cli: &Cli, disk: &str) -> (Vec<String>, String) {
             .arg(&image)
             .output()
             .unwrap();
-        String::from_utf8(output.stdout).unwrap()
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+        )
     };
-    run("/usr/sbin/e2fsck", &["-fy"]);
-    let checked = Command::new("/usr/sbin/e2fsck")
-        .arg("-fn")
-        .arg(&image)
-        .status()
-        .unwrap();
-    assert_eq!(checked.code(), Some(0), "{disk} is not clean");
-    let log = run("/usr/sbin/debugfs", &["-R", "cat /log"]);
+    // It mends what a replayed journal leaves to it, as the count of free blocks, and nothing that is broken.
+    let (preened, said) = run("/usr/sbin/e2fsck", &["-fp"]);
+    assert!(matches!(preened, Some(0 | 1)), "{disk}: {said}");
+    let (checked, said) = run("/usr/sbin/e2fsck", &["-fn"]);
+    assert_eq!(checked, Some(0), "{disk} is not clean: {said}");
+    let (_, log) = run("/usr/sbin/debugfs", &["-R", "cat /log"]);
     let data = dump(&image);
     (log.lines().map(str::to_owned).collect(), data)
 }

@@ -59,10 +59,14 @@ until [ "$(writes)" -gt $enough ]; do sleep 0.2; done
 /// Says what has ended.
 const ENDED: &str = "cd /run/load && ls | grep -F .status || true";
 
-/// Ends what has no end of its own, by its first process; waits for everything, and says how it ended.
+/// Ends what has no end of its own, by its first process: the rest has the CPUs to itself.
+const CALM: &str = r#"
+kill -INT "$(pidof stress-ng | tr ' ' '\n' | sort -n | head -n 1)"
+"#;
+
+/// Waits for everything, and says how it ended.
 const OUTCOME: &str = r#"
 cd /run/load
-kill -INT "$(pidof stress-ng | tr ' ' '\n' | sort -n | head -n 1)"
 for name in fio stress out in; do
     until [ -s $name.status ]; do sleep 0.5; done
     echo $name $(cat $name.status)
@@ -199,7 +203,8 @@ fn debian_under_load_is_saved_and_goes_on() {
         "",
         "not restored in the middle"
     );
-    watch.lap("restored");
+    host.command(&[LOAD, AT_WORK, CALM].concat()).unwrap();
+    watch.lap("restored, and every CPU at work");
     // Streams end, after what was on its way; an end may be told as an error.
     let _ = cut.read_to_end(&mut Vec::new());
     echoes(host.stream("vsock-again", 5000).unwrap(), &file[..1 << 20]);
