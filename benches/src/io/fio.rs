@@ -59,7 +59,8 @@ fn script(serial: &str, jobs: &[Job], seconds: u32) -> String {
     }
     format!(
         "for disk in /sys/block/vd*; do\n\
-        [ \"$(cat $disk/serial)\" = {serial} ] && break\ndone\n\
+        [ \"$(cat $disk/serial)\" = {serial} ] && break\n\
+        disk=\ndone\n\
         sed s,DISK,/dev/${{disk##*/}}, >/tmp/job <<'END'\n{job}END\n\
         fio --output-format=terse --terse-version=3 /tmp/job </dev/null 2>&1\n"
     )

@@ -85,15 +85,14 @@ impl Race {
         let all = self.bytes as f64 / MB;
         let one = &self.names[round % self.names.len()];
 
-        if !subject.once() {
-            self.rehearse(number)?;
-        }
-        place.clear()?;
+        self.warm(number)?;
         subject::run(subject.create(place))?;
         let save = timed(|| subject::run(subject.save(place, "first")))?;
         let size = pages::bytes_under(&place.store)? as f64 / MIB;
         let again = timed(|| subject::run(subject.save(place, "again")))?;
-        if !subject.once() {
+        if subject.once() {
+            pages::warm(&place.loaded, self.bytes)?;
+        } else {
             subject::run(subject.load(place, "first"))?;
             place.clear_loaded()?;
         }
@@ -126,14 +125,18 @@ impl Race {
         place.clear()
     }
 
-    /// Saves once without looking at the time. A virtual machine's host takes memory back that lies idle, and a page that it has to
-    /// find anew costs several times what it does else: who comes first would pay for all. What was given back a moment ago is given
-    /// out again.
-    fn rehearse(&self, number: usize) -> Result<()> {
+    /// Saves without looking at the time; where once is enough, as much memory as the images have is touched instead. A virtual machine's
+    /// host takes memory back that lies idle, and a page that it has to find anew costs several times what it does else: who comes first
+    /// would pay for all. What was given back a moment ago is given out again.
+    fn warm(&self, number: usize) -> Result<()> {
         let (place, subject) = (&self.place, &self.subjects[number]);
         place.clear()?;
+        if subject.once() {
+            return pages::warm(&place.loaded, self.bytes);
+        }
         subject::run(subject.create(place))?;
-        subject::run(subject.save(place, "rehearsed"))
+        subject::run(subject.save(place, "rehearsed"))?;
+        place.clear()
     }
 
     /// Fails unless all that was loaded is as it was.
