@@ -13,9 +13,24 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Says `line` on standard error. That nobody can be told is no reason not to do what is to be done.
-pub(crate) fn say(line: &str) {
-    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+/// Says `text` on standard error. That nobody can be told is no reason not to do what is to be done. It may quote a file
+/// from anybody: what would steer a terminal is shown instead, and a line behind the first is indented, so that none
+/// passes for a message of ours.
+pub(crate) fn say(text: &str) {
+    let lines: Vec<String> = text.split('\n').map(shown).collect();
+    let _ = io::stderr().write_all(format!("{}\n", lines.join("\n  ")).as_bytes());
+}
+
+/// `text` with its control characters as escapes.
+fn shown(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() {
+            true => shown.extend(character.escape_default()),
+            false => shown.push(character),
+        }
+    }
+    shown
 }
 
 /// Prints `value` as indented JSON.
@@ -23,10 +38,14 @@ pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
-/// Rows under a heading, in columns as wide as they need.
+/// Rows under a heading, in columns as wide as they need; control characters, of foreign names, as escapes.
 pub(crate) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) -> String {
     let mut widths = heading.map(str::len);
-    for row in rows {
+    let rows: Vec<[String; N]> = rows
+        .iter()
+        .map(|row| row.each_ref().map(|cell| shown(cell)))
+        .collect();
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
@@ -40,7 +59,7 @@ pub(crate) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) ->
         line + "\n"
     };
     let mut text = line(heading);
-    for row in rows {
+    for row in &rows {
         text.push_str(&line(row.each_ref().map(String::as_str)));
     }
     text
@@ -73,6 +92,13 @@ mod tests {
             ["22".to_owned(), String::new()],
         ];
         assert_eq!(table(["PID", "X"], &rows), "PID  X\n1    ä\n22\n");
+    }
+
+    #[test]
+    fn names_steer_no_terminal() {
+        let rows = [["a\x1b[2J\nb".to_owned(), "1".to_owned()]];
+        let lines = table(["NAME", "X"], &rows);
+        assert_eq!(lines, "NAME            X\na\\u{1b}[2J\\nb  1\n");
     }
 
     #[test]

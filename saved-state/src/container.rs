@@ -275,19 +275,38 @@ mod tests {
         );
     }
 
+    /// A saved machine with `bytes` in its header, from `at` on, under a right checksum.
+    fn with_header(at: usize, bytes: &[u8]) -> Vec<u8> {
+        let mut file = saved();
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        let checksum = blake3::hash(&file[..HEADER_BYTES - 32]);
+        file[HEADER_BYTES - 32..HEADER_BYTES].copy_from_slice(checksum.as_bytes());
+        file
+    }
+
     #[test]
     fn a_newer_format_is_refused_by_release() {
-        let mut bytes = saved();
-        bytes[8..12].copy_from_slice(&2u32.to_le_bytes());
-        let checksum = blake3::hash(&bytes[..HEADER_BYTES - 32]);
-        bytes[HEADER_BYTES - 32..HEADER_BYTES].copy_from_slice(checksum.as_bytes());
-        assert_eq!(
-            Container::from_bytes(&bytes),
+        let refused = |found, release: &str| {
             Err(Error::UnknownFormat {
-                found: 2,
-                release: "0.1.0".to_owned()
+                found,
+                release: release.to_owned(),
             })
-        );
+        };
+        let newer = with_header(8, &[2]);
+        assert_eq!(Container::from_bytes(&newer), refused(2, "0.1.0"));
+        // Its text is whatever that release has there.
+        let newer = with_header(8, b"\x03\0\0\0\x02\0\0\0\x1b");
+        assert_eq!(Container::from_bytes(&newer), refused(3, "a newer one"));
+    }
+
+    #[test]
+    fn a_header_that_fermata_does_not_write_is_refused() {
+        // The version, behind the end of the release, in what is zeros.
+        for (at, byte) in [(8, 0), (40, 1), (188, 1), (223, 1)] {
+            let file = with_header(at, &[byte]);
+            let refused = Container::from_bytes(&file);
+            assert!(matches!(refused, Err(Error::Malformed(_))), "{refused:?}");
+        }
     }
 
     #[test]

@@ -16,6 +16,10 @@ impl<'a> Cursor<'a> {
         self.rest.is_empty()
     }
 
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
     pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], Error> {
         let (head, rest) = self
             .rest
@@ -50,6 +54,9 @@ impl<'a> Cursor<'a> {
     pub(crate) fn text<const N: usize>(&mut self) -> Result<String, Error> {
         let field: [u8; N] = self.array()?;
         let len = field.iter().position(|&b| b == 0).unwrap_or(N);
+        if field[len..].iter().any(|&b| b != 0) {
+            return Err(Error::Malformed("a text field goes on behind its end"));
+        }
         let text = std::str::from_utf8(&field[..len])
             .map_err(|_| Error::Malformed("a text field is not UTF-8"))?;
         if text.contains(char::is_control) {
@@ -85,5 +92,11 @@ mod tests {
             field[1..=control.len()].copy_from_slice(control);
             assert!(Cursor::new(&field).text::<4>().is_err(), "{control:?}");
         }
+    }
+
+    #[test]
+    fn text_that_goes_on_behind_its_end_is_refused() {
+        assert_eq!(Cursor::new(b"ab\0\0").text::<4>().unwrap(), "ab");
+        assert!(Cursor::new(b"a\0b\0").text::<4>().is_err());
     }
 }

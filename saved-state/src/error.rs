@@ -11,7 +11,7 @@ pub enum Error {
     /// The container is of a format that this release does not know.
     #[error(
         "the state file has format version {found}, this release reads version {FORMAT_VERSION}; \
-         restore it with fermata {release} or newer"
+         restore it with the release that wrote it, {release}"
     )]
     UnknownFormat {
         /// The version found in the header.
@@ -21,7 +21,7 @@ pub enum Error {
     },
     /// The file ends before its header says it should, or goes on after it.
     #[error(
-        "the state file should have {expected} bytes but has {found}; it was cut or appended to"
+        "the state file should have {expected} bytes but has {found}; it was cut or appended to: take another copy"
     )]
     WrongLength {
         /// Bytes by the header.
@@ -36,7 +36,7 @@ pub enum Error {
     #[error("the state file is damaged (checksum mismatch); take another copy")]
     DamagedBody,
     /// A checked container breaks its own rules: it was made by something else than fermata.
-    #[error("the state file is malformed: {0}")]
+    #[error("the state file is malformed: {0}; take another copy, or save the machine again")]
     Malformed(&'static str),
     /// A section that the machine needs is not there.
     #[error(
@@ -55,7 +55,7 @@ pub enum Error {
     Leftover(String),
     /// A section is newer than this release.
     #[error(
-        "section {kind} has version {found}, this release knows up to {known}; use a newer release"
+        "section {kind} of the state file has version {found}, this release knows 1 to {known}; restore it with the release that wrote it"
     )]
     UnknownVersion {
         /// The section's kind.
@@ -66,7 +66,9 @@ pub enum Error {
         known: u16,
     },
     /// A section's payload could not be decoded.
-    #[error("section {kind} cannot be decoded: {reason}")]
+    #[error(
+        "section {kind} of the state file is malformed: {reason}; take another copy, or save the machine again"
+    )]
     Decode {
         /// The section's kind.
         kind: Kind,

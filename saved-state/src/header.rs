@@ -132,13 +132,18 @@ impl Header {
         let mut cursor = Cursor::new(&fields[MAGIC.len()..]);
         let format = cursor.u32()?;
         let sections = cursor.u32()?;
-        let release = cursor.text::<RELEASE_BYTES>()?;
-        if format != FORMAT_VERSION {
+        let release = cursor.text::<RELEASE_BYTES>();
+        if format > FORMAT_VERSION {
             return Err(Error::UnknownFormat {
                 found: format,
-                release,
+                // Whatever is a text to a later release.
+                release: release.unwrap_or_else(|_| "a newer one".to_owned()),
             });
         }
+        if format == 0 {
+            return Err(Error::Malformed("there is no format version 0"));
+        }
+        let release = release?;
         let id = SnapshotId(cursor.array()?);
         let created_unix_ns = cursor.u64()?;
         let memory_bytes = cursor.u64()?;
@@ -153,6 +158,9 @@ impl Header {
             sections,
             checksum: cursor.array()?,
         };
+        if cursor.rest().iter().any(|&byte| byte != 0) {
+            return Err(Error::Malformed("its header has bytes that mean nothing"));
+        }
         let header = Self {
             id,
             release,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use versionize::{VersionMap, Versionize};
+use versionize::{VersionMap, Versionize, VersionizeError};
 
 use crate::Error;
 
@@ -97,10 +97,25 @@ impl Section {
         };
         let mut rest = self.payload.as_slice();
         let state = T::deserialize(&mut rest, &T::version_map(), self.version)
-            .map_err(|e| decode_error(e.to_string()))?;
+            .map_err(|e| decode_error(reason(e)))?;
         if !rest.is_empty() {
             return Err(decode_error(format!("{} bytes are left over", rest.len())));
         }
         Ok(state)
+    }
+}
+
+/// What a decoder's error says of what it decoded.
+fn reason(error: VersionizeError) -> String {
+    match error {
+        VersionizeError::VecLength(bytes) => format!("a list of {bytes} bytes is too long"),
+        VersionizeError::StringLength(bytes) => format!("a text of {bytes} bytes is too long"),
+        VersionizeError::Semantic(reason) => reason,
+        // Those of the encoding underneath name its own parts.
+        VersionizeError::Deserialize(_)
+        | VersionizeError::Serialize(_)
+        | VersionizeError::Io(_) => {
+            "it ends too early, or has values that there are not".to_owned()
+        }
     }
 }

@@ -73,8 +73,12 @@ impl Reference {
         }
         let checksum = blake3::hash(&bytes[..CHECKED_BYTES]);
         let whole = FORGED || bytes[CHECKED_BYTES..] == *checksum.as_bytes();
-        if !whole || version != VERSION {
+        if !whole {
             return Err("is a damaged reference (checksum mismatch); take another copy".to_owned());
+        }
+        let zeros = [&bytes[12..16], &bytes[72..CHECKED_BYTES]].concat();
+        if version == 0 || zeros.iter().any(|&byte| byte != 0) {
+            return Err("is a reference as fermata writes none; take another copy".to_owned());
         }
         Ok(Self {
             memory_bytes: u64::from_le_bytes(field(bytes, 16)),
@@ -119,6 +123,18 @@ mod tests {
             bytes[bit / 8] ^= 1 << (bit % 8);
             let magic = bit < 64;
             assert!(magic || Reference::from_bytes(&bytes).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn what_fermata_does_not_write_is_refused() {
+        for (at, value) in [(8, 0), (12, 1), (15, 1), (72, 1), (95, 1)] {
+            let mut bytes = reference().to_bytes();
+            bytes[at] = value;
+            let checksum = blake3::hash(&bytes[..CHECKED_BYTES]);
+            bytes[CHECKED_BYTES..].copy_from_slice(checksum.as_bytes());
+            let refused = Reference::from_bytes(&bytes).unwrap_err();
+            assert!(refused.contains("writes none"), "byte {at}: {refused}");
         }
     }
 

@@ -160,10 +160,14 @@ impl Footer {
         }
         let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| rest[at + i]));
         let version = word(0);
-        if version != VERSION || u64::from(word(4)) != GRANULE_BYTES {
+        if version > VERSION {
             return Err(format!(
                 "has format version {version}, this release reads {VERSION}; use a newer release"
             ));
+        }
+        let zeros = &rest[32 + CHECKSUM_BYTES..];
+        if version == 0 || u64::from(word(4)) != GRANULE_BYTES || zeros.iter().any(|&b| b != 0) {
+            return Err("has a footer as fermata writes none; take another copy".to_owned());
         }
         Ok(Self {
             memory_bytes: u64::from_le_bytes(std::array::from_fn(|i| rest[8 + i])),
@@ -200,6 +204,18 @@ mod tests {
             let mut damaged = bytes;
             damaged[at / 8] ^= 1 << (at % 8);
             assert!(Footer::from_bytes(&damaged).is_err(), "bit {at}");
+        }
+    }
+
+    #[test]
+    fn a_footer_that_fermata_does_not_write_is_refused() {
+        for (at, value) in [(8, 0), (14, 2), (72, 1), (95, 1)] {
+            let mut bytes = Footer::new(SnapshotId([3; 16]), 1 << 28, b"table").to_bytes();
+            bytes[at] = value;
+            let (fields, end) = bytes.split_at_mut(FOOTER_BYTES - CHECKSUM_BYTES);
+            end.copy_from_slice(blake3::hash(fields).as_bytes());
+            let refused = Footer::from_bytes(&bytes).unwrap_err();
+            assert!(refused.contains("writes none"), "byte {at}: {refused}");
         }
     }
 
