@@ -62,7 +62,7 @@ impl Store {
         let lock = backend
             .try_lock(Lock::Gc)
             .map_err(Error::io("lock the store for a collection"))?;
-        let _lock = lock.ok_or(Error::Busy("a collection or repair"))?;
+        let _lock = lock.ok_or(Error::Busy("a collection, check or repair"))?;
         let mut collected = Collected {
             leftovers: backend
                 .clear_dead()

@@ -48,7 +48,7 @@ pub(crate) fn claimed(backend: &dyn Backend) -> Result<HashSet<FileId>> {
     for lease in backend.leases().map_err(Error::file("read the leases"))? {
         let (ids, rest) = lease.as_chunks();
         if !rest.is_empty() {
-            return Err(Malformed("it ends within an id").in_file("leases"));
+            return Err(Error::Busy("a save that just claims packs"));
         }
         packs.extend(ids.iter().copied().map(FileId));
     }

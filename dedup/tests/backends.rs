@@ -214,6 +214,8 @@ fn packs_whose_snapshots_are_all_gone_are_not_collected() {
     // The other way round, and where only a tag is left.
     std::fs::rename(root.join("packs"), root.join("elsewhere")).unwrap();
     assert!(store.fsck().is_err());
+    assert!(save(&store, "wednesday", &[9; 4096]).is_err());
+    assert!(!root.join("packs").exists());
     store.tag("monday", "gold").unwrap();
     std::fs::rename(root.join("snapshots"), root.join("also")).unwrap();
     assert!(store.gc(&GcOptions::default()).is_err());

@@ -287,11 +287,14 @@ impl Backend for LocalDir {
     }
 
     fn lease(&self) -> io::Result<Box<dyn Lease>> {
-        // Now, and not when the first is published: by then there are packs.
-        let snapshots = self.dir(Area::Snapshots);
-        if !snapshots.is_dir() {
-            self.list(Area::Snapshots)?;
-            make_dir(&snapshots)?;
+        // Now, and not when the first is published: by then there is something in the other, and neither is to be made anew where it
+        // was lost.
+        for area in [Area::Snapshots, Area::Packs] {
+            let dir = self.dir(area);
+            if !dir.is_dir() {
+                self.list(area)?;
+                make_dir(&dir)?;
+            }
         }
         // Locked before it can be seen among the leases, or it would look like a dead process's.
         let (file, draft) = self.locked_draft()?;

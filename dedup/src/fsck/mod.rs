@@ -109,7 +109,7 @@ fn lock(backend: &dyn Backend) -> Result<Box<dyn Send>> {
     let lock = backend
         .try_lock(Lock::Gc)
         .map_err(Error::io("lock the store for a check"))?;
-    lock.ok_or(Error::Busy("a collection or repair"))
+    lock.ok_or(Error::Busy("a collection, check or repair"))
 }
 
 impl<'a> Check<'a> {
