@@ -412,6 +412,17 @@ impl Machines {
 
     /// Whether the server can do its work.
     pub(crate) fn health(&self) -> Result<Health, ApiError> {
+        if let Some(store) = &self.config.store
+            && let Err(error) = std::fs::read_dir(store.directory.join("packs"))
+        {
+            let directory = store.directory.display();
+            return Err(ApiError::new(
+                ErrorCode::Internal,
+                format!(
+                    "the store {directory} cannot be read: {error}; bring it back, and nothing is lost"
+                ),
+            ));
+        }
         Ok(Health {
             release: env!("CARGO_PKG_VERSION").to_owned(),
             vms: self.registry.list()?.len(),

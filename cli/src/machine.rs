@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use control::{
     Client, Console, GuestClock, LaunchSpec, NetChange, Origin, Parent, Record, Registry, Secret,
@@ -27,7 +27,7 @@ pub(crate) const STOP: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, clap::Args)]
 pub(crate) struct Name {
     /// The process id or the port of the machine, as `fermata ps` lists them.
-    #[arg(value_name = "VM")]
+    #[arg(value_name = "VM", value_parser = number)]
     number: u32,
 }
 
@@ -36,6 +36,11 @@ impl Name {
     pub(crate) fn find(self, registry: &Registry) -> anyhow::Result<Record> {
         find(self.number, registry)
     }
+}
+
+fn number(text: &str) -> anyhow::Result<u32> {
+    text.parse()
+        .context("a machine is named by its process id or its port, as `fermata ps` lists them")
 }
 
 /// The machine with process id or port `number`. A process id counts before a port.

@@ -22,7 +22,7 @@ mod terminal;
 mod text_file;
 mod vsock;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 use control::{LOG_VARIABLE, Registry, allow_many_files};
@@ -146,5 +146,6 @@ fn start_log(command: &Command) {
         // Of messages that cannot be written it would complain there, too, and panic.
         .log_internal_errors(false)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
 }

@@ -346,7 +346,9 @@ fn peer_kind(error: &snapshot::PeerError) -> FailureKind {
 fn store_kind(error: &snapshot::StoreError) -> FailureKind {
     use snapshot::StoreError as Store;
     match error {
-        Store::NoStore | Store::NoSnapshot(_) => FailureKind::NotFound,
+        // Clients name snapshots, and no stores.
+        Store::NoStore => FailureKind::Host,
+        Store::NoSnapshot(_) => FailureKind::NotFound,
         Store::NameTaken(_) | Store::Busy(_) => FailureKind::WrongState,
         Store::Name(_) | Store::Ambiguous(_) | Store::Parameter(_) => FailureKind::BadRequest,
         Store::Damaged { .. } | Store::NoImage(_) => FailureKind::NotASnapshot,

@@ -69,8 +69,10 @@ pub fn run(
             Exit::PowerOff
         }
         Err(failure) => {
-            tracing::error!("the errand cannot be done: {failure}");
-            answer.end(&Launched::Failed(failure));
+            let unheard = failure.to_string();
+            if !answer.end(&Launched::Failed(failure)) {
+                tracing::error!("{unheard}");
+            }
             Exit::Failed
         }
     }

@@ -10,7 +10,10 @@ use crate::error::ApiError;
 
 pub(crate) fn runs(request: api_types::RunsRequest) -> Result<RunsRequest, ApiError> {
     let none = |field| {
-        let message = format!("{field} cannot be 0; leave it out, or say at least 1");
+        let message = match field {
+            "runs" => "runs cannot be 0; say at least 1".to_owned(),
+            _ => format!("{field} cannot be 0; leave it out, or say at least 1"),
+        };
         ApiError::new(ErrorCode::BadRequest, message)
     };
     let api_types::RunsRequest {

@@ -19,6 +19,9 @@ use crate::{
     vsock,
 };
 
+/// As many as a server has at once unless it is told otherwise.
+const MAX_FORKS: i64 = 512;
+
 /// What the environment of a hook tells of its machine.
 const NUMBER: &str = "FERMATA_FORK_NUMBER";
 const PID: &str = "FERMATA_FORK_PID";
@@ -28,14 +31,14 @@ const CONSOLE: &str = "FERMATA_FORK_CONSOLE";
 #[derive(clap::Args)]
 #[command(after_help = "\
 Forks have what the machine had at one instant, and share what they do not write. Each has a generation, a MAC address and a vsock
-context ID of its own, and a layer of its own of each disk that branches. {n} in a name stands for the fork's number, from 0.")]
+context ID of its own, and a layer of its own of each disk that branches. An n in braces, in a name, stands for the fork's number, from 0.")]
 pub(crate) struct Args {
     /// The process id or the port of a machine, which goes on; or a snapshot in the store, by its name, tag or id; or the state
     /// file and the memory file.
     #[arg(num_args = 1..=2, required = true, value_names = ["VM or NAME or STATE", "MEMORY"])]
     of: Vec<String>,
     /// How many machines there are to be.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_FORKS))]
     count: u32,
     #[command(flatten)]
     store: StoreArgs,
@@ -71,7 +74,7 @@ pub(crate) async fn fork(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
     let program = program::find()?;
     let vsock = args.vsock.clone().unwrap_or_default();
     of_their_own(&args.nets, &vsock, args.count)?;
-    let image = match running(&args.of, &registry)? {
+    let image = match running(&args, &registry)? {
         Some(record) => {
             let (image, _) = HotImage::of_machine(&record, args.clock.chosen()).await?;
             image
@@ -107,14 +110,20 @@ pub(crate) async fn fork(args: Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-/// The machine that is meant, if it is one that runs: a number is no name of a snapshot.
-fn running(of: &[String], registry: &Registry) -> anyhow::Result<Option<Record>> {
-    match of {
-        [one] => match one.parse() {
-            Ok(number) => Ok(Some(machine::find(number, registry)?)),
-            Err(_) => Ok(None),
-        },
-        _ => Ok(None),
+/// The machine that is meant, if it is one that runs. A number names a snapshot only where no machine has it.
+fn running(args: &Args, registry: &Registry) -> anyhow::Result<Option<Record>> {
+    let [one] = &args.of[..] else {
+        return Ok(None);
+    };
+    let Ok(number) = one.parse() else {
+        return Ok(None);
+    };
+    let found = machine::find(number, registry);
+    // A snapshot may have a number for its name.
+    let is_stored = || args.store.open().is_ok_and(|store| store.show(one).is_ok());
+    match found {
+        Err(_) if is_stored() => Ok(None),
+        found => found.map(Some),
     }
 }
 

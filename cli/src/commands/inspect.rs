@@ -135,7 +135,11 @@ impl std::fmt::Display for Report {
         writeln!(f, "snapshot  {}", self.snapshot)?;
         writeln!(f, "created   {}", date(self.created_unix_ns))?;
         writeln!(f, "release   fermata {}", self.release)?;
-        writeln!(f, "host CPU  {vendor} {signature}, {brand}")?;
+        let brand = match brand.is_empty() {
+            true => String::new(),
+            false => format!(", {brand}"),
+        };
+        writeln!(f, "host CPU  {vendor} {signature}{brand}")?;
         if let Some(level) = &self.needs_cpu {
             let level = if level == "host" { "x86-64" } else { level };
             write!(f, "runs on   {level} by {vendor}")?;

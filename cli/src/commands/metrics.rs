@@ -19,7 +19,12 @@ pub(crate) async fn metrics(args: &Args, run_dir: PathBuf) -> anyhow::Result<Exi
     let record = args.vm.find(&Registry::open(run_dir)?)?;
     let metrics = machine::connect(&record).await?.metrics().await?;
     if args.json {
-        output::print_json(&metrics)?;
+        let answer = metrics.into_iter().map(|metric| api_types::Metric {
+            name: metric.name,
+            labels: metric.label.into_iter().collect(),
+            value: metric.value,
+        });
+        output::print_json(&answer.collect::<Vec<_>>())?;
         return Ok(ExitCode::SUCCESS);
     }
     let rows: Vec<_> = metrics

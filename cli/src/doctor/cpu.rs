@@ -19,7 +19,12 @@ pub(super) fn virtualisation(host: &Host) -> Finding {
         return Finding::ok(VIRTUALISATION, format!("{name} ({flag})"));
     }
     if has_pvm(host) {
-        return Finding::ok(VIRTUALISATION, "none, but PVM does without");
+        return Finding::warn(
+            VIRTUALISATION,
+            "none, but PVM does without",
+            "guests of a few instructions run; stock Linux kernels, which PVM has no hand in, may stay silent: boot those where the \
+             processor shows vmx or svm",
+        );
     }
     Finding::warn(
         VIRTUALISATION,

@@ -169,12 +169,14 @@ fn text(told: &Told, chunk: u64) -> String {
     text += &format!("\n  created  {} on {}", date(facts.created_ms), facts.host);
     if let Some(machine) = machine {
         text += &format!(
-            "\n  machine  {} vCPUs, {}, fermata {}, {}",
+            "\n  machine  {} vCPUs, {}, fermata {}",
             machine.vcpus,
             output::bytes(machine.memory_bytes),
             machine.release,
-            machine.cpu
         );
+        if !machine.cpu.is_empty() {
+            text += &format!(", {}", machine.cpu);
+        }
     }
     if let Some(pages) = working_set_pages {
         text += &format!(
