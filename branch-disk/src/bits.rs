@@ -39,6 +39,8 @@ pub(crate) struct Bits {
     pairs: BTreeMap<u32, Pair>,
     /// Those that the disk does not have as they are.
     dirty: BTreeSet<u32>,
+    /// Those of which a page is torn.
+    torn: BTreeSet<u32>,
 }
 
 impl Bits {
@@ -47,18 +49,28 @@ impl Bits {
             geometry,
             pairs: BTreeMap::new(),
             dirty: BTreeSet::new(),
+            torn: BTreeSet::new(),
         }
     }
 
-    /// Reads the bitmap of a layer, and of it only what was ever written.
-    pub(crate) fn load(media: &Media, header: &Header) -> Result<Self, Error> {
+    /// Reads the bitmap of a layer, and of it only what was ever written. A page of one that is `sealed` was durable and whole before its
+    /// seal was written: if it is torn now, what it said is lost.
+    pub(crate) fn load(media: &Media, header: &Header, sealed: bool) -> Result<Self, Error> {
         let geometry = header.geometry;
         let mut bits = Self::none(geometry);
         let end = geometry.pair_at(geometry.pairs());
         let mut at = geometry.pair_at(0);
         while let Some(data) = media.next_data(at, end)? {
             let number = ((data - geometry.pair_at(0)) / (2 * PAGE_BYTES as u64)) as u32;
-            if let Some(pair) = load_pair(media, header, number)? {
+            let (pair, torn) = load_pair(media, header, number)?;
+            if torn && sealed {
+                let what = "a page of its bitmap is broken";
+                return Err(Error::damaged(media.path(), what));
+            }
+            if torn {
+                bits.torn.insert(number);
+            }
+            if let Some(pair) = pair {
                 bits.pairs.insert(number, pair);
             }
             at = geometry.pair_at(number + 1);
@@ -68,12 +80,20 @@ impl Bits {
 
     /// Whether the layer owns nothing.
     pub(crate) fn is_empty(&self) -> bool {
-        self.pairs.is_empty()
+        self.pairs.values().all(Pair::is_empty)
     }
 
     /// Whether the disk lacks any of it.
     pub(crate) fn is_dirty(&self) -> bool {
         !self.dirty.is_empty()
+    }
+
+    /// Has torn pages be written anew, too: under a seal there is none.
+    pub(crate) fn mend(&mut self) {
+        for number in std::mem::take(&mut self.torn) {
+            self.pairs.entry(number).or_insert_with(Pair::empty);
+            self.dirty.insert(number);
+        }
     }
 
     /// The layer owns the sectors from `start` to before `end`.
@@ -84,10 +104,7 @@ impl Bits {
             let first = u64::from(number) * PAIR_SECTORS;
             let to = end.min(first + PAIR_SECTORS);
             let size = PAIR_SECTORS.min(self.geometry.sectors() - first);
-            let pair = self.pairs.entry(number).or_insert_with(|| Pair {
-                words: Some(Box::new([0; WORDS])),
-                ..Pair::default()
-            });
+            let pair = self.pairs.entry(number).or_insert_with(Pair::empty);
             if pair.set(at - first, to - first, size) {
                 self.dirty.insert(number);
             }
@@ -133,11 +150,11 @@ impl Bits {
 
     /// Whether another layer of the same size owns the same.
     pub(crate) fn are_those_of(&self, other: &Self) -> bool {
-        let mut both = self.pairs.iter().zip(&other.pairs);
-        self.pairs.len() == other.pairs.len()
-            && both.all(|((number, pair), (others, other))| {
-                number == others && pair.words == other.words
-            })
+        let [ours, theirs] = [self, other].map(|bits| {
+            let pairs = bits.pairs.iter().filter(|(_, pair)| !pair.is_empty());
+            pairs.map(|(number, pair)| (number, &pair.words))
+        });
+        ours.eq(theirs)
     }
 
     /// Sectors that the layer owns.
@@ -169,6 +186,8 @@ impl Bits {
             // Not before: a page that is half written must not hold, or the next would go over its twin.
             (pair.slot, pair.generation) = (slot, generation);
             self.dirty.remove(&number);
+            // It was the page that did not hold.
+            self.torn.remove(&number);
         }
         Ok(())
     }
@@ -182,7 +201,7 @@ fn label(id: LayerId, number: u32) -> Label {
     }
 }
 
-fn load_pair(media: &Media, header: &Header, number: u32) -> Result<Option<Pair>, Error> {
+fn load_pair(media: &Media, header: &Header, number: u32) -> Result<Loaded, Error> {
     let geometry = header.geometry;
     let mut pages = [[0; PAGE_BYTES]; 2];
     for (page, at) in pages
@@ -197,12 +216,11 @@ fn load_pair(media: &Media, header: &Header, number: u32) -> Result<Option<Pair>
         .map_err(|what| Error::damaged(media.path(), what))
 }
 
+/// A pair, if anything of it was written to its end, and whether one of its pages is torn.
+type Loaded = (Option<Pair>, bool);
+
 /// What two pages say together, of `size` sectors.
-fn decode_pair(
-    pages: &[page::Raw; 2],
-    label: Label,
-    size: u64,
-) -> Result<Option<Pair>, &'static str> {
+fn decode_pair(pages: &[page::Raw; 2], label: Label, size: u64) -> Result<Loaded, &'static str> {
     let mut best: Option<(u64, u64, &[u8])> = None;
     let mut broken = 0;
     for (page, slot) in pages.iter().zip(0..) {
@@ -219,8 +237,8 @@ fn decode_pair(
     let Some((slot, generation, content)) = best else {
         // The first page ever, torn: nothing was owned before.
         return match (broken, page::decode(label, &pages[0])) {
-            (0, _) => Ok(None),
-            (1, Found::Broken) => Ok(None),
+            (0, _) => Ok((None, false)),
+            (1, Found::Broken) => Ok((None, true)),
             _ => Err("both pages of a part of its bitmap are broken"),
         };
     };
@@ -243,10 +261,23 @@ fn decode_pair(
     if pair.ones() == size {
         pair.words = None;
     }
-    Ok(Some(pair))
+    Ok((Some(pair), broken > 0))
 }
 
 impl Pair {
+    /// One that was never written.
+    fn empty() -> Self {
+        Self {
+            words: Some(Box::new([0; WORDS])),
+            ..Self::default()
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        let words = self.words.as_ref();
+        words.is_some_and(|words| words.iter().all(|word| *word == 0))
+    }
+
     /// Sets bits `from` to before `to` of the first `size`; whether any was not.
     fn set(&mut self, from: u64, to: u64, size: u64) -> bool {
         let Some(words) = &mut self.words else {
@@ -353,14 +384,14 @@ mod tests {
         let nothing = [0; PAGE_BYTES];
         let first = |pages: [page::Raw; 2]| {
             decode_pair(&pages, label, PAIR_SECTORS)
-                .map(|pair| pair.map(|pair| pair.words.unwrap()[0]))
+                .map(|(pair, torn)| (pair.map(|pair| pair.words.unwrap()[0]), torn))
         };
-        assert_eq!(first([old, new]), Ok(Some(3)));
-        assert_eq!(first([new, old]), Ok(Some(3)));
-        assert_eq!(first([old, torn]), Ok(Some(1)));
-        assert_eq!(first([torn, old]), Ok(Some(1)));
-        assert_eq!(first([torn, nothing]), Ok(None));
-        assert_eq!(first([nothing, nothing]), Ok(None));
+        assert_eq!(first([old, new]), Ok((Some(3), false)));
+        assert_eq!(first([new, old]), Ok((Some(3), false)));
+        assert_eq!(first([old, torn]), Ok((Some(1), true)));
+        assert_eq!(first([torn, old]), Ok((Some(1), true)));
+        assert_eq!(first([torn, nothing]), Ok((None, true)));
+        assert_eq!(first([nothing, nothing]), Ok((None, false)));
         assert!(first([torn, torn]).is_err());
         // The second page is never the first to be written.
         assert!(first([nothing, torn]).is_err());

@@ -112,7 +112,7 @@ pub(crate) fn sealed_below(layers: &[Arc<Layer>]) -> Result<usize, Error> {
         if parent.sealed()? {
             break;
         }
-        if !Bits::load(&child.media, &child.header)?.is_empty() {
+        if !child.bits()?.is_empty() {
             return Err(Error::damaged(
                 parent.path(),
                 "it has a child and is not sealed",
@@ -254,7 +254,7 @@ pub(crate) fn whole_map(layers: &[Arc<Layer>]) -> Result<Map, Error> {
         }
     }
     for (layer, owner) in layers.iter().zip(1..).skip(mapped) {
-        overlay(&mut map, &Bits::load(&layer.media, &layer.header)?, owner);
+        overlay(&mut map, &layer.bits()?, owner);
     }
     Ok(map)
 }

@@ -3,7 +3,6 @@
 use std::{io::ErrorKind, path::Path};
 
 use crate::{
-    bits::Bits,
     chain::{Chain, Mode, Rule, overlay, sealed_below},
     error::Error,
     map::{Map, Owner},
@@ -56,7 +55,7 @@ fn check_layer(chain: &Chain, index: usize, map: &mut Map) -> Result<bool, Error
     let Some(layer) = chain.layers.get(index) else {
         return Ok(true);
     };
-    let bits = Bits::load(&layer.media, &layer.header)?;
+    let bits = layer.bits()?;
     overlay(map, &bits, index as Owner + 1);
     let sealed = layer.sealed()?;
     match layer.descriptor()? {

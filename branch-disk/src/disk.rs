@@ -121,7 +121,7 @@ impl Disk {
         let (Some(head), below) = (layers.last(), &layers[..layers.len() - 1]) else {
             return Err(Error::damaged(path, "it has no layers"));
         };
-        let bits = Bits::load(&head.media, &head.header)?;
+        let bits = head.bits()?;
         sealed_below(&layers)?;
         let (path, geometry) = (head.path().to_owned(), head.header.geometry);
         let map = if mode == Mode::Read && head.descriptor()?.is_some() {

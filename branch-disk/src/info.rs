@@ -2,9 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{
-    bits::Bits, disk::Disk, error::Error, header::LayerId, layer::Layer, layout::SECTOR_BYTES,
-};
+use crate::{disk::Disk, error::Error, header::LayerId, layer::Layer, layout::SECTOR_BYTES};
 
 /// A disk, from the top down.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +66,7 @@ impl Disk {
 
 fn describe(layer: &Layer) -> Result<LayerInfo, Error> {
     let path = layer.path().to_owned();
-    let bits = Bits::load(&layer.media, &layer.header)?;
+    let bits = layer.bits()?;
     let sealed = layer.sealed()?;
     Ok(LayerInfo {
         id: layer.header.id,

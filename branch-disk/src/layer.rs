@@ -7,6 +7,7 @@ use std::{
 };
 
 use crate::{
+    bits::Bits,
     error::Error,
     header::{Header, NoHeader},
     layout::{DESCRIPTOR_AT, PAGE_BYTES, SEAL_AT},
@@ -86,6 +87,11 @@ impl Layer {
         // A torn seal is none: what it was to vouch for is not relied upon yet.
         let content = self.mark(SEAL_AT, PageKind::Seal)?;
         Ok(content.is_some_and(|content| content.is_empty()))
+    }
+
+    /// What it owns.
+    pub(crate) fn bits(&self) -> Result<Bits, Error> {
+        Bits::load(&self.media, &self.header, self.sealed()?)
     }
 
     pub(crate) fn descriptor(&self) -> Result<Option<Descriptor>, Error> {

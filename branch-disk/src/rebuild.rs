@@ -263,9 +263,7 @@ impl Rebuild {
         let same = theirs.header == self.layer.header
             && theirs.sealed()?
             && theirs.descriptor()?.is_some()
-            && self
-                .owned()?
-                .are_those_of(&Bits::load(&theirs.media, &theirs.header)?);
+            && self.owned()?.are_those_of(&theirs.bits()?);
         if !same {
             let path = self.path.clone();
             return Err(Error::Exists { path });
@@ -276,7 +274,7 @@ impl Rebuild {
     }
 
     fn owned(&self) -> Result<Bits, Error> {
-        Bits::load(&self.layer.media, &self.layer.header)
+        self.layer.bits()
     }
 
     fn work(&self) -> MutexGuard<'_, Option<Work>> {

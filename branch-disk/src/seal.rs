@@ -176,7 +176,7 @@ impl Seal {
         };
         // The locks are held already.
         let writable = Layer::open(layer.path(), true, Lock::Not)?;
-        let bits = Bits::load(&writable.media, &writable.header)?;
+        let bits = writable.bits()?;
         let sealed = Arc::new(writable);
         let path = layer.path().to_owned();
         Ok(Self::new(layers.to_vec(), sealed, path, bits))
@@ -219,8 +219,13 @@ impl Seal {
         let directory = Directory::of(&self.path)?;
         // The next head's name, before this one's seal.
         let mut synced = media.sync().and_then(|()| directory.sync());
-        if synced.is_ok() {
+        bits.mend();
+        if synced.is_ok() && bits.is_dirty() {
             bits.write(media, self.sealed.header.id)?;
+            // A seal says that the bitmap is whole: a page that is torn under one is damage, and else what a crash has left.
+            synced = media.sync();
+        }
+        if synced.is_ok() {
             self.sealed.write_seal(media)?;
             synced = media.sync();
         }

@@ -394,8 +394,8 @@ fn a_seal_that_a_killed_process_wrote_is_made_durable_before_what_is_above_it() 
         write(&mut disk, 0, &[byte; 512]);
         disk.cut(disk.prepare().unwrap()).unwrap()
     });
-    // Of the layer's data, of its seal.
-    tape::fail(|call| call == Call::Sync, 1, ErrorKind::Other);
+    // Of the layer's data, of its bits, of its seal.
+    tape::fail(|call| call == Call::Sync, 2, ErrorKind::Other);
     let [first, second] = cuts.map(|cut| (cut.layer().path.clone(), cut));
     first.1.finish().unwrap_err();
     tape::permit();
@@ -447,8 +447,8 @@ fn after_a_sync_that_failed_nothing_is_promised() {
         assert!(disk.cut(next).is_err());
         tape::permit();
     }
-    // Of a sealed layer: of its data, of the names, and of its bits; whoever comes first.
-    for skip in 0..3 {
+    // Of a sealed layer: of its data, of the names, of its bits, and of its seal; whoever comes first.
+    for skip in 0..4 {
         let bench = Bench::in_memory(8);
         let mut disk = written(&bench);
         let cut = disk.cut(disk.prepare().unwrap()).unwrap();
@@ -539,8 +539,8 @@ fn a_flush_does_not_wait_for_a_map() {
         let mut syncs = 0;
         tape::answer(move |call| {
             syncs += u32::from(call == Call::Sync);
-            // Of the data, of the bits, of the map.
-            if call == Call::Sync && syncs == 3 {
+            // Of the data, of the bits, of the seal, of the map.
+            if call == Call::Sync && syncs == 4 {
                 at_map.send(()).unwrap();
                 may_go_on.recv().unwrap();
             }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use proptest::{collection::vec, prelude::*};
 
 use super::*;
-use crate::page;
+use crate::{Error, page};
 
 const SECTORS: u64 = 2000;
 
@@ -155,6 +155,84 @@ fn every_byte_that_is_damaged_is_noticed_or_means_nothing() {
         }
     }
     assert!(all(&Disk::open(&head, Mode::Read, &anything).unwrap()) == content);
+}
+
+/// Changes a byte of the first page of the layer's bitmap, and leaves it as a host does that crashes in its first write.
+fn tear(layer: &Path) {
+    let file = std::fs::OpenOptions::new().write(true).open(layer).unwrap();
+    file.write_all_at(&[0xee; 16], 16_384 + 64).unwrap();
+    file.write_all_at(&[0; 4096], 20_480).unwrap();
+}
+
+#[test]
+fn a_torn_bitmap_is_damage_in_a_sealed_layer() {
+    for mapped in [true, false] {
+        let bench = Bench::in_memory(500);
+        let [_, layer, head] = chain(&bench);
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(&layer)
+            .unwrap();
+        if !mapped {
+            file.write_all_at(&[0; 4096], crate::layout::DESCRIPTOR_AT)
+                .unwrap();
+        }
+        let content = all(&Disk::open(&layer, Mode::Read, &anything).unwrap());
+        tear(&layer);
+        let damaged = |what: &str, done: Result<(), Error>| {
+            let error = done.expect_err(what).to_string();
+            let said = format!("{} is damaged: a page of its bitmap", layer.display());
+            assert!(error.starts_with(&said), "{what}: {error}");
+        };
+        let open = |path| Disk::open(path, Mode::Read, &anything);
+        damaged("the layer", open(&layer).map(drop));
+        for path in [&layer, &head] {
+            let checked = crate::check(path, &anything).unwrap();
+            assert_eq!(checked.problems.len(), 1, "{checked:?}");
+            assert!(checked.problems[0].contains("a page of its bitmap"));
+        }
+        // What stands on it reads its map, if it has one, and that is right.
+        let branch = Disk::branch(&layer, None, &anything);
+        if mapped {
+            assert!(all(&branch.unwrap()) == content);
+            let disk = open(&head).unwrap();
+            damaged("info", disk.info().map(drop));
+        } else {
+            damaged("a branch", branch.map(drop));
+            damaged("the head", open(&head).map(drop));
+        }
+    }
+}
+
+#[test]
+fn a_torn_bitmap_of_a_head_is_what_a_crash_leaves_and_its_seal_mends_it() {
+    let bench = Bench::in_memory(500);
+    let mut disk = bench.on_base("d");
+    for byte in 1..3 {
+        write(&mut disk, 0, &[byte; 512]);
+        disk.flush().unwrap();
+        drop(disk);
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .open(bench.path("d"))
+            .unwrap();
+        // The page that was written last.
+        let at = 16_384 + 4096 * u64::from(byte - 1);
+        file.write_all_at(&[0xee; 16], at + 64).unwrap();
+        sound(&bench.path("d"));
+        disk = bench.open("d");
+        write(&mut disk, 512 * u64::from(byte), &[byte; 512]);
+    }
+    drop(disk);
+    let disk = bench.open("d");
+    assert_eq!(disk.info().unwrap().layers[0].owned_bytes, 1536);
+    drop(disk);
+    tear(&bench.path("d"));
+    // Nothing is written to it: what was torn is torn as it is sealed.
+    let disk = &mut bench.open("d");
+    let layer = sealed(disk);
+    sound(&layer.path);
+    assert_eq!(all(disk), bench.base);
 }
 
 #[test]
