@@ -99,6 +99,7 @@ fn is_of_a_merge(error: &Error, head: &Path, mode: Mode) -> bool {
         Error::Io { path, source, .. } => {
             source.kind() == ErrorKind::NotFound && (path != head || head.exists())
         }
+        Error::NotThere { .. } => true,
         _ => false,
     }
 }
@@ -123,21 +124,34 @@ pub(crate) fn sealed_below(layers: &[Arc<Layer>]) -> Result<usize, Error> {
     Ok(sealed)
 }
 
-/// What `header`, of the layer at `path`, stands on; the layers by depth.
+/// For `map_err`: that `parent`, on which `child` stands, is not there, if that is why it was not opened.
+fn not_there(parent: &Path, child: &Path) -> impl FnOnce(Error) -> Error {
+    move |error| match error {
+        Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => Error::NotThere {
+            path: parent.to_owned(),
+            child: child.into(),
+        },
+        error => error,
+    }
+}
+
+/// What `header`, of the layer at `head`, stands on; the layers by depth.
 fn below(
     header: &Header,
-    path: &Path,
+    head: &Path,
     rule: &Rule<'_>,
 ) -> Result<(Option<Bottom>, Vec<Arc<Layer>>), Error> {
     let mut layers = Vec::new();
     let mut header = header.clone();
-    let mut path = path.to_owned();
+    let mut path = head.to_owned();
     let mut below_sealed = false;
     let bottom = loop {
         let (parent, id, bytes) = match &header.parent {
             Parent::Nothing => break None,
             Parent::Raw(base) => {
-                break Some(open_base(&resolve(&path, &base.path), Some(base), rule)?);
+                let base_path = resolve(&path, &base.path);
+                let opened = open_base(&base_path, Some(base), rule);
+                break Some(opened.map_err(not_there(&base_path, &path))?);
             }
             Parent::Layer {
                 path: parent,
@@ -145,8 +159,9 @@ fn below(
                 bytes,
             } => (resolve(&path, parent), *id, *bytes),
         };
-        let parent = permitted(&parent, rule)?;
-        let layer = Layer::open(&parent, false, Lock::Shared)?;
+        let opened = permitted(&parent, rule)
+            .and_then(|parent| Ok((Layer::open(&parent, false, Lock::Shared)?, parent)));
+        let (layer, parent) = opened.map_err(not_there(&parent, &path))?;
         if layer.header.id != id {
             return Err(Error::OtherLayer {
                 path: parent,
@@ -170,8 +185,8 @@ fn below(
         layers.push(Arc::new(layer));
         if layers.len() >= MAX_DEPTH {
             return Err(Error::damaged(
-                &path,
-                "more layers stand on it than there can be",
+                head,
+                "it stands on more layers than there can be",
             ));
         }
     };
@@ -197,7 +212,7 @@ pub(crate) fn open_base(
         }
     }
     if !bytes.is_multiple_of(SECTOR_BYTES) {
-        return Err(Error::Size(bytes));
+        return Err(Error::BaseSize { path, bytes });
     }
     Ok(bottom)
 }

@@ -1,6 +1,6 @@
 //! Whether a chain is what it says.
 
-use std::{io::ErrorKind, path::Path};
+use std::path::Path;
 
 use crate::{
     chain::{Chain, Mode, Rule, overlay, sealed_below},
@@ -30,19 +30,23 @@ pub fn check(path: &Path, rule: &Rule<'_>) -> Result<Checked, Error> {
     let chain = match Chain::open(path, Mode::Read, rule) {
         Ok(chain) => chain,
         Err(error) => {
-            let problem = missing_below(path, &error).map_or_else(|| a_problem(error), Ok);
-            checked.problems.push(problem?);
+            checked.problems.push(a_problem(error)?);
             return Ok(checked);
         }
     };
     if let Err(error) = sealed_below(&chain.layers) {
         checked.problems.push(a_problem(error)?);
     }
-    let mut map = Map::default();
+    let mut map = Some(Map::default());
     for (index, layer) in chain.layers.iter().enumerate() {
         match check_layer(&chain, index, &mut map) {
             Ok(mapped) => checked.without_map += usize::from(!mapped),
-            Err(error) => checked.problems.push(a_problem(error)?),
+            Err(error) => {
+                let problem = a_problem(error)?;
+                if !checked.problems.contains(&problem) {
+                    checked.problems.push(problem);
+                }
+            }
         }
         checked.layers += 1;
         tracing::debug!(path = %layer.path().display(), "checked");
@@ -50,50 +54,51 @@ pub fn check(path: &Path, rule: &Rule<'_>) -> Result<Checked, Error> {
     Ok(checked)
 }
 
-/// Whether the layer has a map, if it should. `map` is that of all below, and then with it.
-fn check_layer(chain: &Chain, index: usize, map: &mut Map) -> Result<bool, Error> {
+/// Whether the layer has a map, if it should. `map` is that of all below, and then with it; `None` when it cannot be told what they own.
+fn check_layer(chain: &Chain, index: usize, map: &mut Option<Map>) -> Result<bool, Error> {
     let Some(layer) = chain.layers.get(index) else {
         return Ok(true);
     };
-    let bits = layer.bits()?;
-    overlay(map, &bits, index as Owner + 1);
-    let sealed = layer.sealed()?;
-    match layer.descriptor()? {
-        Some(descriptor) if sealed => {
-            let stored = stored_map::load(&chain.layers[..=index], descriptor)?;
-            let end = layer.header.geometry.sectors();
-            if !stored.runs(0, end).eq(map.runs(0, end)) {
-                return Err(Error::damaged(
-                    layer.path(),
-                    "its map is not what the bitmaps say",
-                ));
-            }
-            Ok(true)
-        }
-        Some(_) => Err(Error::damaged(
-            layer.path(),
-            "it has a map and is not sealed",
-        )),
-        None => Ok(!sealed),
-    }
-}
-
-/// The sentence of an error that tells that a file is not there on which the disk at `path` stands.
-fn missing_below(path: &Path, error: &Error) -> Option<String> {
-    match error {
-        Error::Io {
-            path: missing,
-            source,
-            ..
-        } if source.kind() == ErrorKind::NotFound && missing != path && path.exists() => {
-            Some(format!(
-                "{} is not there, and {} stands on it; put it back",
-                missing.display(),
-                path.display()
-            ))
+    // What is damaged below says nothing of this layer.
+    let below = map.take();
+    let stored = match layer.descriptor()? {
+        Some(descriptor) if layer.sealed()? => {
+            Some(stored_map::load(&chain.layers[..=index], descriptor))
         }
         _ => None,
-    }
+    };
+    let bits = layer.bits();
+    let summed = below.zip(bits.as_ref().ok()).map(|(mut map, bits)| {
+        overlay(&mut map, bits, index as Owner + 1);
+        map
+    });
+    let Some(stored) = stored else {
+        *map = summed;
+        bits?;
+        return Ok(!layer.sealed()?);
+    };
+    let stored = match (stored, summed) {
+        (Ok(stored), Some(summed)) => {
+            let end = layer.header.geometry.sectors();
+            let same = stored.runs(0, end).eq(summed.runs(0, end));
+            *map = Some(summed);
+            same.then_some(())
+                .ok_or("its map is not what the bitmaps say")
+        }
+        // The map may be the one that is right.
+        (Ok(stored), None) => {
+            *map = Some(stored);
+            Ok(())
+        }
+        (Err(error), summed) => {
+            *map = summed;
+            bits?;
+            return Err(error);
+        }
+    };
+    bits?;
+    stored.map_err(|what| Error::damaged(layer.path(), what))?;
+    Ok(true)
 }
 
 /// The sentence of an error that tells of the files and not of the host.

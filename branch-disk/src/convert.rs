@@ -2,7 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io,
+    io::{self, ErrorKind},
     os::unix::fs::FileExt,
     path::Path,
 };
@@ -81,13 +81,7 @@ pub(crate) fn export(
 pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Error> {
     let media = source(from)?;
     let (file, bytes) = (media.file(), media.bytes()?);
-    let read = |offset: u64, piece: &mut [u8]| {
-        // What is missing of the last sector is zeros.
-        let there = bytes.saturating_sub(offset).min(piece.len() as u64) as usize;
-        let (there, missing) = piece.split_at_mut(there);
-        missing.fill(0);
-        file.read_exact_at(there, offset)
-    };
+    let read = |offset: u64, piece: &mut [u8]| file.read_exact_at(piece, offset);
     let next = |offset| match rustix::fs::seek(file, SeekFrom::Data(offset)) {
         Ok(data) => Ok(data),
         Err(Errno::NXIO) => Ok(u64::MAX),
@@ -95,7 +89,7 @@ pub fn import_raw(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, Err
         Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
         Err(errno) => Err(errno.into()),
     };
-    import(bytes.next_multiple_of(SECTOR_BYTES), next, read, to, rule)
+    import(from, bytes, next, read, to, rule)
 }
 
 /// Opens what is to be imported, so that nobody who heeds locks writes to it meanwhile.
@@ -106,11 +100,12 @@ pub(crate) fn source(from: &Path) -> Result<Media, Error> {
     Media::open(&from, false, Lock::Shared, true)
 }
 
-/// Makes a disk at `to` of what `read` gives, of `bytes`.
+/// Makes a disk at `to` of what `read` gives of the image `from`, of `bytes`.
 pub(crate) fn import(
+    from: &Path,
     bytes: u64,
     next: impl FnMut(u64) -> io::Result<u64>,
-    read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
     to: &Path,
     rule: &Rule<'_>,
 ) -> Result<Copied, Error> {
@@ -119,9 +114,14 @@ pub(crate) fn import(
         return Err(Error::NotAllowed { path: to });
     }
     vacant(&to)?;
+    let padded = bytes.checked_next_multiple_of(SECTOR_BYTES);
+    let geometry = padded.and_then(Geometry::of);
     let header = Header {
         id: new_id(&to)?,
-        geometry: Geometry::of(bytes).ok_or(Error::Size(bytes))?,
+        geometry: geometry.ok_or_else(|| Error::ImageSize {
+            path: from.to_owned(),
+            bytes,
+        })?,
         depth: 1,
         below: 0,
         parent: Parent::Nothing,
@@ -130,10 +130,21 @@ pub(crate) fn import(
     name::sweep(&to);
     let draft = Draft::of_its_own(&to, &header)?;
     let mut disk = Disk::of_draft(&draft)?;
-    let copied = copy(bytes, next, read, |offset, mut data| {
-        disk.write(offset, &mut data)
+    let mut wrote = Ok(());
+    let read = |offset: u64, piece: &mut [u8]| {
+        // What is missing of the last sector is zeros.
+        let there = bytes.saturating_sub(offset).min(piece.len() as u64) as usize;
+        let (there, missing) = piece.split_at_mut(there);
+        missing.fill(0);
+        read(offset, there)
+    };
+    let copied = copy(disk.bytes(), next, read, |offset, mut data| {
+        wrote = disk.write(offset, &mut data);
+        // Told apart from what cannot be read.
+        wrote.as_ref().map_err(|_| ErrorKind::Other.into()).copied()
     });
-    let copied = copied.map_err(Error::io("import to", &to))?;
+    wrote.map_err(Error::io("import to", &to))?;
+    let copied = copied.map_err(Error::io("import from", from))?;
     disk.flush()?;
     drop(disk);
     draft.publish(&to)?;

@@ -143,12 +143,18 @@ fn on_layer(path: &Path, chain: &Chain, id: Option<LayerId>) -> Result<(Parent, 
             path: parent.to_owned(),
         });
     }
-    if chain.layers.len() >= MAX_DEPTH || layer.header.depth == u32::MAX {
-        return Err(Error::TooDeep {
-            path: parent.to_owned(),
-        });
-    }
+    has_room_above(&chain.layers, parent)?;
     Ok((name_of(layer, path), layer.header.depth))
+}
+
+/// Fails unless a further layer can stand on the last of `layers`, which is at `path`.
+pub(crate) fn has_room_above(layers: &[Arc<Layer>], path: &Path) -> Result<(), Error> {
+    let path = || path.to_owned();
+    match layers.last() {
+        Some(last) if last.header.depth == u32::MAX => Err(Error::Deepest { path: path() }),
+        _ if layers.len() >= MAX_DEPTH => Err(Error::TooDeep { path: path() }),
+        _ => Ok(()),
+    }
 }
 
 /// `layer` as the parent of a layer at `path`.
@@ -171,7 +177,8 @@ fn keep(layer: &Layer, path: &Path, child: LayerId) -> Option<PathBuf> {
         Err(error) => {
             // It may be where nobody may write, and nobody merges.
             tracing::warn!(
-                "who merges layers is not told of the new disk, and could remove what it stands on: {error}"
+                "who merges layers is not told of the new disk, and could remove what it stands on: {}",
+                error.with_cause()
             );
             None
         }
@@ -291,7 +298,11 @@ impl Draft {
             }
             if let Some(Err(error)) = after.map(|after| media.belong_as(after)) {
                 // Whoever may write to somebody else's disk need not be able to give files away.
-                tracing::warn!("{} becomes the caller's own: {error}", path.display());
+                tracing::warn!(
+                    "{} becomes the caller's own: {}",
+                    path.display(),
+                    error.with_cause()
+                );
             }
             media.write(&page[..], 0)?;
             media
@@ -365,7 +376,7 @@ fn locked(draft: &Path, path: &Path) -> Result<Media, Error> {
             .create_new(true)
             .mode(0o600)
             .open(draft)
-            .map_err(Error::io("create", draft))?;
+            .map_err(Error::io("create", path))?;
         // Who removes what was left may have come between the two, and removes it.
         file.lock().map_err(Error::io("lock", draft))?;
         let media = Media::new(file, path);

@@ -460,7 +460,7 @@ impl Disk {
         // They belong to snapshots.
         for seal in &self.seals {
             if let Err(error) = seal.make_durable() {
-                tracing::warn!(path = %self.path.display(), "a sealed layer may not be durable: {error}");
+                tracing::warn!(path = %self.path.display(), "a sealed layer may not be durable: {}", error.with_cause());
             }
         }
         if let Some(head) = self.layers.last()
@@ -549,7 +549,7 @@ impl Drop for Disk {
         if !self.failed
             && let Err(error) = self.flush()
         {
-            tracing::warn!(path = %self.path.display(), "what was not flushed may be lost: {error}");
+            tracing::warn!(path = %self.path.display(), "what was not flushed may be lost: {}", error.with_cause());
         }
     }
 }
@@ -573,7 +573,7 @@ pub(crate) fn complete(below: &[Arc<Layer>], sealed: usize) -> Result<(), Error>
     for end in durable + 1..=below.len() {
         if let Err(error) = Seal::resume(&below[..end]).and_then(|seal| seal.finish()) {
             // Without its map it is only slower to open, and it may be somebody else's.
-            tracing::debug!("a sealed layer stays without a map: {error}");
+            tracing::debug!("a sealed layer stays without a map: {}", error.with_cause());
         }
     }
     Ok(())

@@ -1,20 +1,22 @@
 //! Why a branching disk could not be opened or changed.
 
 use std::{
-    io,
+    error::Error as _,
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
 };
 
 use crate::{
     header::LayerId,
     layout::{MAX_BYTES, MAX_DEPTH, SECTOR_BYTES},
+    name,
 };
 
 /// An error of a branching disk. Its text says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The host refused.
-    #[error("cannot {doing} {}: {source}", path.display())]
+    #[error("cannot {doing} {}{}", path.display(), next_step(doing, source.kind()))]
     Io {
         /// What was being done.
         doing: &'static str,
@@ -22,6 +24,14 @@ pub enum Error {
         path: PathBuf,
         /// What the host says.
         source: io::Error,
+    },
+    /// A file is not there on which another stands.
+    #[error("{} is not there, and {} stands on it; put it back", path.display(), child.display())]
+    NotThere {
+        /// The file.
+        path: PathBuf,
+        /// What stands on it.
+        child: Box<Path>,
     },
     /// The file has no layer's magic.
     #[error(
@@ -112,6 +122,28 @@ pub enum Error {
         "a disk of {0} bytes cannot be: it must be a multiple of {SECTOR_BYTES}, at least as large as what it stands on, and at most {MAX_BYTES}"
     )]
     Size(u64),
+    /// A raw image that a disk was to stand on does not end with a sector.
+    #[error(
+        "the base {} has {bytes} bytes, which is no multiple of {SECTOR_BYTES}; make it longer (`truncate --size=%{SECTOR_BYTES}`), or make a disk of it with `fermata disk import`",
+        path.display()
+    )]
+    BaseSize {
+        /// The base.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// There can be no disk as large as an image.
+    #[error(
+        "the image {} has {bytes} bytes, and a disk at least {SECTOR_BYTES} and at most {MAX_BYTES}; import another",
+        path.display()
+    )]
+    ImageSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
     /// It would lose what is at its end.
     #[error(
         "the disk {} has {now} bytes and cannot be made to have {bytes}; disks only grow",
@@ -134,6 +166,26 @@ pub enum Error {
         /// The disk.
         path: PathBuf,
     },
+    /// Its depth is the greatest that there can be.
+    #[error(
+        "no more layers can stand on {}, whatever is merged; make a new disk of it with `fermata disk export` and `fermata disk import`",
+        path.display()
+    )]
+    Deepest {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// There is no room behind the name for what is put there when it is sealed.
+    #[error(
+        "the name of {} is too long; a disk's has at most {} bytes, as there are {} more behind it when it is sealed",
+        path.display(),
+        name::MAX_DISK_BYTES,
+        name::SEALED_BYTES
+    )]
+    LongName {
+        /// The path.
+        path: PathBuf,
+    },
     /// The path does not fit into a header.
     #[error("the path {} is not UTF-8, or too long; use another", path.display())]
     Path {
@@ -142,7 +194,27 @@ pub enum Error {
     },
 }
 
+/// What can be done when the host refuses this, to be put behind it.
+fn next_step(doing: &str, kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::NotFound if matches!(doing, "create" | "name") => "; choose another directory",
+        ErrorKind::NotFound => "; give the path of what is there",
+        ErrorKind::PermissionDenied => "; have its owner permit it",
+        ErrorKind::ReadOnlyFilesystem => "; choose another directory",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; make room where it is",
+        _ => "",
+    }
+}
+
 impl Error {
+    /// Its text and that of its cause, for a log.
+    pub fn with_cause(&self) -> String {
+        match self.source() {
+            Some(cause) => format!("{self}: {cause}"),
+            None => self.to_string(),
+        }
+    }
+
     /// For `map_err`.
     pub(crate) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();

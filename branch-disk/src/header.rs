@@ -169,6 +169,11 @@ impl Header {
         let below = match half(8) {
             VERSION => depth.saturating_sub(1),
             VERSION_WITH_GAP => half(BELOW_AT),
+            0 => {
+                return Err(NoHeader::Damaged(
+                    "its format version is 0, which never was one",
+                ));
+            }
             newer => return Err(NoHeader::Version(newer)),
         };
         let path_len = half(44) as usize;
@@ -177,6 +182,9 @@ impl Header {
         }
         let path = str::from_utf8(&page[PATH_AT..PATH_AT + path_len])
             .map_err(|_| NoHeader::Damaged("its parent's path is not text"))?;
+        if path.contains('\0') {
+            return Err(NoHeader::Damaged("its parent's path has a NUL in it"));
+        }
         let path = PathBuf::from(path);
         let parent = match half(12) {
             0 => Parent::Nothing,
@@ -220,7 +228,11 @@ impl Header {
             return Err(NoHeader::Damaged("its depth is impossible"));
         }
         let below = self.parent.bytes();
-        if !below.is_multiple_of(SECTOR_BYTES) || below > self.geometry.bytes() {
+        if !below.is_multiple_of(SECTOR_BYTES) {
+            let what = "its parent's size is no multiple of a sector's";
+            return Err(NoHeader::Damaged(what));
+        }
+        if below > self.geometry.bytes() {
             return Err(NoHeader::Damaged("it is smaller than its parent"));
         }
         Ok(())
@@ -301,12 +313,21 @@ pub(crate) mod tests {
             Header::decode(&page).unwrap_err()
         };
         assert_eq!(resealed(&|page| page[8] = 3), NoHeader::Version(3));
+        assert!(matches!(
+            resealed(&|page| page[8] = 0),
+            NoHeader::Damaged(what) if what.contains("version")
+        ));
+        assert!(matches!(
+            resealed(&|page| page[64] = 1),
+            NoHeader::Damaged(what) if what.contains("multiple")
+        ));
         type Change<'a> = &'a dyn Fn(&mut Raw);
-        let changes: [(&str, Change<'_>); 9] = [
+        let changes: [(&str, Change<'_>); 10] = [
             ("kind", &|page| page[12] = 9),
             ("size", &|page| page[32] = 1),
             ("depth", &|page| page[40] = 0),
             ("path", &|page| page[44..46].copy_from_slice(&[0xff; 2])),
+            ("a NUL in a path", &|page| page[PATH_AT + 1] = 0),
             ("parent", &|page| page[71] = 1),
             ("spare", &|page| page[100] = 1),
             ("a gap without its version", &|page| page[96] = 3),

@@ -86,7 +86,15 @@ impl Layer {
     pub(crate) fn sealed(&self) -> Result<bool, Error> {
         // A torn seal is none: what it was to vouch for is not relied upon yet.
         let content = self.mark(SEAL_AT, PageKind::Seal)?;
-        Ok(content.is_some_and(|content| content.is_empty()))
+        let sealed = content.is_some_and(|content| content.is_empty());
+        // The seal was durable before there was a map, so that it is lost; others may stand on the layer.
+        if !sealed && self.mark(DESCRIPTOR_AT, PageKind::Descriptor)?.is_some() {
+            return Err(Error::damaged(
+                self.path(),
+                "it has a map and is not sealed",
+            ));
+        }
+        Ok(sealed)
     }
 
     /// What it owns.

@@ -194,7 +194,10 @@ fn keep_on(media: &Media, place: &Path, head: &Path, id: LayerId) {
             .map_err(Error::errno("name", &draft))
             .and_then(|()| std::fs::rename(&draft, &kept).map_err(Error::io("name", &kept)));
         if let Err(error) = renamed {
-            tracing::debug!("a second name is that of what was merged: {error}");
+            tracing::debug!(
+                "a second name is that of what was merged: {}",
+                error.with_cause()
+            );
         }
         // It is there still if that failed, and if the second name was the one's already.
         let _ = std::fs::remove_file(&draft);

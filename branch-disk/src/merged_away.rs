@@ -59,7 +59,10 @@ impl Merged {
         for layer in layers {
             // Whoever reads what was frozen of the disk before has them open.
             if let Err(error) = layer.media.lock(Lock::Shared) {
-                tracing::debug!("a layer that was merged is not locked: {error}");
+                tracing::debug!(
+                    "a layer that was merged is not locked: {}",
+                    error.with_cause()
+                );
             }
         }
         rest

@@ -18,6 +18,10 @@ const STEM_BYTES: usize = 128;
 
 /// Bytes that a file's name has at most.
 const NAME_BYTES: usize = 255;
+/// Bytes that are put behind a disk's name when it is sealed.
+pub(crate) const SEALED_BYTES: usize = 1 + ID_DIGITS + LAYER.len();
+/// Bytes that a disk's name has at most, but for what is put behind it here.
+pub(crate) const MAX_DISK_BYTES: usize = NAME_BYTES - SEALED_BYTES;
 
 /// The name that a head called `path` gets when it is sealed.
 pub(crate) fn sealed(path: &Path, id: LayerId) -> Result<PathBuf, Error> {
@@ -63,11 +67,15 @@ pub(crate) fn kept(path: &Path, child: LayerId) -> PathBuf {
 
 fn named(path: &Path, name: impl FnOnce(&str) -> String) -> Result<PathBuf, Error> {
     let own = path.file_name().and_then(|name| name.to_str());
-    let name = own.map(|own| name(stem(own)));
-    let name = name.filter(|name| name.len() <= NAME_BYTES);
-    let name = name.ok_or_else(|| Error::Path {
+    let own = own.ok_or_else(|| Error::Path {
         path: path.to_owned(),
     })?;
+    let name = name(stem(own));
+    if name.len() > NAME_BYTES {
+        return Err(Error::LongName {
+            path: path.to_owned(),
+        });
+    }
     Ok(path.with_file_name(name))
 }
 

@@ -31,7 +31,7 @@ pub fn import_qcow2(from: &Path, to: &Path, rule: &Rule<'_>) -> Result<Copied, E
         .and_then(|()| open(media.file().try_clone()?, false));
     let image = image.map_err(Error::io("import from", from))?;
     let read = |offset: u64, piece: &mut [u8]| image.read(piece, offset);
-    import(image.size(), Ok, read, to, rule)
+    import(from, image.size(), Ok, read, to, rule)
 }
 
 /// Refuses an image that is encrypted: what is read of one is noise to its guest. Its header says so at 32, and the library that reads it
@@ -141,8 +141,46 @@ mod tests {
         // By LUKS.
         file.write_all_at(&[0, 0, 0, 2], 32).unwrap();
         let refused = import_qcow2(&path("q"), &path("d"), &anything).unwrap_err();
-        assert!(refused.to_string().contains("decrypt it"), "{refused}");
+        let said = refused.with_cause();
+        assert!(said.contains("decrypt it"), "{said}");
         assert!(!path("d").exists());
+    }
+
+    #[test]
+    fn an_image_that_ends_within_a_sector_is_padded_and_one_that_cannot_be_read_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let on = Foundation::Nothing;
+        let mut disk = Disk::create(&path("d"), Some(1024), &on, &anything).unwrap();
+        disk.write(0, &mut &[7; 1024][..]).unwrap();
+        export_qcow2(&disk, &path("q")).unwrap();
+        let file = File::options().read(true).write(true).open(path("q"));
+        let file = file.unwrap();
+        // The disk's size.
+        file.write_all_at(&1000u64.to_be_bytes(), 24).unwrap();
+        let copied = import_qcow2(&path("q"), &path("odd"), &anything).unwrap();
+        assert_eq!(copied.bytes, 1024);
+        let odd = Disk::open(&path("odd"), Mode::Read, &anything).unwrap();
+        let mut found = [1; 1024];
+        odd.read(0, &mut &mut found[..]).unwrap();
+        assert!(found[..1000] == [7; 1000] && found[1000..] == [0; 24]);
+
+        let word = |at| {
+            let mut word = [0; 8];
+            file.read_exact_at(&mut word, at).unwrap();
+            u64::from_be_bytes(word)
+        };
+        // The first cluster, as the tables say, at no cluster's beginning.
+        let level2 = word(word(40)) & 0x00ff_ffff_ffff_fe00;
+        let entry = (word(level2) | 512).to_be_bytes();
+        file.write_all_at(&entry, level2).unwrap();
+        let refused = import_qcow2(&path("q"), &path("bad"), &anything).unwrap_err();
+        let said = format!("cannot import from {}", path("q").display());
+        assert!(refused.to_string().starts_with(&said), "{refused}");
+        assert!(!path("bad").exists());
+        file.write_all_at(&0u64.to_be_bytes(), 24).unwrap();
+        let refused = import_qcow2(&path("q"), &path("none"), &anything).unwrap_err();
+        assert!(matches!(refused, Error::ImageSize { .. }), "{refused}");
     }
 
     #[test]

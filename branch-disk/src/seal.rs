@@ -14,11 +14,11 @@ use rustix::io::Errno;
 use crate::{
     bits::Bits,
     chain::whole_map,
-    create::{Draft, link, new_id},
+    create::{Draft, has_room_above, link, new_id},
     error::Error,
     header::{Header, LayerId, Parent},
     layer::Layer,
-    layout::{Geometry, MAX_DEPTH},
+    layout::Geometry,
     media::{Directory, Lock, sync_directory_of},
     name, stored_map,
 };
@@ -82,9 +82,7 @@ impl Plan {
         let Some(head) = layers.last() else {
             return Err(Error::damaged(&path, "it has no layers"));
         };
-        if layers.len() >= MAX_DEPTH || head.header.depth == u32::MAX {
-            return Err(Error::TooDeep { path });
-        }
+        has_room_above(&layers, &path)?;
         name::sweep(&path);
         let sealed = name::sealed(&path, head.header.id)?;
         match link(&head.media, &sealed) {

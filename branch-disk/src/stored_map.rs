@@ -96,8 +96,12 @@ pub(crate) fn load(layers: &[impl AsRef<Layer>], descriptor: Descriptor) -> Resu
             Found::Nothing | Found::Broken => return Err(damaged("a page of its map is broken")),
         }
     }
-    if reader.at != reader.end || reader.runs != descriptor.runs {
+    if reader.at != reader.end {
         return Err(damaged("its map ends too early"));
+    }
+    if reader.runs != descriptor.runs {
+        let what = "its map has more runs than its descriptor says, or fewer";
+        return Err(damaged(what));
     }
     Ok(map)
 }

@@ -114,7 +114,11 @@ impl ArrivingDisks {
                 ),
                 Err(_) if !wanted() => return true,
                 Err(error) => {
-                    tracing::warn!(disk = number, "not all of the disk can be had now: {error}");
+                    tracing::warn!(
+                        disk = number,
+                        "not all of the disk can be had now: {}",
+                        error.with_cause()
+                    );
                     all = false;
                 }
             }
@@ -229,7 +233,7 @@ impl Drop for Bringing {
             }
             // First, for whoever has it end may not wait for the rest.
             if let Err(error) = disk.flush() {
-                tracing::warn!(path = %disk.path().display(), "what was not flushed may be lost: {error}");
+                tracing::warn!(path = %disk.path().display(), "what was not flushed may be lost: {}", error.with_cause());
             }
             needed.push((rebuild, disk.path().to_owned()));
         }
@@ -240,8 +244,9 @@ impl Drop for Bringing {
             if let Err(error) = finish_in_the_end(rebuild) {
                 rebuild.give_up();
                 tracing::error!(
-                    "{} stands on {path}, which is not here; restore the same snapshot with the same directory for its disks, and it will be: {error}",
-                    head.display()
+                    "{} stands on {path}, which is not here; restore the same snapshot with the same directory for its disks, and it will be: {}",
+                    head.display(),
+                    error.with_causes()
                 );
             }
         }

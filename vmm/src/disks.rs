@@ -276,7 +276,11 @@ pub(crate) fn is_there(path: &Path) -> bool {
 
 /// Whether a layer could not be opened because it, or what it stands on, is not there any more: somebody merges layers.
 fn is_gone(error: &branch_disk::Error) -> bool {
-    matches!(error, branch_disk::Error::Io { source, .. } if source.kind() == ErrorKind::NotFound)
+    match error {
+        branch_disk::Error::Io { source, .. } => source.kind() == ErrorKind::NotFound,
+        branch_disk::Error::NotThere { .. } => true,
+        _ => false,
+    }
 }
 
 fn open(config: &DiskConfig, confinement: Option<&Confinement>) -> Result<SharedDisk, Error> {

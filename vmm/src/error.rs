@@ -71,7 +71,7 @@ pub(crate) enum Error {
     )]
     DiskNotHere { path: PathBuf },
     #[error(
-        "{0}; bring it back, or, if the snapshot is in a store, restore it from there with --disks DIRECTORY and fork that machine"
+        "a layer of the disk is not here; bring it back, or, if the snapshot is in a store, restore it from there with --disks DIRECTORY and fork that machine"
     )]
     LayerNotHere(#[source] branch_disk::Error),
     #[error("the saved state of the disk {path} is impossible; take another copy of the snapshot")]
@@ -294,6 +294,7 @@ fn branch_kind(error: &branch_disk::Error) -> FailureKind {
     use branch_disk::Error as Branch;
     match error {
         Branch::Io { source, .. } => io_kind(source),
+        Branch::NotThere { .. } => FailureKind::NotFound,
         Branch::InUse { .. }
         | Branch::Sealed { .. }
         | Branch::NotSealed { .. }
@@ -372,7 +373,56 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self {
             kind: error.kind(),
-            message: error.to_string(),
+            message: error.with_causes(),
+        }
+    }
+}
+
+impl Error {
+    /// Its text and those of its causes that it does not have in its own: nobody is told of them but by this.
+    pub(crate) fn with_causes(&self) -> String {
+        let mut message = self.to_string();
+        let causes = std::iter::successors(std::error::Error::source(self), |cause| cause.source());
+        for cause in causes.map(ToString::to_string) {
+            if !message.contains(&cause) {
+                message = format!("{message}: {cause}");
+            }
+        }
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_tells_each_cause_once() {
+        let cause = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let path = std::path::PathBuf::from("/d");
+        let branch = branch_disk::Error::Io {
+            doing: "open",
+            path: path.clone(),
+            source: cause(),
+        };
+        let all = [
+            Error::LayerNotHere(branch_disk::Error::Io {
+                doing: "open",
+                path: path.clone(),
+                source: cause(),
+            }),
+            Error::Branch(branch),
+            devices::Error::Disk(devices::virtio::block::DiskError::Grow {
+                path: "/d".to_owned(),
+                source: cause(),
+            })
+            .into(),
+        ];
+        for error in all {
+            let Failure { message, .. } = error.into();
+            let told = message.matches(&cause().to_string()).count();
+            assert_eq!(told, 1, "{message}");
+            assert!(message.contains("/d"), "{message}");
         }
     }
 }

@@ -98,7 +98,8 @@ impl Merging {
             if let Err(error) = kept {
                 // It may be where nobody may write, and nobody merges.
                 tracing::warn!(
-                    "who merges layers could remove one that the snapshot needs: {error}"
+                    "who merges layers could remove one that the snapshot needs: {}",
+                    error.with_cause()
                 );
             }
         }
@@ -197,7 +198,8 @@ impl Task {
             Err(error) => {
                 tracing::warn!(
                     disk = number,
-                    "layers of a disk stay as many as they are: {error}"
+                    "layers of a disk stay as many as they are: {}",
+                    error.with_causes()
                 );
                 return None;
             }
@@ -211,7 +213,11 @@ impl Task {
                 kept = rest.kept.len(),
                 "layers of a disk have become one"
             ),
-            Err(error) => tracing::warn!(disk = number, "layers that were merged stay: {error}"),
+            Err(error) => tracing::warn!(
+                disk = number,
+                "layers that were merged stay: {}",
+                error.with_cause()
+            ),
         }
         Some(merged)
     }

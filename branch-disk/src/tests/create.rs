@@ -104,6 +104,11 @@ fn a_name_as_long_as_a_layer_s_can_be_does_for_all() {
     let names = bench.names();
     let on = Foundation::Raw(bench.path("base"));
     let refused = Disk::create(&bench.path(&"c".repeat(255 - 38)), None, &on, &anything);
-    assert!(matches!(refused, Err(Error::Path { .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::LongName { .. })),
+        "{refused:?}"
+    );
+    let said = refused.unwrap_err().to_string();
+    assert!(said.contains("at most 216 bytes"), "{said}");
     assert_eq!(bench.names(), names);
 }
