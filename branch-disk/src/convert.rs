@@ -11,7 +11,7 @@ use rustix::{fs::SeekFrom, io::Errno};
 
 use crate::{
     chain::Rule,
-    create::{Draft, absolute, new_id},
+    create::{Draft, absolute, new_id, vacant},
     disk::Disk,
     error::Error,
     header::{Header, Parent},
@@ -149,16 +149,6 @@ pub(crate) fn import(
     drop(disk);
     draft.publish(&to)?;
     Ok(copied)
-}
-
-/// Fails if there is anything at `path`, before much is done for it in vain.
-fn vacant(path: &Path) -> Result<(), Error> {
-    match path.symlink_metadata() {
-        Ok(_) => Err(Error::Exists {
-            path: path.to_owned(),
-        }),
-        Err(_) => Ok(()),
-    }
 }
 
 /// Copies `bytes`, all but the blocks of zeros. `next` says from where on, at or after an offset, there may be others.

@@ -57,7 +57,7 @@ impl Disk {
             bottom: None,
             layers: Vec::new(),
         };
-        let (parent, mut chain) = match on {
+        let (parent, chain) = match on {
             Foundation::Nothing => (Parent::Nothing, nothing()),
             Foundation::Raw(base) => {
                 let base = open_base(base, None, rule)?;
@@ -93,15 +93,67 @@ impl Disk {
             parent,
         };
         let draft = Draft::write(&path, &path, &header)?;
+        Self::on(chain, draft, &path, header)
+    }
+
+    /// Makes a disk at `path` that begins as the disk `from` is now, of `bytes` if it is to be larger. Of a head the layer is sealed; what
+    /// can be refused is refused before, and then nothing has changed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; [`Error::Exists`] when there is anything at `path`.
+    pub fn branch_now(
+        from: &Path,
+        path: &Path,
+        bytes: Option<u64>,
+        rule: &Rule<'_>,
+    ) -> Result<Self, Error> {
+        let path = absolute(path)?;
+        if !rule(&path) {
+            return Err(Error::NotAllowed { path });
+        }
+        vacant(&path)?;
+        let mut from = match Self::open(from, Mode::Write, rule) {
+            Ok(from) => from,
+            Err(Error::Sealed { path: layer }) => {
+                return Self::create(&path, bytes, &Foundation::Layer(layer, None), rule);
+            }
+            Err(error) => return Err(error),
+        };
+        let bytes = bytes.unwrap_or(from.bytes());
+        let geometry = Geometry::of(bytes).filter(|_| from.bytes() <= bytes);
+        let geometry = geometry.ok_or(Error::Size(bytes))?;
+        let next = from.prepare()?;
+        let (on, depth) = match from.stays(next.header.geometry) {
+            Some(below) => (name_of(below, &path), below.header.depth),
+            None => next.as_parent_of(&path),
+        };
+        let header = Header {
+            id: new_id(&path)?,
+            geometry,
+            depth: depth + 1,
+            below: depth,
+            parent: on,
+        };
+        let draft = Draft::write(&path, &path, &header)?;
+        let layer = from.cut(next)?.finish()?;
+        drop(from);
+        let chain = Chain::open(&layer.path, Mode::Read, rule)?;
+        on_layer(&path, &chain, Some(layer.id))?;
+        Self::on(chain, draft, &path, header)
+    }
+
+    /// The disk whose head is `draft` and gets the name `path`, on `chain`.
+    fn on(mut chain: Chain, draft: Draft, path: &Path, header: Header) -> Result<Self, Error> {
         let below = chain.layers.last();
-        let kept = below.and_then(|below| keep(below, &path, header.id));
-        let made = draft.publish(&path).and_then(|media| {
+        let kept = below.and_then(|below| keep(below, path, header.id));
+        let made = draft.publish(path).and_then(|media| {
             complete(&chain.layers, chain.layers.len())
                 .and_then(|()| {
                     chain.layers.push(Arc::new(Layer::new(media, header)));
-                    Self::of(chain, &path, Mode::Write)
+                    Self::of(chain, path, Mode::Write)
                 })
-                .inspect_err(|_| name::discard(&path))
+                .inspect_err(|_| name::discard(path))
         });
         made.inspect_err(|_| {
             if let Some(name) = &kept {
@@ -199,6 +251,16 @@ pub(crate) fn second_name(layer: &Layer, id: LayerId) -> Result<PathBuf, Error> 
     }
     sync_directory_of(&name)?;
     Ok(name)
+}
+
+/// Fails if there is anything at `path`, before much is done for it in vain.
+pub(crate) fn vacant(path: &Path) -> Result<(), Error> {
+    match path.symlink_metadata() {
+        Ok(_) => Err(Error::Exists {
+            path: path.to_owned(),
+        }),
+        Err(_) => Ok(()),
+    }
 }
 
 /// How a layer at `path` names `other`: both are absolute.

@@ -383,6 +383,17 @@ impl Disk {
         self.plan().prepare()
     }
 
+    /// The layer below the head, if that is the cut and the head stays before a next one of this geometry.
+    pub(crate) fn stays(&self, next: Geometry) -> Option<&Layer> {
+        match &*self.layers {
+            [.., below, _] if self.bits.is_empty() => {
+                let same = below.header.geometry == self.geometry && next == self.geometry;
+                same.then_some(below)
+            }
+            _ => None,
+        }
+    }
+
     /// Ends the head and goes on with `next`, in constant time. When nothing was written to the head and it is as large as the
     /// layer below and as `next`, it stays and the cut is that layer. When this fails, nothing has changed.
     ///
@@ -402,11 +413,7 @@ impl Disk {
                 expected: head.header.id,
             });
         }
-        if self.bits.is_empty()
-            && let [.., below, _] = &*self.layers
-            && below.header.geometry == self.geometry
-            && next.header.geometry == self.geometry
-        {
+        if let Some(below) = self.stays(next.header.geometry) {
             let layer = LayerRef {
                 path: below.path().to_owned(),
                 id: below.header.id,

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use crate::{
     bits::Bits,
     chain::whole_map,
-    create::{Draft, has_room_above, link, new_id},
+    create::{Draft, has_room_above, link, new_id, reference},
     error::Error,
     header::{Header, LayerId, Parent},
     layer::Layer,
@@ -116,6 +116,17 @@ impl Plan {
         });
         sync_directory_of(&path)?;
         Ok(next)
+    }
+}
+
+impl Next {
+    /// The layer that ends, as the parent of a layer at `path`, and its depth.
+    pub(crate) fn as_parent_of(&self, path: &Path) -> (Parent, u32) {
+        let mut parent = self.header.parent.clone();
+        if let Parent::Layer { path: named, .. } = &mut parent {
+            *named = reference(path, &self.sealed);
+        }
+        (parent, self.header.below)
     }
 }
 

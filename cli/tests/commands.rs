@@ -504,6 +504,39 @@ fn a_disk_is_made_branched_shown_checked_and_copied() {
 }
 
 #[test]
+fn what_is_refused_of_a_disk_is_told_once_and_changes_nothing() {
+    let bench = Bench::new();
+    let output = bench.run(&["disk", "create", "--size", "1M", "s.disk"]);
+    assert!(output.status.success(), "{output:?}");
+    let names = || {
+        let entries = fs::read_dir(bench.path()).unwrap();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = names();
+    let long = "a".repeat(250);
+    for to in ["s.disk", "away/b.disk", "/proc/b.disk", &long] {
+        bench.refusal(&["disk", "branch", "s.disk", to]);
+        assert_eq!(names(), before, "{to}");
+    }
+    let refusal = bench.refusal(&["disk", "create", "--size", "1M", &long]);
+    assert!(refusal.contains("at most 216 bytes"), "{refusal}");
+    for arguments in [
+        &["info", "nope"][..],
+        &["export", "nope", "image"],
+        &["create", "d", "--base", "nope"],
+        &["branch", "nope", "d"],
+        &["merge", "nope"],
+        &["import", "nope", "d"],
+    ] {
+        let refusal = bench.refusal(&[&["disk"], arguments].concat());
+        assert_eq!(refusal.matches("os error").count(), 1, "{refusal}");
+        assert!(refusal.contains("give the path"), "{refusal}");
+    }
+}
+
+#[test]
 fn a_snapshot_is_not_exported_over_a_file() {
     let bench = Bench::new();
     assert!(

@@ -112,3 +112,44 @@ fn a_name_as_long_as_a_layer_s_can_be_does_for_all() {
     assert!(said.contains("at most 216 bytes"), "{said}");
     assert_eq!(bench.names(), names);
 }
+
+#[test]
+fn a_branch_that_is_refused_leaves_its_source_as_it_was() {
+    let bench = Bench::in_memory(8);
+    let mut disk = bench.on_base("d");
+    write(&mut disk, 0, &[1; 512]);
+    let id = disk.id();
+    drop(disk);
+    let names = bench.names();
+    let long = "a".repeat(217);
+    let proc = Path::new("/proc/b.disk");
+    let targets = ["d", "base", "away/e", &long].map(|name| bench.dir.path().join(name));
+    let targets = targets.iter().map(|path| (&**path, None));
+    let too_small = (&*bench.path("e"), Some(512));
+    for (target, bytes) in targets.chain([(proc, None), too_small]) {
+        let refused = Disk::branch_now(&bench.path("d"), target, bytes, &anything);
+        assert!(refused.is_err(), "{}", target.display());
+        assert_eq!(bench.names(), names, "{}", target.display());
+        assert_eq!(bench.open("d").id(), id, "{}", target.display());
+    }
+    // Of what was written to, of what was not, of a layer; there and elsewhere.
+    let elsewhere = in_memory();
+    for target in [bench.path("e"), elsewhere.path().join("f"), bench.path("g")] {
+        let mut branch =
+            Disk::branch_now(&bench.path("d"), &target, Some(8192), &anything).unwrap();
+        assert_eq!(all(&branch)[..512], [1; 512]);
+        write(&mut branch, 4096, &[2; 512]);
+        drop(branch);
+        sound(&target);
+        assert_eq!(read(&bench.open("d"), 0, 512), [1; 512]);
+    }
+    let layer = bench
+        .names()
+        .into_iter()
+        .find(|name| name.ends_with(".layer"));
+    let layer = bench.path(&layer.unwrap());
+    drop(Disk::branch_now(&layer, &bench.path("h"), None, &anything).unwrap());
+    let layers = |names: Vec<String>| names.iter().filter(|n| n.ends_with(".layer")).count();
+    assert_eq!(layers(bench.names()), 1, "{:?}", bench.names());
+    assert!(bench.names().iter().all(|name| !name.ends_with(".partial")));
+}

@@ -6,9 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use branch_disk::{
-    BaseInfo, Copied, Disk, Error, Foundation, Info, LayerInfo, Mode, Rest, anything,
-};
+use branch_disk::{BaseInfo, Copied, Disk, Foundation, Info, LayerInfo, Mode, Rest, anything};
 use clap::{Subcommand, ValueEnum};
 use control::{DiskChange, DiskLimitsChange, DiskStatus, Registry};
 use serde::Serialize;
@@ -135,8 +133,7 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
             made(&Disk::create(disk, *size, &on, &anything)?, json)
         }
         Command::Branch { from, disk, size } => {
-            let on = Foundation::Layer(sealed(from)?, None);
-            made(&Disk::create(disk, *size, &on, &anything)?, json)
+            made(&Disk::branch_now(from, disk, *size, &anything)?, json)
         }
         Command::Resize { vm, disk, size } => {
             let change = DiskChange {
@@ -185,17 +182,6 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
 
 fn read(path: &Path) -> anyhow::Result<Disk> {
     Ok(Disk::open(path, Mode::Read, &anything)?)
-}
-
-/// A sealed layer with what is in the disk `from` now.
-fn sealed(from: &Path) -> anyhow::Result<PathBuf> {
-    let mut disk = match Disk::open(from, Mode::Write, &anything) {
-        Ok(disk) => disk,
-        Err(Error::Sealed { path }) => return Ok(path),
-        Err(error) => return Err(error.into()),
-    };
-    let next = disk.prepare()?;
-    Ok(disk.cut(next)?.finish()?.path)
 }
 
 fn made(disk: &Disk, json: bool) -> anyhow::Result<ExitCode> {
