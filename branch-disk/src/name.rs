@@ -20,6 +20,8 @@ const STEM_BYTES: usize = 128;
 const NAME_BYTES: usize = 255;
 /// Bytes that are put behind a disk's name when it is sealed.
 pub(crate) const SEALED_BYTES: usize = 1 + ID_DIGITS + LAYER.len();
+/// Bytes that are put behind a layer's name for a child's second name of it.
+const KEPT_BYTES: usize = 1 + ID_DIGITS + KEPT.len();
 /// Bytes that a disk's name has at most, but for what is put behind it here.
 pub(crate) const MAX_DISK_BYTES: usize = NAME_BYTES - SEALED_BYTES;
 
@@ -60,9 +62,18 @@ pub fn rebuilt(path: &Path, id: LayerId, of: &str) -> Result<OsString, Error> {
 
 /// A second name for the layer `path`, for its child with that id.
 pub(crate) fn kept(path: &Path, child: LayerId) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
+    let mut name = fitting(path.file_name().unwrap_or_default(), KEPT_BYTES);
     name.push(format!(".{child}{KEPT}"));
     path.with_file_name(name)
+}
+
+/// `name`, or its digest where there is no room for so many bytes more.
+fn fitting(name: &OsStr, more: usize) -> OsString {
+    if name.len() + more <= NAME_BYTES {
+        return name.to_owned();
+    }
+    let digest = blake3::hash(name.as_encoded_bytes()).to_hex();
+    digest[..ID_DIGITS].into()
 }
 
 fn named(path: &Path, name: impl FnOnce(&str) -> String) -> Result<PathBuf, Error> {
@@ -100,12 +111,7 @@ pub(crate) fn draft(path: &Path, id: LayerId) -> PathBuf {
 /// How the names of the drafts begin of what is to be called `name`: with that, or with its digest where it is too long.
 fn drafts_of(name: &OsStr) -> OsString {
     let mut begin = OsString::from(".");
-    if name.len() + ID_DIGITS + PARTIAL.len() + 2 <= NAME_BYTES {
-        begin.push(name);
-    } else {
-        let digest = blake3::hash(name.as_encoded_bytes()).to_hex();
-        begin.push(&digest[..ID_DIGITS]);
-    }
+    begin.push(fitting(name, ID_DIGITS + PARTIAL.len() + 2));
     begin.push(".");
     begin
 }
@@ -141,9 +147,9 @@ pub(crate) fn is_of_a_layer(path: &Path) -> bool {
 
 /// Whether `path` is a second name of the layer `of`.
 pub(crate) fn is_kept(path: &Path, of: &Path) -> bool {
-    let own = of.file_name().unwrap_or_default().as_encoded_bytes();
+    let own = fitting(of.file_name().unwrap_or_default(), KEPT_BYTES);
     let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-    let rest = name.strip_prefix(own);
+    let rest = name.strip_prefix(own.as_encoded_bytes());
     rest.is_some_and(|rest| rest.starts_with(b".") && rest.ends_with(KEPT.as_bytes()))
         && path.parent() == of.parent()
 }

@@ -3,11 +3,16 @@
 use std::{fs, os::unix::fs::MetadataExt};
 
 use super::*;
-use crate::{Error, LayerId, LayerRef, MAX_DEPTH, Rest};
+use crate::{Error, LayerId, LayerRef, MAX_DEPTH, Rest, name};
 
 /// A disk on a base with so many sealed layers, each of which has a sector of its own and one that all have written.
 fn layered(bench: &Bench, layers: u8) -> (Disk, Vec<LayerRef>, Vec<Vec<u8>>) {
-    let mut disk = bench.on_base("d");
+    layered_of("d", bench, layers)
+}
+
+/// As [`layered`], of a disk of this name.
+fn layered_of(name: &str, bench: &Bench, layers: u8) -> (Disk, Vec<LayerRef>, Vec<Vec<u8>>) {
+    let mut disk = bench.on_base(name);
     let (mut sealed_layers, mut contents) = (Vec::new(), Vec::new());
     for layer in 1..=layers {
         write(&mut disk, u64::from(layer) * 512, &[layer; 512]);
@@ -255,8 +260,17 @@ fn what_lies_elsewhere_is_not_removed_and_what_is_made_belongs_to_whom_it_did() 
 
 #[test]
 fn a_layer_that_a_disk_elsewhere_stands_on_stays_however_often_it_is_merged() {
+    layers_stay_for_who_is_elsewhere("d");
+}
+
+#[test]
+fn a_layer_of_a_disk_with_the_longest_name_stays_as_well() {
+    layers_stay_for_who_is_elsewhere(&"d".repeat(name::MAX_DISK_BYTES));
+}
+
+fn layers_stay_for_who_is_elsewhere(name: &str) {
     let bench = Bench::new(64);
-    let (mut disk, layers, contents) = layered(&bench, 2);
+    let (mut disk, layers, contents) = layered_of(name, &bench, 2);
     let elsewhere = tempfile::tempdir().unwrap();
     let there = elsewhere.path().join("there");
     let on = Foundation::Layer(layers[1].path.clone(), None);
