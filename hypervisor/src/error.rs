@@ -69,6 +69,16 @@ pub enum Error {
         /// Bytes there should be.
         expected: usize,
     },
+    /// The state of another vCPU than the one that it is to be.
+    #[error(
+        "the state of vCPU {expected} is that of {found}; take another copy, or save the machine again"
+    )]
+    OtherVcpu {
+        /// Whose it says that it is.
+        found: u32,
+        /// Whose it should be.
+        expected: u32,
+    },
     /// A model-specific register cannot be set to its saved value.
     #[error(
         "this host cannot set MSR {index:#x} to its saved value {value:#x}; restore on a host with the same CPU model or a newer one"

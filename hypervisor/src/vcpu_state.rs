@@ -145,6 +145,12 @@ impl Vcpu {
     ///
     /// When the state is not one of this architecture, or KVM refuses it.
     pub fn restore(&mut self, state: &VcpuState) -> Result<(), Error> {
+        if state.id != self.id() {
+            return Err(Error::OtherVcpu {
+                found: state.id,
+                expected: self.id(),
+            });
+        }
         // What the vCPU has decides what can be set, so CPUID is first.
         let cpuid = state.cpuid_entries()?;
         if cpuid != self.cpuid {

@@ -216,6 +216,18 @@ fn a_vcpu_that_is_reset_is_what_it_was_whether_it_has_run_since_or_not() {
 
     let other = Vm::new(&memory, 1).unwrap();
     let mut vcpu = other.create_vcpu(0).unwrap();
+    let anothers = VcpuState {
+        id: 1,
+        ..saved.clone()
+    };
+    let refused = vcpu.restore(&anothers).unwrap_err();
+    assert!(matches!(
+        refused,
+        Error::OtherVcpu {
+            found: 1,
+            expected: 0
+        }
+    ));
     vcpu.restore(&saved).unwrap();
     let start = ClockPlan::new(&vcpu)
         .unwrap()

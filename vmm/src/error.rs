@@ -247,9 +247,12 @@ impl Error {
                 | Kvm::TemplateLeaf(_)
                 | Kvm::TemplateMsr(_),
             ) => FailureKind::BadRequest,
-            Self::Hypervisor(Kvm::SavedSize { .. } | Kvm::Msr { .. } | Kvm::TscRate { .. }) => {
-                FailureKind::NotASnapshot
-            }
+            Self::Hypervisor(
+                Kvm::SavedSize { .. }
+                | Kvm::OtherVcpu { .. }
+                | Kvm::Msr { .. }
+                | Kvm::TscRate { .. },
+            ) => FailureKind::NotASnapshot,
             Self::Hypervisor(_) | Self::Vcpus(_) | Self::EventLoop(_) => FailureKind::Host,
             Self::Device(e) => device_kind(e),
             Self::Bus(_) => FailureKind::Internal,
