@@ -491,6 +491,14 @@ fn a_disk_is_made_branched_shown_checked_and_copied() {
         let back = fs::read(bench.path().join(format!("{format}.back"))).unwrap();
         assert!(back == [vec![5; 1 << 20], vec![0; 1 << 20]].concat());
     }
+    // What does not look raw is taken for that only when it is said to be.
+    let refusal = bench.refusal(&["disk", "import", "qcow2.img", "f"]);
+    assert!(refusal.contains("--format qcow2"), "{refusal}");
+    json(&["import", "qcow2.img", "f", "--format", "raw"]);
+    let refusal = bench.refusal(&["disk", "import", "e", "g"]);
+    assert!(refusal.contains("a disk that branches"), "{refusal}");
+    let refusal = bench.refusal(&["disk", "create", "g", "--base", "e"]);
+    assert!(refusal.contains("a disk that branches"), "{refusal}");
     let refusal = bench.refusal(&["disk", "info", "base"]);
     assert!(refusal.contains("is no branching disk"), "{refusal}");
     // A damaged layer is found, and told by the exit code.

@@ -1,17 +1,24 @@
 //! `fermata disk`: disks that branch, and what is changed of a machine's disks.
 
 use std::{
+    fs::File,
+    io::Read,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use branch_disk::{BaseInfo, Copied, Disk, Foundation, Info, LayerInfo, Mode, Rest, anything};
 use clap::{Subcommand, ValueEnum};
 use control::{DiskChange, DiskLimitsChange, DiskStatus, Registry};
 use serde::Serialize;
 
 use crate::{disk, machine, output, size};
+
+/// How a qcow2 image begins.
+const QCOW2: [u8; 4] = *b"QFI\xfb";
+/// How a disk that branches begins (`docs/disk-format.md`).
+const BRANCHING: [u8; 8] = *b"FERMDISK";
 
 /// The exit code when a check finds something.
 const DAMAGED: u8 = 2;
@@ -86,9 +93,9 @@ enum Command {
         /// The disk.
         #[arg(value_parser = machine::absolute())]
         disk: PathBuf,
-        /// What the image is.
-        #[arg(long, value_enum, default_value_t = Format::Raw)]
-        format: Format,
+        /// What the image is [default: raw, unless it looks like something else].
+        #[arg(long, value_enum)]
+        format: Option<Format>,
     },
     /// Writes a disk's content into an image.
     Export {
@@ -129,6 +136,14 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
     let json = args.json;
     match &args.command {
         Command::Create { disk, size, base } => {
+            if let Some(base) = base
+                && begins_with(base, &BRANCHING)?
+            {
+                bail!(
+                    "{} is a disk that branches, and no raw image; `fermata disk branch` has another begin as it is",
+                    base.display()
+                );
+            }
             let on = base.clone().map_or(Foundation::Nothing, Foundation::Raw);
             made(&Disk::create(disk, *size, &on, &anything)?, json)
         }
@@ -157,7 +172,19 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
             disk,
             format,
         } => {
-            let copied = match format {
+            // A guest may write at the beginning of a raw image what it likes: nobody guesses.
+            for (begin, what) in [
+                (&QCOW2[..], "a qcow2 image: say `--format qcow2`"),
+                (&BRANCHING[..], "a disk that branches: use it as it is"),
+            ] {
+                if format.is_none() && begins_with(image, begin)? {
+                    bail!(
+                        "{} looks like {what}, or `--format raw` if it is none",
+                        image.display()
+                    );
+                }
+            }
+            let copied = match format.unwrap_or(Format::Raw) {
                 Format::Raw => branch_disk::import_raw(image, disk, &anything),
                 Format::Qcow2 => branch_disk::import_qcow2(image, disk, &anything),
             };
@@ -178,6 +205,20 @@ pub(crate) async fn run(args: &Args, run_dir: PathBuf) -> anyhow::Result<ExitCod
         Command::Merge { disk, remove } => merge(disk, *remove, json),
         Command::Check { disk } => check(disk, json),
     }
+}
+
+/// Whether a regular file begins so. What cannot be opened is told by who needs it.
+fn begins_with(path: &Path, magic: &[u8]) -> anyhow::Result<bool> {
+    if !path.is_file() {
+        return Ok(false);
+    }
+    let mut begin = Vec::new();
+    if let Ok(file) = File::open(path) {
+        file.take(magic.len() as u64)
+            .read_to_end(&mut begin)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+    }
+    Ok(begin == magic)
 }
 
 fn read(path: &Path) -> anyhow::Result<Disk> {
