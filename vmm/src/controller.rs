@@ -150,7 +150,12 @@ impl Controller {
                 match &changed {
                     Ok(now) => tracing::info!(disk = index, ?now, "a disk has changed"),
                     Err(error) => {
-                        tracing::warn!(disk = index, ?change, %error, "a disk has not changed")
+                        tracing::warn!(
+                            disk = index,
+                            ?change,
+                            error = error.with_causes(),
+                            "a disk has not changed"
+                        )
                     }
                 }
                 answer(reply, changed.map_err(Failure::from));
@@ -224,7 +229,7 @@ impl Controller {
         if self.machine.is_lost() {
             return self.lost(error);
         }
-        tracing::warn!("the machine is not reset: {error}");
+        tracing::warn!("the machine is not reset: {}", error.with_causes());
         error.into()
     }
 
@@ -455,7 +460,7 @@ impl Controller {
             (false, true) => Error::StandsTooLong,
             (false, false) => error,
         };
-        tracing::warn!("the snapshot failed: {error}");
+        tracing::warn!("the snapshot failed: {}", error.with_causes());
         let running = self.machine.is_running();
         if self.machine.is_lost() || (ran && !running) {
             answer(reply, Err(self.lost(error)));
