@@ -545,6 +545,41 @@ fn what_is_refused_of_a_disk_is_told_once_and_changes_nothing() {
 }
 
 #[test]
+fn a_store_without_its_config_says_what_brings_it_back() {
+    let bench = Bench::new();
+    let store = |arguments: &[&str]| bench.run(&[&["store", "--store", "s"], arguments].concat());
+    assert!(store(&["init"]).status.success());
+    let opened = dedup::Store::open_dir(bench.path().join("s"), dedup::OpenOptions::default());
+    fs::write(bench.path().join("file"), "content").unwrap();
+    let saved = opened.unwrap().save_file("a", bench.path().join("file"));
+    saved.unwrap();
+    let config = bench.path().join("s/config");
+    let whole = fs::read(&config).unwrap();
+    let mut damaged = whole.clone();
+    damaged[50] ^= 1;
+    for content in [None, Some(damaged)] {
+        match content {
+            None => fs::remove_file(&config).unwrap(),
+            Some(content) => fs::write(&config, content).unwrap(),
+        }
+        for (command, code) in [("ls", 1), ("fsck", 2)] {
+            let output = store(&[command]);
+            assert_eq!(output.status.code(), Some(code), "{output:?}");
+            let said = text(&output.stderr);
+            assert!(said.contains("run `fsck --repair`"), "{said}");
+        }
+        // As after any repair, there was something wrong, and JSON tells all.
+        let output = store(&["fsck", "--repair", "--json"]);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["problems"][0]["file"], "config");
+        assert_eq!(report["repaired"][0], "restored config from a pack");
+        assert_eq!(fs::read(&config).unwrap(), whole);
+        assert!(store(&["fsck"]).status.success());
+    }
+}
+
+#[test]
 fn a_snapshot_is_not_exported_over_a_file() {
     let bench = Bench::new();
     assert!(

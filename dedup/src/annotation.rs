@@ -82,7 +82,8 @@ fn read_stored(backend: &dyn Backend, file: &str) -> Result<Option<Vec<u8>>> {
     opened.read_exact_at(&mut bytes, 0).map_err(failed())?;
     let (version, content) = parse(&bytes, file).map_err(damaged)?;
     if version != VERSION {
-        return Err(Error::NewerStore {
+        return Err(Error::NewerFile {
+            file: Area::Annotations.path(file),
             found: version,
             supported: VERSION,
         });

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::store::CONFIG;
+
 /// The result of everything that touches a store.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -17,11 +19,17 @@ pub enum Error {
     #[error("there is a store here already: open it instead of creating it")]
     StoreExists,
 
-    /// A store is there already, and has lost its parameters.
+    /// A store is there, with files in this directory, and has lost its parameters.
     #[error(
-        "there is a store here that has lost its `config`, and files in `{0}`: run `fsck --repair`, which brings it back from a pack, or choose another place"
+        "there is a store here, with files in `{0}`, that has lost its `config`: run `fsck --repair`, which brings it back from a pack, or choose another place"
     )]
     LostConfig(&'static str),
+
+    /// A store has lost its parameters, and nothing in it tells them.
+    #[error(
+        "the store's `config` is lost or damaged, and no pack has a copy of it: take the file from a copy of the store, or choose another place"
+    )]
+    NoCopyOfConfig,
 
     /// The store was written before the first release.
     #[error(
@@ -37,6 +45,19 @@ pub enum Error {
     )]
     NewerStore {
         /// The version found in the file.
+        found: u32,
+        /// The newest version this release reads.
+        supported: u32,
+    },
+
+    /// A file of the store was written by a newer release.
+    #[error(
+        "{file} has format version {found}, this release reads up to {supported}: use a newer release"
+    )]
+    NewerFile {
+        /// The file, as `area/name`.
+        file: String,
+        /// The version found in it.
         found: u32,
         /// The newest version this release reads.
         supported: u32,
@@ -84,7 +105,7 @@ pub enum Error {
     ImageTaken(String),
 
     /// A file's bytes are not what the format allows.
-    #[error("{file} is damaged ({what}): run `fsck`, which names the snapshots it hits")]
+    #[error("{file} is damaged ({what}): run {}", advice(file))]
     Damaged {
         /// The file, as `area/name`.
         file: String,
@@ -177,9 +198,51 @@ impl Error {
         }
     }
 
+    /// Whether a check, too, would say that something is wrong with the store.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Error::Damaged { .. } | Error::LostConfig(_) | Error::NoCopyOfConfig
+        )
+    }
+
+    /// What is wrong with a file, for a report that names it beside that, and is of the check that is advised elsewhere.
+    pub(crate) fn of_its_file(&self) -> String {
+        match self {
+            Error::Damaged { what, .. } => (*what).to_owned(),
+            Error::NewerFile {
+                found, supported, ..
+            } => format!(
+                "it has format version {found}, this release reads up to {supported}: use a newer release"
+            ),
+            other => other.in_full(),
+        }
+    }
+
+    /// What happened, and why.
+    pub(crate) fn in_full(&self) -> String {
+        let mut said = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            said.push_str(&format!(": {error}"));
+            cause = error.source();
+        }
+        said
+    }
+
     /// Whether the file is missing, as opposed to unreadable.
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// What to run when a file is damaged. Without `config` there is nothing to check by.
+fn advice(file: &str) -> &'static str {
+    if file == CONFIG {
+        "`fsck --repair`, which brings it back from a pack"
+    } else {
+        "`fsck`, which names the snapshots it hits"
     }
 }
 

@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand};
 use dedup::backend::LocalDir;
 use dedup::{
     CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, FILE_IMAGE, GcOptions, Key, OpenOptions,
-    Saved, Store,
+    Report, Saved, Store,
 };
 use serde::Serialize;
 
@@ -92,7 +92,8 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         grace: u64,
     },
-    /// Check every byte; without the key of an encrypted store, only digests. Exit code 2 when something is wrong.
+    /// Check every byte; without the key of an encrypted store, only digests. Exit code 2 when something is wrong, or was
+    /// before the repair.
     Fsck {
         /// Repair what can be, and move what cannot be read into damaged/.
         #[arg(long)]
@@ -109,7 +110,14 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("dedup: {error:#}");
-            ExitCode::FAILURE
+            // A store that a check cannot even open is one with something wrong.
+            let is_damage = |cause: &dedup::Error| cause.is_damage();
+            match args.command {
+                Command::Fsck { .. } if error.downcast_ref().is_some_and(is_damage) => {
+                    ExitCode::from(DAMAGED)
+                }
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -232,44 +240,58 @@ fn run(args: &Args) -> Result<ExitCode> {
             say(&done, plain)?;
         }
         Command::Fsck { repair } => {
-            if *repair && dedup::repair_config(&LocalDir::new(&args.store))? {
+            let restored = if *repair {
+                dedup::repair_config(&LocalDir::new(&args.store))?
+            } else {
+                None
+            };
+            let was_restored = restored.is_some();
+            let report = open().and_then(|store| {
+                let report = if *repair {
+                    store.repair()?
+                } else {
+                    store.fsck()?
+                };
+                Ok(report.after_config(restored))
+            });
+            if report.is_err() && was_restored {
                 eprintln!("restored the store's config from a pack");
             }
-            let store = open()?;
-            let report = if *repair {
-                store.repair()?
-            } else {
-                store.fsck()?
-            };
-            let mut lines = vec![format!(
-                "{} packs with {} chunks, {} snapshots: {} problems",
-                report.packs,
-                report.chunks,
-                report.snapshots,
-                report.problems.len()
-            )];
-            if report.digests_only {
-                lines.push("only digests were checked: for the content, give the key file".into());
-            }
-            for problem in &report.problems {
-                let hit = if problem.snapshots.is_empty() {
-                    "none".into()
-                } else {
-                    problem.snapshots.join(" ")
-                };
-                lines.push(format!(
-                    "{}: {} (snapshots hit: {hit})",
-                    problem.file, problem.what
-                ));
-            }
-            lines.extend(report.repaired.iter().cloned());
-            say(&report, lines.join("\n"))?;
+            let report = report?;
+            say(&report, told(&report))?;
             if !report.problems.is_empty() {
                 return Ok(ExitCode::from(DAMAGED));
             }
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a check found, and what a repair did.
+fn told(report: &Report) -> String {
+    let mut lines = vec![format!(
+        "{} packs with {} chunks, {} snapshots: {} problems",
+        report.packs,
+        report.chunks,
+        report.snapshots,
+        report.problems.len()
+    )];
+    if report.digests_only {
+        lines.push("only digests were checked: for the content, give the key file".into());
+    }
+    for problem in &report.problems {
+        let hit = if problem.snapshots.is_empty() {
+            "none".into()
+        } else {
+            problem.snapshots.join(" ")
+        };
+        lines.push(format!(
+            "{}: {} (snapshots hit: {hit})",
+            problem.file, problem.what
+        ));
+    }
+    lines.extend(report.repaired.iter().cloned());
+    lines.join("\n")
 }
 
 /// Anything that can be printed as JSON.

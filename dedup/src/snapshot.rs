@@ -187,7 +187,8 @@ impl Snapshot {
             .map_err(failed())?;
         let (facts_at, facts_len, id) =
             parse_ends(&header, &trailer, facts_end).map_err(|refused| match refused {
-                Refused::Newer(found) => Error::NewerStore {
+                Refused::Newer(found) => Error::NewerFile {
+                    file: Area::Snapshots.path(name),
                     found,
                     supported: VERSION,
                 },

@@ -158,7 +158,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::NoStore`]; [`Error::NewerStore`]; [`Error::Key`]; [`Error::Damaged`].
+    /// [`Error::NoStore`]; [`Error::LostConfig`]; [`Error::NewerStore`]; [`Error::Key`]; [`Error::Damaged`].
     pub fn open_dir(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         Store::open(LocalDir::new(path.as_ref()), options)
     }
@@ -456,7 +456,7 @@ impl SnapshotReader {
     ///
     /// # Errors
     ///
-    /// [`Error::Name`]; [`Error::Key`]; [`Error::Damaged`]; [`Error::NewerStore`]. The snapshot is whole nevertheless.
+    /// [`Error::Name`]; [`Error::Key`]; [`Error::Damaged`]; [`Error::NewerFile`]. The snapshot is whole nevertheless.
     pub fn annotation(&self, name: &str) -> Result<Option<Vec<u8>>> {
         annotation::read(&self.shared, &self.snapshot, name)
     }
@@ -515,11 +515,20 @@ fn check_holds_nothing(backend: &dyn Backend) -> Result<()> {
         }
         // Whoever has written them has found a config before, and it never goes.
         return Err(match read_config(backend) {
-            Err(Error::NoStore) => Error::LostConfig(area.dir()),
+            Err(lost @ Error::LostConfig(_)) => lost,
             _ => Error::StoreExists,
         });
     }
     Ok(())
+}
+
+/// Why there is no `config`: no store, or one that has lost it, which nobody may be told to make anew.
+fn without_config(backend: &dyn Backend) -> Error {
+    let holds = |area: &Area| backend.list(*area).is_ok_and(|files| !files.is_empty());
+    [Area::Packs, Area::Snapshots]
+        .iter()
+        .find(|area| holds(area))
+        .map_or(Error::NoStore, |area| Error::LostConfig(area.dir()))
 }
 
 /// Reads the store's parameters.
@@ -527,7 +536,7 @@ pub(crate) fn read_config(backend: &dyn Backend) -> Result<Config> {
     let file = backend
         .open(Area::Root, CONFIG)
         .map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::NoStore,
+            std::io::ErrorKind::NotFound => without_config(backend),
             _ => Error::file("read config")(error),
         })?;
     // A config of another length is damaged, but may be of a newer version.

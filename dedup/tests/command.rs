@@ -173,6 +173,48 @@ fn damage_has_an_exit_code_of_its_own() {
     assert!(String::from_utf8_lossy(&dedup(dir, &["fsck"]).stdout).contains("are not there"));
 }
 
+/// Without its config a store cannot be opened, but it is one: nobody is sent to make another, or back to what cannot be done.
+#[test]
+fn a_store_without_its_config_says_what_brings_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("image"), image(100, 2)).unwrap();
+    json(dir, &["init"]);
+    json(dir, &["save", "a", "image"]);
+    let config = dir.join("dedup-store/config");
+    let whole = std::fs::read(&config).unwrap();
+    let mut damaged = whole.clone();
+    damaged[50] ^= 1;
+    for content in [None, Some(damaged), Some(Vec::new())] {
+        match content {
+            None => std::fs::remove_file(&config).unwrap(),
+            Some(content) => std::fs::write(&config, content).unwrap(),
+        }
+        for (command, code) in [("ls", 1), ("fsck", 2)] {
+            let refused = dedup(dir, &[command]);
+            assert_eq!(refused.status.code(), Some(code), "{refused:?}");
+            let said = String::from_utf8(refused.stderr).unwrap();
+            assert!(said.contains("run `fsck --repair`"), "{said}");
+        }
+        // As after any repair, there was something wrong, and JSON tells all.
+        let repaired = dedup(dir, &["fsck", "--repair", "--json"]);
+        assert_eq!(repaired.status.code(), Some(2));
+        let report: serde_json::Value = serde_json::from_slice(&repaired.stdout).unwrap();
+        assert_eq!(report["problems"][0]["file"], "config");
+        assert_eq!(report["repaired"][0], "restored config from a pack");
+        assert_eq!(std::fs::read(&config).unwrap(), whole);
+        json(dir, &["fsck"]);
+    }
+    // Where nothing tells what it was, that is said, and not that there is no store.
+    std::fs::remove_file(&config).unwrap();
+    for pack in std::fs::read_dir(dir.join("dedup-store/packs")).unwrap() {
+        std::fs::remove_file(pack.unwrap().path()).unwrap();
+    }
+    let refused = dedup(dir, &["fsck", "--repair"]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("no pack has a copy"));
+}
+
 #[test]
 fn an_encrypted_store_takes_its_key_file() {
     let dir = tempfile::tempdir().unwrap();

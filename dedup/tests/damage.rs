@@ -448,13 +448,48 @@ fn the_tags_of_a_newer_snapshot_stay() {
     *file = Arc::new(newer);
     let backend = Memory::with_files(files);
     let store = Store::open(backend.clone(), options()).unwrap();
-    assert!(matches!(
-        store.image("a", "memory"),
-        Err(Error::NewerStore { found: 99, .. })
-    ));
-    store.repair().unwrap();
+    let refused = store.image("a", "memory").map(drop).unwrap_err();
+    assert!(matches!(refused, Error::NewerFile { found: 99, .. }));
+    // It is not the store that is newer.
+    let said = refused.to_string();
+    assert!(said.starts_with("snapshots/a has format"), "{said}");
+    let report = store.repair().unwrap();
+    let what = &report.problems[0].what;
+    assert!(what.starts_with("it has format version 99"), "{what}");
     let names = |area| backend.list(area).unwrap().len();
     assert_eq!((names(Area::Snapshots), names(Area::Tags)), (2, 1));
+}
+
+/// A report names each file once, and does not send anybody to where it comes from.
+#[test]
+fn a_report_does_not_advise_the_check_that_it_is_of() {
+    let (mut files, _) = some_store();
+    let areas = [
+        Area::Packs,
+        Area::Snapshots,
+        Area::Tags,
+        Area::Annotations,
+        Area::Index,
+    ];
+    for ((area, _), file) in &mut files {
+        if areas.contains(area) {
+            let mut damaged = file.to_vec();
+            damaged.truncate(file.len() - 1);
+            *file = Arc::new(damaged);
+        }
+    }
+    let condemned = (Area::Condemned, "x".to_owned());
+    files.insert(condemned, Arc::new(b"no list".to_vec()));
+    let report = open(files).unwrap().fsck().unwrap();
+    for area in areas.iter().chain([&Area::Condemned]) {
+        let in_area = |file: &str| file.starts_with(area.dir());
+        assert!(report.problems.iter().any(|found| in_area(&found.file)));
+    }
+    for problem in &report.problems {
+        let (file, what) = (&problem.file, &problem.what);
+        assert!(!what.contains("fsck"), "{file}: {what}");
+        assert!(!what.contains(file), "{file}: {what}");
+    }
 }
 
 #[test]
@@ -470,7 +505,7 @@ fn a_lost_config_comes_back_from_a_pack() {
         let backend = Memory::with_files(files.clone());
         assert!(matches!(
             Store::open(backend.clone(), options()),
-            Err(Error::NoStore | Error::Damaged { .. })
+            Err(Error::LostConfig("packs") | Error::Damaged { .. })
         ));
         // Nor is it made anew over what it has: that would be garbage then.
         let created = Store::create(backend.clone(), &support::create_options(), options());
@@ -478,9 +513,14 @@ fn a_lost_config_comes_back_from_a_pack() {
             created.map(drop),
             Err(Error::LostConfig(_) | Error::StoreExists)
         ));
-        assert!(repair_config(&backend).unwrap());
-        assert!(!repair_config(&backend).unwrap());
-        assert!(unreadable(&Store::open(backend, options()).unwrap(), &images).is_empty());
+        let found = repair_config(&backend).unwrap();
+        assert!(repair_config(&backend).unwrap().is_none());
+        let store = Store::open(backend, options()).unwrap();
+        assert!(unreadable(&store, &images).is_empty());
+        let report = store.repair().unwrap().after_config(found);
+        assert_eq!(report.problems.len(), 1);
+        assert_eq!(report.problems[0].file, "config");
+        assert_eq!(report.repaired[0], "restored config from a pack");
     }
     assert!(matches!(repair_config(&Memory::new()), Err(Error::NoStore)));
     let backend = Memory::with_files(files);
@@ -491,10 +531,14 @@ fn a_lost_config_comes_back_from_a_pack() {
     for pack in backend.list(Area::Packs).unwrap() {
         backend.remove(Area::Packs, &pack.name).unwrap();
     }
-    let created = Store::create(backend, &support::create_options(), options());
+    let created = Store::create(backend.clone(), &support::create_options(), options());
     assert!(matches!(
         created.map(drop),
         Err(Error::LostConfig("snapshots"))
+    ));
+    assert!(matches!(
+        repair_config(&backend),
+        Err(Error::NoCopyOfConfig)
     ));
 }
 

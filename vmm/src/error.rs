@@ -355,7 +355,9 @@ fn store_kind(error: &snapshot::StoreError) -> FailureKind {
         Store::NoSnapshot(_) => FailureKind::NotFound,
         Store::NameTaken(_) | Store::Busy(_) => FailureKind::WrongState,
         Store::Name(_) | Store::Ambiguous(_) | Store::Parameter(_) => FailureKind::BadRequest,
-        Store::Damaged { .. } | Store::NoImage(_) => FailureKind::NotASnapshot,
+        Store::Damaged { .. } | Store::LostConfig(_) | Store::NoImage(_) => {
+            FailureKind::NotASnapshot
+        }
         Store::NoSpace(_) => FailureKind::NoSpace,
         _ => FailureKind::Host,
     }

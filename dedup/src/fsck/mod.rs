@@ -36,6 +36,19 @@ pub struct Report {
     pub repaired: Vec<String>,
 }
 
+impl Report {
+    /// Adds what [`repair_config`] found and put right, without which the store could not be opened.
+    #[must_use]
+    pub fn after_config(mut self, restored: Option<Problem>) -> Self {
+        if let Some(problem) = restored {
+            self.problems.insert(0, problem);
+            self.repaired
+                .insert(0, "restored config from a pack".into());
+        }
+        self
+    }
+}
+
 /// A file with something wrong.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Problem {
@@ -200,7 +213,7 @@ impl<'a> Check<'a> {
                     "it names no snapshot that can be read".to_owned()
                 }
                 Ok(_) => continue,
-                Err(error) => error.to_string(),
+                Err(error) => error.of_its_file(),
             };
             self.problem(Area::Tags, &tag, what, Vec::new());
         }
@@ -221,7 +234,7 @@ impl<'a> Check<'a> {
                 self.problem(
                     Area::Annotations,
                     &entry.name,
-                    error.to_string(),
+                    error.of_its_file(),
                     Vec::new(),
                 );
             }
@@ -246,13 +259,16 @@ impl<'a> Check<'a> {
                     if fits {
                         Ok(())
                     } else {
-                        Err(Malformed("the number of entries is wrong").in_file("index"))
+                        Err(Malformed("the number of entries is wrong")
+                            .in_file(Area::Index.path(&entry.name)))
                     }
                 },
             );
             match checked {
                 Err(gone) if gone.is_not_found() => {}
-                Err(error) => self.problem(Area::Index, &entry.name, error.to_string(), Vec::new()),
+                Err(error) => {
+                    self.problem(Area::Index, &entry.name, error.of_its_file(), Vec::new())
+                }
                 Ok(()) => {}
             }
         }
@@ -266,7 +282,12 @@ impl<'a> Check<'a> {
             .map_err(Error::file("list what is condemned"))?
         {
             if let Err(error) = protect::read_condemned(backend, &entry.name) {
-                self.problem(Area::Condemned, &entry.name, error.to_string(), Vec::new());
+                self.problem(
+                    Area::Condemned,
+                    &entry.name,
+                    error.of_its_file(),
+                    Vec::new(),
+                );
             }
         }
         Ok(())

@@ -76,7 +76,7 @@ impl Packs {
         self.chunks += u64::from(whole.len());
         self.whole.insert(id, whole);
         if let Err(error) = checked {
-            self.problems.insert(id, error.to_string());
+            self.problems.insert(id, error.of_its_file());
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use super::{Check, snapshots};
+use super::{Check, Problem, snapshots};
 use crate::annotation;
 use crate::backend::{Area, Backend, Publish, ReadAt};
 use crate::config::Config;
@@ -27,16 +27,18 @@ const COPY_BYTES: u64 = 1 << 20;
 /// The chunks of a pack, by frame and slot; none where a slot is dead or lost.
 type Frames = BTreeMap<u32, Vec<Option<(ChunkId, Vec<u8>)>>>;
 
-/// Restores the store's parameters from a pack when they are lost or damaged. Gives whether that was needed.
+/// Restores the store's parameters from a pack when they are lost or damaged. Gives what was wrong with them, if anything: it
+/// is for [`super::Report::after_config`], of the repair that can then be done.
 ///
 /// # Errors
 ///
-/// No pack has them either; the store cannot be written.
-pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
-    match read_config(backend) {
-        Err(Error::NoStore | Error::Damaged { .. }) => {}
-        other => return other.map(|_| false),
-    }
+/// [`Error::NoCopyOfConfig`]; the store cannot be written.
+pub fn repair_config(backend: &dyn Backend) -> Result<Option<Problem>> {
+    let what = match read_config(backend) {
+        Err(Error::LostConfig(_)) => "the file is missing".to_owned(),
+        Err(damaged @ Error::Damaged { .. }) => damaged.of_its_file(),
+        other => return other.map(|_| None),
+    };
     for entry in backend
         .list(Area::Packs)
         .map_err(Error::file("list the packs"))?
@@ -50,10 +52,15 @@ pub fn repair_config(backend: &dyn Backend) -> Result<bool> {
                 keep_copy(backend, &*damaged, CONFIG)?;
             }
             publish(backend, Area::Root, CONFIG, &bytes)?;
-            return Ok(true);
+            return Ok(Some(Problem {
+                file: CONFIG.to_owned(),
+                what,
+                // It is whole when they are checked.
+                snapshots: Vec::new(),
+            }));
         }
     }
-    Err(Error::NoStore)
+    Err(Error::NoCopyOfConfig)
 }
 
 /// Repairs what a check found; tells what was done, and what could not be.
@@ -323,13 +330,7 @@ impl<'a> Elsewhere<'a> {
 
 /// What is said of a file with which nothing was done.
 fn left(path: &str, why: &Error) -> String {
-    let mut said = format!("left {path} as it is: {why}");
-    let mut cause = std::error::Error::source(why);
-    while let Some(error) = cause {
-        said.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    said
+    format!("left {path} as it is: {}", why.in_full())
 }
 
 /// Copies a damaged file to where somebody may look at it later. What was kept of it before stays; what the disk has lost is zeros.

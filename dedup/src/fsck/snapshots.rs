@@ -24,7 +24,7 @@ impl Check<'_> {
                 self.problem(
                     Area::Snapshots,
                     name,
-                    error.to_string(),
+                    error.of_its_file(),
                     vec![name.to_owned()],
                 );
             }

@@ -66,7 +66,7 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         grace: u64,
     },
-    /// Reads and checks every byte. The exit code is 2 when something is wrong.
+    /// Reads and checks every byte. The exit code is 2 when something is wrong, or was before the repair.
     Fsck {
         /// Repairs what can be, and moves what cannot be read into damaged/.
         #[arg(long)]

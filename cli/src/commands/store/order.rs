@@ -2,8 +2,8 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use anyhow::bail;
-use dedup::{GcOptions, Key, Problem, Store, backend::LocalDir, repair_config};
+use anyhow::{Context, bail};
+use dedup::{GcOptions, Key, Problem, Report, Store, backend::LocalDir, repair_config};
 use serde_json::json;
 
 use crate::{
@@ -126,14 +126,14 @@ pub(super) fn gc(store: &Store, grace: u64, json: bool) -> anyhow::Result<ExitCo
 }
 
 pub(super) fn fsck(args: &StoreArgs, repair: bool, json: bool) -> anyhow::Result<ExitCode> {
-    // Without its config a store cannot even be opened.
-    if repair && repair_config(&LocalDir::new(&args.location()?.directory))? {
-        output::say("restored the store's config from a pack");
-    }
-    let store = args.open_for_order()?;
-    let report = shown("checking", store.progress(), || {
-        if repair { store.repair() } else { store.fsck() }
-    })?;
+    let report = match checked(args, repair) {
+        // A store that a check cannot even open is one with something wrong.
+        Err(error) if is_damage(&error) => {
+            output::say(&format!("fermata: {error:#}"));
+            return Ok(ExitCode::from(DAMAGED));
+        }
+        checked => checked?,
+    };
     if json {
         output::print_json(&report)?;
     } else {
@@ -163,6 +163,38 @@ pub(super) fn fsck(args: &StoreArgs, repair: bool, json: bool) -> anyhow::Result
     } else {
         ExitCode::from(DAMAGED)
     })
+}
+
+/// What a check, or a repair, has to report.
+fn checked(args: &StoreArgs, repair: bool) -> anyhow::Result<Report> {
+    // Without its config a store cannot even be opened.
+    let directory = args.location()?.directory;
+    let restored = if repair {
+        repair_config(&LocalDir::new(&directory))
+            .with_context(|| directory.display().to_string())?
+    } else {
+        None
+    };
+    let was_restored = restored.is_some();
+    let report = args.open_for_order().and_then(|store| {
+        let report = shown("checking", store.progress(), || {
+            if repair { store.repair() } else { store.fsck() }
+        })?;
+        Ok(report.after_config(restored))
+    });
+    if report.is_err() && was_restored {
+        output::say("restored the store's config from a pack");
+    }
+    report
+}
+
+/// Whether a store, which may have been opened in either of two ways, is damaged.
+fn is_damage(error: &anyhow::Error) -> bool {
+    let cause = match error.downcast_ref() {
+        Some(snapshot::Error::Store { cause, .. }) => Some(cause),
+        _ => error.downcast_ref::<dedup::Error>(),
+    };
+    cause.is_some_and(dedup::Error::is_damage)
 }
 
 fn told(problem: &Problem) -> String {
