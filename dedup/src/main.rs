@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use dedup::backend::LocalDir;
 use dedup::{
-    CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, FILE_IMAGE, GcOptions, Key, OpenOptions,
-    Report, Saved, Store,
+    CreateOptions, DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, FILE_IMAGE, GcOptions, ImageDiff, Key,
+    OpenOptions, Report, Saved, Store,
 };
 use serde::Serialize;
 
@@ -109,7 +109,7 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("dedup: {error:#}");
+            eprintln!("dedup: {}", printable(&format!("{error:#}")));
             // A store that a check cannot even open is one with something wrong.
             let is_damage = |cause: &dedup::Error| cause.is_damage();
             match args.command {
@@ -136,7 +136,11 @@ fn run(args: &Args) -> Result<ExitCode> {
         opened.with_context(|| args.store.display().to_string())
     };
     let say = |value: &dyn ErasedJson, plain: String| {
-        let text = if args.json { value.json() } else { plain };
+        let text = if args.json {
+            value.json()
+        } else {
+            printable(&plain)
+        };
         match writeln!(std::io::stdout(), "{text}") {
             // A reader that has seen enough, like `head`.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -187,7 +191,8 @@ fn run(args: &Args) -> Result<ExitCode> {
             }
             for unreadable in listing.unreadable {
                 let why = anyhow::Error::from(unreadable.error);
-                eprintln!("{} cannot be read: {why:#}", unreadable.name);
+                let why = format!("{} cannot be read: {why:#}", unreadable.name);
+                eprintln!("{}", printable(&why));
             }
             return Ok(ExitCode::from(DAMAGED));
         }
@@ -201,10 +206,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         }
         Command::Diff { old, new } => {
             let diff = open()?.diff(old, new)?;
-            let lines: Vec<String> = diff
-                .iter()
-                .map(|image| format!("{}: {} changed", image.name, bytes(image.changed_bytes())))
-                .collect();
+            let lines: Vec<String> = diff.iter().map(difference).collect();
             say(&diff, lines.join("\n"))?;
         }
         Command::Rm { name } => {
@@ -294,6 +296,20 @@ fn told(report: &Report) -> String {
     lines.join("\n")
 }
 
+/// What differs in an image.
+fn difference(diff: &ImageDiff) -> String {
+    let name = &diff.name;
+    match (diff.old_size, diff.new_size) {
+        (Some(_), Some(size)) => format!(
+            "{name}: {} of {} changed",
+            bytes(diff.changed_bytes()),
+            bytes(size)
+        ),
+        (Some(size), None) => format!("{name}: removed, {}", bytes(size)),
+        (None, size) => format!("{name}: added, {}", bytes(size.unwrap_or(0))),
+    }
+}
+
 /// Anything that can be printed as JSON.
 trait ErasedJson {
     fn json(&self) -> String;
@@ -347,6 +363,19 @@ fn line(entry: &dedup::LogEntry) -> String {
     };
     let id = entry.id.to_string();
     format!("{}  {:>10}  {}{tags}", &id[..12], bytes(size), entry.name)
+}
+
+/// Text with what would steer a terminal shown, but for the ends of lines: names of files may have anything in them.
+fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() && character != '\n' {
+            shown.extend(character.escape_default());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
 }
 
 /// A number of bytes for people.

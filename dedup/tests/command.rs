@@ -216,6 +216,46 @@ fn a_store_without_its_config_says_what_brings_it_back() {
 }
 
 #[test]
+fn an_image_that_one_snapshot_has_is_added_or_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for (file, pages) in [("memory", 2), ("disk", 12)] {
+        std::fs::write(dir.join(file), vec![7; pages * 4096]).unwrap();
+    }
+    json(dir, &["init"]);
+    json(dir, &["save", "both", "memory", "disk"]);
+    std::fs::write(dir.join("memory"), vec![8; 8192]).unwrap();
+    std::fs::create_dir(dir.join("other")).unwrap();
+    std::fs::write(dir.join("other/second"), "x").unwrap();
+    json(dir, &["save", "one", "memory", "other/second"]);
+    let said = |args: &[&str]| String::from_utf8(dedup(dir, args).stdout).unwrap();
+    assert_eq!(
+        said(&["diff", "both", "one"]),
+        "memory: 8.0 KiB of 8.0 KiB changed\ndisk: removed, 48.0 KiB\nsecond: added, 1 B\n"
+    );
+}
+
+/// Files may be called anything, and who writes one may be nobody's friend.
+#[test]
+fn names_of_files_steer_no_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::write(dir.join("image"), image(3, 2)).unwrap();
+    json(dir, &["init"]);
+    json(dir, &["save", "a", "image"]);
+    let snapshots = dir.join("dedup-store/snapshots");
+    std::fs::copy(snapshots.join("a"), snapshots.join("\u{1b}[2J")).unwrap();
+    std::fs::write(snapshots.join("\u{1b}[3J"), "no snapshot").unwrap();
+    for command in ["ls", "fsck", "gc"] {
+        let output = dedup(dir, &[command]);
+        let said = [output.stdout, output.stderr].concat();
+        assert!(!said.contains(&0x1b), "{}", said.escape_ascii());
+        let shown = String::from_utf8(said).unwrap();
+        assert!(shown.contains("\\u{1b}[3J"), "{shown}");
+    }
+}
+
+#[test]
 fn an_encrypted_store_takes_its_key_file() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
