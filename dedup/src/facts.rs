@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bytes::{from_hex, to_hex};
 use crate::error::Malformed;
-use crate::name::FileId;
+use crate::name::{FileId, check_name};
 
 /// What a snapshot is, whatever its name: the digest of all it holds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -117,10 +117,35 @@ fn parse_salt<'de, D: serde::Deserializer<'de>>(
     parse_hex(deserializer).map(FileId).map(Some)
 }
 
+/// Text for the facts: without what would steer the terminal on which they are shown.
+pub(crate) fn as_text(text: &str) -> String {
+    text.replace(char::is_control, "")
+}
+
+impl Facts {
+    /// Checks the texts: they are shown to people, on terminals. Names of images are checked with the layout.
+    pub(crate) fn check_texts(&self) -> Result<(), Malformed> {
+        if self.host.contains(char::is_control) {
+            return Err(Malformed("the host's name has control characters"));
+        }
+        check_name(&self.name).map_err(|_| Malformed("it was saved under an impossible name"))
+    }
+}
+
 impl Span {
     pub(crate) fn end(&self) -> Result<u64, Malformed> {
         self.at
             .checked_add(self.len)
             .ok_or(Malformed("a part is outside of the file"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_has_no_control_characters() {
+        assert_eq!(as_text("\u{1b}[2Jho\nst\u{7f}\u{9b}é"), "[2Jhosté");
     }
 }

@@ -207,6 +207,7 @@ impl Snapshot {
         }
         let facts: Facts = serde_json::from_slice(&encoded)
             .map_err(|_| damaged(Malformed("the facts do not parse")))?;
+        facts.check_texts().map_err(damaged)?;
         let salt = match facts.salt {
             Some(salt) if shared.config.is_encrypted() => salt,
             None if !shared.config.is_encrypted() => FileId::default(),
@@ -477,6 +478,9 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Memory;
+    use crate::config::CreateOptions;
+    use crate::store::{OpenOptions, Store};
 
     fn draft(images: usize, manifest: Vec<u8>) -> SnapshotDraft {
         let image = |number: usize| ImageDraft {
@@ -494,6 +498,33 @@ mod tests {
             parent: None,
             images: (0..images).map(image).collect(),
             manifest,
+        }
+    }
+
+    /// Digests guard against accidents: anybody may make a snapshot with any text in it.
+    #[test]
+    fn texts_that_would_steer_a_terminal_are_refused() {
+        let backend = Memory::new();
+        let (create, open) = (CreateOptions::default(), OpenOptions::default());
+        let store = Store::create(backend.clone(), &create, open).unwrap();
+        let opened = |file: &str, name: &str, host: &str| {
+            let draft = SnapshotDraft {
+                name: name.into(),
+                host: host.into(),
+                ..draft(0, Vec::new())
+            };
+            publish(&backend, file, &draft.encode(None).unwrap().0).unwrap();
+            Snapshot::open(&store.shared, file).map(drop)
+        };
+        opened("good", "name", "the höst").unwrap();
+        for (file, name, host) in [
+            ("escape", "name", "\u{1b}[2Jevil"),
+            ("line", "name", "evil\nline"),
+            ("c1", "name", "\u{9b}2J"),
+            ("name", "\u{1b}[2J", "host"),
+        ] {
+            let opened = opened(file, name, host);
+            assert!(matches!(opened, Err(Error::Damaged { .. })), "{opened:?}");
         }
     }
 

@@ -23,7 +23,7 @@ use worker::Worker;
 
 use crate::backend::Area;
 use crate::error::{Error, Result};
-use crate::facts::SnapshotId;
+use crate::facts::{SnapshotId, as_text};
 use crate::name::check_name;
 use crate::snapshot::{self, ImageDraft, Snapshot, SnapshotDraft};
 use crate::store::Shared;
@@ -160,10 +160,7 @@ impl Writer {
         let draft = SnapshotDraft {
             name: self.name.clone(),
             created_ms: now_ms(),
-            host: rustix::system::uname()
-                .nodename()
-                .to_string_lossy()
-                .into_owned(),
+            host: as_text(&rustix::system::uname().nodename().to_string_lossy()),
             parent: self.parent.map(|parent| parent.snapshot.id),
             images: self.images,
             manifest: self.manifest,
