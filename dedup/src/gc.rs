@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::annotation;
 use crate::backend::{Area, Backend, Entry, Lock, Publish};
+use crate::config::DEFAULT_LEVEL;
 use crate::error::{Error, Result};
 use crate::frame::{Decoder, Encoder};
 use crate::marks::{Marks, Slots};
@@ -81,7 +82,7 @@ impl Store {
         let packs = backend
             .list(Area::Packs)
             .map_err(Error::file("list the packs"))?;
-        collected.packs = packs.len() as u64;
+        collected.packs = packs.iter().filter_map(pack_id).count() as u64;
         let mut marks = Marks::default();
         marks.add_all(shared)?;
         collected.annotations_removed = annotation::remove_orphans(shared)?;
@@ -123,9 +124,14 @@ impl Store {
     }
 }
 
+/// The id of a pack; none for a file that is called otherwise, which is for `fsck`.
+fn pack_id(entry: &Entry) -> Option<FileId> {
+    FileId::parse(&entry.name)
+}
+
 /// Whether a pack has enough garbage; then its id and size.
 fn candidate(shared: &Shared, marks: &Marks, entry: &Entry) -> Option<(FileId, u64)> {
-    let id = FileId::parse(&entry.name)?;
+    let id = pack_id(entry)?;
     if marks.is_whole(id) {
         return None;
     }
@@ -218,6 +224,10 @@ impl Swept {
     }
 }
 
+/// How frames are compressed that keep room for dead slots, in a store that compresses none: raw, the room would cost as much as
+/// what was there.
+const GAPS_LEVEL: i32 = DEFAULT_LEVEL;
+
 /// Replaces a pack by one with only the needed slots, each under its number. Gives the new size in bytes.
 fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
     let config = &shared.config;
@@ -225,7 +235,11 @@ fn shrink(shared: &Shared, id: FileId, needed: &Slots) -> Result<u64> {
     let old_ids = pack.ids()?;
     let mut shrunk = PackBuilder::new(shared, id)?;
     let sealer = shrunk.sealer();
-    let (mut encoder, mut decoder) = (Encoder::new(config.level)?, Decoder::new()?);
+    let level = match config.level {
+        0 => GAPS_LEVEL,
+        level => level,
+    };
+    let (mut encoder, mut decoder) = (Encoder::new(level)?, Decoder::new()?);
     let mut plain = vec![0; pack.frame_bytes()];
     let mut stored = Vec::new();
     for (number, entry) in pack.table().frames.iter().enumerate() {

@@ -69,6 +69,54 @@ fn a_pack_that_is_hardly_needed_shrinks_and_keeps_its_slots() {
     assert!(load(&store, "again").unwrap() == base && load(&store, "child").unwrap() == child);
 }
 
+/// What is not compressed takes as much room as it has bytes, zeros too: dead chunks go with theirs, whichever of a frame they are.
+#[test]
+fn a_pack_that_is_not_compressed_shrinks_as_much() {
+    for position in 0..4 {
+        let backend = Memory::new();
+        let raw = dedup::CreateOptions {
+            level: 0,
+            ..support::create_options()
+        };
+        let store = Store::create(backend.clone(), &raw, options()).unwrap();
+        let mut base = vec![0; 400 * 4096];
+        let mut random = support::Random::new(1);
+        for word in base.as_chunks_mut::<8>().0 {
+            *word = random.next().to_le_bytes();
+        }
+        save(&store, "base", &base).unwrap();
+        let before = pack_bytes(&backend);
+        let kept: Vec<u8> = base
+            .chunks(4096)
+            .skip(position)
+            .step_by(4)
+            .flatten()
+            .copied()
+            .collect();
+        let stored = save(&store, "kept", &kept).unwrap().images[0].new_chunks;
+        assert!(stored <= support::left_out(), "{stored}");
+        store.rm("base").unwrap();
+        let collected = store.gc(&GcOptions::default()).unwrap();
+        assert_eq!(collected.packs_shrunk, 1);
+        let after = pack_bytes(&backend);
+        assert!(after < before / 3, "{position}: {before} to {after}");
+        let report = store.fsck().unwrap();
+        assert!(report.problems.is_empty(), "{report:?}");
+        let store = Store::open(backend, options()).unwrap();
+        assert!(load(&store, "kept").unwrap() == kept);
+    }
+}
+
+#[test]
+fn what_is_called_like_no_pack_is_not_counted() {
+    let backend = Memory::new();
+    let store = create(backend.clone());
+    save(&store, "a", &[7; 4096]).unwrap();
+    let draft = backend.draft().unwrap();
+    draft.publish(Area::Packs, "note", Publish::New).unwrap();
+    assert_eq!(store.gc(&GcOptions::default()).unwrap().packs, 1);
+}
+
 /// A store of five packs of which nothing is needed and five of which hardly anything is; gives what is needed.
 fn much_garbage() -> (Memory, Vec<(String, Vec<u8>)>) {
     let backend = Memory::new();
