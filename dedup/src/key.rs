@@ -84,7 +84,9 @@ impl Key {
         }
         match Key::parse(&content[..len]) {
             Some(key) => Ok(key),
-            None => refused("is none: it has 64 hexadecimal digits on one line, or 32 bytes"),
+            None => refused(
+                "is none: it has 64 hexadecimal digits in lower case on one line, or 32 bytes",
+            ),
         }
     }
 
@@ -166,7 +168,10 @@ mod tests {
             &("ab".repeat(32) + "\n\n"),
         ] {
             let read = Key::read_file(file(content.as_bytes(), 0o600));
-            assert!(matches!(read, Err(Error::Parameter(_))), "{content:?}");
+            let refused = read.map(drop).unwrap_err();
+            assert!(matches!(refused, Error::Parameter(_)), "{content:?}");
+            // Somebody may have digits of the other kind.
+            assert!(refused.to_string().contains("in lower case"), "{refused}");
         }
     }
 

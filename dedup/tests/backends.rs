@@ -145,6 +145,13 @@ fn a_link_is_an_error_to_who_reads_and_to_who_lists() {
         std::fs::remove_file(&there).unwrap();
         std::fs::rename(&elsewhere, &there).unwrap();
     }
+    // Where it takes none, nobody knows what a link is either.
+    for file in ["leases/link", "tmp/link"] {
+        std::os::unix::fs::symlink(&root, root.join(file)).unwrap();
+        let store = Store::open(LocalDir::new(&root), options()).unwrap();
+        says_what_to_do(store.gc(&GcOptions::default()).map(drop));
+        std::fs::remove_file(root.join(file)).unwrap();
+    }
     // So may its areas be elsewhere.
     std::fs::rename(root.join("packs"), dir.path().join("elsewhere")).unwrap();
     std::os::unix::fs::symlink(dir.path().join("elsewhere"), root.join("packs")).unwrap();

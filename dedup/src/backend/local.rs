@@ -202,10 +202,12 @@ fn symbolic_link(path: &Path) -> io::Error {
     )
 }
 
-/// Opens a file to lock it; `None` for what is gone, or no regular file and so nobody's here. NFS locks it only for who may
+/// Opens a file to lock it; `None` for what is gone, or no regular file and so nobody's here. A symbolic link is an error, as in
+/// [`LocalDir::list`]. NFS locks it only for who may
 /// write to it (flock(2)).
 fn open_to_lock(path: &Path) -> io::Result<Option<File>> {
     match path.symlink_metadata() {
+        Ok(metadata) if metadata.is_symlink() => return Err(symbolic_link(path)),
         Ok(metadata) if !metadata.is_file() => return Ok(None),
         _ => {}
     }
@@ -435,8 +437,11 @@ mod tests {
         assert!(try_lock(&file).unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"content");
         std::os::unix::fs::symlink(&path, dir.path().join("link")).unwrap();
-        for nobodys in ["link", "gone"] {
-            assert!(open_to_lock(&dir.path().join(nobodys)).unwrap().is_none());
+        let open = |name: &str| open_to_lock(&dir.path().join(name));
+        assert!(open("link").unwrap_err().to_string().contains("link"));
+        fs::create_dir(dir.path().join("directory")).unwrap();
+        for nobodys in ["directory", "gone"] {
+            assert!(open(nobodys).unwrap().is_none());
         }
     }
 }
