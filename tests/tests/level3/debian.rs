@@ -27,13 +27,16 @@ load() {
 }
 "#;
 
-/// Starts what goes on until it is told to end, or until the host is done. What goes over the network is a file that the host
-/// has too.
-const START: &str = r#"
-load stress stress-ng --cpu 4 --vm 2 --vm-bytes 16m --verify --timeout 900s --metrics-brief
+/// Starts what goes on until the host is done. What goes over the network is a file that the host has too.
+const STREAMS: &str = r#"
 load out socat -u FILE:"$(echo /boot/vmlinuz-6.1.*)" TCP:10.77.1.1:7011
 load in socat -u TCP:10.77.1.1:7012 CREATE:received
 load echo socat -t 60 VSOCK-LISTEN:5000,fork PIPE
+"#;
+
+/// Starts what goes on until it is told to end; last but one, for all else takes long beside it.
+const STRESS: &str = r#"
+load stress stress-ng --cpu 4 --vm 2 --vm-bytes 16m --verify --timeout 900s --metrics-brief
 "#;
 
 /// Waits until every CPU has done work for stress-ng.
@@ -175,7 +178,7 @@ fn debian_under_load_is_saved_and_goes_on() {
     let machine = up(&host, "6.12", 4, &mut watch);
 
     let listeners = [7011, 7012].map(|port| TcpListener::bind((HOST, port)).unwrap());
-    host.command(&[LOAD, START].concat()).unwrap();
+    host.command(&[LOAD, STREAMS].concat()).unwrap();
     let file = debian::read(&host.guest().kernel("6.1")).unwrap();
     let half = file.len() / 2;
     let [mut from_guest, mut to_guest] = listeners.each_ref().map(accept);
@@ -186,7 +189,8 @@ fn debian_under_load_is_saved_and_goes_on() {
     cut.write_all(&file[..1 << 16]).unwrap();
     cut.read_exact(&mut [0; 1 << 16]).unwrap();
     cut.write_all(&file[..1 << 16]).unwrap();
-    host.command(&[LOAD, AT_WORK, WRITES].concat()).unwrap();
+    let stress = [LOAD, STRESS, AT_WORK, WRITES].concat();
+    host.command(&stress).unwrap();
     host.command("echo fermata: cut >/dev/kmsg").unwrap();
     watch.lap("every load at work");
     assert_eq!(
