@@ -75,6 +75,9 @@ pub enum SetupError {
         /// The tree.
         root: PathBuf,
     },
+    /// No machine could be as requests have it that do not say.
+    #[error("requests that do not say how large a machine is to be could not be served: {0}")]
+    Defaults(String),
     /// The run directory cannot be used.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -84,7 +87,7 @@ pub enum SetupError {
 ///
 /// # Errors
 ///
-/// [`SetupError`] when the tree or the run directory cannot be used.
+/// [`SetupError`] when the defaults, the tree or the run directory cannot be used.
 pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
     let listen = rocket::Config {
         address: config.address,
@@ -96,6 +99,9 @@ pub fn rocket(config: ServerConfig) -> Result<Rocket<Build>, SetupError> {
         cli_colors: false,
         ..rocket::Config::release_default()
     };
+    let (defaults, limits) = (&config.defaults, &config.limits);
+    plan::size(defaults.vcpus, defaults.memory_mib, limits)
+        .map_err(|error| SetupError::Defaults(error.message))?;
     let tree = Tree::open(&config.root).map_err(|source| SetupError::Tree {
         root: config.root.clone(),
         source,

@@ -413,7 +413,7 @@ impl Machines {
     /// Whether the server can do its work.
     pub(crate) fn health(&self) -> Result<Health, ApiError> {
         if let Some(store) = &self.config.store
-            && let Err(error) = std::fs::read_dir(store.directory.join("packs"))
+            && let Err(error) = std::fs::File::open(store.directory.join("config"))
         {
             let directory = store.directory.display();
             return Err(ApiError::new(

@@ -17,7 +17,7 @@ use control::{
 };
 
 use crate::{
-    ServerConfig,
+    Limits, ServerConfig,
     error::ApiError,
     tree::{PathError, Tree},
 };
@@ -189,14 +189,8 @@ fn boot(
         }
     };
     let vcpus = request.vcpus.unwrap_or(config.defaults.vcpus);
-    within("vcpus", vcpus.into(), 1, config.limits.vcpus.into())?;
     let memory_mib = request.memory_mib.unwrap_or(config.defaults.memory_mib);
-    within(
-        "memory_mib",
-        memory_mib,
-        MIN_MEMORY_MIB,
-        config.limits.memory_mib,
-    )?;
+    size(vcpus, memory_mib, &config.limits)?;
     let cmdline = request.cmdline.as_ref();
     Ok(MachineConfig {
         vcpus,
@@ -293,6 +287,12 @@ fn different(state: &Path, memory: &Path) -> Result<(), ApiError> {
         ));
     }
     Ok(())
+}
+
+/// Whether a machine may have so many vCPUs and MiB of memory.
+pub(crate) fn size(vcpus: u32, memory_mib: u64, limits: &Limits) -> Result<(), ApiError> {
+    within("vcpus", vcpus.into(), 1, limits.vcpus.into())?;
+    within("memory_mib", memory_mib, MIN_MEMORY_MIB, limits.memory_mib)
 }
 
 fn within(field: &str, value: u64, least: u64, most: u64) -> Result<(), ApiError> {

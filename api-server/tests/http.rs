@@ -14,7 +14,9 @@ use std::{
 
 use api_server::{ServerConfig, rocket as server};
 use api_types::{ErrorBody, ErrorCode, Health};
-use control::{Console, Origin, ProcessId, Record, Registration, Registry, Secret, Source};
+use control::{
+    Console, Origin, ProcessId, Record, Registration, Registry, Secret, Source, StoreLocation,
+};
 use rocket::{
     fairing::AdHoc,
     http::{Method, Status},
@@ -69,6 +71,26 @@ impl Bench {
 
 const BOOT: &str = r#"{"cpu_snapshot_path": "", "memory_snapshot_path": "", "kernel_path": "kernel",
     "resume": false, "config": {"username": "u", "password": "hunter2", "id": 10}}"#;
+
+#[test]
+fn a_server_whose_store_is_gone_is_not_well() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let directory = elsewhere.path().join("store");
+    fs::create_dir(&directory).unwrap();
+    fs::write(directory.join("config"), "").unwrap();
+    let bench = Bench::with("/bin/false", |config| {
+        config.store = Some(StoreLocation {
+            directory: directory.clone(),
+            key_file: None,
+        });
+    });
+    let health = || bench.client.get("/healthz").dispatch();
+    assert_eq!(health().status(), Status::Ok);
+    fs::remove_dir_all(&directory).unwrap();
+    let answer = health();
+    assert_eq!(answer.status(), Status::InternalServerError);
+    assert!(answer.into_string().unwrap().contains("bring it back"));
+}
 
 #[test]
 fn every_refusal_has_its_status_and_says_what_to_do() {

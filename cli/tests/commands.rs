@@ -545,6 +545,33 @@ fn what_is_refused_of_a_disk_is_told_once_and_changes_nothing() {
 }
 
 #[test]
+fn a_tag_that_is_removed_leaves_its_snapshot() {
+    let bench = Bench::new();
+    let store = |arguments: &[&str]| bench.run(&[&["store", "--store", "s"], arguments].concat());
+    assert!(store(&["init"]).status.success());
+    let opened = dedup::Store::open_dir(bench.path().join("s"), dedup::OpenOptions::default());
+    fs::write(bench.path().join("file"), "content").unwrap();
+    let saved = opened
+        .unwrap()
+        .save_file("monday", bench.path().join("file"));
+    saved.unwrap();
+    assert!(store(&["tag", "monday", "gold"]).status.success());
+    let said = text(&store(&["rm", "gold"]).stdout);
+    assert_eq!(said, "removed the tag gold; monday stays\n");
+    let said = text(&store(&["rm", "monday"]).stdout);
+    assert!(said.contains("gc"), "{said}");
+}
+
+#[test]
+fn a_server_whose_machines_could_not_be_does_not_begin() {
+    let bench = Bench::new();
+    for (option, value) in [("--vcpus", "99"), ("--memory", "1")] {
+        let refusal = bench.refusal(&["serve", "--port", "0", option, value]);
+        assert!(refusal.contains(&format!("{value}; ask for")), "{refusal}");
+    }
+}
+
+#[test]
 fn a_store_without_its_config_says_what_brings_it_back() {
     let bench = Bench::new();
     let store = |arguments: &[&str]| bench.run(&[&["store", "--store", "s"], arguments].concat());

@@ -95,9 +95,14 @@ pub(super) fn tag(
 }
 
 pub(super) fn rm(store: &Store, name: &str, json: bool) -> anyhow::Result<ExitCode> {
+    let meant = store.show(name);
     store.rm(name)?;
+    let tagged = meant.ok().map(|entry| (entry.name, entry.id.to_string()));
+    let tagged = tagged.filter(|(own, id)| own != name && id != name);
     if json {
         output::print_json(&json!({ "removed": name }))?;
+    } else if let Some((snapshot, _)) = tagged {
+        output::print(&format!("removed the tag {name}; {snapshot} stays\n"))?;
     } else {
         output::print(&format!(
             "removed {name}; `fermata store gc` frees its space\n"
