@@ -98,7 +98,7 @@ mod tests {
     fn names_steer_no_terminal() {
         let rows = [["a\x1b[2J\nb".to_owned(), "1".to_owned()]];
         let lines = table(["NAME", "X"], &rows);
-        assert_eq!(lines, "NAME            X\na\\u{1b}[2J\\nb  1\n");
+        assert_eq!(lines, "NAME           X\na\\u{1b}[2J\\nb  1\n");
     }
 
     #[test]

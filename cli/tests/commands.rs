@@ -564,10 +564,12 @@ fn a_tag_that_is_removed_leaves_its_snapshot() {
 
 #[test]
 fn a_server_whose_machines_could_not_be_does_not_begin() {
-    let bench = Bench::new();
     for (option, value) in [("--vcpus", "99"), ("--memory", "1")] {
-        let refusal = bench.refusal(&["serve", "--port", "0", option, value]);
-        assert!(refusal.contains(&format!("{value}; ask for")), "{refusal}");
+        let bench = Bench::new();
+        let ended = bench.server("0").args([option, value]).output().unwrap();
+        assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+        let said = text(&ended.stderr);
+        assert!(said.contains(&format!("{value}; ask for")), "{said}");
     }
 }
 

@@ -118,7 +118,7 @@ mod tests {
         assert_eq!(verdicts(&[INTEL, flat]), [Ok, Ok, Warn]);
         assert_eq!(verdicts(&[INTEL]), [Ok, Ok, Warn]);
         assert_eq!(verdicts(&[PLAIN]), [Warn, Warn, Warn]);
-        assert_eq!(verdicts(&[PLAIN, PVM_LOADED]), [Ok, Ok, Warn]);
+        assert_eq!(verdicts(&[PLAIN, PVM_LOADED]), [Warn, Ok, Warn]);
         assert_eq!(verdicts(&[]), [Warn, Warn, Warn]);
     }
 }
