@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use control::Metric;
+use api_types::Metric;
 
 use crate::cli::Cli;
 
@@ -139,9 +139,9 @@ fn metrics(cli: &Cli, pid: u64) -> Result<Vec<Metric>> {
 
 /// A line for a counter; none for one that has nothing to tell.
 fn moved(now: &Metric, before: &[Metric]) -> String {
-    let same = |before: &&Metric| (&before.name, &before.label) == (&now.name, &now.label);
+    let same = |before: &&Metric| (&before.name, &before.labels) == (&now.name, &now.labels);
     let before = before.iter().find(same).map_or(0, |before| before.value);
-    let label = now.label.as_ref().map_or("", |(_, value)| value);
+    let label = now.labels.values().next().map_or("", String::as_str);
     match (before, now.value) {
         (0, 0) => String::new(),
         (before, value) if before == value => format!("{} {label}: {value}\n", now.name),

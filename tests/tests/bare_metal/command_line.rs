@@ -10,7 +10,8 @@ use std::{
     thread,
 };
 
-use control::{Exit, LOG_VARIABLE, Metric, Registry};
+use api_types::Metric;
+use control::{Exit, LOG_VARIABLE, Registry};
 use rustix::{
     fs::{Mode, OFlags},
     process::{Pid, Signal, kill_process},

@@ -7,7 +7,8 @@ use std::{
     process::{Child, ChildStdin, Stdio},
 };
 
-use control::{Exit, Metric};
+use api_types::Metric;
+use control::Exit;
 use serde_json::Value;
 use system_tests::{cli::Cli, console::Console, linux, wait};
 
@@ -74,8 +75,7 @@ fn metrics(cli: &Cli, pid: &str) -> Vec<Metric> {
 fn count(metrics: &[Metric], name: &str, label: Option<&str>) -> u64 {
     let named = metrics.iter().filter(|metric| metric.name == name);
     let labelled = named.filter(|metric| {
-        let value = metric.label.as_ref().map(|(_, value)| value.as_str());
-        label.is_none() || value == label
+        label.is_none_or(|label| metric.labels.values().any(|value| value == label))
     });
     labelled.map(|metric| metric.value).sum()
 }
