@@ -418,9 +418,7 @@ impl Machines {
             let directory = store.directory.display();
             return Err(ApiError::new(
                 ErrorCode::Internal,
-                format!(
-                    "the store {directory} cannot be read: {error}; bring it back, and nothing is lost"
-                ),
+                format!("the store {directory} cannot be read: {error}; bring it back"),
             ));
         }
         Ok(Health {

@@ -352,13 +352,11 @@ fn store_kind(error: &snapshot::StoreError) -> FailureKind {
     use snapshot::StoreError as Store;
     match error {
         // Clients name snapshots, and no stores.
-        Store::NoStore => FailureKind::Host,
+        Store::NoStore | Store::LostConfig(_) => FailureKind::Host,
         Store::NoSnapshot(_) => FailureKind::NotFound,
         Store::NameTaken(_) | Store::Busy(_) => FailureKind::WrongState,
         Store::Name(_) | Store::Ambiguous(_) | Store::Parameter(_) => FailureKind::BadRequest,
-        Store::Damaged { .. } | Store::LostConfig(_) | Store::NoImage(_) => {
-            FailureKind::NotASnapshot
-        }
+        Store::Damaged { .. } | Store::NoImage(_) => FailureKind::NotASnapshot,
         Store::NoSpace(_) => FailureKind::NoSpace,
         _ => FailureKind::Host,
     }

@@ -69,9 +69,11 @@ pub fn run(
             Exit::PowerOff
         }
         Err(failure) => {
-            let unheard = failure.to_string();
-            if !answer.end(&Launched::Failed(failure)) {
-                tracing::error!("{unheard}");
+            let why = failure.to_string();
+            // Who asked says it to whom it concerns; where nobody asks any more, the log does.
+            match answer.end(&Launched::Failed(failure)) {
+                true => tracing::debug!("{why}"),
+                false => tracing::error!("{why}"),
             }
             Exit::Failed
         }

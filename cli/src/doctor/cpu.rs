@@ -22,7 +22,7 @@ pub(super) fn virtualisation(host: &Host) -> Finding {
         return Finding::warn(
             VIRTUALISATION,
             "none, but PVM does without",
-            "guests of a few instructions run; stock Linux kernels, which PVM has no hand in, may stay silent: boot those where the \
+            "guests of a few instructions run; Linux kernels that know nothing of PVM may stay silent: boot those where the \
              processor shows vmx or svm",
         );
     }
